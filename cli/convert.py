@@ -1,0 +1,209 @@
+"""`pilon-compress convert`: a dense checkpoint in, a PILON model folder with its report out."""
+
+import json
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from pilon_compress.errors import BadInput
+
+from .output import notice, print_json, print_table
+
+MODEL = "Hub id, local folder, or package:NAME of an installed package that ships a checkpoint."
+PANELS = {"budget": "Budget", "data": "Calibration and evaluation", "scope": "What is replaced", "run": "Running"}
+
+
+def convert(
+    model: Annotated[str | None, typer.Argument(help=MODEL + " Not needed with a recipe that names one.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Bundled recipe name (see `recipes list`) or a YAML file.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a recipe field: a.b=value.")] = None,
+    ffn_ratio: Annotated[
+        str | None,
+        typer.Option(
+            help="Stored FFN parameters over dense, e.g. 0.5; or a preset: minimal .9, baseline .75, mild .6, "
+            "moderate .5, aggressive .25, extreme .1.",
+            rich_help_panel=PANELS["budget"],
+        ),
+    ] = None,
+    bands: Annotated[
+        str | None,
+        typer.Option(help="Number of bands, or layers per band: '[[0,1,2],[3,4,5]]'.", rich_help_panel=PANELS["budget"]),
+    ] = None,
+    n_primitives: Annotated[int | None, typer.Option(help="Primitives per bank.", rich_help_panel=PANELS["budget"])] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of each primitive.", rich_help_panel=PANELS["budget"])] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Primitives that each layer selects.", rich_help_panel=PANELS["budget"])
+    ] = None,
+    allow_larger: Annotated[
+        bool,
+        typer.Option("--allow-larger", help="Permit plans larger than dense, for study.", rich_help_panel=PANELS["budget"]),
+    ] = False,
+    method: Annotated[str | None, typer.Option(help="pilon, or a peer: whitened-svd, svd.")] = None,
+    composition: Annotated[str | None, typer.Option(help="component or scalar.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text source: hub:REPO:CONFIG:SPLIT:COLUMN, a txt / jsonl / parquet file or glob, stdlib, stdin.",
+            rich_help_panel=PANELS["data"],
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration paragraphs (encoders) or blocks (LMs).", rich_help_panel=PANELS["data"])
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per calibration sequence.", rich_help_panel=PANELS["data"])
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences per calibration batch.", rich_help_panel=PANELS["data"])
+    ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to evaluate on; default: the held-out part of the calibration source; 'none' skips it.",
+            rich_help_panel=PANELS["data"],
+        ),
+    ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(help="Replace only these modules: name, class or re:REGEX.", rich_help_panel=PANELS["scope"]),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Leave these modules dense.", rich_help_panel=PANELS["scope"])
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the saved weights: auto, float32, bfloat16, float16.", rich_help_panel=PANELS["run"])
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.", rich_help_panel=PANELS["run"])] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling and fit.", rich_help_panel=PANELS["run"])] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output.", rich_help_panel=PANELS["run"])
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop after the plan and its estimates.", rich_help_panel=PANELS["run"])
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=PANELS["run"])
+    ] = False,
+) -> None:
+    """Convert a dense model to PILON: plan, calibrate, fit, save, load back, evaluate, report.
+
+    pilon-compress convert gpt2 -o out/gpt2-half --ffn-ratio 0.5
+    """
+    options: dict[str, Any] = {
+        "model": model,
+        "method": method,
+        "seed": seed,
+        "dtype": dtype,
+        "device": device,
+        "budget.bands": None if bands is None else _yaml(bands),
+        "budget.n_primitives": n_primitives,
+        "budget.rank": rank,
+        "budget.top_k": top_k,
+        "budget.allow_larger": allow_larger or None,
+        "form.composition": composition,
+        "calibration.data": calibration,
+        "calibration.samples": samples,
+        "calibration.sequence_length": sequence_length,
+        "calibration.batch_size": batch_size,
+        "evaluation.data": eval_data,
+        "scope.targets": targets,
+        "scope.ignore": ignore,
+    }
+    overrides = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    settings = _read(recipe, [*_ratio(ffn_ratio), *overrides, *(set_ or [])])
+    if not dry_run and output is None:
+        raise BadInput("name the folder to write with -o")
+
+    from pilon_compress.convert.prepare import estimate, prepare
+    from pilon_compress.deploy.save import check_output
+
+    if output is not None:
+        from pathlib import Path
+
+        check_output(Path(output), overwrite)
+    job = prepare(settings)
+    expected = estimate(job)
+    if dry_run:
+        result = {"dry_run": True, "plan": job.describe_plan(), **job.size(), "estimate": expected}
+        print_json(result) if as_json else print_plan(result)
+        return
+    if not as_json:
+        print_plan({"plan": job.describe_plan(), **job.size(), "estimate": expected})
+
+    from pilon_compress.convert.pipeline import convert as run
+
+    assert output is not None
+    report = run(settings, output, overwrite=overwrite, command=shlex.join(["pilon-compress", *sys.argv[1:]]), job=job)
+    print_json(report) if as_json else print_result(report)
+
+
+def print_plan(result: dict[str, Any]) -> None:
+    """The plan and its price, before anything starts."""
+    from pilon_compress.readable import layer_list, mib, number
+
+    rows = [
+        [
+            f"{bank['role']} {layer_list(bank['layers'])}",
+            f"{bank['d_in']}→{bank['d_out']}",
+            number(bank["n_primitives"]),
+            number(bank["rank"]),
+            number(bank["top_k"]),
+            number(bank["stored"] / bank["dense_stored"]),
+            number(bank["macs"] / bank["dense_macs"]),
+        ]
+        for bank in result["plan"]["banks"]
+    ]
+    print_table("Plan", ["bank (layers)", "shape", "primitives", "rank", "top-k", "stored ÷ dense", "MACs ÷ dense"], rows)
+    ffn, whole, expected = result["ffn"], result["model"], result["estimate"]
+    notice(
+        f"FFN {number(ffn['stored_ratio'])} of the dense parameters and {number(ffn['mac_ratio'])} of its MACs; whole model "
+        f"{number(whole['stored_ratio'])}, {mib(whole['bytes'])}; about {number(expected['seconds'])} s and "
+        f"{number(expected['peak_gib'])} GiB here"
+    )
+
+
+def print_result(report: dict[str, Any]) -> None:
+    """What came of it, and where to look."""
+    from pilon_compress.readable import method_name, number, quality, ratios
+
+    rows = [[ratio.label, ratio.part, number(ratio.value), ratio.detail] for ratio in ratios(report)]
+    print_table("Size, PILON ÷ dense", ["", "part", "ratio", "measured"], rows)
+    rows = [[method_name(method), number(loss)] for method, loss in report["whitened_loss"].items()]
+    print_table("Relative squared output error at equal stored size", ["method", "loss"], rows)
+    if report["evaluation"]:
+        rows = [[figure.label, figure.value, figure.dense] for figure in quality(report["evaluation"])]
+        print_table(f"Quality on {report['evaluation']['data']}", ["", "PILON", "dense"], rows)
+    output = report["output"]
+    notice(f"{number(report['seconds'])} s, {number(report['peak_rss_gib'])} GiB at the peak")
+    notice(f"model  {output}\nreport {output}/report.html")
+
+
+def _ratio(value: str | None) -> list[str]:
+    if value is None:
+        return []
+    try:
+        return [f"budget.ffn_ratio={float(value)}", "budget.preset=null"]
+    except ValueError:
+        return [f"budget.preset={json.dumps(value)}", "budget.ffn_ratio=null"]
+
+
+def _yaml(value: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise BadInput(f"--bands {value!r} is neither a number nor a list of lists") from None
+
+
+def _read(name: str | None, overrides: list[str]) -> Any:
+    from pilon_compress import recipe
+
+    if name is not None:
+        return recipe.load(name, overrides)
+    if not any(item.startswith("model=") for item in overrides):
+        raise BadInput("name a model to convert, or a --recipe that does")
+    return recipe.build({}, overrides)

@@ -1,0 +1,1 @@
+"""Dense to PILON, in reading order: plan, calibration, factorize, cluster, fit, pipeline."""

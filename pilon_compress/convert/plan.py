@@ -1,0 +1,183 @@
+"""The plan: from a budget to bands, primitives, ranks and top-k, before anything is loaded or computed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from pilon_compress.errors import BadInput
+from pilon_compress.families import Site
+from pilon_compress.form.layout import BankSpec, Layout, ProjectionSpec
+from pilon_compress.recipe import Budget, Method
+
+LAYERS_PER_BAND = 3  # measured best for sharing so far; see docs/results
+RANKS = (16, 8, 4, 2, 1)  # multiples of 16 suit the kernels; small models need finer steps
+WASTE = 0.025  # share of the budget that rounding to whole primitives may leave unused
+
+
+@dataclass(frozen=True)
+class BankPlan:
+    """One bank to be fitted: the sites that share it and its sizes."""
+
+    band: int
+    role: str
+    sites: tuple[Site, ...]
+    n_primitives: int
+    rank: int
+    top_k: int
+    composition: str = "component"
+
+    @property
+    def name(self) -> str:
+        return f"band{self.band}.{self.role}"
+
+    @property
+    def layers(self) -> list[int]:
+        return [site.layer for site in self.sites]
+
+    @property
+    def d_in(self) -> int:
+        return self.sites[0].d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.sites[0].d_out
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.d_in, self.d_out)
+
+    def stored(self) -> int:
+        """Numbers kept: primitives, composition weights, selected indices, biases."""
+        width = self.rank if self.composition == "component" else 1
+        per_layer = self.top_k * (width + 1)
+        biases = sum(self.d_out for site in self.sites if site.bias)
+        return self.n_primitives * self.rank * (self.d_in + self.d_out) + len(self.sites) * per_layer + biases
+
+    def dense_stored(self) -> int:
+        return sum(site.parameters for site in self.sites)
+
+    def private_rank(self) -> int:
+        """The rank that per-layer factors could have at this bank's stored size: what the peers get."""
+        free = self.stored() - sum(self.d_out for site in self.sites if site.bias)
+        return max(1, min(self.full_rank, free // (len(self.sites) * (self.d_in + self.d_out))))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every bank of a conversion."""
+
+    ratio: float
+    bands: list[list[int]]
+    banks: list[BankPlan]
+
+    def layout(self) -> Layout:
+        """What the PILON model will look like."""
+        specs = {bank.name: BankSpec(bank.d_in, bank.d_out, bank.n_primitives, bank.rank) for bank in self.banks}
+        projections = {
+            site.name: ProjectionSpec(bank.name, bank.top_k, site.bias, bank.composition)
+            for bank in self.banks
+            for site in bank.sites
+        }
+        return Layout(specs, projections)
+
+
+def make_plan(sites: Sequence[Site], budget: Budget, method: Method, composition: str) -> Plan:
+    """Solve n, r and k of every bank so that the stored size meets `budget.ratio` of the dense one, bank by bank.
+
+    `budget.n_primitives`, `rank` and `top_k` override the solution. Methods without sharing get one primitive of the
+    largest rank that fits per layer. Raises BadInput for a band list that does not match the layers, for a budget too
+    small for one primitive, and for a plan larger than the dense model unless `budget.allow_larger`.
+    """
+    layers = sorted({site.layer for site in sites})
+    private = method != "pilon"
+    bands = [[layer] for layer in layers] if private else split_bands(layers, budget.bands)
+    if private and (budget.bands is not None or budget.n_primitives is not None or budget.top_k is not None):
+        raise BadInput(f"method {method} shares nothing: bands, n_primitives and top_k do not apply")
+    banks = []
+    for index, band in enumerate(bands):
+        for role in dict.fromkeys(site.role for site in sites):
+            members = [site for site in sites if site.layer in band and site.role == role]
+            shapes = {(site.d_in, site.d_out) for site in members}
+            if len(shapes) > 1:
+                raise BadInput(f"band {index} mixes {role} projections of shapes {sorted(shapes)}: choose other --bands")
+            if members:
+                empty = BankPlan(index, role, tuple(members), 0, 0, 0, composition)
+                banks.append(solve_private(empty, budget) if private else solve(empty, budget))
+    plan = Plan(budget.ratio, bands, banks)
+    stored, dense = sum(bank.stored() for bank in banks), sum(bank.dense_stored() for bank in banks)
+    if stored > dense and not budget.allow_larger:
+        raise BadInput(
+            f"the plan keeps {stored:,} numbers, more than the dense model's {dense:,}: "
+            "lower the ratio, rank or n_primitives (or --allow-larger to study it)"
+        )
+    return plan
+
+
+def split_bands(layers: list[int], bands: int | list[list[int]] | None) -> list[list[int]]:
+    """Contiguous bands of nearly equal size, or the given ones, checked to cover each converted layer once."""
+    if isinstance(bands, list):
+        named = sorted(layer for band in bands for layer in band)
+        if named != layers:
+            raise BadInput(f"the bands name layers {named}, but the converted layers are {layers}")
+        return bands
+    count = bands if bands is not None else -(-len(layers) // LAYERS_PER_BAND)
+    if not 1 <= count <= len(layers):
+        raise BadInput(f"{count} bands do not fit {len(layers)} layers")
+    edges = [round(i * len(layers) / count) for i in range(count + 1)]
+    return [layers[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def solve_private(empty: BankPlan, budget: Budget) -> BankPlan:
+    """One primitive per layer: the largest rank within the budget."""
+    if budget.rank is not None:
+        return replace(empty, n_primitives=1, rank=min(budget.rank, empty.full_rank), top_k=1)
+    fits = _largest(lambda r: replace(empty, n_primitives=1, rank=r, top_k=1), empty.full_rank, budget.ratio)
+    return fits or _too_small(empty, budget)
+
+
+def solve(empty: BankPlan, budget: Budget) -> BankPlan:
+    """Primitives of the largest rank in RANKS that fills the budget to within WASTE and gives every layer two of its own."""
+    layers = len(empty.sites)
+    best: BankPlan | None = None
+    for rank in (budget.rank,) if budget.rank else RANKS:
+        if rank > empty.full_rank:
+            continue
+
+        def sized(n: int, rank: int = rank) -> BankPlan:
+            return replace(empty, n_primitives=n, rank=rank, top_k=_top_k(empty, n, rank, budget.top_k))
+
+        ceiling = layers * -(-empty.full_rank // rank)  # the layers' full ranks side by side: more adds nothing
+        if budget.n_primitives:
+            return sized(budget.n_primitives)
+        found = _largest(sized, ceiling, budget.ratio)
+        if found is None:
+            continue
+        full = found.n_primitives == ceiling or found.stored() >= (1 - WASTE) * budget.ratio * empty.dense_stored()
+        if full and (found.n_primitives >= 2 * layers or rank == 1 or budget.rank):
+            return found
+        if best is None or found.stored() > best.stored():
+            best = found
+    return best or _too_small(empty, budget)
+
+
+def _top_k(empty: BankPlan, n: int, rank: int, asked: int | None) -> int:
+    """As many primitives as cost no more MACs than the dense projection, and at least a layer's even share."""
+    if asked is not None:
+        return min(asked, n)
+    affordable = empty.d_in * empty.d_out // ((empty.d_in + empty.d_out) * rank)
+    return max(1, min(n, max(affordable, -(-n // len(empty.sites)))))
+
+
+def _largest(sized: Callable[[int], BankPlan], ceiling: int, ratio: float) -> BankPlan | None:
+    low, high = 0, ceiling  # bisection: the stored size grows with the number of primitives
+    while low < high:
+        middle = (low + high + 1) // 2
+        plan = sized(middle)
+        if plan.stored() <= ratio * plan.dense_stored():
+            low = middle
+        else:
+            high = middle - 1
+    return sized(low) if low else None
+
+
+def _too_small(empty: BankPlan, budget: Budget) -> BankPlan:
+    raise BadInput(f"ratio {budget.ratio:g} is too small for even one primitive of rank 1 in {empty.name}")

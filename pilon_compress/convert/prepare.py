@@ -1,0 +1,132 @@
+"""Everything about a conversion that can be known before weights are loaded: sites, plan, sizes, estimates."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pilon_compress import checkpoint
+from pilon_compress.convert.plan import Plan, make_plan
+from pilon_compress.families import Site, find_sites
+from pilon_compress.form.layout import Layout
+from pilon_compress.measure.size import bank_size, ffn_size, model_size
+from pilon_compress.recipe import Recipe
+from pilon_compress.text import DEFAULT_LM
+
+ENCODER_SAMPLES = 800  # paragraphs
+CAUSAL_SAMPLES = 128  # blocks
+ENCODER_LENGTH = 128
+CAUSAL_LENGTH = 512
+PROCESS_BYTES = 700 * 2**20  # Python with torch and transformers, measured
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration text as it will be read."""
+
+    data: str
+    samples: int
+    sequence_length: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion before it starts. `dense` is the model on the meta device: shapes without weights."""
+
+    recipe: Recipe
+    config: PretrainedConfig
+    dense: PreTrainedModel
+    causal: bool
+    sites: list[Site]
+    plan: Plan
+    layout: Layout
+    calibration: Calibration
+    dtype: torch.dtype
+
+    def size(self) -> dict[str, Any]:
+        """`ffn` and `model`: numbers stored, bytes, MACs, and their ratios."""
+        itemsize = self.dtype.itemsize
+        return {
+            "ffn": ffn_size(self.layout, itemsize).to_dict(),
+            "model": model_size(self.layout, self.dense, itemsize).to_dict(),
+        }
+
+    def describe_plan(self) -> dict[str, Any]:
+        """The plan as plain data, bank by bank, for the terminal, report.json and the card."""
+        banks = []
+        for bank in self.plan.banks:
+            size = bank_size(self.layout, bank.name, self.dtype.itemsize)
+            entry = {
+                "band": bank.band,
+                "role": bank.role,
+                "layers": bank.layers,
+                "d_in": bank.d_in,
+                "d_out": bank.d_out,
+                "n_primitives": bank.n_primitives,
+                "rank": bank.rank,
+                "top_k": bank.top_k,
+                "composition": bank.composition,
+            }
+            figures = {key: getattr(size, key) for key in ("stored", "dense_stored", "macs", "dense_macs")}
+            banks.append({**entry, **figures})
+        return {"ffn_ratio": self.plan.ratio, "bands": self.plan.bands, "banks": banks}
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Read the config, find the projections and solve the plan. Loads no weights. Raises BadInput for what cannot be."""
+    config = checkpoint.load_config(recipe.model)
+    dense = checkpoint.empty_model(config)
+    causal = checkpoint.is_causal(config)
+    sites = find_sites(dense, recipe.scope.targets, recipe.scope.ignore)
+    plan = make_plan(sites, recipe.budget, recipe.method, recipe.form.composition)
+    asked = recipe.calibration
+    longest = getattr(config, "max_position_embeddings", None) or CAUSAL_LENGTH
+    calibration = Calibration(
+        data=asked.data or (DEFAULT_LM if causal else "stdlib"),
+        samples=asked.samples or (CAUSAL_SAMPLES if causal else ENCODER_SAMPLES),
+        sequence_length=asked.sequence_length or min(longest, CAUSAL_LENGTH if causal else ENCODER_LENGTH),
+        batch_size=asked.batch_size,
+    )
+    stored = getattr(config, "dtype", None) or torch.float32
+    dtype = stored if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    return Job(recipe, config, dense, causal, sites, plan, plan.layout(), calibration, dtype)
+
+
+def estimate(job: Job) -> dict[str, float]:
+    """`seconds` and `peak_gib` that the conversion will take here, from its operation counts and this machine's GEMM speed.
+
+    A guide, not a promise: the speed is measured on one matrix product, and the fit may stop early.
+    """
+    speed = _gemm_flops()
+    parameters = sum(p.numel() for p in job.dense.parameters())
+    calibration = job.calibration
+    tokens = calibration.samples * calibration.sequence_length
+    inputs = {site.input: site.d_in for site in job.sites}
+    flops = 2.0 * tokens * (parameters + sum(d * d for d in inputs.values()))
+    for bank in job.plan.banks:
+        wide, narrow, layers = max(bank.d_in, bank.d_out), min(bank.d_in, bank.d_out), len(bank.sites)
+        flops += 2 * layers * (20 * narrow**2 * wide + 10 * min(bank.d_in, bank.d_out) ** 3)  # float64 factorisations
+        if layers > 1:
+            inner, sweep = bank.n_primitives * bank.rank, 36
+            flops += sweep * layers * 2 * inner * (6 * bank.d_in**2 + 2 * bank.d_in * bank.d_out + 8 * inner * bank.d_in)
+    weights = parameters * 4
+    moments = 4 * sum(d * d for d in inputs.values())
+    largest = max(job.plan.banks, key=lambda bank: len(bank.sites) * bank.d_in * max(bank.d_in, bank.d_out))
+    inner = largest.n_primitives * largest.rank
+    work = len(largest.sites) * 12 * (largest.d_in**2 + 2 * largest.d_in * largest.d_out) + 40 * inner * inner
+    pilon = 4 * sum(bank.stored() for bank in job.plan.banks)
+    return {"seconds": flops / speed, "peak_gib": (PROCESS_BYTES + weights + moments + work + 2 * pilon) / 2**30}
+
+
+def _gemm_flops() -> float:
+    """Float32 multiply-adds per second × 2 of one 1024³ product, best of three."""
+    x = torch.randn(1024, 1024)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        x @ x
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best

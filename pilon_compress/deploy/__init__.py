@@ -1,0 +1,1 @@
+"""Shipping: loading through transformers, safe saving, exports."""

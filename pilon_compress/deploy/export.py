@@ -1,0 +1,123 @@
+"""Exports: a PILON model as a plain dense host model, or as a folder that loads without this package."""
+
+import inspect
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import auto_factory, modeling_auto
+from transformers.pytorch_utils import Conv1D
+
+from pilon_compress import checkpoint
+from pilon_compress.deploy import loader
+from pilon_compress.deploy.save import check_output, fresh_folder, save_model
+from pilon_compress.errors import BadInput
+from pilon_compress.form import bank, composed, layout
+from pilon_compress.form.fold import dense
+from pilon_compress.form.layout import BANKS, projections
+
+MODELING_FILE = "modeling_pilon.py"
+BUNDLED = (bank, composed, layout, loader)  # in this order one file can hold them
+HEADER = '''"""PILON for transformers, bundled by pilon-compress so that this folder loads without the package:
+
+    AutoModel...from_pretrained(folder, trust_remote_code=True)
+
+Generated from the package's own modules; do not edit.
+"""
+'''
+
+
+def export_dense(source: str, output: Path, *, dtype: str = "auto", overwrite: bool = False) -> None:
+    """Write the host model with every composition multiplied out: stock transformers loads it, nothing of PILON remains.
+
+    It computes what the PILON model computes (logits agree to about 1e-5 in float32) at the dense model's size.
+    """
+    check_output(output, overwrite)
+    model = load_pilon(source, dtype)
+    to_dense(model)
+    with fresh_folder(output, overwrite) as folder:
+        save_model(model, checkpoint.load_tokenizer(source), folder, model.dtype)
+
+
+@torch.no_grad()
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace, in place, every composed projection by the layer class that the host architecture has there."""
+    skeleton = checkpoint.empty_model(_host_config(model)).base_model
+    base = model.base_model
+    for name, projection in list(projections(model)):
+        weight, bias = dense(projection)
+        host = skeleton.get_submodule(name)
+        parent_name, _, leaf = name.rpartition(".")
+        setattr(base.get_submodule(parent_name), leaf, _host_linear(host, weight, bias))
+    delattr(base, BANKS)
+    model.config = _host_config(model)
+    return model
+
+
+def _host_config(model: PreTrainedModel):  # type: ignore[no-untyped-def]
+    config = model.config.__class__.from_dict(model.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = model.config.architectures
+    return config
+
+
+def _host_linear(host: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    d_in, d_out = weight.shape
+    plain: nn.Module
+    if isinstance(host, Conv1D):
+        plain = Conv1D(d_out, d_in)
+        plain.weight = nn.Parameter(weight.contiguous())
+    else:
+        plain = nn.Linear(d_in, d_out, bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight.T.contiguous())
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.clone())
+    return plain
+
+
+def export_self_contained(source: str, output: Path, *, overwrite: bool = False) -> None:
+    """Write a copy of a PILON folder that also holds the code to load it, declared in config.json's `auto_map`.
+
+    It loads with `trust_remote_code=True` where pilon-compress is not installed, and like any PILON folder where it is.
+    """
+    check_output(output, overwrite)
+    model = load_pilon(source, "auto")
+    classes = host_classes(model)
+    stem = MODELING_FILE.removesuffix(".py")
+    with fresh_folder(output, overwrite) as folder:
+        model.config.auto_map = {auto: f"{stem}.Pilon{host}" for auto, host in classes.items()}
+        save_model(model, checkpoint.load_tokenizer(source), folder, model.dtype)
+        (folder / MODELING_FILE).write_text(bundle(sorted(set(classes.values()))))
+
+
+def host_classes(model: PreTrainedModel) -> dict[str, str]:
+    """Auto class -> host class name, for every auto class that knows this architecture."""
+    found = {}
+    for name, auto in vars(modeling_auto).items():
+        if isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass) and auto._model_mapping:
+            host = auto._model_mapping.get(type(model.config))
+            if host is not None and hasattr(host, "__name__"):
+                found[name] = host.__name__
+    return {name: host for name, host in found.items() if not name.startswith("_")}
+
+
+def bundle(hosts: list[str]) -> str:
+    """One module: the sources of the form and the loader without their imports of each other, and a class per host class."""
+    parts = [HEADER]
+    for module in BUNDLED:
+        lines = inspect.getsource(module).splitlines()
+        kept = [line for line in lines if not line.startswith(("from pilon_compress", "import pilon_compress"))]
+        parts.append("\n".join(kept))
+    imports = "from transformers import " + ", ".join(hosts)
+    classes = "\n\n".join(f"class Pilon{host}({host}):\n    pass\n" for host in hosts)
+    return "\n\n".join([*parts, imports, "", classes])
+
+
+def load_pilon(source: str, dtype: str) -> PreTrainedModel:
+    """Load `source`, which must be a PILON model. Raises BadInput if it is dense."""
+    model = checkpoint.load_model(source, dtype=dtype)
+    if not any(True for _ in projections(model)):
+        raise BadInput(f"{source} is a dense model already; export takes the output of `pilon-compress convert`")
+    return model

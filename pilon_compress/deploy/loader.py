@@ -1,0 +1,87 @@
+"""How transformers loads a PILON model: as a quantization method that swaps the projections in, then steps aside.
+
+    from_pretrained(folder)
+      config.json  quantization_config {"quant_method": "pilon", "layout": ...}
+        -> PilonConfig -> PilonQuantizer
+             before the weights (model on the meta device): install(model, layout)
+             after the weights: refuse gaps, then dissolve, so that an ordinary nn.Module remains
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pilon_compress.form.bank import PrimitiveBank
+from pilon_compress.form.composed import ComposedLinear
+from pilon_compress.form.layout import Layout, install
+
+FORMAT_VERSION = 1
+
+
+class PilonConfig(QuantizationConfigMixin):
+    """The `quantization_config` entry of config.json: the layout, and the version of the format it is written in."""
+
+    def __init__(self, layout: dict[str, Any], format_version: int = FORMAT_VERSION, **unused: Any) -> None:
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint is in PILON format {format_version}, newer than the {FORMAT_VERSION} that is read here: "
+                "upgrade pilon-compress"
+            )
+        self.quant_method = "pilon"
+        self.format_version = format_version
+        self.layout = layout
+
+
+class PilonQuantizer(HfQuantizer):
+    """Installs the layout before the weights are read and leaves no trace on the model afterwards."""
+
+    requires_calibration = False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise ValueError("a dense checkpoint becomes PILON with `pilon-compress convert`, not while it is loaded")
+        install(model, Layout.from_dict(self.quantization_config.layout))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        refuse_gaps(model)
+        dissolve(model)
+
+
+def refuse_gaps(model: nn.Module) -> None:
+    """Raise ValueError if a PILON tensor was not in the file: transformers would leave it as random memory."""
+    lost = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, PrimitiveBank | ComposedLinear)
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)  # meta: offloaded to disk
+    ]
+    if lost:
+        raise ValueError(f"the checkpoint lacks {len(lost)} PILON tensors, the first is {lost[0]}")
+
+
+def dissolve(model: nn.Module) -> None:
+    """Take the quantizer off the model. Left on it would block .half(), ignore save_pretrained(state_dict=), upset Trainer."""
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False  # type: ignore[assignment]
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_is_quantized"):
+            del config._is_quantized
+
+
+if "pilon" not in AUTO_QUANTIZER_MAPPING:  # a self-contained folder brings its own copy of this file
+    register_quantization_config("pilon")(PilonConfig)
+    register_quantizer("pilon")(PilonQuantizer)

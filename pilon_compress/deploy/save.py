@@ -1,0 +1,84 @@
+"""Safe saving: a folder appears whole under its name, or not at all."""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pilon_compress.deploy.loader import PilonConfig
+from pilon_compress.errors import BadInput
+from pilon_compress.form.layout import layout_of
+
+FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raise BadInput if `path` cannot become a fresh model folder: a file, or a non-empty folder without `overwrite`.
+
+    With `overwrite` only a folder that holds a config.json is given up: a slip must not clear somebody's home.
+    """
+    if path.exists() and not path.is_dir():
+        raise BadInput(f"{path} is a file; the output must be a folder")
+    if not path.exists() or not any(path.iterdir()):
+        parent = next(p for p in [path, *path.absolute().parents] if p.exists())
+        if not os.access(parent, os.W_OK):
+            raise BadInput(f"cannot write to {parent}")
+        return
+    if not overwrite:
+        raise BadInput(f"{path} is not empty; choose another output or pass --overwrite")
+    if not (path / "config.json").exists():
+        raise BadInput(f"{path} is not empty and holds no model, so --overwrite will not clear it")
+
+
+@contextmanager
+def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the block ends well and vanishes when it does not.
+
+    Raises BadInput as `check_output` does, and when the disk is full.
+    """
+    check_output(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
+    work.mkdir()
+    try:
+        yield work
+        if path.exists():
+            old = path.parent / f".{path.name}.{secrets.token_hex(4)}.old"
+            path.rename(old)
+            work.rename(path)
+            shutil.rmtree(old)
+        else:
+            work.rename(path)
+    except (OSError, SafetensorError) as error:
+        if reason := _disk_full(error):
+            raise BadInput(f"cannot write {path}: {reason}; nothing was kept") from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _disk_full(error: Exception) -> str | None:
+    if isinstance(error, OSError) and error.errno in FULL:
+        return FULL[error.errno]
+    text = str(error)  # safetensors wraps the operating system's error in its own
+    return next((reason for number, reason in FULL.items() if f"os error {number}" in text), None)
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, max_shard_size: str = "5GB"
+) -> None:
+    """Write weights (safetensors, in `dtype`), config and tokenizer of a PILON or dense model into a fresh `folder`."""
+    layout = layout_of(model)
+    if layout.projections:
+        model.config.quantization_config = PilonConfig(layout.to_dict())
+    model.config.dtype = dtype
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,63 @@
+"""The bank: low-rank primitives that every layer of a band shares."""
+
+import torch
+from torch import Tensor, nn
+
+
+class PrimitiveBank(nn.Module):
+    """`n_primitives` low-rank primitives for one band and role.
+
+        A: (n, d_in, r)   B: (n, r, d_out)        y = sum over selected p of  x A_p diag(g_p) B_p
+
+             x (d_in) --A_p--> u (r) --[* latent_scale + latent_bias]--> --g_p--> --B_p--> y (d_out)
+
+    The bank is owned once by the model; layers call it with their own composition. They must call it rather than
+    read `A` and `B`, so that FSDP can gather the parameters first. `latent_scale` and `latent_bias`, both (r,) and
+    shared by all primitives, are options of the original PILON.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        n_primitives: int,
+        rank: int,
+        latent_scale: bool = False,
+        latent_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(n_primitives, d_in, rank))
+        self.B = nn.Parameter(torch.empty(n_primitives, rank, d_out))
+        self.latent_scale = nn.Parameter(torch.ones(rank)) if latent_scale else None
+        self.latent_bias = nn.Parameter(torch.zeros(rank)) if latent_bias else None
+
+    @property
+    def n_primitives(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[2]
+
+    @property
+    def d_in(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.B.shape[2]
+
+    def forward(self, x: Tensor, selected: Tensor, weight: Tensor) -> Tensor:
+        """Compose the `selected` (k,) primitives with `weight` (k, r) or (k, 1) on `x` (..., d_in): two GEMMs."""
+        k, r = selected.shape[0], self.rank
+        A = self.A.index_select(0, selected).permute(1, 0, 2).reshape(self.d_in, k * r)
+        B = self.B.index_select(0, selected).reshape(k * r, self.d_out)
+        u = x @ A
+        if self.latent_scale is not None:
+            u = u * self.latent_scale.repeat(k)
+        if self.latent_bias is not None:
+            u = u + self.latent_bias.repeat(k)
+        return (u * weight.to(u.dtype).expand(k, r).reshape(k * r)) @ B
+
+    def extra_repr(self) -> str:
+        return f"n_primitives={self.n_primitives}, rank={self.rank}, d_in={self.d_in}, d_out={self.d_out}"

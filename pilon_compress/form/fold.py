@@ -1,0 +1,95 @@
+"""Folding: what a composition amounts to once it no longer changes. Two plain GEMMs, or one where that is cheaper."""
+
+import torch
+from torch import Tensor, nn
+
+from pilon_compress.form.composed import ComposedLinear
+from pilon_compress.form.layout import BANKS, banks, projections
+
+
+def pair_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
+    """Whether two GEMMs through `rank` (= k·r) need fewer MACs per token than the one dense GEMM."""
+    return rank * (d_in + d_out) < d_in * d_out
+
+
+@torch.no_grad()
+def factors(composed: ComposedLinear) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A (d_in, k·r), B (k·r, d_out), bias (d_out,) or None, so that the projection is `x @ A @ B + bias`.
+
+    The composition weight, latent scale and latent bias are folded in. Computed in float64, returned in the bank's dtype.
+    """
+    bank, (selected, weight) = composed.bank, composed.coefficients()
+    A = bank.A[selected].double().permute(1, 0, 2).reshape(bank.d_in, -1)
+    scaled = bank.B[selected].double() * weight.double()[:, :, None]
+    bias = None if composed.bias is None else composed.bias.double()
+    if bank.latent_bias is not None:
+        shift = torch.einsum("r,kro->o", bank.latent_bias.double(), scaled)
+        bias = shift if bias is None else bias + shift
+    if bank.latent_scale is not None:
+        scaled = scaled * bank.latent_scale.double()[:, None]
+    dtype = bank.A.dtype
+    return A.to(dtype), scaled.reshape(-1, bank.d_out).to(dtype), None if bias is None else bias.to(dtype)
+
+
+@torch.no_grad()
+def dense(composed: ComposedLinear) -> tuple[Tensor, Tensor | None]:
+    """The one matrix W (d_in, d_out) that the composition amounts to, and its bias. Multiplied out in float64."""
+    A, B, bias = factors(composed)
+    return (A.double() @ B.double()).to(A.dtype), bias
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """Replace, in place, every composed projection by plain nn.Linear layers and drop the banks: for inference only.
+
+    A projection becomes two Linears, or one where k·r > d_in·d_out / (d_in + d_out). The result runs faster, holds more
+    memory than the shared banks, and is no longer a PILON model that could be saved as one.
+    """
+    base = model.base_model
+    for name, composed in list(projections(model)):
+        parent_name, _, leaf = name.rpartition(".")
+        bank = composed.bank
+        if pair_is_cheaper(composed.top_k * bank.rank, bank.d_in, bank.d_out):
+            A, B, bias = factors(composed)
+            plain: nn.Module = nn.Sequential(_linear(A, None), _linear(B, bias))
+        else:
+            plain = _linear(*dense(composed))
+        setattr(base.get_submodule(parent_name), leaf, plain)
+    delattr(base, BANKS)
+    return model
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(*weight.shape, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.T.contiguous())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.clone())
+    return linear
+
+
+@torch.no_grad()
+def prune_unused(model: nn.Module) -> int:
+    """Drop, in place, the primitives that no layer selects; outputs stay bit-identical. Returns how many went.
+
+    Banks composed by softmax keep all their logits' primitives: which ones are selected may still change.
+    """
+    gone = 0
+    users: dict[int, list[ComposedLinear]] = {}
+    for _, composed in projections(model):
+        users.setdefault(id(composed.bank), []).append(composed)
+    for _, bank in banks(model):
+        layers = users.get(id(bank), [])
+        if any(layer.composition == "softmax" for layer in layers):
+            continue
+        used = torch.zeros(bank.n_primitives, dtype=torch.bool, device=bank.A.device)
+        for layer in layers:
+            used[layer.selected] = True
+        if bool(used.all()):
+            continue
+        renumbered = used.cumsum(0) - 1
+        for layer in layers:
+            layer.selected.copy_(renumbered[layer.selected])
+        gone += int((~used).sum())
+        bank.A = nn.Parameter(bank.A[used].clone())
+        bank.B = nn.Parameter(bank.B[used].clone())
+    return gone

@@ -1,0 +1,51 @@
+"""What a model consists of, read from its config alone: shapes on the meta device, no weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pilon_compress import checkpoint
+from pilon_compress.families import find_sites
+from pilon_compress.form.layout import Layout
+from pilon_compress.measure.size import DENSE_ITEMSIZE, bank_size, ffn_size, linear_macs, model_size
+
+
+def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> dict[str, Any]:
+    """The projections that a conversion of `model` would replace, or has replaced; parameters, bf16 bytes, MACs per token.
+
+    `projections`: one entry per projection (name, layer, role, d_in, d_out, parameters, bytes, macs, bank). For a PILON
+    model the parameters are those of the dense projection and `ffn`, `model_size` hold the ratios.
+    """
+    config = checkpoint.load_config(model)
+    empty = checkpoint.empty_model(config)
+    sites = find_sites(empty, targets, ignore)
+    stored = getattr(config, "quantization_config", None)
+    layout = Layout.from_dict(stored["layout"]) if stored and stored.get("quant_method") == "pilon" else None
+    entries = [
+        {
+            "name": site.name,
+            "layer": site.layer,
+            "role": site.role,
+            "d_in": site.d_in,
+            "d_out": site.d_out,
+            "parameters": site.parameters,
+            "bytes": site.parameters * DENSE_ITEMSIZE,
+            "macs": site.d_in * site.d_out,
+            "bank": layout.projections[site.name].bank if layout and site.name in layout.projections else None,
+        }
+        for site in sites
+    ]
+    result: dict[str, Any] = {
+        "model": model,
+        "architecture": type(empty).__name__,
+        "form": "pilon" if layout else "dense",
+        "parameters": sum(p.numel() for p in empty.parameters()),
+        "macs": linear_macs(empty),
+        "replaced": sum(site.parameters for site in sites),
+        "replaced_macs": sum(site.d_in * site.d_out for site in sites),
+        "projections": entries,
+    }
+    if layout:
+        result["ffn"] = ffn_size(layout).to_dict()
+        result["model_size"] = model_size(layout, empty).to_dict()
+        result["banks"] = {name: {**vars(spec), **bank_size(layout, name).to_dict()} for name, spec in layout.banks.items()}
+    return result

@@ -1,0 +1,28 @@
+"""How the layers use a bank: entropy, Gini coefficient, and how widely each primitive is selected."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe(energy: Tensor, selected: Tensor) -> dict[str, Any]:
+    """Statistics of one bank from `energy` (L, n), power per primitive and layer, and `selected` (L, k).
+
+    energy: each layer's shares, summing to 1. entropy: 0 (one primitive does all) to 1 (all alike). gini: 0 (all alike) to
+    nearly 1. selected_share: part of the layers that select each primitive. utilisation: primitives that any layer selects.
+    """
+    layers, n = energy.shape
+    share = (energy / energy.sum(1, keepdim=True).clamp_min(1e-30)).double().cpu()
+    entropy = torch.special.entr(share).sum(1) / max(torch.tensor(float(n)).log().item(), 1e-30)
+    ranked = share.sort(dim=1).values
+    position = torch.arange(1, n + 1, dtype=torch.float64)
+    gini = (2 * (ranked * position).sum(1) / n - (n + 1) / n).clamp_min(0)
+    uses = torch.zeros(layers, n).scatter_(1, selected.cpu(), 1.0).mean(0)
+    return {
+        "energy": share.tolist(),
+        "entropy": entropy.clamp(0, 1).tolist(),
+        "gini": gini.tolist(),
+        "selected_share": uses.tolist(),
+        "utilisation": float((uses > 0).double().mean()),
+    }

@@ -1,0 +1,87 @@
+"""Judging a model: the right figures for its kind, on text that it was not calibrated on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pilon_compress import checkpoint, recipe, text
+from pilon_compress.errors import BadInput
+from pilon_compress.measure import encoder, language
+
+CAUSAL_DATA = "hub:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
+ENCODER_DATA = "stdlib"
+ENCODER_TEXTS = 500
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    *,
+    against: PreTrainedModel | None,
+    settings: recipe.Evaluation,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Perplexity and its kin for a causal LM, fidelity to `against` for an encoder; `kind` says which."""
+    if checkpoint.is_causal(model.config):
+        window = settings.window or language.default_window(model.config)
+        limit = None if settings.samples is None else settings.samples * (settings.stride or window)
+        figures = language.measure(
+            model,
+            tokenizer,
+            documents,
+            against=against,
+            window=window,
+            stride=settings.stride,
+            batch_size=settings.batch_size,
+            max_tokens=limit,
+        )
+        return {"kind": "causal", **figures}
+    if against is None:
+        raise BadInput("an encoder is judged by its fidelity to the dense model: name it with --against")
+    texts = text.sample(text.paragraphs(documents), settings.samples or ENCODER_TEXTS, seed)
+    return {
+        "kind": "encoder",
+        **encoder.measure(model, against, tokenizer, texts, batch_size=settings.batch_size),
+    }
+
+
+def evaluate(
+    model: str, *, against: str | None = None, data: str | None = None, settings: recipe.Evaluation | None = None,
+    device: str = "cpu", seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluate the model at `model` (PILON or dense), against the dense one it came from where that is known.
+
+    `against` defaults to the source named in the folder's recipe.yaml. `data` is a text source; where it overlaps the
+    calibration source of that recipe, only the part that calibration left out is used, and the figures say so.
+    """
+    made_by = _recipe_of(model)
+    against = against or (made_by.model if made_by else None)
+    pilon = checkpoint.load_model(model, dtype="float32", device=device)
+    data = data or (CAUSAL_DATA if checkpoint.is_causal(pilon.config) else ENCODER_DATA)
+    seen = made_by is not None and _overlap(data, made_by.calibration.data or "")
+    documents = list(text.open_text(data, part="held-out" if seen else "all"))
+    dense = checkpoint.load_model(against, dtype="float32", device=device) if against else None
+    figures = measure(
+        pilon,
+        checkpoint.load_tokenizer(model),
+        documents,
+        against=dense,
+        settings=settings or recipe.Evaluation(),
+        seed=seed,
+    )
+    return {**figures, "model": model, "against": against, "data": data + (" (held-out part)" if seen else "")}
+
+
+def _recipe_of(model: str) -> recipe.Recipe | None:
+    path = Path(checkpoint.resolve(model)) / "recipe.yaml"
+    return recipe.load(str(path)) if path.is_file() else None
+
+
+def _overlap(data: str, calibration: str) -> bool:
+    """Whether two sources may share documents: the same one, or `stdlib` and one of its halves."""
+    return data == calibration or (
+        {data, calibration} & {"stdlib"} != set() and data.startswith("stdlib") and calibration.startswith("stdlib")
+    )

@@ -1,0 +1,41 @@
+"""Text from a causal LM, for a first look at what a conversion left."""
+
+import torch
+
+from pilon_compress import checkpoint
+from pilon_compress.errors import BadInput
+from pilon_compress.form.fold import fold
+from pilon_compress.form.layout import projections
+
+
+@torch.no_grad()
+def continue_text(
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str = "cpu",
+) -> str:
+    """The continuation of `prompt`, without it; greedy at temperature 0. Raises BadInput if `model` is not a causal LM."""
+    config = checkpoint.load_config(model)
+    if not checkpoint.is_causal(config):
+        raise BadInput(f"{model} is a {config.model_type} encoder: it does not generate text")
+    tokenizer = checkpoint.load_tokenizer(model)
+    network = checkpoint.load_model(model, dtype="float32" if device == "cpu" else "auto", device=device)
+    if any(True for _ in projections(network)):
+        fold(network)
+    encoded = tokenizer(prompt, return_tensors="pt").to(device)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    out = network.generate(
+        encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        **sampling,
+    )
+    return str(tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))

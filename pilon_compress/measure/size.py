@@ -1,0 +1,111 @@
+"""How large: numbers stored, bytes, and multiply-accumulates per token, PILON over dense."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pilon_compress.form.fold import pair_is_cheaper
+from pilon_compress.form.layout import Layout, linear_shape
+
+DENSE_ITEMSIZE = 2  # the dense model is counted in bfloat16, whatever it was stored in
+INDEX_ITEMSIZE = 8  # selected primitives are int64
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers stored, bytes on disk, MACs per token; of the PILON form and of the dense one that it replaces.
+
+    MACs are those of matrix products with weights: attention scores, norms and look-ups do not count. A composition that
+    would cost more MACs than its dense matrix counts as the dense one, which is how `fold` runs it.
+    """
+
+    stored: int
+    dense_stored: int
+    bytes: int
+    dense_bytes: int
+    macs: int
+    dense_macs: int
+
+    def __add__(self, other: "Size") -> "Size":
+        return Size(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures with their three ratios, PILON over dense."""
+        return {
+            "stored_ratio": self.stored / self.dense_stored,
+            "bytes_ratio": self.bytes / self.dense_bytes,
+            "mac_ratio": self.macs / self.dense_macs,
+            **vars(self),
+        }
+
+
+def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """One bank and the projections that compose from it; `itemsize` in bytes per stored number."""
+    spec = layout.banks[bank]
+    numbers = spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
+    numbers += spec.rank * (spec.latent_scale + spec.latent_bias)
+    indices = macs = dense = dense_macs = 0
+    for name in layout.users(bank):
+        user = layout.projections[name]
+        width = spec.rank if user.composition == "component" else 1
+        numbers += (spec.n_primitives if user.composition == "softmax" else user.top_k) * width + user.bias * spec.d_out
+        indices += 0 if user.composition == "softmax" else user.top_k
+        inner = user.top_k * spec.rank
+        full = spec.d_in * spec.d_out
+        macs += inner * (spec.d_in + spec.d_out) if pair_is_cheaper(inner, spec.d_in, spec.d_out) else full
+        dense += full + user.bias * spec.d_out
+        dense_macs += full
+    return Size(
+        stored=numbers + indices,
+        dense_stored=dense,
+        bytes=numbers * itemsize + indices * INDEX_ITEMSIZE,
+        dense_bytes=dense * DENSE_ITEMSIZE,
+        macs=macs,
+        dense_macs=dense_macs,
+    )
+
+
+def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """Everything that the layout replaces."""
+    total = Size(0, 0, 0, 0, 0, 0)
+    for bank in layout.banks:
+        total = total + bank_size(layout, bank, itemsize)
+    return total
+
+
+def model_size(layout: Layout, dense: nn.Module, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """The whole model; `dense` is the host model before conversion, on any device (meta will do)."""
+    ffn = ffn_size(layout, itemsize)
+    parameters = sum(p.numel() for p in dense.parameters())  # tied weights once
+    rest = parameters - ffn.dense_stored
+    rest_macs = linear_macs(dense) - ffn.dense_macs
+    return ffn + Size(rest, rest, rest * itemsize, rest * DENSE_ITEMSIZE, rest_macs, rest_macs)
+
+
+def linear_macs(model: nn.Module) -> int:
+    """MACs per token of every dense linear projection of `model`, the language-model head included."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            d_in, d_out = linear_shape(module)
+            total += d_in * d_out
+    return total
+
+
+def kept(dense: nn.Module, layout: Layout) -> list[dict[str, Any]]:
+    """What the layout leaves alone, by place: name, parameters, share of the dense model's parameters."""
+    replaced = {f"{name}." for name in layout.projections}
+    prefix = dense.base_model_prefix + "."
+    groups: dict[str, int] = {}
+    total = 0
+    for name, parameter in dense.named_parameters():
+        total += parameter.numel()
+        local = name.removeprefix(prefix)
+        if any(local.startswith(place) for place in replaced):
+            continue
+        words = [word for word in local.split(".")[:-1] if not word.isdigit()]
+        group = ".".join(words[:3]) or local
+        groups[group] = groups.get(group, 0) + parameter.numel()
+    ordered = sorted(groups.items(), key=lambda item: -item[1])
+    return [{"name": name, "parameters": count, "share": count / total} for name, count in ordered]

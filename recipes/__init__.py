@@ -1,0 +1,1 @@
+"""Recipes that ship with the package; a user names one by its file name without the ending."""
