@@ -30,16 +30,22 @@ def convert(
     ] = None,
     bands: Annotated[
         str | None,
-        typer.Option(help="Number of bands, or layers per band: '[[0,1,2],[3,4,5]]'.", rich_help_panel=PANELS["budget"]),
+        typer.Option(
+            help="Number of bands, or layers per band: '[[0,1,2],[3,4,5]]'.", rich_help_panel=PANELS["budget"]
+        ),
     ] = None,
-    n_primitives: Annotated[int | None, typer.Option(help="Primitives per bank.", rich_help_panel=PANELS["budget"])] = None,
+    n_primitives: Annotated[
+        int | None, typer.Option(help="Primitives per bank.", rich_help_panel=PANELS["budget"])
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of each primitive.", rich_help_panel=PANELS["budget"])] = None,
     top_k: Annotated[
         int | None, typer.Option(help="Primitives that each layer selects.", rich_help_panel=PANELS["budget"])
     ] = None,
     allow_larger: Annotated[
         bool,
-        typer.Option("--allow-larger", help="Permit plans larger than dense, for study.", rich_help_panel=PANELS["budget"]),
+        typer.Option(
+            "--allow-larger", help="Permit plans larger than dense, for study.", rich_help_panel=PANELS["budget"]
+        ),
     ] = False,
     method: Annotated[str | None, typer.Option(help="pilon, or a peer: whitened-svd, svd.")] = None,
     composition: Annotated[str | None, typer.Option(help="component or scalar.")] = None,
@@ -51,7 +57,8 @@ def convert(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Calibration paragraphs (encoders) or blocks (LMs).", rich_help_panel=PANELS["data"])
+        int | None,
+        typer.Option(help="Calibration paragraphs (encoders) or blocks (LMs).", rich_help_panel=PANELS["data"]),
     ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens per calibration sequence.", rich_help_panel=PANELS["data"])
@@ -74,7 +81,8 @@ def convert(
         list[str] | None, typer.Option(help="Leave these modules dense.", rich_help_panel=PANELS["scope"])
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the saved weights: auto, float32, bfloat16, float16.", rich_help_panel=PANELS["run"])
+        str | None,
+        typer.Option(help="Of the saved weights: auto, float32, bfloat16, float16.", rich_help_panel=PANELS["run"]),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.", rich_help_panel=PANELS["run"])] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling and fit.", rich_help_panel=PANELS["run"])] = None,
@@ -156,10 +164,12 @@ def print_plan(result: dict[str, Any]) -> None:
         ]
         for bank in result["plan"]["banks"]
     ]
-    print_table("Plan", ["bank (layers)", "shape", "primitives", "rank", "top-k", "stored ÷ dense", "MACs ÷ dense"], rows)
+    print_table(
+        "Plan", ["bank (layers)", "shape", "primitives", "rank", "top-k", "stored ÷ dense", "MACs ÷ dense"], rows
+    )
     ffn, whole, expected = result["ffn"], result["model"], result["estimate"]
     notice(
-        f"FFN {number(ffn['stored_ratio'])} of the dense parameters and {number(ffn['mac_ratio'])} of its MACs; whole model "
+        f"FFN {number(ffn['stored_ratio'])} of the dense parameters, {number(ffn['mac_ratio'])} of its MACs; whole model "
         f"{number(whole['stored_ratio'])}, {mib(whole['bytes'])}; about {number(expected['seconds'])} s and "
         f"{number(expected['peak_gib'])} GiB here"
     )

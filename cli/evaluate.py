@@ -18,7 +18,9 @@ def evaluate(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Texts (encoders) or windows (LMs); default: 500 / all.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of context per window (LMs).")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens by which windows advance (LMs); default: the window.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens by which windows advance (LMs); default: the window.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 16,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of the sample of texts.")] = 0,
@@ -42,4 +44,6 @@ def evaluate(
         return
     rows = [[figure.label, figure.value, figure.dense, figure.meaning] for figure in quality(result)]
     print_table(f"{model} against {result['against'] or 'nothing'}", ["", "model", "dense", "what it is"], rows)
-    notice("; ".join(f"{label}: {value}" for label, value in circumstances(result) if label not in ("model", "against")))
+    notice(
+        "; ".join(f"{label}: {value}" for label, value in circumstances(result) if label not in ("model", "against"))
+    )

@@ -35,7 +35,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 class _RegisterWithTransformers(MetaPathFinder):
-    """Registers the PILON loader right after transformers has executed its registry module, then leaves the import path."""
+    """Registers the PILON loader once transformers has executed its registry module, then leaves the import path."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _REGISTRY:

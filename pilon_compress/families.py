@@ -1,4 +1,4 @@
-"""Where the feed-forward projections live in each architecture: a table, and detection by shape for models not in it."""
+"""Where the feed-forward projections live in each architecture: a table, and detection by shape for the rest."""
 
 import re
 from collections import Counter
@@ -65,8 +65,8 @@ def find_sites(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[s
     """The projections of `model` (on any device, meta included) that would be replaced, in layer order.
 
     Without `targets` these are the feed-forward projections. `targets` and `ignore` are module names, class names, or
-    `re:` followed by a regular expression that the module name must match from its start; names count from the base model.
-    A target may name any linear projection inside a layer. Raises BadInput when nothing is left.
+    `re:` followed by a regular expression that the module name must match from its start; names count from the base
+    model. A target may name any linear projection inside a layer. Raises BadInput when nothing is left.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise BadInput(f"{model.config.model_type} is an encoder-decoder model, which is not supported")
@@ -90,7 +90,9 @@ def find_sites(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[s
             role = roles.get(path, path.replace(".", "_"))
             sites.append(Site(name, index, role, d_in, d_out, module.bias is not None, name))
     if not sites:
-        why = "every feed-forward projection is ignored" if ignore and not targets else "no projection matches --targets"
+        why = (
+            "every feed-forward projection is ignored" if ignore and not targets else "no projection matches --targets"
+        )
         raise BadInput(f"{why} in {type(model).__name__}")
     return _share_inputs(sites)
 
@@ -98,9 +100,9 @@ def find_sites(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[s
 def detect(base: nn.Module) -> Family | None:
     """Find the feed-forward projections of an unknown architecture by their shapes; None if there are none.
 
-    Within one layer, `down` is the linear that maps the widest inner size F back to the hidden size; linears from the hidden
-    size to F are `up` (and `gate`, if two), one to 2F is a fused `gate_up`. Attention is narrower than F in every model
-    that this is meant for.
+    Within one layer, `down` is the linear that maps the widest inner size F back to the hidden size; linears from the
+    hidden size to F are `up` (and `gate`, if two), one to 2F is a fused `gate_up`. Attention is narrower than F in
+    every model that this is meant for.
     """
     path = _layer_list(base)
     if path is None:

@@ -52,7 +52,12 @@ def reference(layer, x):
 def pilon_bert(bands=((0, 1), (2,)), top_k=2, composition="component", n=4, r=2):
     torch.manual_seed(1)
     config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, hidden_dropout_prob=0
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=24,
+        hidden_dropout_prob=0,
     )
     model = BertModel(config).eval()
     specs, users = {}, {}

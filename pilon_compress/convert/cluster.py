@@ -8,11 +8,12 @@ MAX_PATTERNS = 16
 
 
 def group(usage: Tensor, rank: int, seed: int) -> Tensor:
-    """Order (K,) that puts the K components of a bank into primitives of `rank`: the first `rank` entries are primitive 0.
+    """Order (K,) that puts the K components of a bank into primitives of `rank`: the first `rank` are primitive 0.
 
-    `usage` (L, K): the power that each component brings to each layer's output, in units of that layer's dense output, so
-    components of different layers compare. KMeans finds the patterns of layers that use a component; a pattern's
-    components go together, strongest first, so that a layer which selects whole primitives leaves little unused.
+    `usage` (L, K): the power that each component brings to each layer's output, in units of that layer's dense
+    output, so components of different layers compare. KMeans finds the patterns of layers that use a component; a
+    pattern's components go together, strongest first, so that a layer which selects whole primitives leaves little
+    unused.
     """
     layers, count = usage.shape
     power = usage.sum(0)

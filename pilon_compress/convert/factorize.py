@@ -14,8 +14,8 @@ class Target:
     """One dense weight and the metric it is judged by; everything float64.
 
     weight (d_in, d_out)   metric C (d_in, d_in)   total = tr(Wᵀ C W)
-    loss(Ŵ) = tr((W - Ŵ)ᵀ C (W - Ŵ)): the expected squared output error per token (DRONE, Chen et al. 2021; SVD-LLM, Wang
-    et al. 2024). C is the centred covariance where a bias can absorb the mean error, else the second moment.
+    loss(Ŵ) = tr((W - Ŵ)ᵀ C (W - Ŵ)): the expected squared output error per token (DRONE, Chen et al. 2021;
+    SVD-LLM, Wang et al. 2024). C is the centred covariance where a bias can absorb the mean error, else the second moment.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Target:
 
     @cached_property
     def whitened(self) -> tuple[Tensor, Tensor]:
-        """Right singular vectors (d_out, m) of R W, where RᵀR = C, and the singular values² (m,), both by falling value.
+        """Right singular vectors (d_out, m) of R W, with RᵀR = C, and singular values² (m,), by falling value.
 
-        W V Vᵀ with the first r columns of V is the rank-r matrix nearest to W in the metric C: the optimum of SVD-LLM without
-        its Cholesky factor or any inverse, since R comes from `eigh` and the left factor is W V itself.
+        W V Vᵀ with the first r columns of V is the rank-r matrix nearest to W in the metric C: the optimum of SVD-LLM
+        without its Cholesky factor or any inverse, since R comes from `eigh` and the left factor is W V itself.
         """
         W, C = self.weight, self.metric
         if W.shape[1] <= W.shape[0]:  # the smaller eigenproblem is on the output side: V Σ² Vᵀ = Wᵀ C W
@@ -82,7 +82,7 @@ def components(weight: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tens
 
 
 def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Rescale A (d_in, K) and B (K, d_out) so that column and row norms agree: products stay, half precision is safe."""
+    """Rescale A (d_in, K) and B (K, d_out) so that column and row norms agree: half precision is safe then."""
     left, right = A.norm(dim=0), B.norm(dim=1)
     alive = (left > 0) & (right > 0)
     ratio = torch.where(alive, (right / left.clamp_min(1e-30)).sqrt(), torch.ones_like(left))

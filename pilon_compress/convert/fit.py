@@ -3,9 +3,10 @@
     minimise  Σ_l  tr((W_l - A diag(g_l) B)ᵀ C_l (W_l - A diag(g_l) B)) / total_l
     A (d_in, K)   B (K, d_out)   g (L, K), zero outside the primitives that layer l selects;   K = n·r
 
-It starts from the layers' own whitened SVDs side by side (g one-hot, the budget-matched private solution), a saddle that a
-little noise on g leaves quickly. Then in turn: g and B exactly (K × K systems), A by preconditioned conjugate gradients.
-In the end each layer keeps its top-k primitives, and the private start is returned instead if the fit is not better.
+It starts from the layers' own whitened SVDs side by side (g one-hot, the budget-matched private solution), a saddle
+that a little noise on g leaves quickly. Then in turn: g and B exactly (K × K systems), A by preconditioned conjugate
+gradients. In the end each layer keeps its top-k primitives, and the private start is returned instead if the fit is
+not better.
 """
 
 from collections.abc import Callable
@@ -45,7 +46,9 @@ class BankFit:
     def approximation(self, layer: int) -> Tensor:
         """W (d_in, d_out) as composed for the `layer`-th of the band."""
         chosen = self.selected[layer]
-        return torch.einsum("kir,kr,kro->io", self.A[chosen], self.weight[layer].expand(-1, self.A.shape[2]), self.B[chosen])
+        return torch.einsum(
+            "kir,kr,kro->io", self.A[chosen], self.weight[layer].expand(-1, self.A.shape[2]), self.B[chosen]
+        )
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Band:
         self.eigenvalues, self.eigenvectors = torch.linalg.eigh(_damped(mean, 1e-3))
 
     def compose(self, A: Tensor, B: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Best g (L, K) for the active primitives and the share of each layer's output that each component then explains.
+        """Best g (L, K) for the active primitives, and the share of the layer's output that each component explains.
 
         Both (L, K), in the precision of A and B: float32 within a sweep, float64 for the weights that are kept.
         """
@@ -108,10 +111,12 @@ class Band:
         return torch.linalg.solve(_damped(gram, 1e-6), right)
 
     def update_A(self, A: Tensor, B: Tensor, g: Tensor) -> Tensor:
-        """A few conjugate gradient steps on Σ_l C_l A H_l = Σ_l s_l C_l W_l Bᵀ diag(g), H_l = s_l diag(g) B Bᵀ diag(g)."""
+        """Conjugate gradient steps on Σ_l C_l A H_l = Σ_l s_l C_l W_l Bᵀ diag(g), H_l = s_l diag(g) B Bᵀ diag(g)."""
         BB = B @ B.T
         H = [s * (row[:, None] * BB * row) for row, s in zip(g, self.scale, strict=True)]
-        right = sum((s * (CW @ (B.T * row)) for CW, row, s in zip(self.CW, g, self.scale, strict=True)), torch.zeros_like(A))
+        right = sum(
+            (s * (CW @ (B.T * row)) for CW, row, s in zip(self.CW, g, self.scale, strict=True)), torch.zeros_like(A)
+        )
         mean = sum(H, torch.zeros_like(BB)) / max(sum(self.scale), 1e-300)
         values, vectors = torch.linalg.eigh(_damped(mean, 1e-4))
         spectrum = self.eigenvalues[:, None] * values  # the operator's, were all C_l alike
@@ -125,12 +130,14 @@ class Band:
         return _conjugate_gradients(operator, right, A, precondition)
 
 
-def fit_bank(targets: list[Target], plan: BankPlan, seed: int = 0, sweeps: int = 24, tolerance: float = 2e-3) -> BankFit:
+def fit_bank(
+    targets: list[Target], plan: BankPlan, seed: int = 0, sweeps: int = 24, tolerance: float = 2e-3
+) -> BankFit:
     """Fit one bank to the `targets` of a band. Deterministic for a seed; never worse than the private start.
 
-    `sweeps` bounds the alternations before and after the selection of primitives; a stage ends early once a sweep lowers the
-    loss by less than `tolerance` of it. The loss compared with the private start is both the sum of relative losses, which is
-    minimised, and the plain sum over the band.
+    `sweeps` bounds the alternations before and after the selection of primitives; a stage ends early once a sweep
+    lowers the loss by less than `tolerance` of it. The loss compared with the private start is both the sum of
+    relative losses, which is minimised, and the plain sum over the band.
     """
     band = Band(targets, plan.rank, plan.composition == "scalar")
     start, private_losses = private_start(band, plan)
@@ -216,9 +223,7 @@ def _usage(band: Band, state: State) -> Tensor:
     return state.g.float().square() * power * B.square().sum(1)
 
 
-def _pack(
-    state: State, plan: BankPlan, usage: Tensor, losses: list[float], private_losses: list[float]
-) -> BankFit:
+def _pack(state: State, plan: BankPlan, usage: Tensor, losses: list[float], private_losses: list[float]) -> BankFit:
     n, r, layers = plan.n_primitives, plan.rank, len(losses)
     selected = torch.stack([row.nonzero()[:, 0] for row in state.active])
     weight = state.g.reshape(layers, n, r).gather(1, selected[:, :, None].expand(-1, -1, r))
@@ -230,7 +235,7 @@ def _pack(
 
 
 def _solve(gram: Tensor, right: Tensor, chosen: Tensor) -> Tensor:
-    """Least squares over the chosen unknowns, the others zero; Jacobi scaling makes one ridge fit strong and weak alike."""
+    """Least squares over the chosen unknowns, the others zero; after Jacobi scaling one ridge fits strong and weak."""
     gram, rhs = gram[chosen][:, chosen], right[chosen]
     scale = gram.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale.clamp_min(1e-30), torch.zeros_like(scale))

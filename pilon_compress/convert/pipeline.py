@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import pilon_compress
 from pilon_compress import checkpoint, recipe, text
 from pilon_compress.convert import calibration
-from pilon_compress.convert.factorize import Target
+from pilon_compress.convert.factorize import Target, components
 from pilon_compress.convert.fit import BankFit, fit_bank
 from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.prepare import Job, prepare
@@ -30,7 +30,7 @@ from pilon_compress.deploy.save import check_output, fresh_folder, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
 from pilon_compress.form.fold import prune_unused
-from pilon_compress.form.layout import banks, install, linear_shape, projections
+from pilon_compress.form.layout import banks, install, layout_of, projections
 from pilon_compress.measure import composition, evaluate, report, size
 from pilon_compress.progress import track
 
@@ -54,9 +54,9 @@ def convert(
 ) -> dict[str, Any]:
     """Convert the dense model that `settings` names and write a PILON model folder to `output`.
 
-    The folder appears whole or not at all: weights (safetensors), config, tokenizer, recipe.yaml, README.md (model card),
-    report.html, report.json. Returns the report (the contents of report.json). Raises BadInput for anything that the
-    user can mend: see `errors.BadInput`. `job` is `prepare(settings)`, where the caller has it already.
+    The folder appears whole or not at all: weights (safetensors), config, tokenizer, recipe.yaml, README.md (model
+    card), report.html, report.json. Returns the report (the contents of report.json). Raises BadInput for anything
+    that the user can mend: see `errors.BadInput`. `job` is `prepare(settings)`, where the caller has it already.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -72,7 +72,7 @@ def convert(
     fitted = [fit(bank, dense, moments, settings) for bank in track(job.plan.banks, "fitting banks")]
     model = build(dense, job, fitted)
     result = describe(job, model, fitted, batches)
-    result |= {"command": command, "output": str(output), "recipe": recipe.dump(settings)}
+    result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
     with fresh_folder(output, overwrite) as folder:
         save_model(model, tokenizer, folder, job.dtype)
         del model
@@ -161,8 +161,6 @@ def dense_weight(dense: PreTrainedModel, site: Site) -> Tensor:
 
 def private_fit(target: Target, bank: BankPlan, method: str) -> BankFit:
     """A peer's closed form in PILON's clothes: one primitive per layer, composed with weight 1."""
-    from pilon_compress.convert.factorize import components
-
     A, B = components(target.weight, target.vectors(method), bank.rank)
     loss = [target.loss(A @ B)]
     one = torch.ones(1, 1, device=A.device, dtype=A.dtype)
@@ -192,7 +190,6 @@ def build(dense: PreTrainedModel, job: Job, fitted: list[Fitted]) -> PreTrainedM
         bank.B.copy_(solution.fit.B)
         for index, site in enumerate(solution.plan.sites):
             layer = composed[site.name]
-            assert linear_shape(layer) == (site.d_in, site.d_out)
             layer.weight.copy_(solution.fit.weight[index])
             layer.selected.copy_(solution.fit.selected[index])
             if layer.bias is not None:
@@ -206,6 +203,7 @@ def describe(
     job: Job, model: PreTrainedModel, fitted: list[Fitted], batches: list[calibration.Batch]
 ) -> dict[str, Any]:
     """The report's contents, less what is known only after saving."""
+    layout = layout_of(model)  # the plan's, less the primitives that no layer selected
     methods = fitted[0].relative_losses
     every = {method: [loss for one in fitted for loss in one.relative_losses[method]] for method in methods}
     return {
@@ -214,7 +212,8 @@ def describe(
         "source": job.recipe.model,
         "method": job.recipe.method,
         "plan": job.describe_plan(),
-        **job.size(),
+        "ffn": size.ffn_size(layout, job.dtype.itemsize).to_dict(),
+        "model": size.model_size(layout, job.dense, job.dtype.itemsize).to_dict(),
         "dtype": str(job.dtype).removeprefix("torch."),
         "whitened_loss": {method: max(0.0, sum(values) / len(values)) for method, values in every.items()},
         "projections": [entry for one in fitted for entry in one.projections],
@@ -236,9 +235,7 @@ def describe(
     }
 
 
-def judge(
-    job: Job, folder: Path, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any] | None:
+def judge(job: Job, folder: Path, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     """Load the saved folder back and measure it against `dense` on text that was not used for calibration."""
     asked = job.recipe.evaluation
     if asked.data == "none":

@@ -98,7 +98,9 @@ def make_plan(sites: Sequence[Site], budget: Budget, method: Method, composition
             members = [site for site in sites if site.layer in band and site.role == role]
             shapes = {(site.d_in, site.d_out) for site in members}
             if len(shapes) > 1:
-                raise BadInput(f"band {index} mixes {role} projections of shapes {sorted(shapes)}: choose other --bands")
+                raise BadInput(
+                    f"band {index} mixes {role} projections of shapes {sorted(shapes)}: choose other --bands"
+                )
             if members:
                 empty = BankPlan(index, role, tuple(members), 0, 0, 0, composition)
                 banks.append(solve_private(empty, budget) if private else solve(empty, budget))
@@ -135,7 +137,7 @@ def solve_private(empty: BankPlan, budget: Budget) -> BankPlan:
 
 
 def solve(empty: BankPlan, budget: Budget) -> BankPlan:
-    """Primitives of the largest rank in RANKS that fills the budget to within WASTE and gives every layer two of its own."""
+    """The largest rank in RANKS that fills the budget to within WASTE and gives every layer two of its own."""
     layers = len(empty.sites)
     best: BankPlan | None = None
     for rank in (budget.rank,) if budget.rank else RANKS:

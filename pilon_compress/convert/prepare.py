@@ -34,7 +34,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion before it starts. `dense` is the model on the meta device: shapes without weights."""
+    """A conversion before it starts. `dense` is the model on the meta device: shapes without weights.
+
+    `recipe` has every default that depends on the model filled in, so that saving it pins the run down.
+    """
 
     recipe: Recipe
     config: PretrainedConfig
@@ -76,7 +79,7 @@ class Job:
 
 
 def prepare(recipe: Recipe) -> Job:
-    """Read the config, find the projections and solve the plan. Loads no weights. Raises BadInput for what cannot be."""
+    """Read the config, find the projections and solve the plan. Loads no weights. Raises BadInput."""
     config = checkpoint.load_config(recipe.model)
     dense = checkpoint.empty_model(config)
     causal = checkpoint.is_causal(config)
@@ -92,11 +95,12 @@ def prepare(recipe: Recipe) -> Job:
     )
     stored = getattr(config, "dtype", None) or torch.float32
     dtype = stored if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    return Job(recipe, config, dense, causal, sites, plan, plan.layout(), calibration, dtype)
+    pinned = recipe.model_copy(update={"calibration": asked.model_copy(update=vars(calibration))})
+    return Job(pinned, config, dense, causal, sites, plan, plan.layout(), calibration, dtype)
 
 
 def estimate(job: Job) -> dict[str, float]:
-    """`seconds` and `peak_gib` that the conversion will take here, from its operation counts and this machine's GEMM speed.
+    """`seconds` and `peak_gib` that the conversion will take here, from operation counts and this machine's speed.
 
     A guide, not a promise: the speed is measured on one matrix product, and the fit may stop early.
     """
@@ -111,7 +115,9 @@ def estimate(job: Job) -> dict[str, float]:
         flops += 2 * layers * (20 * narrow**2 * wide + 10 * min(bank.d_in, bank.d_out) ** 3)  # float64 factorisations
         if layers > 1:
             inner, sweep = bank.n_primitives * bank.rank, 36
-            flops += sweep * layers * 2 * inner * (6 * bank.d_in**2 + 2 * bank.d_in * bank.d_out + 8 * inner * bank.d_in)
+            flops += (
+                sweep * layers * 2 * inner * (6 * bank.d_in**2 + 2 * bank.d_in * bank.d_out + 8 * inner * bank.d_in)
+            )
     weights = parameters * 4
     moments = 4 * sum(d * d for d in inputs.values())
     largest = max(job.plan.banks, key=lambda bank: len(bank.sites) * bank.d_in * max(bank.d_in, bank.d_out))

@@ -29,7 +29,7 @@ Generated from the package's own modules; do not edit.
 
 
 def export_dense(source: str, output: Path, *, dtype: str = "auto", overwrite: bool = False) -> None:
-    """Write the host model with every composition multiplied out: stock transformers loads it, nothing of PILON remains.
+    """Write the host model with every composition multiplied out: stock transformers loads it, no PILON remains.
 
     It computes what the PILON model computes (logits agree to about 1e-5 in float32) at the dense model's size.
     """
@@ -104,7 +104,7 @@ def host_classes(model: PreTrainedModel) -> dict[str, str]:
 
 
 def bundle(hosts: list[str]) -> str:
-    """One module: the sources of the form and the loader without their imports of each other, and a class per host class."""
+    """One module: the sources of form and loader without their imports of each other, and a class per host class."""
     parts = [HEADER]
     for module in BUNDLED:
         lines = inspect.getsource(module).splitlines()

@@ -1,10 +1,10 @@
 """How transformers loads a PILON model: as a quantization method that swaps the projections in, then steps aside.
 
-    from_pretrained(folder)
-      config.json  quantization_config {"quant_method": "pilon", "layout": ...}
-        -> PilonConfig -> PilonQuantizer
-             before the weights (model on the meta device): install(model, layout)
-             after the weights: refuse gaps, then dissolve, so that an ordinary nn.Module remains
+from_pretrained(folder)
+  config.json  quantization_config {"quant_method": "pilon", "layout": ...}
+    -> PilonConfig -> PilonQuantizer
+         before the weights (model on the meta device): install(model, layout)
+         after the weights: refuse gaps, then dissolve, so that an ordinary nn.Module remains
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ class PilonConfig(QuantizationConfigMixin):
     def __init__(self, layout: dict[str, Any], format_version: int = FORMAT_VERSION, **unused: Any) -> None:
         if format_version > FORMAT_VERSION:
             raise ValueError(
-                f"this checkpoint is in PILON format {format_version}, newer than the {FORMAT_VERSION} that is read here: "
+                f"this checkpoint is in PILON format {format_version}, newer than the {FORMAT_VERSION} read here: "
                 "upgrade pilon-compress"
             )
         self.quant_method = "pilon"
@@ -71,7 +71,7 @@ def refuse_gaps(model: nn.Module) -> None:
 
 
 def dissolve(model: nn.Module) -> None:
-    """Take the quantizer off the model. Left on it would block .half(), ignore save_pretrained(state_dict=), upset Trainer."""
+    """Take the quantizer off the model: it would block .half(), ignore save_pretrained(state_dict=), upset Trainer."""
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):
             delattr(model, name)

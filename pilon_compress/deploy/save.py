@@ -72,7 +72,11 @@ def _disk_full(error: Exception) -> str | None:
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, max_shard_size: str = "5GB"
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_size: str = "5GB",
 ) -> None:
     """Write weights (safetensors, in `dtype`), config and tokenizer of a PILON or dense model into a fresh `folder`."""
     layout = layout_of(model)

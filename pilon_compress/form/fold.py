@@ -16,7 +16,8 @@ def pair_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
 def factors(composed: ComposedLinear) -> tuple[Tensor, Tensor, Tensor | None]:
     """A (d_in, k·r), B (k·r, d_out), bias (d_out,) or None, so that the projection is `x @ A @ B + bias`.
 
-    The composition weight, latent scale and latent bias are folded in. Computed in float64, returned in the bank's dtype.
+    The composition weight, latent scale and latent bias are folded in. Computed in float64, returned in the bank's
+    dtype.
     """
     bank, (selected, weight) = composed.bank, composed.coefficients()
     A = bank.A[selected].double().permute(1, 0, 2).reshape(bank.d_in, -1)

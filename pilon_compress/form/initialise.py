@@ -11,8 +11,8 @@ def initialise(model: nn.Module, std: float, generator: torch.Generator | None =
     """Draw banks and compositions so that every projection's output variance equals that of a dense N(0, std²) weight.
 
     A composed weight is a sum of k·r products a·g·b, so Var W = k·r · Var a · E[g²] · Var b, which is set to std².
-    Component and scalar weights start as random signs, so that layers which share a bank start apart; softmax logits near
-    zero, hence weights near 1/k. A and B get the same scale.
+    Component and scalar weights start as random signs, so that layers which share a bank start apart; softmax logits
+    near zero, hence weights near 1/k. A and B get the same scale.
     """
     done: set[int] = set()
     for _, composed in projections(model):

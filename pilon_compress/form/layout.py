@@ -1,4 +1,4 @@
-"""The layout: which projection composes from which bank, and how large everything is. Plain data, kept in config.json."""
+"""The layout: which projection composes from which bank, and all sizes. Plain data, kept in config.json."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -138,9 +138,7 @@ def layout_of(model: nn.Module) -> Layout:
     """Read the layout back from an installed model."""
     names = {id(bank): name for name, bank in banks(model)}
     specs = {
-        name: BankSpec(
-            b.d_in, b.d_out, b.n_primitives, b.rank, b.latent_scale is not None, b.latent_bias is not None
-        )
+        name: BankSpec(b.d_in, b.d_out, b.n_primitives, b.rank, b.latent_scale is not None, b.latent_bias is not None)
         for name, b in banks(model)
     }
     composed = {

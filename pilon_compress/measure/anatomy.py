@@ -10,7 +10,7 @@ from pilon_compress.measure.size import DENSE_ITEMSIZE, bank_size, ffn_size, lin
 
 
 def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> dict[str, Any]:
-    """The projections that a conversion of `model` would replace, or has replaced; parameters, bf16 bytes, MACs per token.
+    """The projections that a conversion of `model` would replace, or has replaced, and what they cost.
 
     `projections`: one entry per projection (name, layer, role, d_in, d_out, parameters, bytes, macs, bank). For a PILON
     model the parameters are those of the dense projection and `ffn`, `model_size` hold the ratios.
@@ -47,5 +47,7 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
     if layout:
         result["ffn"] = ffn_size(layout).to_dict()
         result["model_size"] = model_size(layout, empty).to_dict()
-        result["banks"] = {name: {**vars(spec), **bank_size(layout, name).to_dict()} for name, spec in layout.banks.items()}
+        result["banks"] = {
+            name: {**vars(spec), **bank_size(layout, name).to_dict()} for name, spec in layout.banks.items()
+        }
     return result

@@ -49,8 +49,13 @@ def measure(
 
 
 def evaluate(
-    model: str, *, against: str | None = None, data: str | None = None, settings: recipe.Evaluation | None = None,
-    device: str = "cpu", seed: int = 0,
+    model: str,
+    *,
+    against: str | None = None,
+    data: str | None = None,
+    settings: recipe.Evaluation | None = None,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Evaluate the model at `model` (PILON or dense), against the dense one it came from where that is known.
 

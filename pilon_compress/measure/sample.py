@@ -19,7 +19,7 @@ def continue_text(
     seed: int = 0,
     device: str = "cpu",
 ) -> str:
-    """The continuation of `prompt`, without it; greedy at temperature 0. Raises BadInput if `model` is not a causal LM."""
+    """The continuation of `prompt`, without it; greedy at temperature 0. Raises BadInput for an encoder."""
     config = checkpoint.load_config(model)
     if not checkpoint.is_causal(config):
         raise BadInput(f"{model} is a {config.model_type} encoder: it does not generate text")
@@ -29,7 +29,9 @@ def continue_text(
         fold(network)
     encoded = tokenizer(prompt, return_tensors="pt").to(device)
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = network.generate(
         encoded["input_ids"],

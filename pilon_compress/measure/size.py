@@ -16,8 +16,8 @@ INDEX_ITEMSIZE = 8  # selected primitives are int64
 class Size:
     """Numbers stored, bytes on disk, MACs per token; of the PILON form and of the dense one that it replaces.
 
-    MACs are those of matrix products with weights: attention scores, norms and look-ups do not count. A composition that
-    would cost more MACs than its dense matrix counts as the dense one, which is how `fold` runs it.
+    MACs are those of matrix products with weights: attention scores, norms and look-ups do not count. A composition
+    that would cost more MACs than its dense matrix counts as the dense one, which is how `fold` runs it.
     """
 
     stored: int

@@ -1,0 +1,5 @@
+"""`python -m pilon_compress.cli`: the same as `pilon-compress`."""
+
+from .main import main
+
+main()

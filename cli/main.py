@@ -1,0 +1,93 @@
+"""The `pilon-compress` command: its sub-commands, and what every failure looks like.
+
+Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr says what to change), 130 interrupted.
+"""
+
+import errno
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from pilon_compress import __version__
+from pilon_compress.errors import BadInput
+
+from . import recipes
+from .convert import convert
+from .evaluate import evaluate
+from .export import export
+from .generate import generate
+from .inspect import inspect
+
+# Our own progress and messages are enough; a user who wants the libraries' sets these variables.
+QUIET = {
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("convert")(convert)
+app.command("eval")(evaluate)
+app.command("inspect")(inspect)
+app.command("generate")(generate)
+app.command("export")(export)
+app.add_typer(recipes.app, name="recipes")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"pilon-compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Compress the feed-forward weights of transformers into shared low-rank primitives, and measure what is lost."""
+
+
+def main() -> NoReturn:
+    """Run the command line and leave with its exit code. PILON_DEBUG=1 lets exceptions through, tracebacks and all."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        app()
+    except KeyboardInterrupt:
+        _leave(130, "interrupted")
+    except SystemExit as leaving:  # typer turns Ctrl-C into exit code 130, without a word
+        if leaving.code == 130:
+            _leave(130, "interrupted")
+        raise
+    except Exception as error:  # the outermost frame: whatever happened, the user gets one line and the right code
+        if os.environ.get("PILON_DEBUG") == "1":
+            raise
+        if isinstance(error, BadInput):
+            _leave(2, f"error: {error}")
+        if _disk_is_full(error):
+            _leave(2, f"error: no space left on the disk: {error}")
+        _leave(1, f"failed: {type(error).__name__}: {error} (PILON_DEBUG=1 shows the traceback)")
+    sys.exit(0)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Libraries written in other languages report it in words only."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)

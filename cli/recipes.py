@@ -1,0 +1,44 @@
+"""`pilon-compress recipes`: the recipes that ship with the package, and checks of the user's own."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from pilon_compress import recipe
+
+from .output import notice, print_json, print_table
+
+app = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
+
+
+@app.command("list")
+def list_(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """List the recipes that ship with the package."""
+    known = recipe.names()
+    if as_json:
+        print_json({"recipes": [{"name": name, "description": description} for name, description in known]})
+    else:
+        print_table("Recipes", ["name", "description"], [[name, description] for name, description in known])
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")]) -> None:
+    """Print a recipe as written: a start for your own.
+
+    pilon-compress recipes show quickstart > mine.yaml
+    """
+    sys.stdout.write(recipe.source(name))
+
+
+@app.command()
+def check(
+    file: Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field: a.b=value.")] = None,
+) -> None:
+    """Check a recipe, with overrides applied; print it with its main settings spelled out."""
+    settings = recipe.load(file, set_ or [])
+    sys.stdout.write(recipe.dump(settings))
+    notice(f"{file}: ok")

@@ -1,0 +1,346 @@
+"""A recipe: everything that decides a conversion, checked on reading, with the file and line of what is wrong.
+
+Recipes are YAML files with the fields of `Recipe` below.
+"""
+
+import copy
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_core.core_schema import ValidationInfo
+
+from pilon_compress import strict_yaml
+from pilon_compress.errors import BadInput
+from pilon_compress.strict_yaml import Document
+
+Method = Literal["pilon", "whitened-svd", "svd"]
+Preset = Literal["minimal", "baseline", "mild", "moderate", "aggressive", "extreme"]
+PRESETS: dict[Preset, float] = {
+    "minimal": 0.9,
+    "baseline": 0.75,
+    "mild": 0.6,
+    "moderate": 0.5,
+    "aggressive": 0.25,
+    "extreme": 0.1,
+}
+DEFAULT_RATIO = 0.5
+LARGEST_RATIO = 4.0  # with allow_larger: enough for a full-rank plan of any shape
+
+
+def _selector(value: str) -> str:
+    if value.startswith("re:"):
+        try:
+            re.compile(value[3:])
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+    return value
+
+
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Text = Annotated[str, Field(min_length=1, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+Selector = Annotated[Text, AfterValidator(_selector)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Budget(_Section):
+    """How large the result may be."""
+
+    allow_larger: Switch = False  # declared first: the check of ffn_ratio reads it
+    """Permit a plan larger than the dense model (ffn_ratio up to 4), for tests and study."""
+    ffn_ratio: Annotated[float, Field(allow_inf_nan=False, strict=True)] | None = None
+    """Stored FFN parameters, PILON over dense: above 0, at most 1. Default 0.5. Not together with preset."""
+    preset: Preset | None = None
+    """A named ffn_ratio: minimal .9, baseline .75, mild .6, moderate .5, aggressive .25, extreme .1."""
+    bands: Positive | list[list[int]] | None = None
+    """Bands of layers that share banks: their number, or the layers of each. Default: about three layers each."""
+    n_primitives: Positive | None = None
+    """Primitives per bank; solved from the ratio when not given."""
+    rank: Positive | None = None
+    """Rank of each primitive; solved from the ratio when not given."""
+    top_k: Positive | None = None
+    """Primitives that each layer selects from its bank; by default as many as cost no more MACs than dense."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_ratio(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("ffn_ratio") is None and data.get("preset") is None:
+            return {**data, "ffn_ratio": DEFAULT_RATIO}
+        return data
+
+    @field_validator("ffn_ratio")
+    @classmethod
+    def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
+        larger = info.data.get("allow_larger", False)
+        if value is not None and not 0 < value <= (LARGEST_RATIO if larger else 1):
+            limit = f"at most {LARGEST_RATIO:g}" if larger else "at most 1, the dense size (allow_larger lifts that)"
+            raise ValueError(f"must be above 0 and {limit}")
+        return value
+
+    @field_validator("preset")
+    @classmethod
+    def _only_one(cls, value: Preset | None, info: ValidationInfo) -> Preset | None:
+        if value is not None and info.data.get("ffn_ratio") is not None:
+            raise ValueError("give ffn_ratio or preset, not both")
+        return value
+
+    @field_validator("bands", mode="before")
+    @classmethod
+    def _bands(cls, value: Any) -> Any:
+        def count(x: Any) -> bool:
+            return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+        def band(x: Any) -> bool:
+            return isinstance(x, list) and bool(x) and all(map(count, x))
+
+        lists = isinstance(value, list) and bool(value) and all(map(band, value))
+        if value is None or lists or (count(value) and value > 0):
+            return value
+        raise ValueError("must be a number of bands, or the layers of each band, as in [[0, 1], [2, 3]]")
+
+    @property
+    def ratio(self) -> float:
+        """Stored FFN parameters, PILON over dense, whichever way it was given."""
+        if self.preset is not None:
+            return PRESETS[self.preset]
+        return DEFAULT_RATIO if self.ffn_ratio is None else self.ffn_ratio
+
+
+class Form(_Section):
+    """The PILON form that weights take."""
+
+    composition: Literal["component", "scalar"] = "component"
+    """Weights of a composition: one per component of each selected primitive, or one per primitive."""
+
+
+class Scope(_Section):
+    """Which projections are replaced: exact module name, class name, or re:REGEX on the module name."""
+
+    targets: list[Selector] = []
+    """Replace only these; empty: every feed-forward projection."""
+    ignore: list[Selector] = []
+    """Leave these dense; wins over targets."""
+
+
+class Calibration(_Section):
+    """The text whose activations weigh the error."""
+
+    data: Text | None = None
+    """Text source: hub:REPO:CONFIG:SPLIT:COLUMN, a txt / jsonl / parquet file or glob (from the working directory),
+    stdlib, stdin. Default: WikiText-2 for causal LMs, stdlib for encoders."""
+    samples: Positive | None = None
+    """Sequences to read: paragraphs for encoders, blocks of sequence_length tokens for causal LMs."""
+    sequence_length: Positive | None = None
+    """Tokens per sequence, at most."""
+    batch_size: Positive = 16
+    """Sequences per forward pass."""
+
+
+class Evaluation(_Section):
+    """The text that judges the result."""
+
+    data: Text | None = None
+    """Text source, as for calibration; none: do not evaluate. Default: the held-out part of the calibration source."""
+    samples: Positive | None = None
+    """Texts to compare for encoders, windows to score for causal LMs."""
+    window: Positive | None = None
+    """Tokens of context per window (causal LMs)."""
+    stride: Positive | None = None
+    """Tokens by which windows advance, at most the window (causal LMs). Default: the window."""
+    batch_size: Positive = 16
+    """Sequences per forward pass."""
+
+    @field_validator("stride")
+    @classmethod
+    def _scores_every_token(cls, value: int | None, info: ValidationInfo) -> int | None:
+        window = info.data.get("window")
+        if value is not None and window is not None and value > window:
+            raise ValueError(f"larger than the window of {window}: tokens would be skipped")
+        return value
+
+
+class Recipe(_Section):
+    """Everything that decides a conversion."""
+
+    model: Text
+    """The dense model: hub id, local folder, or package:NAME of an installed Python package that ships a checkpoint."""
+    method: Method = "pilon"
+    """pilon, or a peer for comparison: whitened-svd (SVD-LLM), svd."""
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
+    """Seed of every random choice: sampling of texts, clustering."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the saved weights; auto keeps the dense model's."""
+    device: Text = "auto"
+    """Where to compute: auto (cuda when present, else cpu), cpu, cuda, cuda:1, ..."""
+    budget: Budget = Budget()
+    form: Form = Form()
+    scope: Scope = Scope()
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+
+
+def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the bundled recipe of that name, else the YAML file at that path, and apply `overrides`, each "a.b=value".
+
+    An override of ffn_ratio replaces the file's preset, and the other way round. Raises BadInput:
+    `file.yaml:LINE: dotted.field: what is wrong`, or `--set a.b: ...` where an override is to blame.
+    """
+    origin, text = _find(name_or_path)
+    return _checked(Recipe, strict_yaml.parse(text, origin), overrides)
+
+
+def build(data: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "command line") -> Recipe:
+    """A recipe from nested dictionaries and `overrides`. `origin` begins the messages of BadInput."""
+    return _checked(Recipe, Document(origin, data), overrides)
+
+
+def evaluation(data: Mapping[str, Any], origin: str = "command line") -> Evaluation:
+    """The settings of an evaluation on its own. Raises BadInput."""
+    return _checked(Evaluation, Document(origin, data))
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML that `load` turns back into an equal recipe: what differs from the defaults, and always the main settings."""
+    shown = {"model": recipe.model, "method": recipe.method, "seed": recipe.seed}
+    shown |= recipe.model_dump(exclude_defaults=True)
+    shown["budget"] = recipe.budget.model_dump(exclude_defaults=True)
+    shown["calibration"] = recipe.calibration.model_dump(exclude_none=True)
+    return strict_yaml.dump({field: shown[field] for field in Recipe.model_fields if field in shown})
+
+
+def names() -> list[tuple[str, str]]:
+    """The bundled recipes: (name, one-line description from the file's first comment)."""
+    return [(name, source(name).partition("\n")[0].lstrip("# ")) for name in _bundled()]
+
+
+def source(name_or_path: str) -> str:
+    """The recipe's YAML as written, comments included. Raises BadInput when there is none of that name."""
+    return _find(name_or_path)[1]
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe file, for editors: the contents of recipes/recipe.schema.json."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def _bundled() -> list[str]:
+    entries = files("pilon_compress.recipes").iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+def _find(name_or_path: str) -> tuple[str, str]:
+    """(what messages call it, its text)."""
+    path = Path(name_or_path)
+    if name_or_path in _bundled():
+        return f"{name_or_path}.yaml", (files("pilon_compress.recipes") / f"{name_or_path}.yaml").read_text("utf-8")
+    try:
+        return name_or_path, path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise BadInput(f"no recipe or file {name_or_path!r}{_alternatives(name_or_path, _bundled())}") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{name_or_path}: not a text file in UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise BadInput(f"{name_or_path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+_Model = TypeVar("_Model", bound=_Section)
+
+
+def _checked(model: type[_Model], document: Document, overrides: Sequence[str] = ()) -> _Model:
+    """Validate `document` with the overrides applied, or raise BadInput for the first error by line."""
+    given = {} if document.data is None else document.data
+    if not isinstance(given, Mapping):
+        raise BadInput(f"{document.place(1)}: a recipe is a set of fields, as in `model: gpt2`")
+    data, keys = _overridden(given, overrides)
+    try:
+        return model.model_validate(data)
+    except ValidationError as invalid:
+        errors = []
+        for error in invalid.errors(include_url=False, include_context=False):
+            path = _known_part(error["loc"], data)
+            by = next((key for key in keys if _related(key.split("."), list(map(str, path)))), None)
+            line = 0 if by else document.line(path)
+            errors.append((line, f"--set {by}" if by else document.place(line), ".".join(map(str, path)), error))
+        _, place, field, first = min(errors, key=lambda entry: entry[0])
+        more = f" (+{len(errors) - 1} more)" if len(errors) > 1 else ""
+        where = place if place == f"--set {field}" else f"{place}: {field}"
+        raise BadInput(f"{where}: {_explain(first, model)}{more}") from None
+
+
+def _overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A copy of `data` with each "a.b=value" put in its place, and the dotted keys in order."""
+    changed = copy.deepcopy(dict(data))
+    values = {}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not all(key.split(".")):
+            raise BadInput(f"--set {item}: expected FIELD=VALUE, as in --set budget.ffn_ratio=0.5")
+        values[key] = strict_yaml.parse(text, f"--set {key}").data
+    budget = changed.get("budget")
+    for key, rival in (("ffn_ratio", "preset"), ("preset", "ffn_ratio")):
+        if values.get(f"budget.{key}") is not None and isinstance(budget, dict):
+            budget.pop(rival, None)
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        section = changed
+        for index, parent in enumerate(parents):
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise BadInput(f"--set {key}: {'.'.join(parents[: index + 1])} has no fields")
+        section[leaf] = value
+    return changed, list(values)
+
+
+def _known_part(location: tuple[int | str, ...], data: Any) -> list[int | str]:
+    """The part of pydantic's location that is a field or an item: it appends the branch of a union that failed."""
+    path: list[int | str] = []
+    for key in location:
+        if isinstance(data, Mapping):
+            path.append(key)
+            data = data.get(str(key))
+        elif isinstance(data, list) and isinstance(key, int):
+            path.append(key)
+            data = data[key]
+        else:
+            break
+    return path
+
+
+def _related(key: list[str], path: list[str]) -> bool:
+    shared = min(len(key), len(path))
+    return shared > 0 and key[:shared] == path[:shared]
+
+
+def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
+    kind, location = error["type"], error["loc"]
+    if kind == "missing":
+        return "required, and not given"
+    if kind == "extra_forbidden":
+        return "unknown field" + _alternatives(str(location[-1]), _fields(model, location[:-1]))
+    if kind == "model_type":
+        return f"must be a section, with some of the fields {', '.join(_fields(model, location))}"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    given = " ".join(repr(error["input"]).split())
+    return f"{message} (got {given if len(given) <= 60 else given[:57] + '...'})"
+
+
+def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    for key in location:
+        section = model.model_fields[str(key)].annotation
+        assert isinstance(section, type) and issubclass(section, BaseModel)  # only sections forbid unknown fields
+        model = section
+    return list(model.model_fields)
+
+
+def _alternatives(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"

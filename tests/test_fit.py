@@ -1,0 +1,146 @@
+"""Factorisation and joint fit: optimal where theory says so, exact where the data is, never worse than private SVD."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilon_compress.convert.cluster import group
+from pilon_compress.convert.factorize import Target, balance, components
+from pilon_compress.convert.fit import fit_bank
+from pilon_compress.convert.plan import BankPlan
+from pilon_compress.families import Site
+
+
+def make_targets(layers, d_in, d_out, seed=0, kind="random", shared=0.0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    common = draw(d_in, d_out)
+    targets = []
+    for layer in range(layers):
+        W = (1 - shared) * draw(d_in, d_out) + shared * common
+        X = draw(4 * d_in, d_in) * torch.logspace(0, -2, d_in, dtype=torch.float64)
+        if kind == "zero layer" and layer == 0:
+            W = torch.zeros_like(W)
+        if kind == "dead inputs":
+            X[:, d_in // 2 :] = 0
+        if kind == "huge layer" and layer == 0:
+            W, X = W * 1e3, X * 1e2
+        if kind == "rank one":
+            W = torch.outer(W[:, 0], W[0])
+        targets.append(Target.of(f"layer{layer}", layer, W, X.T @ X / len(X)))
+    return targets
+
+
+def make_plan(targets, n, r, k, composition="component"):
+    d_in, d_out = targets[0].weight.shape
+    sites = tuple(Site(t.name, t.layer, "up", d_in, d_out, False, t.name) for t in targets)
+    return BankPlan(0, "up", sites, n, r, k, composition)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_whitened_svd_is_the_optimum_of_the_metric(shape):
+    target = make_targets(1, *shape)[0]
+    values, vectors = torch.linalg.eigh(target.metric)
+    R = vectors * values.sqrt() @ vectors.T
+    U, S, Vh = torch.linalg.svd(R @ target.weight, full_matrices=False)
+    for rank in (1, 5, 12):
+        best = torch.linalg.solve(R, (U[:, :rank] * S[:rank]) @ Vh[:rank])
+        dropped = S[rank:].square().sum().item()
+        assert target.loss(best) == pytest.approx(dropped, rel=1e-6, abs=1e-9)
+        assert target.loss(target.truncated("whitened-svd", rank)) == pytest.approx(dropped, rel=1e-6, abs=1e-9)
+    assert target.whitened[1].tolist() == pytest.approx(S.square().tolist(), rel=1e-6)
+
+
+def test_plain_svd_is_the_optimum_of_the_weight_and_loses_in_the_metric():
+    target = make_targets(1, 16, 24)[0]
+    U, S, Vh = torch.linalg.svd(target.weight, full_matrices=False)
+    torch.testing.assert_close(target.truncated("svd", 4), (U[:, :4] * S[:4]) @ Vh[:4])
+    assert target.loss(target.truncated("svd", 4)) > 1.2 * target.loss(target.truncated("whitened-svd", 4))
+
+
+def test_singular_metric_needs_no_special_case():
+    target = make_targets(1, 16, 10, kind="dead inputs")[0]
+    assert target.relative_loss(target.truncated("whitened-svd", 10)) < 1e-12
+    zero = Target.of("z", 0, target.weight, torch.zeros(16, 16, dtype=torch.float64))
+    torch.testing.assert_close(zero.truncated("whitened-svd", 3), zero.truncated("svd", 3))
+
+
+def test_balance_keeps_the_product():
+    A, B = torch.randn(6, 3), torch.randn(3, 5) * 100
+    A[:, 1] = 0
+    a, b = balance(A, B)
+    torch.testing.assert_close(a @ b, A @ B)
+    torch.testing.assert_close(a.norm(dim=0)[[0, 2]], b.norm(dim=1)[[0, 2]])
+    assert components(torch.randn(6, 5), torch.eye(5), 2)[0].shape == (6, 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    layers=st.integers(1, 4),
+    shape=st.sampled_from([(8, 12), (12, 8), (9, 9)]),
+    n=st.integers(1, 9),
+    r=st.integers(1, 3),
+    k=st.integers(1, 9),
+    composition=st.sampled_from(["component", "scalar"]),
+    kind=st.sampled_from(["random", "zero layer", "dead inputs", "huge layer", "rank one"]),
+    seed=st.integers(0, 3),
+)
+def test_never_worse_than_private_whitened_svd(layers, shape, n, r, k, composition, kind, seed):
+    targets = make_targets(layers, *shape, seed=seed, kind=kind)
+    k = min(max(k, -(-n // layers)), n)  # a layer may at least select what it owns
+    fitted = fit_bank(targets, make_plan(targets, n, r, k, composition), seed=seed, sweeps=6)
+    owned = [n // layers + (i < n % layers) for i in range(layers)]
+    private = [t.loss(t.truncated("whitened-svd", c * r)) for t, c in zip(targets, owned, strict=True)]
+    scale = sum(t.total for t in targets)
+    assert sum(fitted.losses) <= sum(private) + 1e-9 * scale
+    for index, target in enumerate(targets):
+        actual = target.loss(fitted.approximation(index))
+        assert actual == pytest.approx(fitted.losses[index], rel=1e-6, abs=1e-9 * max(scale, 1e-12))
+        assert len(fitted.selected[index].unique()) == k
+
+
+def test_sharing_earns_its_place_where_layers_have_something_in_common():
+    targets = make_targets(3, 24, 24, shared=0.7)
+    fitted = fit_bank(targets, make_plan(targets, 9, 2, 9))
+    assert sum(fitted.losses) < 0.8 * sum(fitted.private_losses)
+
+
+@pytest.mark.parametrize("composition", ["component", "scalar"])
+def test_full_rank_plan_is_exact(composition):
+    targets = make_targets(2, 8, 12)
+    fitted = fit_bank(targets, make_plan(targets, 4, 4, 2, composition))
+    for index, target in enumerate(targets):
+        error = (fitted.approximation(index) - target.weight).norm() / target.weight.norm()
+        assert error < 1e-5
+
+
+def test_low_rank_weights_are_recovered_exactly():
+    """A model that is representable converts without loss: each layer's weight has the rank that it gets."""
+    targets = make_targets(3, 10, 14, kind="rank one")
+    fitted = fit_bank(targets, make_plan(targets, 3, 1, 1))
+    for index, target in enumerate(targets):
+        assert (fitted.approximation(index) - target.weight).norm() / target.weight.norm() < 1e-5
+
+
+def test_fit_is_deterministic_for_a_seed():
+    targets = make_targets(3, 12, 16)
+    plan = make_plan(targets, 6, 2, 4)
+    first, second = fit_bank(targets, plan, seed=3), fit_bank(targets, plan, seed=3)
+    assert torch.equal(first.A, second.A) and torch.equal(first.weight, second.weight)
+    assert torch.equal(first.selected, second.selected)
+
+
+def test_grouping_puts_components_of_the_same_layers_together():
+    usage = torch.zeros(3, 12)
+    pattern = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
+    for index, layer in enumerate(pattern):
+        usage[layer, index] = 1 + index
+    order = group(usage, rank=4, seed=0)
+    for primitive in order.reshape(3, 4):
+        assert len({pattern[i] for i in primitive.tolist()}) == 1
+        strengths = usage[:, primitive].sum(0).tolist()
+        assert strengths == sorted(strengths, reverse=True)
