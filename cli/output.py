@@ -3,8 +3,11 @@
 import json
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+WIDTH = 120
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -19,9 +22,13 @@ def notice(message: str) -> None:
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; the first column is text, the others are right-aligned figures."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH  # a pipe has no width; do not cut figures short
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console.print(title, style="bold", markup=False)
+    console.print(table)

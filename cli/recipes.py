@@ -7,21 +7,23 @@ import typer
 
 from pilon_compress import recipe
 
-from .output import notice, print_json, print_table
+from .output import notice, print_json
 
 app = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
 
 
 @app.command("list")
 def list_(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """List the recipes that ship with the package."""
     known = recipe.names()
     if as_json:
         print_json({"recipes": [{"name": name, "description": description} for name, description in known]})
     else:
-        print_table("Recipes", ["name", "description"], [[name, description] for name, description in known])
+        width = max(len(name) for name, _ in known)
+        for name, description in known:
+            print(f"{name:<{width}}  {description}")
 
 
 @app.command()

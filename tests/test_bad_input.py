@@ -1,0 +1,179 @@
+"""Everything that a user can get wrong: one clear line, exit code 2, nothing written. Through the real command line."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+PROSE = "\n\n".join(
+    f"Paragraph {i}: the quick brown fox jumps over the lazy dog, again and again, until both of them are tired."
+    for i in range(200)
+)
+
+
+@pytest.fixture(scope="module")
+def place(tiny, tmp_path_factory):
+    """A folder with a tiny dense model `dense` and a text `prose.txt`."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny.save_tiny("bert", folder / "dense")
+    tiny.save_tiny("gpt2", folder / "causal")
+    (folder / "prose.txt").write_text(PROSE)
+    return folder
+
+
+def command(*words, cwd, limit=None, **environment):
+    """Run `pilon-compress`; `limit` caps the size of any file that it writes, as a full disk does."""
+
+    def cap():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [sys.executable, "-m", "pilon_compress.cli", *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "0", **environment},
+        capture_output=True,
+        text=True,
+        preexec_fn=cap if limit else None,
+    )
+
+
+def convert(place, *words, model="dense", out="out", **options):
+    base = ("convert", model, "-o", out, "--calibration", "prose.txt", "--eval-data", "none")
+    return command(*base, *words, cwd=place, **options)
+
+
+def refused(done, *expected):
+    """Exit code 2 and one line on stderr that holds every expected word."""
+    assert done.returncode == 2, done.stderr + done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in expected:
+        assert word in lines[0], done.stderr
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(place):
+    before = {p.name for p in place.iterdir()}
+    yield
+    assert {p.name for p in place.iterdir()} == before
+
+
+def test_missing_path(place):
+    refused(convert(place, model="./nowhere/model"), "./nowhere/model")
+
+
+def test_hub_unreachable(place):
+    # a port where nobody listens stands for a hub that is out of reach
+    done = convert(place, model="somebody/some-model", HF_ENDPOINT="http://127.0.0.1:9")
+    refused(done, "somebody/some-model", "hub")
+
+
+def test_text_hub_unreachable_names_the_alternatives(place):
+    source = "hub:Salesforce/wikitext:wikitext-2-raw-v1:train:text"
+    done = convert(place, "--calibration", source, HF_ENDPOINT="http://127.0.0.1:9")
+    refused(done, "Salesforce/wikitext", "stdlib", "stdin")
+
+
+def test_not_a_transformers_model(place, tmp_path):
+    (tmp_path / "config.json").write_text('{"hello": "world"}')
+    refused(convert(place, model=tmp_path), str(tmp_path))
+
+
+def test_no_feed_forward_found(place, tmp_path):
+    config = {"model_type": "resnet", "architectures": ["ResNetModel"], "depths": [1], "hidden_sizes": [8]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(convert(place, model=tmp_path), "no feed-forward projections", "--targets")
+
+
+@pytest.mark.parametrize("ratio", ["0", "1.5", "nan", "-1", "huge"])
+def test_ratio(place, ratio):
+    refused(convert(place, "--ffn-ratio", ratio), "budget")
+
+
+def test_plan_larger_than_dense(place):
+    done = convert(place, "--rank", "16", "--n-primitives", "12")
+    refused(done, "more than the dense model", "--allow-larger")
+
+
+def test_output_that_is_not_empty(place, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    refused(convert(place, out=tmp_path), "not empty", "--overwrite")
+    refused(convert(place, "--overwrite", out=tmp_path), "holds no model")
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_unknown_recipe_key_with_file_and_line(place, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: dense\nbudget:\n  ffn_ratio: 0.5\n  rnak: 3\n")
+    done = command("convert", "--recipe", recipe, "-o", "out", cwd=place)
+    refused(done, f"{recipe}:4:", "rnak", "rank")
+
+
+def test_truncated_weights(place, tmp_path):
+    copy(place / "dense", tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    refused(convert(place, model=tmp_path), "model.safetensors")
+
+
+def test_missing_pilon_tensor(place, tmp_path):
+    assert convert(place, "--ffn-ratio", "0.6", out=tmp_path / "p").returncode == 0
+    path = tmp_path / "p" / "model.safetensors"
+    tensors = load_file(path)
+    lost = next(key for key in tensors if key.endswith("up.A"))
+    save_file({k: v for k, v in tensors.items() if k != lost}, path, metadata={"format": "pt"})
+    refused(command("eval", tmp_path / "p", "--data", "prose.txt", cwd=place), lost)
+
+
+def test_calibration_shorter_than_one_batch(place, tmp_path):
+    (tmp_path / "short.txt").write_text(PROSE.partition("\n\n")[0])
+    refused(convert(place, "--calibration", tmp_path / "short.txt"), "one batch needs")
+
+
+def test_empty_calibration(place, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    refused(convert(place, "--calibration", tmp_path / "empty.txt"), "empty.txt")
+
+
+@pytest.mark.parametrize("key", ["encoder.layer.1.intermediate.dense.weight", "embeddings.word_embeddings.weight"])
+def test_nan_in_weights(place, tmp_path, key):
+    copy(place / "dense", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(k for k in tensors if k.endswith(key))
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(convert(place, model=tmp_path), name)
+
+
+def test_activations_that_overflow(place, tmp_path):
+    copy(place / "causal", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        if "c_attn.weight" in name or "ln_" in name:
+            tensors[name] = torch.full_like(tensors[name], 1e38)
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(convert(place, "--sequence-length", "16", model=tmp_path), "NaN or infinite")
+
+
+def test_disk_full(place):
+    refused(convert(place, limit=20_000), "cannot write", "nothing was kept")
+
+
+def test_overwriting_with_a_failure_keeps_the_old_model(place, tmp_path):
+    assert convert(place, out=tmp_path / "m").returncode == 0
+    old = (tmp_path / "m" / "model.safetensors").read_bytes()
+    refused(convert(place, "--overwrite", out=tmp_path / "m", limit=20_000), "cannot write")
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def copy(source, target):
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())

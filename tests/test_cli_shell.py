@@ -1,0 +1,155 @@
+"""The command line as a shell sees it: output, exit codes, one line per failure."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import pilon_compress
+
+COMMANDS = ["convert", "eval", "inspect", "generate", "export", "recipes"]
+
+
+def shell(*arguments: str, module: str = "pilon_compress.cli", **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "PILON_DEBUG"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        env=kept | {"COLUMNS": "120"} | environment,
+    )
+
+
+@pytest.fixture
+def failing(tmp_path):
+    """Runs `pilon-compress boom`, a command that executes the given statement, through the real main()."""
+
+    def failing(statement: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "boom.py"
+        script.write_text(
+            "import errno, os, sys\n"
+            "from pilon_compress.cli.main import app, main\n"
+            "from pilon_compress.errors import BadInput\n"
+            "@app.command()\n"
+            f"def boom():\n    {statement}\n"
+            "main()\n"
+        )
+        return shell("boom", module="boom", PYTHONPATH=str(tmp_path), **environment)
+
+    return failing
+
+
+def test_help_lists_every_command():
+    done = shell("--help")
+    assert done.returncode == 0
+    assert all(f" {command} " in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    done = shell(command, "--help")
+    assert done.returncode == 0 and "Usage:" in done.stdout
+
+
+def test_help_and_recipes_do_not_wait_for_torch():
+    probe = (
+        "import sys\n"
+        "from pilon_compress.cli.main import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print([m for m in ('torch', 'transformers', 'sklearn', 'datasets') if m in sys.modules])\n"
+    )
+    for arguments in (["--help"], ["convert", "--help"], ["recipes", "list"]):
+        done = subprocess.run([sys.executable, "-c", probe, *arguments], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "[]", (arguments, done)
+
+
+def test_version():
+    done = shell("--version")
+    assert (done.returncode, done.stdout) == (0, f"pilon-compress {pilon_compress.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["compres"], ["recipes", "shwo"], ["recipes", "list", "--nope"], ["recipes", "show"]]
+)
+def test_usage_errors(arguments):
+    done = shell(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == "" and "Usage:" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- recipes
+
+
+def test_recipes_list():
+    done = shell("recipes", "list")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("quickstart", "gpt2-half", "llama-half", "bert-half"))
+    listed = json.loads(shell("recipes", "list", "--json").stdout)["recipes"]
+    assert "quickstart" in {entry["name"] for entry in listed}
+    assert all(entry["description"] for entry in listed)
+
+
+def test_recipes_show_is_a_start_for_ones_own(tmp_path):
+    shown = shell("recipes", "show", "quickstart")
+    assert shown.returncode == 0 and shown.stdout.startswith("# ")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(shown.stdout)
+    checked = shell("recipes", "check", str(mine), "--set", "budget.ffn_ratio=0.25", "--set", "seed=7")
+    assert checked.returncode == 0
+    assert "seed: 7\n" in checked.stdout and "ffn_ratio: 0.25\n" in checked.stdout
+    assert checked.stderr == f"{mine}: ok\n"
+
+
+def test_recipes_check_names_file_line_and_the_likely_field(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: gpt2\nbudget:\n  ffn_ratoi: 0.5\n")
+    done = shell("recipes", "check", str(mine))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {mine}:3: budget.ffn_ratoi: unknown field; did you mean 'ffn_ratio'?\n"
+
+
+def test_recipes_check_blames_the_override():
+    done = shell("recipes", "check", "quickstart", "--set", "budget.rank=many")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --set budget.rank: ") and done.stderr.count("\n") == 1
+
+
+def test_recipes_show_unknown_name():
+    done = shell("recipes", "show", "quickstrat")
+    assert done.returncode == 2
+    assert done.stderr == "error: no recipe or file 'quickstrat'; did you mean 'quickstart'?\n"
+
+
+# --- every failure is one line with its exit code
+
+
+@pytest.mark.parametrize(
+    ("statement", "code", "line"),
+    [
+        ("raise BadInput('give\\nless')", 2, "error: give less"),
+        ("raise OSError(errno.ENOSPC, 'No space left on device', 'out/x')", 2, "error: no space left on the disk: "),
+        ("raise RuntimeError('I/O error: ' + os.strerror(errno.ENOSPC))", 2, "error: no space left on the disk: "),
+        ("raise PermissionError(errno.EACCES, 'Permission denied', 'x')", 1, "failed: PermissionError: "),
+        ("raise ValueError('a\\n\\nb')", 1, "failed: ValueError: a b (PILON_DEBUG=1 shows the traceback)"),
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+    ],
+)
+def test_a_failure_is_one_line_and_an_exit_code(failing, statement, code, line):
+    done = failing(statement)
+    assert done.returncode == code
+    lines = [text for text in done.stderr.splitlines() if text.strip()]
+    assert len(lines) == 1 and lines[0].startswith(line), done.stderr
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback(failing):
+    done = failing("raise ValueError('a')", PILON_DEBUG="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "in boom" in done.stderr
+
+
+def test_success_and_chosen_exit_codes_pass_through(failing):
+    assert failing("pass").returncode == 0
+    assert failing("sys.exit(3)").returncode == 3

@@ -1,0 +1,92 @@
+"""Tiny random models of every family and a tiny tokenizer, made on the spot. Tests get this module as the fixture `tiny`.
+
+model = tiny.tiny_model("llama")             hidden 32, 3 layers, intermediate 64, 264 words, 256 positions, eval mode
+tokenizer = tiny.tiny_tokenizer()            one token per byte
+tiny.save_tiny("bert", tmp_path / "dense")   both, as a folder that transformers loads
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<cls>", "<sep>", "<mask>")  # ids 0, 1, 2, 3, 4 and, after the bytes, 261
+VOCAB, POSITIONS = 264, 256
+ENCODERS = ("bert", "roberta", "distilbert")
+
+LLAMA = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+LLAMA |= {"num_key_value_heads": 2, "head_dim": 8}
+BERT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 64, "n_positions": POSITIONS},
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma": LLAMA,
+    "phi3": {key: value for key, value in LLAMA.items() if key != "head_dim"},
+    "opt": {
+        **{"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 64},
+        **{"word_embed_proj_dim": 32, "init_std": 0.1},
+    },
+    "gpt_neox": BERT,
+    "bert": BERT,
+    "roberta": BERT,
+    "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64},
+}
+
+
+def tiny_tokenizer(eos: bool = True, ends: bool = False) -> PreTrainedTokenizerFast:
+    """One token per byte (ids 5 to 260). Without `eos` it has BOS only; with `ends` it puts <cls> and <sep> around texts."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*SPECIAL[:5], *alphabet, SPECIAL[5]]
+    core = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    if ends:
+        core.post_processor = processors.BertProcessing(("<sep>", 4), ("<cls>", 3))
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "cls_token": "<cls>", "sep_token": "<sep>"}
+    if eos:
+        special["eos_token"] = "<eos>"
+    return PreTrainedTokenizerFast(tokenizer_object=core, mask_token="<mask>", **special)
+
+
+def tiny_model(family: str, heads: str = "lm", seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A random model in float32 and eval mode. `heads`: lm (causal, or masked for encoders), base, classification.
+
+    Biases and norms are random too, so that one that is lost on the way shows in the output.
+    """
+    settings = {"vocab_size": VOCAB, "max_position_embeddings": POSITIONS, "initializer_range": 0.1}
+    settings |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if family == "gpt2":
+        del settings["max_position_embeddings"]
+    if family == "opt":
+        del settings["initializer_range"]
+    made = AutoConfig.for_model(family, **{**settings, **SHAPES[family], **config})
+    lm = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+    auto = {"lm": lm, "base": AutoModel, "classification": AutoModelForSequenceClassification}[heads]
+    torch.manual_seed(seed)
+    model = auto.from_config(made)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def save_tiny(family: str, folder: str | Path, heads: str = "lm", seed: int = 0, **config: Any) -> PreTrainedModel:
+    """Save a tiny model with its tokenizer to `folder`, and return the model."""
+    model = tiny_model(family, heads, seed, **config)
+    model.save_pretrained(folder)
+    tiny_tokenizer(ends=family in ENCODERS).save_pretrained(folder)
+    return model
