@@ -100,15 +100,14 @@ def find_sites(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[s
 def detect(base: nn.Module) -> Family | None:
     """Find the feed-forward projections of an unknown architecture by their shapes; None if there are none.
 
-    Within one layer, `down` is the linear that maps the widest inner size F back to the hidden size; linears from the
-    hidden size to F are `up` (and `gate`, if two), one to 2F is a fused `gate_up`. Attention is narrower than F in
-    every model that this is meant for.
+    Within one layer, and outside of what calls itself attention, `down` is the linear that maps the widest inner size F back
+    to the hidden size; linears from the hidden size to F are `up` (and `gate`, if two), one to 2F is a fused `gate_up`.
     """
     path = _layer_list(base)
     if path is None:
         return None
     layer = _layers(base, path)[0]
-    shapes = {name: linear_shape(m) for name, m in layer.named_modules() if _is_linear(m)}
+    shapes = {name: linear_shape(m) for name, m in layer.named_modules() if _is_linear(m) and "att" not in name}
     if not shapes:
         return None
     hidden = getattr(base.config, "hidden_size", None) or Counter(s[0] for s in shapes.values()).most_common(1)[0][0]

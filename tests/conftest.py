@@ -1,4 +1,4 @@
-"""Fixtures for every test: `tiny`, the module of tiny models (tests run in importlib mode and cannot import each other)."""
+"""Fixtures for every test: `tiny`, the module of tiny models (in importlib mode tests cannot import each other)."""
 
 import importlib.util
 import os

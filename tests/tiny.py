@@ -1,6 +1,6 @@
-"""Tiny random models of every family and a tiny tokenizer, made on the spot. Tests get this module as the fixture `tiny`.
+"""Tiny random models of every family and a tiny tokenizer, made on the spot: the fixture `tiny` of every test.
 
-model = tiny.tiny_model("llama")             hidden 32, 3 layers, intermediate 64, 264 words, 256 positions, eval mode
+model = tiny.tiny_model("llama")             hidden 32, 3 layers, intermediate 64, 256 positions, eval mode
 tokenizer = tiny.tiny_tokenizer()            one token per byte
 tiny.save_tiny("bert", tmp_path / "dense")   both, as a folder that transformers loads
 """
@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "gemma": LLAMA,
-    "phi3": {key: value for key, value in LLAMA.items() if key != "head_dim"},
+    "phi3": {**BERT, "num_key_value_heads": 4},
     "opt": {
         **{"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 64},
         **{"word_embed_proj_dim": 32, "init_std": 0.1},
@@ -47,7 +47,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def tiny_tokenizer(eos: bool = True, ends: bool = False) -> PreTrainedTokenizerFast:
-    """One token per byte (ids 5 to 260). Without `eos` it has BOS only; with `ends` it puts <cls> and <sep> around texts."""
+    """One token per byte (ids 5 to 260). Without `eos` it has BOS only; with `ends` it puts <cls> and <sep> around."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*SPECIAL[:5], *alphabet, SPECIAL[5]]
     core = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))

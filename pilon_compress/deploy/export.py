@@ -97,7 +97,7 @@ def host_classes(model: PreTrainedModel) -> dict[str, str]:
     found = {}
     for name, auto in vars(modeling_auto).items():
         if isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass) and auto._model_mapping:
-            host = auto._model_mapping.get(type(model.config))
+            host = auto._model_mapping.get(type(model.config), None)
             if host is not None and hasattr(host, "__name__"):
                 found[name] = host.__name__
     return {name: host for name, host in found.items() if not name.startswith("_")}

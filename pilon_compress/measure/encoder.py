@@ -55,7 +55,9 @@ def measure(
     itself left out) that both models agree on. texts: how many there were. Raises BadInput for fewer than eleven.
     """
     if len(texts) <= NEIGHBORS:
-        raise BadInput(f"{len(texts)} texts are too few to compare {NEIGHBORS} neighbours: give at least {NEIGHBORS + 1}")
+        raise BadInput(
+            f"{len(texts)} texts are too few to compare {NEIGHBORS} neighbours: give at least {NEIGHBORS + 1}"
+        )
     ours, theirs = (
         torch.nn.functional.normalize(embed(m, tokenizer, texts, batch_size=batch_size, max_length=max_length), dim=1)
         for m in (model, dense)

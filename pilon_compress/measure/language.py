@@ -1,8 +1,8 @@
 """Perplexity and its kin for causal LMs, with everything stated that such a figure depends on.
 
-    EOS doc EOS doc EOS ...                     one stream of tokens; the first EOS only gives the first token a context
-    |--- window ---|
-            |--- window ---|                    each window scores the tokens that no earlier one did, at most `stride`
+EOS doc EOS doc EOS ...                     one stream of tokens; the first EOS only gives the first token a context
+|--- window ---|
+        |--- window ---|                    each window scores the tokens that no earlier one did, at most `stride`
 """
 
 import math
