@@ -9,7 +9,7 @@ import typer
 
 from pilon_compress.errors import BadInput
 
-from .output import notice, print_json, print_table
+from .output import print_json, print_table
 
 MODEL = "Hub id, local folder, or package:NAME of an installed package that ships a checkpoint."
 PANELS = {"budget": "Budget", "data": "Calibration and evaluation", "scope": "What is replaced", "run": "Running"}
@@ -168,10 +168,10 @@ def print_plan(result: dict[str, Any]) -> None:
         "Plan", ["bank (layers)", "shape", "primitives", "rank", "top-k", "stored ÷ dense", "MACs ÷ dense"], rows
     )
     ffn, whole, expected = result["ffn"], result["model"], result["estimate"]
-    notice(
-        f"FFN {number(ffn['stored_ratio'])} of the dense parameters, {number(ffn['mac_ratio'])} of its MACs; whole model "
-        f"{number(whole['stored_ratio'])}, {mib(whole['bytes'])}; about {number(expected['seconds'])} s and "
-        f"{number(expected['peak_gib'])} GiB here"
+    print(
+        f"FFN {number(ffn['stored_ratio'])} of the dense parameters, {number(ffn['mac_ratio'])} of its MACs; "
+        f"whole model {number(whole['stored_ratio'])}, {mib(whole['bytes'])}; "
+        f"about {number(expected['seconds'])} s and {number(expected['peak_gib'])} GiB here\n"
     )
 
 
@@ -187,8 +187,8 @@ def print_result(report: dict[str, Any]) -> None:
         rows = [[figure.label, figure.value, figure.dense] for figure in quality(report["evaluation"])]
         print_table(f"Quality on {report['evaluation']['data']}", ["", "PILON", "dense"], rows)
     output = report["output"]
-    notice(f"{number(report['seconds'])} s, {number(report['peak_rss_gib'])} GiB at the peak")
-    notice(f"model  {output}\nreport {output}/report.html")
+    print(f"{number(report['seconds'])} s, {number(report['peak_rss_gib'])} GiB at the peak")
+    print(f"model  {output}\nreport {output}/report.html")
 
 
 def _ratio(value: str | None) -> list[str]:

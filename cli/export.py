@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .output import notice, print_json
+from .output import print_json
 
 
 class Form(str, Enum):
@@ -43,4 +43,4 @@ def export(
         print_json({"model": model, "output": str(output), "to": to.value, "load": load})
     else:
         print(output)
-        notice(f"loads with {load}")
+        print(f"loads with {load}")

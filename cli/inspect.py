@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import notice, print_json, print_table
+from .output import print_json, print_table
 
 
 def inspect(
@@ -42,12 +42,12 @@ def print_anatomy(result: dict[str, Any]) -> None:
     print_table(f"{result['model']}  {result['architecture']}", columns, rows)
     if result["form"] == "pilon":
         ffn = result["ffn"]
-        notice(
+        print(
             f"PILON: {number(ffn['stored_ratio'])} of the dense FFN parameters, {number(ffn['mac_ratio'])} of its MACs"
         )
     else:
         total, replaced = result["parameters"], result["replaced"]
-        notice(
+        print(
             f"{number(replaced)} of {number(total)} parameters ({number(100 * replaced / total)} %) would be replaced, "
             f"{number(result['replaced_macs'])} of {number(result['macs'])} MACs per token"
         )

@@ -15,11 +15,6 @@ def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=2))
 
 
-def notice(message: str) -> None:
-    """One line on stderr."""
-    Console(stderr=True, highlight=False).print(message, soft_wrap=True, markup=False)
-
-
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; the first column is text, the others are right-aligned figures."""
     console = Console(highlight=False)

@@ -7,7 +7,7 @@ import typer
 
 from pilon_compress import recipe
 
-from .output import notice, print_json
+from .output import print_json
 
 app = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
 
@@ -43,4 +43,4 @@ def check(
     """Check a recipe, with overrides applied; print it with its main settings spelled out."""
     settings = recipe.load(file, set_ or [])
     sys.stdout.write(recipe.dump(settings))
-    notice(f"{file}: ok")
+    print(f"{file}: ok")

@@ -38,7 +38,14 @@ def untrained(shape):
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     if shape == "gpt2":
         config = GPT2Config(
-            vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=4, n_positions=256, resid_pdrop=0, embd_pdrop=0, **ends
+            vocab_size=VOCAB,
+            n_embd=HIDDEN,
+            n_layer=LAYERS,
+            n_head=4,
+            n_positions=256,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            **ends,
         )
         return GPT2LMHeadModel(config)
     return LlamaForCausalLM(
