@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from pilon_compress.errors import BadInput
 from pilon_compress.form.layout import linear_shape
@@ -61,7 +62,7 @@ class Site:
         return self.d_in * self.d_out + self.d_out * self.bias
 
 
-def find_sites(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[Site]:
+def find_sites(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[Site]:
     """The projections of `model` (on any device, meta included) that would be replaced, in layer order.
 
     Without `targets` these are the feed-forward projections. `targets` and `ignore` are module names, class names, or
@@ -97,7 +98,7 @@ def find_sites(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[s
     return _share_inputs(sites)
 
 
-def detect(base: nn.Module) -> Family | None:
+def detect(base: PreTrainedModel) -> Family | None:
     """Find the feed-forward projections of an unknown architecture by their shapes; None if there are none.
 
     Within one layer, and outside of what calls itself attention, `down` is the linear that maps the widest inner size F back

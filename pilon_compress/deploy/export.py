@@ -2,10 +2,11 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 from transformers.pytorch_utils import Conv1D
 
@@ -55,7 +56,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _host_config(model: PreTrainedModel):  # type: ignore[no-untyped-def]
+def _host_config(model: PreTrainedModel) -> PretrainedConfig:
     config = model.config.__class__.from_dict(model.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -95,9 +96,11 @@ def export_self_contained(source: str, output: Path, *, overwrite: bool = False)
 def host_classes(model: PreTrainedModel) -> dict[str, str]:
     """Auto class -> host class name, for every auto class that knows this architecture."""
     found = {}
-    for name, auto in vars(modeling_auto).items():
-        if isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass) and auto._model_mapping:
-            host = auto._model_mapping.get(type(model.config), None)
+    autos: dict[str, Any] = vars(modeling_auto)
+    for name, auto in autos.items():
+        if isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass):
+            mapping: Any = getattr(auto, "_model_mapping", None)
+            host = mapping.get(type(model.config), None) if mapping else None
             if host is not None and hasattr(host, "__name__"):
                 found[name] = host.__name__
     return {name: host for name, host in found.items() if not name.startswith("_")}

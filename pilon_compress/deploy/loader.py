@@ -9,14 +9,13 @@ from_pretrained(folder)
 
 from typing import Any
 
-from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
-from pilon_compress.form.layout import Layout, install
+from pilon_compress.form.layout import Host, Layout, install
 
 FORMAT_VERSION = 1
 
@@ -47,17 +46,17 @@ class PilonQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Host, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise ValueError("a dense checkpoint becomes PILON with `pilon-compress convert`, not while it is loaded")
         install(model, Layout.from_dict(self.quantization_config.layout))
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Host, **kwargs: Any) -> None:
         refuse_gaps(model)
         dissolve(model)
 
 
-def refuse_gaps(model: nn.Module) -> None:
+def refuse_gaps(model: Host) -> None:
     """Raise ValueError if a PILON tensor was not in the file: transformers would leave it as random memory."""
     lost = [
         f"{name}.{key}"
@@ -70,14 +69,14 @@ def refuse_gaps(model: nn.Module) -> None:
         raise ValueError(f"the checkpoint lacks {len(lost)} PILON tensors, the first is {lost[0]}")
 
 
-def dissolve(model: nn.Module) -> None:
+def dissolve(model: Host) -> None:
     """Take the quantizer off the model: it would block .half(), ignore save_pretrained(state_dict=), upset Trainer."""
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):
             delattr(model, name)
-    model.is_quantized = False  # type: ignore[assignment]
+    model.is_quantized = False
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_is_quantized"):
             del config._is_quantized
 

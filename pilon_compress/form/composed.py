@@ -20,6 +20,9 @@ class ComposedLinear(nn.Module):
     stock layer with another shape and fails, instead of running on random weights.
     """
 
+    bank: PrimitiveBank
+    selected: Tensor
+
     def __init__(self, bank: PrimitiveBank, top_k: int, bias: bool, composition: str = "component") -> None:
         super().__init__()
         if composition not in COMPOSITIONS:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pilon_compress.form.composed import ComposedLinear
-from pilon_compress.form.layout import BANKS, banks, projections
+from pilon_compress.form.layout import BANKS, Host, banks, projections
 
 
 def pair_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
@@ -40,7 +40,7 @@ def dense(composed: ComposedLinear) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: Host) -> Host:
     """Replace, in place, every composed projection by plain nn.Linear layers and drop the banks: for inference only.
 
     A projection becomes two Linears, or one where k·r > d_in·d_out / (d_in + d_out). The result runs faster, holds more
@@ -61,7 +61,8 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(*weight.shape, bias=bias is not None, device="meta")
+    d_in, d_out = weight.shape
+    linear = nn.Linear(d_in, d_out, bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.T.contiguous())
     if bias is not None:
         linear.bias = nn.Parameter(bias.clone())
@@ -69,7 +70,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 @torch.no_grad()
-def prune_unused(model: nn.Module) -> int:
+def prune_unused(model: Host) -> int:
     """Drop, in place, the primitives that no layer selects; outputs stay bit-identical. Returns how many went.
 
     Banks composed by softmax keep all their logits' primitives: which ones are selected may still change.

@@ -1,13 +1,12 @@
 """Starting weights for a PILON model that is trained from scratch."""
 
 import torch
-from torch import nn
 
-from pilon_compress.form.layout import projections
+from pilon_compress.form.layout import Host, projections
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, std: float, generator: torch.Generator | None = None) -> nn.Module:
+def initialise(model: Host, std: float, generator: torch.Generator | None = None) -> Host:
     """Draw banks and compositions so that every projection's output variance equals that of a dense N(0, std²) weight.
 
     A composed weight is a sum of k·r products a·g·b, so Var W = k·r · Var a · E[g²] · Var b, which is set to std².

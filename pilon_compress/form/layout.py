@@ -9,6 +9,7 @@ from torch import nn
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 
+Host = Any  # a transformers PreTrainedModel; transformers imports this file while that class is being made
 BANKS = "pilon_banks"  # where the base model owns its banks
 
 
@@ -71,10 +72,10 @@ def _read(kind: type, entry: dict[str, Any], where: str) -> Any:
         raise ValueError(f"{where} is incomplete: {error}") from None
 
 
-def install(model: nn.Module, layout: Layout) -> nn.Module:
+def install(model: Host, layout: Layout) -> Host:
     """Put a `ComposedLinear` in the place of every projection of `layout`; parameters are left uninitialised.
 
-    `model` is a transformers model, with or without a head. The banks go to its base model, once each, so that every
+    `model` may have a head or not. The banks go to its base model, once each, so that every
     head class reads the same keys. Raises ValueError if the model has no such projection or its shape differs.
     """
     base = model.base_model
@@ -96,11 +97,13 @@ def install(model: nn.Module, layout: Layout) -> nn.Module:
     tree = nn.ModuleDict()
     for name, bank in banks.items():
         *folders, leaf = name.split(".")
-        node = tree
+        node: nn.ModuleDict = tree
         for folder in folders:
             if folder not in node:
                 node[folder] = nn.ModuleDict()
-            node = node[folder]
+            child = node[folder]
+            assert isinstance(child, nn.ModuleDict)
+            node = child
         node[leaf] = bank
     setattr(base, BANKS, tree)
     no_split = getattr(base, "_no_split_modules", None)
@@ -116,25 +119,26 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, ComposedLinear):
         return module.bank.d_in, module.bank.d_out
     if type(module).__name__ == "Conv1D":
-        return module.nx, module.nf
+        d_in, d_out = module.get_parameter("weight").shape
+        return d_in, d_out
     raise ValueError(f"{type(module).__name__} is not a linear projection")
 
 
-def projections(model: nn.Module) -> Iterator[tuple[str, ComposedLinear]]:
+def projections(model: Host) -> Iterator[tuple[str, ComposedLinear]]:
     """Every composed projection of a PILON model, by module name below the base model."""
     for name, module in model.base_model.named_modules():
         if isinstance(module, ComposedLinear):
             yield name, module
 
 
-def banks(model: nn.Module) -> Iterator[tuple[str, PrimitiveBank]]:
+def banks(model: Host) -> Iterator[tuple[str, PrimitiveBank]]:
     """Every bank of a PILON model by its layout name (`band0.up`)."""
     for name, module in model.base_model.named_modules():
         if isinstance(module, PrimitiveBank):
             yield name.removeprefix(f"{BANKS}."), module
 
 
-def layout_of(model: nn.Module) -> Layout:
+def layout_of(model: Host) -> Layout:
     """Read the layout back from an installed model."""
     names = {id(bank): name for name, bank in banks(model)}
     specs = {

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from pilon_compress.form.fold import pair_is_cheaper
 from pilon_compress.form.layout import Layout, linear_shape
@@ -74,7 +75,7 @@ def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
     return total
 
 
-def model_size(layout: Layout, dense: nn.Module, itemsize: int = DENSE_ITEMSIZE) -> Size:
+def model_size(layout: Layout, dense: PreTrainedModel, itemsize: int = DENSE_ITEMSIZE) -> Size:
     """The whole model; `dense` is the host model before conversion, on any device (meta will do)."""
     ffn = ffn_size(layout, itemsize)
     parameters = sum(p.numel() for p in dense.parameters())  # tied weights once
@@ -93,7 +94,7 @@ def linear_macs(model: nn.Module) -> int:
     return total
 
 
-def kept(dense: nn.Module, layout: Layout) -> list[dict[str, Any]]:
+def kept(dense: PreTrainedModel, layout: Layout) -> list[dict[str, Any]]:
     """What the layout leaves alone, by place: name, parameters, share of the dense model's parameters."""
     replaced = {f"{name}." for name in layout.projections}
     prefix = dense.base_model_prefix + "."
