@@ -186,6 +186,8 @@ def print_result(report: dict[str, Any]) -> None:
     if report["evaluation"]:
         rows = [[figure.label, figure.value, figure.dense] for figure in quality(report["evaluation"])]
         print_table(f"Quality on {report['evaluation']['data']}", ["", "PILON", "dense"], rows)
+    else:
+        print(f"not evaluated: {report['evaluation_skipped']}\n")
     output = report["output"]
     print(f"{number(report['seconds'])} s, {number(report['peak_rss_gib'])} GiB at the peak")
     print(f"model  {output}\nreport {output}/report.html")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -27,14 +28,20 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 PACKAGE = "package:"
 HUB_HELP = "a local folder or package:NAME works without it"
 
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
+"""What transformers raises for a config or tokenizer that it cannot read (JSON errors are ValueErrors)."""
+
 logging.disable_progress_bar()  # ours are enough
+logging.set_verbosity_error()  # what matters of its reports is refused here, in one line
+# Otherwise transformers asks a bot to open a pull request in a hub repository that has pickled weights only.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 def resolve(reference: str) -> str:
     """A local folder for a path or `package:NAME`; a hub id unchanged. Raises BadInput for what cannot be one of these.
 
-    `package:NAME` is the folder inside the installed package NAME that holds a config.json beside weights. The package is
-    found, not imported.
+    `package:NAME` is the folder inside the installed package NAME that holds a config.json beside weights. The package
+    is found, not imported.
     """
     if reference.startswith(PACKAGE):
         return str(_in_package(reference.removeprefix(PACKAGE)))
@@ -62,11 +69,11 @@ def _in_package(name: str) -> Path:
 
 
 def load_config(reference: str) -> PretrainedConfig:
-    """The model's config. Raises BadInput if it is missing, unreadable or of no architecture that transformers knows."""
+    """The model's config. Raises BadInput if it is missing, unreadable or of an unknown architecture."""
     folder = resolve(reference)
     try:
         config = AutoConfig.from_pretrained(folder, **_where(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise _refusal(reference, folder, error) from error
     return config
 
@@ -76,8 +83,12 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     folder = resolve(reference)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_where(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except UNREADABLE as error:
+        if not Path(folder).is_dir():
+            raise _refusal(reference, folder, error) from error
         raise BadInput(f"{reference} has no tokenizer that loads: {_first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # without files transformers invents one that knows no words
+        raise BadInput(f"{reference} has no tokenizer: copy the files (tokenizer.json, ...) of the model it comes from")
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -114,7 +125,7 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _refusal(reference, folder, error) from error
-    if missing := sorted(loaded["missing_keys"]):
+    if missing := sorted(loaded["missing_keys"]):  # transformers leaves them random
         raise BadInput(f"{reference} lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}")
     return model.to(device).eval()
 
@@ -152,7 +163,7 @@ def _check_weights(folder: Path) -> None:
     if index.is_file():
         try:
             named = set(json.loads(index.read_text())["weight_map"].values())
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON and UTF-8 errors are ValueErrors
             raise BadInput(f"{index} is not a weight index: {_first_line(error)}") from None
         if lost := sorted(named - {path.name for path in files}):
             raise BadInput(f"{folder} lacks {lost[0]}, which its index names")

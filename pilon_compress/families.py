@@ -101,8 +101,9 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequ
 def detect(base: PreTrainedModel) -> Family | None:
     """Find the feed-forward projections of an unknown architecture by their shapes; None if there are none.
 
-    Within one layer, and outside of what calls itself attention, `down` is the linear that maps the widest inner size F back
-    to the hidden size; linears from the hidden size to F are `up` (and `gate`, if two), one to 2F is a fused `gate_up`.
+    Within one layer, and outside of what calls itself attention, `down` is the linear that maps the widest inner size F
+    back to the hidden size; linears from the hidden size to F are `up` (and `gate`, if two), one to 2F is a fused
+    `gate_up`.
     """
     path = _layer_list(base)
     if path is None:

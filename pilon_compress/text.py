@@ -1,14 +1,17 @@
-"""Where text comes from: a hub dataset, a file, Python's own documentation, standard input. Documents in, one source a time."""
+"""Where text comes from: a hub dataset, a file, Python's own documentation, standard input."""
 
 import ast
 import glob
 import itertools
+import os
 import pydoc_data.topics
 import random
 import re
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +23,7 @@ DEFAULT_LM = "hub:Salesforce/wikitext:wikitext-2-raw-v1:train:text"
 ALTERNATIVES = "give a local txt, jsonl or parquet file, `stdlib`, or `stdin` instead"
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 HELD_OUT = 5  # one document in five is kept from calibration
-NOT_PROSE = ("site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__")
+NOT_PROSE = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__")
 SHORTEST_DOCSTRING = 200
 POOL = 20  # a sample is drawn from at most this many times as many texts, so that endless sources end
 
@@ -35,22 +38,26 @@ def open_text(spec: str, part: Part = "all") -> Iterator[str]:
         stdlib[:topics|:docstrings]     Python's language reference, and the docstrings of its standard library
         stdin                           documents between blank lines
 
-    `part`: every document belongs, by a hash of its text, to `held-out` (one in five) or to `calibration`. Raises BadInput,
-    in one line, for a source that cannot be read or holds no text.
+    `part`: every document belongs, by a hash of its text, to `held-out` (one in five) or to `calibration`. Raises
+    BadInput, in one line, for a source that cannot be read, or holds no text or none of that part.
     """
-    empty = True
+    found = given = 0
     for document in _documents(spec):
         if not document.strip():
             continue
-        empty = False
+        found += 1
         if part == "all" or (part == "held-out") == _held_out(document):
+            given += 1
             yield document
-    if empty:
+    if not found:
         raise BadInput(f"{spec} holds no text")
+    if not given:
+        raise BadInput(f"{spec} holds {found} documents, none of which falls to the {part} part: give more text")
 
 
 def _held_out(document: str) -> bool:
-    return int.from_bytes(blake2b(document.encode("utf-8", "surrogatepass"), digest_size=8).digest()) % HELD_OUT == 0
+    digest = blake2b(document.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % HELD_OUT == 0
 
 
 def paragraphs(documents: Iterable[str], min_chars: int = 80) -> Iterator[str]:
@@ -79,13 +86,19 @@ def _documents(spec: str) -> Iterator[str]:
     if name == "hub":
         return _from_hub(spec)
     if spec == "stdin":
-        return _blocks(_decoded(sys.stdin.buffer.read(), "stdin"))
+        return _blocks(_standard_input())
     if name == "stdlib":
         sources = {"": _stdlib, "topics": _topics, "docstrings": _docstrings}
         if rest not in sources:
             raise BadInput(f"{spec}: the standard library's text is stdlib, stdlib:topics or stdlib:docstrings")
         return sources[rest]()
     return _from_files(spec)
+
+
+@cache
+def _standard_input() -> str:
+    """Read once and kept: one run takes its calibration part and its held-out part from it."""
+    return _decoded(sys.stdin.buffer.read(), "stdin")
 
 
 def _blocks(text: str) -> Iterator[str]:
@@ -146,13 +159,21 @@ def _from_hub(spec: str) -> Iterator[str]:
     _, repo, config, split, column = fields
     offline = hub.offline()
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         rows = load_dataset(repo, config or None, split=split, streaming=not offline)
         yield from _column(rows, column, spec)
-    except (OSError, ValueError) as error:  # DatasetNotFoundError and ConnectionError are OSErrors
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        DatasetsError,
+    ) as error:  # RuntimeError: a dataset that needs its own code
         if offline:
-            raise BadInput(f"{repo} is not cached and the hub is out of reach ({hub.unreachable()}); {ALTERNATIVES}") from error
+            raise BadInput(
+                f"{repo} is not cached and the hub is out of reach ({hub.unreachable()}); {ALTERNATIVES}"
+            ) from error
         raise BadInput(f"{spec} cannot be read: {str(error).splitlines()[0]}; {ALTERNATIVES}") from error
 
 
@@ -162,19 +183,26 @@ def _topics() -> Iterator[str]:
 
 
 def _docstrings() -> Iterator[str]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        if any(part in NOT_PROSE for part in path.relative_to(root).parts):
-            continue
-        try:
+    root = sysconfig.get_path("stdlib")
+    for folder, inner, names in os.walk(root):
+        inner[:] = sorted(set(inner) - set(NOT_PROSE))
+        for name in sorted(names):
+            if name.endswith(".py"):
+                yield from _docstrings_of(Path(folder, name))
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in other people's strings
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node)
-                if text is not None and len(text) >= SHORTEST_DOCSTRING:
-                    yield text
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text is not None and len(text) >= SHORTEST_DOCSTRING:
+                yield text
 
 
 def _stdlib() -> Iterator[str]:

@@ -1,20 +1,53 @@
-"""Fixtures for every test: `tiny`, the module of tiny models (in importlib mode tests cannot import each other)."""
+"""Fixtures for every test; in importlib mode tests cannot import each other, so shared builders are handed out here.
+
+`tiny`: tests/tiny.py, tiny models and a tokenizer. `hub`: a model hub on this machine, tests/tiny_hub.py.
+"""
 
 import importlib.util
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests start subprocesses; forking would make it complain
 
 
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """tests/tiny.py: tiny_tokenizer(), tiny_model(family), save_tiny(family, folder)."""
-    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """tests/tiny.py: tiny_tokenizer(), tiny_model(family), save_tiny(family, folder)."""
+    return _load("tiny")
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Any:
+    """An empty hub: fill `hub.root`; `hub.run(*arguments, **environment)` runs Python with it and an empty cache."""
+    server = _load("tiny_hub").Hub(tmp_path / "hub")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    surroundings = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env={**os.environ, **surroundings, **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+
+    server.run = run
+    yield server
+    server.shutdown()
+    server.server_close()

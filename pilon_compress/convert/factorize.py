@@ -15,7 +15,8 @@ class Target:
 
     weight (d_in, d_out)   metric C (d_in, d_in)   total = tr(Wᵀ C W)
     loss(Ŵ) = tr((W - Ŵ)ᵀ C (W - Ŵ)): the expected squared output error per token (DRONE, Chen et al. 2021;
-    SVD-LLM, Wang et al. 2024). C is the centred covariance where a bias can absorb the mean error, else the second moment.
+    SVD-LLM, Wang et al. 2024). C is the centred covariance where a bias can absorb the mean error, else the second
+    moment.
     """
 
     name: str

@@ -26,7 +26,7 @@ from pilon_compress.convert.fit import BankFit, fit_bank
 from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.prepare import Job, prepare
 from pilon_compress.deploy.card import model_card
-from pilon_compress.deploy.save import check_output, fresh_folder, save_model
+from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
 from pilon_compress.form.fold import prune_unused
@@ -36,6 +36,7 @@ from pilon_compress.progress import track
 
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
+CAUSAL_WINDOWS = 64  # scored by the evaluation that ends a conversion; `eval` scores all of the text
 
 
 @dataclass
@@ -66,6 +67,7 @@ def convert(
     device = _device(settings.device)
     tokenizer = checkpoint.load_tokenizer(settings.model)
     batches = read_calibration(job, tokenizer)
+    exam = read_evaluation(job)
     dense = checkpoint.load_model(settings.model, dtype=compute_dtype(job, device), device=str(device))
     checkpoint.check_finite(dense)
     moments = calibration.calibrate(dense, batches, job.sites)
@@ -75,8 +77,9 @@ def convert(
     result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
     with fresh_folder(output, overwrite) as folder:
         save_model(model, tokenizer, folder, job.dtype)
+        copy_companions(checkpoint.resolve(settings.model), folder)
         del model
-        result["evaluation"] = judge(job, folder, dense, tokenizer)
+        result |= judge(job, folder, dense, tokenizer, exam)
         result["seconds"] = time.perf_counter() - started
         result["peak_rss_gib"] = peak_rss_gib()
         (folder / "recipe.yaml").write_text(result["recipe"])
@@ -105,6 +108,24 @@ def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[calib
             "give more text, or lower --batch-size or --sequence-length"
         )
     return batches
+
+
+def read_evaluation(job: Job) -> list[str] | str:
+    """The documents to judge by, or why there are none. Read before anything is computed, since they may not be there.
+
+    Text that was asked for must be there; the default, the held-out part of the calibration source, may be too short.
+    """
+    asked = job.recipe.evaluation
+    if asked.data == "none":
+        return "not asked for"
+    try:
+        documents = list(text.open_text(asked.data or job.calibration.data, part="all" if asked.data else "held-out"))
+        evaluate.check(documents, job.causal)
+    except BadInput as error:
+        if asked.data:
+            raise
+        return f"{error}; --eval-data names other text"
+    return documents
 
 
 def fit(
@@ -235,17 +256,23 @@ def describe(
     }
 
 
-def judge(job: Job, folder: Path, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """Load the saved folder back and measure it against `dense` on text that was not used for calibration."""
-    asked = job.recipe.evaluation
-    if asked.data == "none":
-        return None
-    data = asked.data or job.calibration.data
-    documents = list(text.open_text(data, part="all" if asked.data else "held-out"))
+def judge(
+    job: Job,
+    folder: Path,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    exam: list[str] | str,
+) -> dict[str, Any]:
+    """Load the saved folder back and measure it against `dense`: `evaluation`, or None and why it was skipped."""
     saved = checkpoint.load_model(str(folder), dtype=dense.dtype, device=str(dense.device))
-    figures = evaluate.measure(saved, tokenizer, documents, against=dense, settings=asked, seed=job.recipe.seed)
-    held_out = "" if asked.data else " (held-out part)"
-    return {**figures, "data": data + held_out}
+    if isinstance(exam, str):
+        return {"evaluation": None, "evaluation_skipped": exam}
+    asked = job.recipe.evaluation
+    if job.causal and asked.samples is None:
+        asked = asked.model_copy(update={"samples": CAUSAL_WINDOWS})
+    figures = evaluate.measure(saved, tokenizer, exam, against=dense, settings=asked, seed=job.recipe.seed)
+    data = asked.data or f"{job.calibration.data} (held-out part)"
+    return {"evaluation": {**figures, "data": data}}
 
 
 def compute_dtype(job: Job, device: torch.device) -> str:

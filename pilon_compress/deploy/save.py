@@ -1,6 +1,7 @@
 """Safe saving: a folder appears whole under its name, or not at all."""
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -86,3 +87,21 @@ def save_model(
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        path.chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner only
+
+
+COMPANIONS = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+
+
+def copy_companions(source: str, folder: Path) -> None:
+    """Copy what sentence-transformers needs beside a model (pooling, module list) where a local `source` has it."""
+    root = Path(source)
+    if not (root / "modules.json").is_file():
+        return
+    modules = [root / module["path"] for module in json.loads((root / "modules.json").read_text()) if module["path"]]
+    for path in [root / name for name in COMPANIONS] + [p for module in modules for p in module.glob("*.json")]:
+        if path.is_file():
+            target = folder / path.relative_to(root)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)

@@ -10,8 +10,8 @@ def describe(energy: Tensor, selected: Tensor) -> dict[str, Any]:
     """Statistics of one bank from `energy` (L, n), power per primitive and layer, and `selected` (L, k).
 
     energy: each layer's shares, summing to 1. entropy: 0 (one primitive does all) to 1 (all alike). gini: 0 (all
-    alike) to nearly 1. selected_share: part of the layers that select each primitive. utilisation: primitives that any layer
-    selects.
+    alike) to nearly 1. selected_share: part of the layers that select each primitive. utilisation: primitives that
+    any layer selects.
     """
     layers, n = energy.shape
     share = (energy / energy.sum(1, keepdim=True).clamp_min(1e-30)).double().cpu()

@@ -26,7 +26,7 @@ def embed(
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # alike lengths together: little padding
     rows: list[Tensor] = [torch.empty(0)] * len(texts)
     starts = range(0, len(order), batch_size)
-    limit = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
+    limit = min(max_length, _positions(model) or max_length)
     for start in track(starts, "embedding", total=len(starts)):
         chosen = order[start : start + batch_size]
         batch = tokenizer(
@@ -37,7 +37,23 @@ def embed(
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
         for index, row in zip(chosen, pooled.cpu(), strict=True):
             rows[index] = row
-    return torch.stack(rows)
+    result = torch.stack(rows)
+    if not bool(torch.isfinite(result).all()):
+        raise BadInput("the embeddings of the evaluation texts are NaN or infinite: they cannot be compared")
+    return result
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """The longest input that the model takes, in tokens; None if nothing limits it.
+
+    RoBERTa and its kin count positions from the padding id + 1 on: their config promises more than they can take.
+    """
+    stated = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.base_model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if stated and padding is not None and name.endswith("position_embeddings"):
+            return int(stated - padding - 1)
+    return stated
 
 
 def measure(
@@ -51,13 +67,11 @@ def measure(
 ) -> dict[str, Any]:
     """Compare the embeddings of `texts` by both models.
 
-    cosine: mean cosine between a text's two embeddings. neighbors10: mean share of a text's ten nearest texts (by cosine,
-    itself left out) that both models agree on. texts: how many there were. Raises BadInput for fewer than eleven.
+    cosine: mean cosine between a text's two embeddings. neighbors10: mean share of a text's ten nearest texts (by
+    cosine, itself left out) that both models agree on. texts: how many there were. Raises BadInput for fewer than
+    eleven.
     """
-    if len(texts) <= NEIGHBORS:
-        raise BadInput(
-            f"{len(texts)} texts are too few to compare {NEIGHBORS} neighbours: give at least {NEIGHBORS + 1}"
-        )
+    check(texts)
     ours, theirs = (
         torch.nn.functional.normalize(embed(m, tokenizer, texts, batch_size=batch_size, max_length=max_length), dim=1)
         for m in (model, dense)
@@ -68,6 +82,14 @@ def measure(
         "neighbors10": float(shared.float().mean()),
         "texts": len(texts),
     }
+
+
+def check(texts: Sequence[str]) -> None:
+    """Raise BadInput if there are too few texts for each to have ten neighbours."""
+    if len(texts) <= NEIGHBORS:
+        raise BadInput(
+            f"{len(texts)} paragraphs are too few to compare {NEIGHBORS} neighbours: give at least {NEIGHBORS + 1}"
+        )
 
 
 def _nearest(embeddings: Tensor) -> Tensor:

@@ -48,6 +48,12 @@ def measure(
     }
 
 
+def check(documents: Sequence[str], causal: bool) -> None:
+    """Raise BadInput if the text is too short to judge by."""
+    if not causal:
+        encoder.check(list(text.paragraphs(documents)))
+
+
 def evaluate(
     model: str,
     *,

@@ -6,7 +6,7 @@ EOS doc EOS doc EOS ...                     one stream of tokens; the first EOS 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from pilon_compress.progress import track
 
 LONGEST_WINDOW = 1024
 CHUNK = 512  # positions whose logits are held in float32 at a time
+LOGITS = 2**27  # most logits that one forward pass may return: 512 MiB in float32
 
 
 def default_window(config: PretrainedConfig) -> int:
@@ -29,7 +30,7 @@ def default_window(config: PretrainedConfig) -> int:
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
+    documents: Iterable[str],
     *,
     against: PreTrainedModel | None = None,
     window: int | None = None,
@@ -39,27 +40,27 @@ def measure(
 ) -> dict[str, Any]:
     """Score every token of `documents` once and, with `against` (the dense model), compare the two distributions.
 
-    Returns perplexity, bits_per_byte (of the UTF-8 text), tokens (scored), bytes, window, stride, eos (whether an EOS token
-    stands before and between documents, scored like any other); and with `against` the same of the dense model,
-    perplexity_ratio, kl (mean nats per token, KL(dense ‖ model)) and top1_agreement. Log-softmax in float32, sums in float64.
-    Raises BadInput if the text is shorter than two tokens or the window does not fit the model.
+    Returns perplexity, bits_per_byte (of the UTF-8 text), tokens (scored), bytes, window, stride, eos (whether an EOS
+    token stands before and between documents, scored like any other); and with `against` the same of the dense model,
+    perplexity_ratio, kl (mean nats per token, KL(dense ‖ model)) and top1_agreement. Log-softmax in float32, sums in
+    float64. Raises BadInput if the text is shorter than two tokens, the window does not fit the model, the two models
+    differ in vocabulary, or a prediction is not finite.
     """
     window = window or default_window(model.config)
     stride = stride or window
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and window > longest:
-        raise BadInput(f"a window of {window} tokens exceeds the model's {longest} positions")
-    if stride > window:
-        raise BadInput(f"stride {stride} exceeds the window of {window}: tokens would be skipped")
+    _check(model, against, window, stride)
     ids, size = _stream(tokenizer, documents, max_tokens)
     if len(ids) < 2:
         raise BadInput("the evaluation text is shorter than two tokens")
+    rows = max(1, min(batch_size, LOGITS // (window * model.config.vocab_size)))
     sums = torch.zeros(4, dtype=torch.float64)
-    for inputs, labels in track(list(_batches(ids, window, stride, batch_size)), "evaluating"):
+    for inputs, labels in track(list(_batches(ids, window, stride, rows)), "evaluating"):
         sums += _scores(model, against, inputs, labels)
+    if not bool(torch.isfinite(sums).all()):
+        raise BadInput("the predictions on the evaluation text are NaN or infinite: no perplexity can be taken")
     tokens = len(ids) - 1
     figures = {
-        "perplexity": math.exp(min(700.0, sums[0] / tokens)),
+        "perplexity": math.exp(min(700.0, float(sums[0]) / tokens)),
         "bits_per_byte": float(sums[0]) / math.log(2) / size,
         "tokens": tokens,
         "bytes": size,
@@ -68,7 +69,7 @@ def measure(
         "eos": tokenizer.eos_token_id is not None,
     }
     if against is not None:
-        dense = math.exp(min(700.0, sums[1] / tokens))
+        dense = math.exp(min(700.0, float(sums[1]) / tokens))
         figures |= {
             "dense_perplexity": dense,
             "dense_bits_per_byte": float(sums[1]) / math.log(2) / size,
@@ -79,31 +80,52 @@ def measure(
     return figures
 
 
+def _check(model: PreTrainedModel, against: PreTrainedModel | None, window: int, stride: int) -> None:
+    for one in (model, against):
+        longest = getattr(one.config, "max_position_embeddings", None) if one is not None else None
+        if longest and window > longest:
+            raise BadInput(f"a window of {window} tokens exceeds the model's {longest} positions")
+    if stride > window:
+        raise BadInput(f"stride {stride} exceeds the window of {window}: tokens would be skipped")
+    if against is not None and against.config.vocab_size != model.config.vocab_size:
+        sizes = f"{model.config.vocab_size} and {against.config.vocab_size}"
+        raise BadInput(f"vocabularies of {sizes} tokens: these models' predictions cannot be compared")
+
+
 def _stream(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], max_tokens: int | None
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], max_tokens: int | None
 ) -> tuple[list[int], int]:
-    """Token ids, and the UTF-8 bytes of the text that they stand for (less those of the first token, which is not scored)."""
+    """Token ids, the first of which only gives context, and the UTF-8 bytes of the text that the others stand for.
+
+    Without EOS the stream begins with BOS, and without either its first token goes unscored.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids, size = list(end), 0
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids, size = [*(end or start)], 0
+    limit = math.inf if max_tokens is None else max_tokens + 1
     for document in documents:
-        new = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        room = None if max_tokens is None else max_tokens + 1 - len(ids)
-        if room is not None and len(new) > room:
-            size += len(tokenizer.decode(new[:room]).encode())
-            ids += new[:room]
+        text, new = _fit(tokenizer, document, limit - len(ids))
+        if not ids:
+            size -= len(tokenizer.decode(new[:1]).encode())
+        ids += new
+        size += len(text.encode())
+        if text != document or len(ids) + len(end) > limit:
             break
-        ids += new + end
-        size += len(document.encode())
-        if max_tokens is not None and len(ids) > max_tokens:
-            ids = ids[: max_tokens + 1]
-            break
-    if not end and ids:
-        size -= len(tokenizer.decode(ids[:1]).encode())
+        ids += end
     return ids, max(size, 1)
 
 
+def _fit(tokenizer: PreTrainedTokenizerBase, text: str, limit: float) -> tuple[str, list[int]]:
+    """`text` cut short until it has at most `limit` tokens, and its tokens: the bytes of a cut text are exact."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    while len(ids) > limit:
+        text = text[: int(len(text) * limit / len(ids))]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return text, ids
+
+
 def _batches(ids: list[int], window: int, stride: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs (inputs, labels), both (B, T), labels -100 where an earlier window has scored the token or there is none."""
+    """Pairs (inputs, labels), both (B, T); label -100: scored by an earlier window, or padding."""
     rows = []
     scored = 1  # ids[0] has no context
     while scored < len(ids):

@@ -1,0 +1,187 @@
+"""Text sources: the same documents every time, two parts that never mix, one clear line for what cannot be read."""
+
+import io
+import json
+import pydoc_data.topics
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pilon_compress import text
+from pilon_compress.errors import BadInput
+
+DOCUMENTS = [f"Document {i}: naïve café.\nIts second line." for i in range(40)]
+
+
+def read(spec, part="all"):
+    return list(text.open_text(str(spec), part))
+
+
+def write(path, documents=DOCUMENTS, column="text"):
+    rows = [{"id": i, column: document} for i, document in enumerate(documents)]
+    if path.suffix == ".txt":
+        path.write_text("\n\n".join(documents), "utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), "utf-8")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def refused(spec, *words, part="all"):
+    with pytest.raises(BadInput) as error:
+        read(spec, part)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "parquet"])
+def test_every_file_format_gives_the_same_documents(tmp_path, suffix):
+    assert read(write(tmp_path / f"t.{suffix}")) == DOCUMENTS
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_a_column_can_be_named(tmp_path, suffix):
+    path = write(tmp_path / f"t.{suffix}", column="body")
+    assert read(f"{path}::body") == DOCUMENTS
+    refused(path, "no column 'text'", "id, body")
+
+
+def test_a_glob_reads_its_files_in_order(tmp_path):
+    for name, part in (("b.txt", DOCUMENTS[20:]), ("a.jsonl", DOCUMENTS[:20])):
+        write(tmp_path / name, part)
+    assert read(tmp_path / "*") == DOCUMENTS
+
+
+def test_txt_documents_lie_between_blank_lines_of_any_kind(tmp_path):
+    (tmp_path / "t.txt").write_bytes("\ufeffone\r\nmore\r\n\r\n \t\r\ntwo\n\n\n\nthree\n".encode())
+    assert [document.split() for document in read(tmp_path / "t.txt")] == [["one", "more"], ["two"], ["three"]]
+
+
+def test_parts_do_not_overlap_and_are_the_same_on_every_machine(tmp_path):
+    path = write(tmp_path / "t.jsonl")
+    calibration, held_out = read(path, "calibration"), read(path, "held-out")
+    assert sorted(calibration + held_out) == sorted(DOCUMENTS)
+    assert [DOCUMENTS.index(document) for document in held_out] == [1, 14, 15, 20, 39]
+    again = write(tmp_path / "reversed.jsonl", DOCUMENTS[::-1] * 2)
+    assert set(read(again, "held-out")) == set(held_out), "neither order nor repetition moves a document"
+
+
+def test_a_part_without_documents_is_refused(tmp_path):
+    path = write(tmp_path / "t.txt", [DOCUMENTS[0], DOCUMENTS[2]])
+    assert len(read(path, "calibration")) == 2
+    refused(path, "held-out", "2 documents", part="held-out")
+
+
+def test_standard_input_can_be_read_twice_by_one_run(monkeypatch):
+    class Input:
+        buffer = io.BytesIO("\n\n".join(DOCUMENTS).encode())
+
+    monkeypatch.setattr(sys, "stdin", Input)
+    text._standard_input.cache_clear()
+    calibration, held_out = read("stdin", "calibration"), read("stdin", "held-out")
+    text._standard_input.cache_clear()
+    assert sorted(calibration + held_out) == sorted(DOCUMENTS)
+
+
+def test_standard_library_prose_is_long_and_deterministic():
+    code = "from pilon_compress.text import open_text; import json; print(json.dumps(list(open_text('stdlib'))))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    documents = read("stdlib")
+    assert json.loads(other.stdout) == documents and other.stderr == b""
+    topics = [value for _, value in sorted(pydoc_data.topics.topics.items())]
+    docstrings = documents[len(topics) :]
+    assert documents[: len(topics)] == topics == read("stdlib:topics")
+    assert next(text.open_text("stdlib:docstrings")) == docstrings[0]
+    assert all(len(document) >= 200 for document in docstrings) and len(docstrings) > 1000
+    assert any("urlopen" in document for document in docstrings)
+
+
+def test_paragraphs_are_distinct_prose():
+    prose = (
+        "The first  paragraph is long enough to be kept,\nand it is made of words and of spaces rather than of signs."
+    )
+    table = "| 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 12 | 13 | 14 | 15 | 16 | 17 | 18 | 19 | 20 | 21 |"
+    documents = [f"{prose}\n\nToo short.\n \n{table}", prose.replace("  ", " "), prose.replace("first", "second")]
+    kept = list(text.paragraphs(documents))
+    assert kept == [" ".join(prose.split()), " ".join(prose.split()).replace("first", "second")]
+    assert list(text.paragraphs(documents, min_chars=10))[1] == "Too short."
+
+
+def test_a_sample_depends_on_the_seed_alone():
+    first, again, other = (text.sample(iter(DOCUMENTS), 10, seed) for seed in (0, 0, 1))
+    assert first == again != other and len(set(first)) == 10 and set(first) <= set(DOCUMENTS)
+    assert sorted(text.sample(DOCUMENTS, 100, 0)) == sorted(DOCUMENTS)
+
+
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path):
+    refused(tmp_path / "nowhere.txt", "nowhere.txt", "stdlib", "stdin")
+    refused(tmp_path / "*.txt", "*.txt", "matches")
+    refused(tmp_path, str(tmp_path))
+    (tmp_path / "t.docx").write_bytes(b"PK")
+    refused(tmp_path / "t.docx", "t.docx", ".jsonl")
+    (tmp_path / "latin.txt").write_bytes("fine, then\n\ncaf\xe9".encode("latin-1"))
+    refused(tmp_path / "latin.txt", "latin.txt", "UTF-8", "15")
+    (tmp_path / "empty.txt").write_text(" \n\n ")
+    refused(tmp_path / "empty.txt", "empty.txt", "no text")
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": ')
+    refused(tmp_path / "broken.jsonl", "broken.jsonl")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    refused(tmp_path / "broken.parquet", "broken.parquet")
+    (tmp_path / "numbers.jsonl").write_text('{"text": 5}')
+    refused(tmp_path / "numbers.jsonl", "'text'", "int")
+    refused("stdlib:tests", "stdlib:topics", "stdlib:docstrings")
+    for spec in ("hub:", "hub:a/b", "hub:a/b:c:train", "hub:a/b:c:train:text:x", "hub::c:train:text"):
+        refused(spec, "hub:REPO:CONFIG:SPLIT:COLUMN")
+
+
+SCRIPT = """
+import sys
+from pilon_compress.errors import BadInput
+from pilon_compress.text import open_text
+for spec, part in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        documents = list(open_text(spec, part))
+        print(len(documents), documents[0].splitlines()[0])
+    except BadInput as error:
+        print("refused:", error)
+"""
+
+
+def test_hub_datasets(hub):
+    folder = hub.root / "datasets" / "some" / "prose"
+    folder.mkdir(parents=True)
+    write(folder / "train.jsonl")
+    card = "configs:\n- config_name: small\n  data_files:\n  - split: train\n    path: train.jsonl\n"
+    (folder / "README.md").write_text(f"---\n{card}---\n")
+    (hub.root / "datasets" / "some" / "script").mkdir()
+    (hub.root / "datasets" / "some" / "script" / "script.py").write_text("raise SystemExit('must not run')")
+    asked = {
+        "hub:some/prose:small:train:text": "all",
+        "hub:some/prose::train:text": "calibration",
+        "hub:some/prose:small:train:body": "all",
+        "hub:some/prose:small:test:text": "all",
+        "hub:some/prose:large:train:text": "all",
+        "hub:some/thing::train:text": "all",
+        "hub:some/script::train:text": "all",
+    }
+    arguments = [word for item in asked.items() for word in item]
+    lines = hub.run("-c", SCRIPT, *arguments).stdout.splitlines()
+    assert lines[:2] == ["40 Document 0: naïve café.", "35 Document 0: naïve café."]
+    expected = (
+        ["'body'", "id, text"],
+        ["test", "train"],
+        ["large", "small"],
+        ["some/thing", "stdlib"],
+        ["some/script"],
+    )
+    for line, words in zip(lines[2:], expected, strict=True):
+        assert line.startswith("refused:") and all(word in line for word in words), line
