@@ -43,5 +43,5 @@ def evaluate(
         print_json(result)
         return
     rows = [[figure.label, figure.value, figure.dense, figure.meaning] for figure in quality(result)]
-    print_table(f"{model} against {result['against'] or 'nothing'}", ["", "model", "dense", "what it is"], rows)
+    print_table(f"{model} against {result['against'] or 'nothing'}", ["", "PILON", "dense", "what it is"], rows)
     print("; ".join(f"{label}: {value}" for label, value in circumstances(result) if label not in ("model", "against")))

@@ -16,7 +16,9 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout; the first column is text, the others are right-aligned figures."""
+    """A table on stdout; the first column is text, the others are right-aligned figures. Empty columns are left out."""
+    used = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    columns, rows = [columns[index] for index in used], [[row[index] for index in used] for row in rows]
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDTH  # a pipe has no width; do not cut figures short

@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _REGISTRY = "transformers.quantizers.auto"
 _LOADER = "pilon_compress.deploy.loader"
-_PUBLIC = {
+_PUBLIC = {  # public name -> module, or module:name where the module's own name would be hidden (the room `convert`)
     "ComposedLinear": "pilon_compress.form.composed",
     "PrimitiveBank": "pilon_compress.form.bank",
     "Layout": "pilon_compress.form.layout",
@@ -27,7 +27,7 @@ _PUBLIC = {
     "fold": "pilon_compress.form.fold",
     "find_sites": "pilon_compress.families",
     "Recipe": "pilon_compress.recipe",
-    "convert": "pilon_compress.convert.pipeline",
+    "convert_model": "pilon_compress.convert.pipeline:convert",
     "evaluate": "pilon_compress.measure.evaluate",
     "BadInput": "pilon_compress.errors",
 }
@@ -70,5 +70,6 @@ elif not any(type(finder).__name__ == "_RegisterWithTransformers" for finder in 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+        module, _, attribute = _PUBLIC[name].partition(":")
+        return getattr(import_module(module), attribute or name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

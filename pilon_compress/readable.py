@@ -74,6 +74,12 @@ def in_order(names: Iterable[str], first: Sequence[str]) -> list[str]:
     return [name for name in first if name in distinct] + sorted(distinct - set(first))
 
 
+WHITENED_LOSS = (
+    "mean over the FFN projections of the squared error of their outputs ÷ their squared outputs, on the calibration "
+    "text, each output less its mean where a bias makes up for that"
+)
+
+
 def method_name(method: str) -> str:
     """How a method is called in running text."""
     return METHOD_NAMES.get(method, method)
@@ -115,7 +121,7 @@ def ratios(report: Mapping[str, Any]) -> list[Ratio]:
                 "Bytes on disk",
                 part,
                 sizes["bytes_ratio"],
-                f"bytes saved to disk ÷ bytes of the dense {part} in bf16",
+                f"bytes saved to disk as {report['dtype']} ÷ bytes of the dense {part} in bfloat16",
                 f"{mib(sizes['bytes'])} of {mib(sizes['dense_bytes'])}",
             ),
             Ratio(

@@ -15,6 +15,10 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests start subprocesses; forking would make it complain
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # tests run side by side: threads of several processes would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _load(name: str) -> ModuleType:

@@ -36,6 +36,7 @@ BANK = {
 }
 REPORT: dict[str, Any] = {
     "format_version": 1,
+    "dtype": "float32",
     "pilon_compress": "0.1.0",
     "command": "pilon-compress convert acme/small-model -o out/x --ffn-ratio 0.5",
     "source": "acme/small-model",
@@ -135,7 +136,15 @@ def test_no_figure_that_is_not_in_the_report(evaluation: dict[str, Any] | None) 
     report = report_with(evaluation=evaluation)
     card = model_card(report)
     prose = re.sub(r"^(`{3,}).*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE).split("---\n", 2)[2]
-    for fixed in ("10 nearest", "1 is lossless", "0 is lossless", "0 is the dense model", "Top-1", "bf16"):
+    for fixed in (
+        "10 nearest",
+        "1 is lossless",
+        "0 is lossless",
+        "0 is the dense model",
+        "Top-1",
+        "bfloat16",
+        "float32",
+    ):
         prose = prose.replace(fixed, "")
     known = {number(value) for value in leaves(report)} | {"3"}  # three layers
     known |= {number(value / scale) for value in leaves(report) for scale in (1e3, 1e6, 2**20)}

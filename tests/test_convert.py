@@ -26,7 +26,7 @@ def command(*words, cwd, code=0, stdin=None):
 
 
 def prose(start, count):
-    words = "the model layer weight bank primitive rank band token text memory quality reader writer engine".split()
+    words = ("the", "model", "layer", "weight", "bank", "primitive", "rank", "token", "memory", "reader", "engine")
     lines = []
     for i in range(start, start + count):
         picked = " ".join(words[(i * 7 + j * j) % len(words)] for j in range(16))

@@ -72,7 +72,7 @@ def test_long_texts_are_cut_at_the_positions_of_the_model(tiny, family):
 def test_too_few_texts_are_refused(tiny):
     model, tokenizer = tiny.tiny_model("bert"), tiny.tiny_tokenizer(ends=True)
     assert encoder.measure(model, model, tokenizer, TEXTS[:11])["texts"] == 11
-    with pytest.raises(BadInput, match="10 texts are too few"):
+    with pytest.raises(BadInput, match="10 paragraphs are too few"):
         encoder.measure(model, model, tokenizer, TEXTS[:10])
 
 

@@ -116,6 +116,7 @@ def fake_report(
     losses = {"pilon": 0.03127, "whitened-svd": 0.03981, "svd": 0.2214}
     return {
         "format_version": 1,
+        "dtype": "float32",
         "pilon_compress": "0.1.0",
         "command": "pilon-compress convert acme/small-model -o out/x --ffn-ratio 0.5 --calibration stdlib --seed 0",
         "source": "acme/small-model",

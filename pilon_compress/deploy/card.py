@@ -77,13 +77,13 @@ def _costs(report: Report) -> str:
     for label in dict.fromkeys(ratio.label for ratio in ratios):
         ffn, model = (ratio for ratio in ratios if ratio.label == label)
         cells = [f"**{readable.number(ratio.value)}** ({ratio.detail})" for ratio in (ffn, model)]
-        rows.append([label, *cells, _WHAT_OVER[label]])
+        rows.append([label, *cells, _WHAT_OVER[label].format(dtype=report["dtype"])])
     return _table(["Compressed ÷ dense", "FFN", "Whole model", "What is over what"], rows)
 
 
 _WHAT_OVER = {
     "Stored parameters": "parameters kept ÷ parameters of the dense model",
-    "Bytes on disk": "bytes saved ÷ bytes of the dense model in bf16",
+    "Bytes on disk": "bytes saved as {dtype} ÷ bytes of the dense model in bfloat16",
     "MACs per token": "multiply-accumulates per token ÷ those of the dense model",
 }
 
@@ -114,8 +114,7 @@ def _losses(report: Report) -> list[str]:
         rows.append([f"{name} (this model)" if ours else name, f"**{value}**" if ours else value])
     return [
         _table(["Method", "Whitened loss"], rows),
-        "Whitened loss: squared error of the outputs of all FFN projections ÷ their squared outputs, on the "
-        f"calibration text ({_facts(report['calibration'])}); 0 is the dense model.",
+        f"Whitened loss: {readable.WHITENED_LOSS} ({_facts(report['calibration'])}); 0 is the dense model.",
     ]
 
 

@@ -59,6 +59,7 @@ def _view(report: Report) -> dict[str, Any]:
         "costs": [(label, [r for r in ratios if r.label == label]) for label in dict.fromkeys(r.label for r in ratios)],
         "quality": readable.quality(report["evaluation"]),
         "losses": _losses(report),
+        "whitened_loss_meaning": readable.WHITENED_LOSS,
         "plan": _tables(report["plan"]["banks"], _plan_row),
         "use": _tables(_composed(report), _use_row),
         "anatomy": _anatomy(report),

