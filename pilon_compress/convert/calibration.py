@@ -1,6 +1,6 @@
 """What the projections see: means and second moments of their inputs, streamed over calibration text."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,11 +140,3 @@ def tokens(batches: Sequence[Batch]) -> int:
 
 def sequences(batches: Sequence[Batch]) -> int:
     return sum(len(batch.input_ids) for batch in batches)
-
-
-def texts_seen(documents: Iterable[str], limit: int) -> Iterator[str]:
-    """The first `limit` of `documents`."""
-    for index, document in enumerate(documents):
-        if index == limit:
-            return
-        yield document
