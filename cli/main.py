@@ -14,6 +14,7 @@ from pilon_compress import __version__
 from pilon_compress.errors import BadInput
 
 from . import recipes
+from .compare import compare
 from .convert import convert
 from .evaluate import evaluate
 from .export import export
@@ -37,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("convert")(convert)
+app.command("compare")(compare)
 app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("generate")(generate)

@@ -1,0 +1,144 @@
+"""`pilon-compress compare`: PILON against published baselines, at equal stored size, on the same text."""
+
+import json
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from pilon_compress.errors import BadInput
+
+from .convert import MODEL
+from .output import print_json, print_table
+
+PANELS = {"what": "What is compared", "data": "Calibration and evaluation", "run": "Running"}
+
+
+def compare(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")] = None,
+    ffn_ratio: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Stored FFN parameters over dense; may be given several times. Default: 0.6, 0.4.",
+            rich_help_panel=PANELS["what"],
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated, default all: pilon, pilon-private (a bank for every layer), svd, asvd, "
+            "whitened-svd (SVD-LLM), basis-sharing, nystrom (MoDeGPT), original-pilon.",
+            rich_help_panel=PANELS["what"],
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Calibration texts to draw and average over.", rich_help_panel=PANELS["what"])
+    ] = 3,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text source, as for convert.", rich_help_panel=PANELS["data"])
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Calibration paragraphs (encoders) or blocks (LMs).", rich_help_panel=PANELS["data"]),
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per calibration sequence.", rich_help_panel=PANELS["data"])
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences per calibration batch.", rich_help_panel=PANELS["data"])
+    ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to judge by; default: the held-out part of the calibration source.",
+            rich_help_panel=PANELS["data"],
+        ),
+    ] = None,
+    eval_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Texts (encoders) or windows (LMs) to judge by; default: 500 / 64.", rich_help_panel=PANELS["data"]
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=PANELS["run"])] = "cpu",
+    seed: Annotated[int, typer.Option(help="The first seed.", rich_help_panel=PANELS["run"])] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier comparison.", rich_help_panel=PANELS["run"])
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop after sizing every method.", rich_help_panel=PANELS["run"])
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=PANELS["run"])
+    ] = False,
+) -> None:
+    """Compare PILON with published methods: quality, stored size and MACs, over several calibration texts.
+
+    pilon-compress compare gpt2 --ffn-ratio 0.6 --ffn-ratio 0.4 -o out/gpt2-compared
+
+    An interrupted comparison goes on where it stopped when the same command is given again.
+    """
+    options: dict[str, Any] = {
+        "model": model,
+        "seed": seed,
+        "calibration.data": calibration,
+        "calibration.samples": samples,
+        "calibration.sequence_length": sequence_length,
+        "calibration.batch_size": batch_size,
+        "evaluation.data": eval_data,
+        "evaluation.samples": eval_samples,
+    }
+    from pilon_compress import recipe
+
+    settings = recipe.build({}, [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None])
+    if not dry_run and output is None:
+        raise BadInput("name the folder to write with -o")
+
+    from pathlib import Path
+
+    from pilon_compress.convert import compare as comparing
+
+    if output is not None:
+        comparing.check(Path(output), overwrite)
+    chosen = [name.strip() for name in methods.split(",")] if methods is not None else list(comparing.METHODS)
+    asked = comparing.plan(settings, ffn_ratio or [0.6, 0.4], chosen, seeds)
+    if dry_run:
+        result = {"dry_run": True, **asked.describe()}
+        print_json(result) if as_json else print_plan(result)
+        return
+    assert output is not None
+    command = shlex.join(["pilon-compress", *sys.argv[1:]])
+    result = comparing.compare(asked, output, overwrite=overwrite, command=command, device=device)
+    print_json(result) if as_json else print_result(result)
+
+
+def print_plan(result: dict[str, Any]) -> None:
+    """What each method would store at each ratio."""
+    from pilon_compress.measure.frontier import method_name
+    from pilon_compress.readable import number, short_count
+
+    rows = [
+        [method_name(one["method"]), f"{one['ratio']:g}", short_count(one["stored"]), number(one["stored_ratio"])]
+        for one in result["planned"]
+    ]
+    print_table(result["source"], ["method", "asked FFN ratio", "stored", "stored ÷ dense"], rows)
+    calibration = result["calibration"]
+    print(
+        f"{len(result['seeds'])} draws of {number(calibration['samples'])} texts from {calibration['data']}; "
+        f"{number(result['cells'])} models to make and judge"
+    )
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """One table per ratio, best first, and where to look."""
+    from pilon_compress.measure.comparison import spread_of_quality, table
+    from pilon_compress.readable import number
+
+    for ratio in result["ratios"]:
+        headings, rows = table(result, ratio, spread=False)
+        ranges = [*spread_of_quality(result, ratio), ""]
+        rows = [[*row, span] for row, span in zip(rows, ranges, strict=True)]
+        print_table(f"Stored FFN ratio {ratio:g}", [*headings, "over draws"], rows)
+    print(f"{number(result['seconds'])} s; {result['output']}/compare.html, compare.md, compare.json")

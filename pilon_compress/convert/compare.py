@@ -1,0 +1,267 @@
+"""PILON against the published baselines: same dense model, same text, same budgets, same counting.
+
+seed -> calibrate -> method and ratio -> approximate -> install -> evaluate -> one cell
+cells -> measure.comparison -> compare.json, compare.html, compare.md
+"""
+
+import random
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import pilon_compress
+from pilon_compress import checkpoint, recipe
+from pilon_compress.convert import calibration, peers, pipeline
+from pilon_compress.convert.calibration import Batch, SecondMoment
+from pilon_compress.convert.candidate import Candidate, baseline, dense_size, problem_of
+from pilon_compress.convert.cells import Cells
+from pilon_compress.convert.prepare import Job, prepare
+from pilon_compress.deploy.save import check_output, fresh_folder
+from pilon_compress.errors import BadInput
+from pilon_compress.families import Site
+from pilon_compress.form.layout import layout_of
+from pilon_compress.measure import comparison, evaluate
+from pilon_compress.measure.size import DENSE_ITEMSIZE, Size, ffn_size, linear_macs
+from pilon_compress.progress import track
+
+OURS = ("pilon", "pilon-private")
+METHODS = (*OURS, *peers.PEERS)
+POOL = 4  # the blocks of a seed are drawn from this many times as many
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison before it starts. `jobs`: what our own methods would do, by method and ratio; `base`: any job."""
+
+    base: Job
+    ratios: list[float]
+    methods: list[str]
+    seeds: list[int]
+    jobs: dict[tuple[str, float], Job]
+
+    def describe(self) -> dict[str, Any]:
+        """What would be measured, as plain data: `planned` has the stored ratio that each method reaches."""
+        dense = dense_size(self.base.sites).stored
+        planned = []
+        for ratio in self.ratios:
+            for method in self.methods:
+                if method in OURS:
+                    stored = self.jobs[method, ratio].size()["ffn"]["stored"]
+                else:
+                    stored = peers.planned(peers.shares(method, self.base.sites, ratio))
+                planned.append({"method": method, "ratio": ratio, "stored": stored, "stored_ratio": stored / dense})
+        return {
+            "source": self.base.recipe.model,
+            "seeds": self.seeds,
+            "cells": len(planned) * len(self.seeds),
+            "calibration": vars(self.base.calibration),
+            "planned": planned,
+        }
+
+
+def plan(settings: recipe.Recipe, ratios: Sequence[float], methods: Sequence[str], seeds: int) -> Comparison:
+    """Size every method at every ratio, for `seeds` calibration seeds from `settings.seed` on.
+
+    Loads no weights and reads no text. Raises BadInput for an unknown method, for a ratio that is too small for one.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise BadInput(f"no method {method!r}; there are {', '.join(METHODS)}")
+    if seeds < 1 or not methods or not ratios:
+        raise BadInput("a comparison needs at least one method, one ratio and one seed")
+    ratios, methods = sorted(set(ratios), reverse=True), list(dict.fromkeys(methods))
+    jobs = {}
+    for ratio in ratios:
+        base = prepare(_settings(settings, ratio))
+        for method in methods:
+            if method in OURS:
+                jobs[method, ratio] = prepare(_settings(settings, ratio, method, base.sites))
+            else:
+                peers.shares(method, base.sites, ratio)
+    return Comparison(base, ratios, methods, list(range(settings.seed, settings.seed + seeds)), jobs)
+
+
+def _settings(
+    settings: recipe.Recipe, ratio: float, method: str = "pilon", sites: Sequence[Site] = ()
+) -> recipe.Recipe:
+    """The recipe of one of our methods at one ratio; pilon-private is PILON with banks of its own for every layer."""
+    overrides = [f"budget.ffn_ratio={float(ratio)}", "budget.preset=null"]
+    if method == "pilon-private":
+        overrides.append(f"budget.bands={[[layer] for layer in sorted({site.layer for site in sites})]}")
+    return recipe.build(settings.model_dump(exclude_none=True), overrides)
+
+
+def compare(
+    asked: Comparison, output: str | Path, *, overwrite: bool = False, command: str = "", device: str = "cpu"
+) -> dict[str, Any]:
+    """Measure every cell and write compare.json, compare.html and compare.md to the folder `output`.
+
+    Finished cells are kept beside `output` until it is written, and reused when the same comparison starts again.
+    Returns the contents of compare.json. Raises BadInput.
+    """
+    started, output = time.perf_counter(), Path(output)
+    check(output, overwrite)
+    job = asked.base
+    tokenizer = checkpoint.load_tokenizer(job.recipe.model)
+    exam = pipeline.read_evaluation(job)
+    if isinstance(exam, str):
+        raise BadInput(f"a comparison needs text to judge by: {exam}")
+    drawn = {seed: draw(job, tokenizer, seed) for seed in asked.seeds}
+    dtype = pipeline.compute_dtype(job, torch.device(device))
+    bench = Bench(job, checkpoint.load_model(job.recipe.model, dtype=dtype, device=device), tokenizer, exam)
+    cells = Cells(output, bench.fingerprint())
+    dense = _dense(bench, cells)
+    measured = [cell for seed, batches in drawn.items() for cell in _measure(asked, seed, batches, bench, cells)]
+    result = {
+        "format_version": 1,
+        "pilon_compress": pilon_compress.__version__,
+        "source": job.recipe.model,
+        "command": command,
+        "output": str(output),
+        "ratios": asked.ratios,
+        "methods": asked.methods,
+        "seeds": asked.seeds,
+        "calibration": {
+            "data": job.calibration.data,
+            "texts": max(calibration.sequences(batches) for batches in drawn.values()),
+            "tokens": max(calibration.tokens(batches) for batches in drawn.values()),
+        },
+        **comparison.summarise(measured, dense),
+        "cells": measured,
+        "seconds": time.perf_counter() - started,
+    }
+    with _replacing(output, overwrite) as folder:
+        comparison.write(result, folder)
+    cells.remove()
+    return result
+
+
+def check(output: Path, overwrite: bool) -> None:
+    """Raise BadInput if `output` cannot become a comparison; `overwrite` gives up an earlier comparison only."""
+    earlier = overwrite and output.is_dir() and any(output.iterdir())
+    if earlier and not (output / "compare.json").is_file():
+        raise BadInput(f"{output} is not empty and holds no comparison, so --overwrite will not clear it")
+    if not earlier:
+        check_output(output, overwrite)
+
+
+@contextmanager
+def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A fresh folder for `output`; an earlier comparison of that name stays until the new one is whole."""
+    check(output, overwrite)
+    if not output.exists() or not any(output.iterdir()):
+        with fresh_folder(output) as folder:
+            yield folder
+        return
+    made = output.absolute().parent / f".{output.name}.{secrets.token_hex(4)}.part"
+    old = made.with_suffix(".old")
+    try:
+        with fresh_folder(made) as folder:
+            yield folder
+        output.rename(old)
+        made.rename(output)
+    finally:
+        for left in (made, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def draw(job: Job, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Batch]:
+    """The calibration text of one seed: paragraphs as `convert` draws them, or a sample of blocks."""
+    if not job.causal:
+        settings = job.recipe.model_copy(update={"seed": seed})
+        return pipeline.read_calibration(replace(job, recipe=settings), tokenizer)
+    asked = job.calibration
+    larger = replace(job, calibration=replace(asked, samples=POOL * asked.samples))
+    blocks = torch.cat([batch.input_ids for batch in pipeline.read_calibration(larger, tokenizer)])
+    chosen = sorted(random.Random(seed).sample(range(len(blocks)), min(asked.samples, len(blocks))))
+    return [Batch(ids, torch.ones_like(ids)) for ids in blocks[chosen].split(asked.batch_size)]
+
+
+class Bench:
+    """The dense model and the text that every candidate is judged by, the same for all."""
+
+    def __init__(
+        self, job: Job, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]
+    ) -> None:
+        checkpoint.check_finite(dense)
+        self.job, self.dense, self.tokenizer, self.documents = job, dense, tokenizer, documents
+        self.size = dense_size(job.sites)
+
+    def quality(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Figures of `model` against the dense one."""
+        asked = self.job.recipe.evaluation
+        if self.job.causal and asked.samples is None:
+            asked = asked.model_copy(update={"samples": pipeline.CAUSAL_WINDOWS})
+        figures = evaluate.measure(
+            model, self.tokenizer, self.documents, against=self.dense, settings=asked, seed=self.job.recipe.seed
+        )
+        return {**figures, "data": asked.data or f"{self.job.calibration.data} (held-out part)"}
+
+    def sizes(self, ffn: Size) -> dict[str, Any]:
+        """`ffn` and `model`: numbers, bytes in bfloat16 and MACs, with their ratios to the dense ones."""
+        rest = sum(p.numel() for p in self.dense.parameters()) - self.size.stored
+        macs = linear_macs(self.dense) - self.size.macs
+        whole = ffn + Size(rest, rest, rest * DENSE_ITEMSIZE, rest * DENSE_ITEMSIZE, macs, macs)
+        return {"ffn": ffn.to_dict(), "model": whole.to_dict()}
+
+    def fingerprint(self) -> str:
+        """Of everything that all cells depend on: version, settings but the ratio, evaluation text and weights."""
+        settings = recipe.dump(self.job.recipe.model_copy(update={"budget": recipe.Budget()}))
+        state = blake2b(f"{pilon_compress.__version__}\n{settings}".encode(), digest_size=16)
+        for document in self.documents:
+            state.update(document.encode("utf-8", "surrogatepass") + b"\0")
+        for name, parameter in self.dense.named_parameters():
+            state.update(name.encode())
+            state.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return state.hexdigest()
+
+
+def _dense(bench: Bench, cells: Cells) -> dict[str, Any]:
+    """The dense model judged like the others: what a perfect row looks like."""
+    if "dense" not in cells.found:
+        cells.keep("dense", {**bench.sizes(bench.size), "whitened_loss": 0.0, "quality": bench.quality(bench.dense)})
+    found: dict[str, Any] = cells.found["dense"]
+    return found
+
+
+def _measure(asked: Comparison, seed: int, batches: list[Batch], bench: Bench, cells: Cells) -> list[dict[str, Any]]:
+    """The cells of one seed: every method at every ratio. Calibrates only if one is missing."""
+    ids = blake2b(b"".join(batch.input_ids.numpy().tobytes() for batch in batches), digest_size=8).hexdigest()
+    work = {(method, ratio): f"{method} {ratio:g} {seed} {ids}" for method in asked.methods for ratio in asked.ratios}
+    missing = [item for item, key in work.items() if key not in cells.found]
+    if missing:
+        torch.manual_seed(seed)
+        moments = calibration.calibrate(bench.dense, batches, asked.base.sites)
+        problem = problem_of(bench.dense, asked.base.sites, moments)
+        for number, (method, ratio) in enumerate(missing, 1):
+            began, label = time.perf_counter(), f"{number}/{len(missing)} {method} {ratio:g}"
+            if method in OURS:
+                candidate = _ours(asked.jobs[method, ratio], bench.dense, batches, moments, seed, label)
+            else:
+                (candidate,) = [baseline(method, ratio, problem, bench.dense) for _ in track([method], label)]
+            cell = {"method": method, "ratio": ratio, "seed": seed, **bench.sizes(candidate.size)}
+            cell["whitened_loss"] = max(0.0, sum(candidate.losses) / len(candidate.losses))
+            cell["fit_seconds"] = time.perf_counter() - began
+            cell["quality"] = bench.quality(candidate.model)
+            cells.keep(work[method, ratio], cell)
+    return [cells.found[key] for key in work.values()]
+
+
+def _ours(
+    job: Job, dense: PreTrainedModel, batches: list[Batch], moments: dict[str, SecondMoment], seed: int, label: str
+) -> Candidate:
+    """PILON as `convert` makes it from this calibration text: the one place that knows how the pipeline is called."""
+    settings = job.recipe.model_copy(update={"seed": seed})
+    fitted = [pipeline.fit(bank, dense, moments, settings) for bank in track(job.plan.banks, label)]
+    model = pipeline.build(dense, job, fitted)
+    losses = [loss for bank in fitted for loss in bank.relative_losses[settings.method]]
+    return Candidate(model, ffn_size(layout_of(model)), losses)

@@ -1,0 +1,79 @@
+"""Published baselines, written from their papers' mathematics: what PILON is compared with at equal stored size.
+
+Every method says what it buys with its budget (`units`) and solves for the weights at the sizes that it is dealt
+(`solve`). Size, work and bias are counted and absorbed here, alike for all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pilon_compress.convert.peers import basis_sharing, low_rank, nystrom, original
+from pilon_compress.convert.peers.budget import Share, Unit, deal
+from pilon_compress.convert.peers.problem import Problem, Solution
+from pilon_compress.families import Site
+
+
+class Peer(NamedTuple):
+    """A baseline: how it divides the model into units, and how it solves for them."""
+
+    units: Callable[[Sequence[Site]], list[Unit]]
+    solve: Callable[[Problem, list[Share]], Solution]
+
+
+PEERS: dict[str, Peer] = {
+    "svd": Peer(low_rank.units, low_rank.svd),
+    "asvd": Peer(low_rank.units, low_rank.asvd),
+    "whitened-svd": Peer(low_rank.units, low_rank.whitened_svd),
+    "basis-sharing": Peer(basis_sharing.units, basis_sharing.solve),
+    "nystrom": Peer(nystrom.units, nystrom.solve),
+    "original-pilon": Peer(original.units, original.solve),
+}
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """What a baseline makes of a model, by `Site.name`.
+
+    weights (d_in, d_out) and biases (d_out,), float64   stored: numbers kept, biases included   macs: per token
+    losses: relative squared output error of each site, as `Target.relative_loss`
+    """
+
+    weights: dict[str, Tensor]
+    biases: dict[str, Tensor]
+    stored: int
+    macs: int
+    losses: dict[str, float]
+
+
+def shares(method: str, sites: Sequence[Site], ratio: float) -> list[Share]:
+    """What `method` buys at a stored FFN ratio of at most `ratio`. Raises BadInput where that is nothing."""
+    return deal(PEERS[method].units(sites), ratio, method)
+
+
+def planned(bought: list[Share]) -> int:
+    """Numbers that will be stored, known before anything is solved."""
+    return sum(unit.fixed + unit.price * count for unit, count in bought)
+
+
+def approximate(method: str, problem: Problem, ratio: float) -> Approximation:
+    """Run one baseline at a stored FFN ratio of at most `ratio`; at 1 and above each one does the best it can.
+
+    Every bias absorbs the mean output error, b' = b + (W - Ŵ)ᵀ μ, whatever the method's paper does with it.
+    """
+    solution = PEERS[method].solve(problem, shares(method, problem.sites, ratio))
+    biases, losses = {}, {}
+    stored = sum(factor.numel() for factor in solution.factors)
+    for site in problem.sites:
+        target, approximation = problem.targets[site.name], solution.weights[site.name]
+        kept = solution.kept.get(site.name)
+        if site.bias:
+            error = target.weight - approximation
+            biases[site.name] = problem.biases[site.name] + problem.moments[site.input].mean.double() @ error
+            stored += site.d_out if kept is None else len(kept)
+        if kept is not None:  # what nobody reads is no error
+            approximation = target.weight.index_copy(1, kept, approximation[:, kept])
+        losses[site.name] = max(0.0, target.relative_loss(approximation))
+    return Approximation(solution.weights, biases, stored, solution.macs, losses)

@@ -1,0 +1,180 @@
+"""A comparison of methods as people and programs read it: rows, compare.json, compare.html, compare.md."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from pilon_compress import readable
+from pilon_compress.measure import frontier
+
+Result = Mapping[str, Any]
+
+# What a row is sorted by, then what else it shows.
+QUALITY = {"encoder": ("cosine", "neighbors10"), "causal": ("perplexity_ratio", "kl", "top1_agreement")}
+PLOTTED = {"encoder": ("cosine", "neighbors10"), "causal": ("perplexity_ratio", "top1_agreement")}
+LESS_IS_BETTER = ("perplexity_ratio", "kl")
+LABELS = {
+    "cosine": "cosine to dense",
+    "neighbors10": "neighbours kept",
+    "perplexity_ratio": "perplexity ÷ dense",
+    "kl": "KL to dense, nats",
+    "top1_agreement": "top-1 agreement",
+}
+
+
+class Column(NamedTuple):
+    """One figure of every row: its heading and how to find it in a cell."""
+
+    label: str
+    of: Callable[[Mapping[str, Any]], float]
+
+
+def columns(kind: str) -> dict[str, Column]:
+    """The figures of a comparison of `kind` (encoder or causal) by key, in reading order."""
+    made = {
+        "stored_ratio": Column("stored ÷ dense", lambda cell: cell["ffn"]["stored_ratio"]),
+        "bytes_ratio": Column("bytes ÷ dense", lambda cell: cell["ffn"]["bytes_ratio"]),
+        "mac_ratio": Column("MACs ÷ dense", lambda cell: cell["ffn"]["mac_ratio"]),
+        "model_stored_ratio": Column("whole model stored", lambda cell: cell["model"]["stored_ratio"]),
+        "whitened_loss": Column("whitened loss", lambda cell: cell["whitened_loss"]),
+    }
+    for key in QUALITY[kind]:
+        made[key] = Column(LABELS[key], lambda cell, key=key: cell["quality"][key])  # type: ignore[misc]
+    return made
+
+
+def summarise(cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> dict[str, Any]:
+    """`kind`, `evaluation` (its circumstances), `dense`, and `rows`: one for each ratio and method.
+
+    A row's figures are the mean, low and high over the seeds; rows of one ratio are sorted best first.
+    """
+    kind = dense["quality"]["kind"]
+    made = columns(kind)
+    rows = []
+    for ratio, method in dict.fromkeys((cell["ratio"], cell["method"]) for cell in cells):
+        members = [cell for cell in cells if (cell["ratio"], cell["method"]) == (ratio, method)]
+        figures = {key: _over_seeds([column.of(cell) for cell in members]) for key, column in made.items()}
+        rows.append({"ratio": ratio, "method": method, "seeds": len(members), **figures})
+    main = QUALITY[kind][0]
+    sign = 1 if main in LESS_IS_BETTER else -1
+    rows.sort(key=lambda row: (-row["ratio"], sign * row[main]["mean"]))
+    unmeasured = {*LABELS, "perplexity", "bits_per_byte"}
+    evaluation = {key: value for key, value in dense["quality"].items() if key not in unmeasured}
+    figures = {key: _over_seeds([column.of(dense)]) for key, column in made.items()}
+    return {"kind": kind, "evaluation": evaluation, "dense": {**dense, "row": figures}, "rows": rows}
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": math.fsum(values) / len(values), "low": min(values), "high": max(values)}
+
+
+def write(result: Result, folder: Path) -> None:
+    """Write the three files of a comparison into an existing folder."""
+    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    for name, content in (("compare.json", text), ("compare.html", page(result)), ("compare.md", markdown(result))):
+        (folder / name).write_text(content, encoding="utf-8", newline="\n")
+
+
+def table(result: Result, ratio: float, spread: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of one ratio as text, best first, the dense model last; `spread` adds low–high over seeds."""
+    shown = {key: column for key, column in columns(result["kind"]).items() if key in _shown(result["kind"])}
+    rows = [
+        [frontier.method_name(row["method"]), *(figure(row[key], spread) for key in shown)]
+        for row in result["rows"]
+        if row["ratio"] == ratio
+    ]
+    dense = result["dense"]["row"]
+    rows.append(["dense", *(figure(dense[key], spread) for key in shown)])
+    return ["method", *(column.label for column in shown.values())], rows
+
+
+def _shown(kind: str) -> tuple[str, ...]:
+    return ("stored_ratio", "mac_ratio", "whitened_loss", *QUALITY[kind])
+
+
+def figure(values: Mapping[str, float], spread: bool = True) -> str:
+    """The mean over seeds, with the lowest and highest where they differ in print."""
+    mean, low, high = (readable.number(values[key]) for key in ("mean", "low", "high"))
+    return f"{mean} ({low}–{high})" if spread and low != high else mean
+
+
+def spread_of_quality(result: Result, ratio: float) -> list[str]:
+    """Low–high over the seeds of the figure that the rows of one ratio are sorted by; empty where there is one seed."""
+    main = QUALITY[result["kind"]][0]
+    rows = [row for row in result["rows"] if row["ratio"] == ratio]
+    return [readable.spread((row[main]["low"], row[main]["high"])) if row["seeds"] > 1 else "" for row in rows]
+
+
+def markdown(result: Result) -> str:
+    """The tables as Markdown, with what they were measured on and the command that repeats them."""
+    lines = [f"# {result['source']}, compared", "", _circumstances(result), ""]
+    for ratio in result["ratios"]:
+        headings, rows = table(result, ratio)
+        lines += [f"## Stored FFN ratio {ratio:g}", "", _row(headings), _row(["---"] * len(headings))]
+        lines += [*map(_row, rows), ""]
+    return "\n".join([*lines, "```sh", result["command"], "```", ""])
+
+
+def _row(values: Sequence[str]) -> str:
+    return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+
+
+def _circumstances(result: Result) -> str:
+    seeds, calibration, evaluation = len(result["seeds"]), result["calibration"], result["evaluation"]
+    amount = f"{readable.number(evaluation['texts'])} texts" if "texts" in evaluation else ""
+    amount = amount or f"{readable.number(evaluation['tokens'])} tokens"
+    drawn = f", mean (lowest–highest) of {seeds} calibration draws" if seeds > 1 else ", one calibration draw"
+    return (
+        f"Calibrated on {readable.number(calibration['texts'])} texts of {calibration['data']} "
+        f"({readable.number(calibration['tokens'])} tokens), judged on {amount} of {evaluation['data']}{drawn}. "
+        f"No training. Ratios are of the FFN alone; stored numbers include biases, and each method is counted in the form that it "
+        f"would store. Whitened loss: {readable.WHITENED_LOSS}."
+    )
+
+
+def page(result: Result) -> str:
+    """The comparison as one self-contained page: no script, nothing loaded from elsewhere."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"colour": frontier.method_colour, "method": frontier.method_name}
+    source = resources.files("pilon_compress.measure").joinpath("compare.html.j2").read_text(encoding="utf-8")
+    main = QUALITY[result["kind"]][0]
+    return environment.from_string(source).render(
+        result=result,
+        lead=_lead(result),
+        better="lower" if main in LESS_IS_BETTER else "higher",
+        plots=[(LABELS[key], _plot(result, key), key in LESS_IS_BETTER) for key in PLOTTED[result["kind"]]],
+        tables=[(ratio, *_with_keys(result, ratio)) for ratio in result["ratios"]],
+        methods=[(method, frontier.ABOUT[method]) for method in result["methods"] if method in frontier.ABOUT],
+        circumstances=_circumstances(result),
+    )
+
+
+def _plot(result: Result, key: str) -> Markup:
+    return Markup(frontier.frontier(result["rows"], key, LABELS[key], result["dense"]["row"][key]["mean"]))
+
+
+def _lead(result: Result) -> str:
+    """Who comes first, in one sentence per ratio."""
+    main = QUALITY[result["kind"]][0]
+    sentences = []
+    for ratio in result["ratios"]:
+        best, *others = [row for row in result["rows"] if row["ratio"] == ratio]
+        text = f"At {ratio:g} of the FFN’s numbers, {frontier.method_name(best['method'])} leads: {LABELS[main]} "
+        text += figure(best[main], spread=False)
+        if others:
+            text += f", then {frontier.method_name(others[0]['method'])} {figure(others[0][main], spread=False)}"
+        sentences.append(text + ".")
+    return " ".join(sentences)
+
+
+def _with_keys(result: Result, ratio: float) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The table of one ratio with each row's method key, for its colour."""
+    headings, rows = table(result, ratio)
+    keys = [row["method"] for row in result["rows"] if row["ratio"] == ratio]
+    return headings, list(zip([*keys, "dense"], rows, strict=True))

@@ -1,0 +1,116 @@
+"""The frontier of a comparison: quality against what it costs, one line per method."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pilon_compress.measure import plots
+from pilon_compress.readable import METHOD_NAMES, in_order
+
+Row = Mapping[str, Any]
+
+
+class Look(NamedTuple):
+    """How a method is drawn: colour (Okabe and Ito's set), marker, line."""
+
+    colour: str
+    marker: str
+    line: str = "-"
+
+
+LOOKS = {
+    "pilon-refined": Look("#003f66", "D"),
+    "pilon": Look("#0072B2", "o"),
+    "pilon-private": Look("#56B4E9", "o", "--"),
+    "nystrom": Look("#D55E00", "v"),
+    "whitened-svd": Look("#E69F00", "s"),
+    "basis-sharing": Look("#009E73", "P"),
+    "asvd": Look("#9a6fb0", "<"),
+    "svd": Look("#CC79A7", "^"),
+    "original-pilon": Look("#8a8f98", "X", ":"),
+    "dense": Look("#1f2937", "*"),
+}
+NAMES = {
+    **METHOD_NAMES,
+    "pilon-refined": "PILON, refined",
+    "pilon-private": "PILON, no sharing",
+    "whitened-svd": "whitened SVD (SVD-LLM)",
+    "asvd": "ASVD",
+    "basis-sharing": "Basis Sharing",
+    "nystrom": "Nyström neurons (MoDeGPT)",
+    "original-pilon": "original PILON",
+}
+ABOUT = {
+    "pilon": "layers of a band compose their weights from a shared bank of low-rank primitives",
+    "pilon-private": "the same with a bank for every layer: what sharing adds is the difference",
+    "svd": "each weight's nearest matrix of lower rank; knows no activations",
+    "asvd": "SVD after scaling the input channels by the square root of their magnitude (Yuan et al., 2023)",
+    "whitened-svd": "SVD in the metric of the inputs' second moment (SVD-LLM, Wang et al., 2024)",
+    "basis-sharing": "two neighbouring layers share the input side of their factors (Wang et al., 2025)",
+    "nystrom": "whole neurons are dropped and the down-projection makes up for them (MoDeGPT, Lin et al., 2025); what stays of "
+    "up and gate is exact, so all of its loss is in down",
+    "original-pilon": "primitives from a band's mean weight, mixed by softmax top-k, no activations",
+}
+COSTS = {"bytes_ratio": "FFN bytes ÷ dense", "mac_ratio": "FFN MACs per token ÷ dense"}
+
+
+def method_name(method: str) -> str:
+    """How a method is called in tables and legends."""
+    return NAMES.get(method, method)
+
+
+def method_colour(method: str) -> str:
+    """The colour that stands for a method."""
+    return LOOKS[method].colour if method in LOOKS else plots.method_colour(method)
+
+
+def frontier(rows: Sequence[Row], key: str, label: str, dense: float) -> str:
+    """Inline SVG: the figure `key` of every row over stored bytes and over MACs, bars from lowest to highest seed."""
+    methods = in_order((row["method"] for row in rows), list(LOOKS))
+    values = [row[key][end] for row in rows for end in ("low", "high")]
+    with matplotlib.rc_context(plots._STYLE):
+        figure = Figure(figsize=(plots._WIDTH, 4.2), layout="constrained")
+        axes = list(figure.subplots(1, len(COSTS), sharey=True))
+        for axis, (cost, name) in zip(axes, COSTS.items(), strict=True):
+            for method in methods:
+                _line(axis, [row for row in rows if row["method"] == method], cost, key)
+            axis.plot(1, dense, "*", color=LOOKS["dense"].colour, ms=13, label="dense", zorder=6, clip_on=False)
+            axis.set_xlabel(name)
+            axis.set_xlim(0, 1.04)
+            axis.grid(color="#e5e7eb", linewidth=0.8)
+        axes[0].set_ylabel(label)
+        if key == "perplexity_ratio" and max(values) > 5 * min(values):
+            plots._log_axis(axes[0], min(1.0, *values), max(values))
+        elif key != "perplexity_ratio":
+            axes[0].set_ylim(min(0.0, *values), 1.04)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=min(4, math.ceil(len(labels) / 2)))
+        return plots._svg(figure, f"frontier-{key}", f"{label} against bytes and multiply-accumulates")
+
+
+def _line(axis: Axes, rows: Sequence[Row], cost: str, key: str) -> None:
+    """One method: its ratios joined in order of cost."""
+    points = sorted((row[cost]["mean"], row[key]["mean"], row[key]["low"], row[key]["high"]) for row in rows)
+    x, mean, low, high = zip(*points, strict=True)
+    look = LOOKS.get(rows[0]["method"], Look(method_colour(rows[0]["method"]), "D"))
+    below = [m - v for m, v in zip(mean, low, strict=True)]
+    above = [v - m for m, v in zip(mean, high, strict=True)]
+    axis.errorbar(
+        x,
+        mean,
+        yerr=[[max(0.0, v) for v in below], [max(0.0, v) for v in above]],
+        color=look.colour,
+        marker=look.marker,
+        linestyle=look.line,
+        markersize=6.5,
+        markeredgecolor="white",
+        markeredgewidth=0.7,
+        linewidth=1.7,
+        elinewidth=1.2,
+        capsize=2.5,
+        label=method_name(rows[0]["method"]),
+    )

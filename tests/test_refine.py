@@ -1,0 +1,229 @@
+"""Refinement: the held-out loss falls, never rises, nothing else moves, and what goes wrong is undone."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from pilon_compress.convert import descent, refine
+from pilon_compress.convert.calibration import Batch
+from pilon_compress.convert.stream import Stream, blocks, hidden_of, run_base
+from pilon_compress.errors import BadInput
+from pilon_compress.form.initialise import initialise
+from pilon_compress.form.layout import BankSpec, Layout, ProjectionSpec, banks, install, projections
+
+FEED_FORWARD = {
+    "gpt2": ("h", {"up": "mlp.c_fc", "down": "mlp.c_proj"}),
+    "llama": ("layers", {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}),
+    "bert": ("encoder.layer", {"up": "intermediate.dense", "down": "output.dense"}),
+}
+STEPS = 40
+
+
+def converted(dense, family, bands=((0, 1), (2,))):
+    """A PILON model with small banks that shares all other tensors with `dense`, as conversion makes it."""
+    model = copy.deepcopy(dense, memo={id(p): p for p in [*dense.parameters(), *dense.buffers()]})
+    path, roles = FEED_FORWARD[family]
+    specs, composed = {}, {}
+    for number, band in enumerate(bands):
+        for role, place in roles.items():
+            shape = (64, 32) if role == "down" else (32, 64)
+            specs[f"band{number}.{role}"] = BankSpec(*shape, n_primitives=3, rank=8)
+            for layer in band:
+                spec = ProjectionSpec(f"band{number}.{role}", 2, bias=family != "llama")
+                composed[f"{path}.{layer}.{place}"] = spec
+    install(model, Layout(specs, composed))
+    initialise(model, 0.1, torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+def text(count=6, padded=True):
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(count):
+        ids, mask = torch.randint(5, 200, (4, 12), generator=generator), torch.ones(4, 12, dtype=torch.long)
+        if padded:
+            mask[1, 7:] = 0
+        batches.append(Batch(ids, mask))
+    return batches
+
+
+@pytest.fixture(params=FEED_FORWARD)
+def pair(request, tiny):
+    dense = tiny.tiny_model(request.param, "base" if request.param == "bert" else "lm")
+    return converted(dense, request.param), dense
+
+
+@pytest.fixture
+def bert(tiny):
+    dense = tiny.tiny_model("bert", "base")
+    return converted(dense, "bert"), dense
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+def changed(before, model):
+    return {name for name, p in model.state_dict().items() if not torch.equal(before[name], p)}
+
+
+def held_out_loss(model, dense, held):
+    """The states' squared error on text, computed without the code under test."""
+    total = 0.0
+    for batch in held:
+        states = []
+        for one in (model, dense):
+            with torch.no_grad():
+                out = one.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            states.append(out.last_hidden_state[batch.attention_mask.bool()])
+        total += float((states[0] - states[1]).square().mean())
+    return total
+
+
+def test_held_out_loss_falls_and_only_composed_parameters_move(pair):
+    model, dense = pair
+    held, before, teacher = text(2), weights(model), weights(dense)
+    error = held_out_loss(model, dense, held)
+    made = refine.refine(model, dense, text(), held, steps=STEPS, rate=0.02, band_share=0.25)
+    assert made.kept and made.after < 0.9 * made.before
+    assert held_out_loss(model, dense, held) < 0.95 * error
+    moved = changed(before, model)
+    allowed = {f"{name}.{leaf}" for name, _ in projections(model) for leaf in ("weight", "bias")}
+    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+    assert moved and all(name.removeprefix(prefix) in allowed or "pilon_banks" in name for name in moved)
+    assert not changed(teacher, dense)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_stages_are_the_bands_then_the_whole(pair):
+    made = refine.refine(*pair, text(), steps=STEPS, rate=0.01, band_share=0.25)
+    assert [stage.name for stage in made.stages] == ["layers 0-1", "layers 2-2", "whole"]
+    for stage in made.stages:
+        assert stage.kept and stage.after < stage.before and stage.rate == 0.01
+        assert stage.history[0] == (0, stage.before) and min(loss for _, loss in stage.history) == stage.after
+    assert made.steps == sum(stage.steps for stage in made.stages) == STEPS // 4 * 2 + STEPS - STEPS // 4
+
+
+def test_banks_stay_shared(bert):
+    model, dense = bert
+    owned = {id(bank) for _, bank in banks(model)}
+    refine.refine(model, dense, text(), steps=STEPS, rate=0.02)
+    assert {id(p.bank) for _, p in projections(model)} == owned
+    first, second = (p for name, p in projections(model) if name.endswith("intermediate.dense") and ".2." not in name)
+    assert first.bank is second.bank
+
+
+def test_same_seed_same_weights(tiny):
+    results = []
+    for seed in (3, 3, 4):
+        dense = tiny.tiny_model("bert", "base")
+        model = converted(dense, "bert")
+        refine.refine(model, dense, text(), steps=20, seed=seed, band_share=0.5)
+        results.append(weights(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert any(not torch.equal(results[0][name], results[2][name]) for name in results[0])
+
+
+def test_an_absurd_rate_leaves_the_model_bit_for_bit(bert):
+    model, dense = bert
+    before = weights(model)
+    made = refine.refine(model, dense, text(), steps=12, rate=1e6)
+    assert made.after <= made.before
+    assert made.kept or not changed(before, model)
+    assert made.stages[-1].halvings > 0 and made.stages[-1].rate < 1e6
+
+
+def test_nan_is_rolled_back_and_the_rate_halved(bert, monkeypatch):
+    model, dense = bert
+    real, calls = refine._Whole.train, []
+
+    def poisoned(self, index):
+        calls.append(index)
+        loss = real(self, index)
+        if len(calls) == 8:
+            next(p for _, bank in banks(self.model) for p in bank.parameters()).grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(refine._Whole, "train", poisoned)
+    made = refine.refine(model, dense, text(), steps=STEPS, rate=0.01, band_share=0.0)
+    assert made.stages[0].halvings == 1 and made.stages[0].rate == 0.005
+    assert made.kept and made.after < made.before
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_nothing_but_nan_leaves_the_model_bit_for_bit(bert, monkeypatch):
+    model, dense = bert
+    monkeypatch.setattr(refine._Whole, "train", lambda self, index: math.nan)
+    before = weights(model)
+    made = refine.refine(model, dense, text(), steps=STEPS, rate=0.01, band_share=0.0)
+    assert not made.kept and made.stages[0].halvings == descent.HALVINGS and not changed(before, model)
+
+
+def test_a_descent_ends_at_its_best_state():
+    """A loss that is low only at 0.5, which large steps pass by: the end is the best state, not the last."""
+    x = torch.nn.Parameter(torch.ones(1))
+
+    def train(_index):
+        x.sum().backward()  # always downhill to the left
+        return 1.0
+
+    objective = descent.Objective(1, train, lambda: float((x.detach() - 0.5).square()))
+    stage = descent.descend("toy", [x], objective, steps=60, rate=0.1)
+    losses = dict(stage.history)
+    assert stage.after == min(losses.values()) < losses[max(losses)], "it went on past the best state"
+    assert float((x.detach() - 0.5).square()) == stage.after
+
+
+def test_balance_keeps_the_function_and_evens_the_factors(pair):
+    model, _ = pair
+    batch = text(1)[0]
+    for _, bank in banks(model):
+        bank.A.data.mul_(30)
+    with torch.no_grad():
+        before = run_base(model, batch).last_hidden_state
+        refine.balance(model)
+        torch.testing.assert_close(run_base(model, batch).last_hidden_state, before, rtol=1e-4, atol=1e-4)
+    for _, bank in banks(model):
+        torch.testing.assert_close(bank.A.norm(dim=1), bank.B.norm(dim=2))
+
+
+def test_search_picks_a_rate_that_helps(bert):
+    made = refine.refine(*bert, text(), steps=STEPS, rate=None)
+    assert {stage.rate for stage in made.stages} <= set(descent.RATES) and made.after < made.before
+
+
+def test_minutes_end_the_run(bert):
+    made = refine.refine(*bert, text(), steps=10**6, minutes=0.02)
+    assert 0 < made.steps < 10**6 and made.after <= made.before
+
+
+def test_text_is_split_and_too_little_is_refused():
+    batches = text(20)
+    train, held = refine.split(batches)
+    assert len(train) == 18 and len(held) == 2 and not any(a is b for a in train for b in held)
+    (part,), (rest,) = refine.split(batches[:1])
+    assert len(part.input_ids) == 3 and len(rest.input_ids) == 1
+    with pytest.raises(BadInput, match="at least two"):
+        refine.split([Batch(torch.ones(1, 4).long(), torch.ones(1, 4).long())])
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "mistral", "qwen3", "gemma", "opt", "gpt_neox", "bert", "distilbert"]
+)
+def test_a_stream_sees_what_the_model_computes(tiny, family):
+    model, batches, seen = tiny.tiny_model(family), text(2), []
+    stream = Stream(model, batches)
+    layers = list(blocks(model).values())
+    for layer in layers:
+        layer.register_forward_hook(lambda _module, _args, output: seen.append(hidden_of(output)))
+    with torch.no_grad():
+        for batch in batches:
+            run_base(model, batch)
+    other = stream.fork()
+    for index, layer in enumerate(layers):
+        stream.advance(layer)
+        for number, hidden in enumerate(stream.hidden):
+            assert torch.equal(hidden, seen[number * len(layers) + index])
+    assert stream.position == len(layers) and other.position == 0
