@@ -96,15 +96,20 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The dense architecture of `config` on the meta device: shapes without memory. A PILON config gives its host."""
+    with torch.device("meta"):
+        return build(config)
+
+
+def build(config: PretrainedConfig) -> PreTrainedModel:
+    """The dense architecture of `config`, where and how the caller has parameters made."""
     plain = type(config).from_dict(config.to_dict())
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     kind = _architecture(config)
-    with torch.device("meta"):
-        try:
-            return kind(plain) if kind is not None else AutoModel.from_config(plain)
-        except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-            raise BadInput(f"{config.model_type} is no model that can be built: {_first_line(error)}") from error
+    try:
+        return kind(plain) if kind is not None else AutoModel.from_config(plain)
+    except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        raise BadInput(f"{config.model_type} is no model that can be built: {_first_line(error)}") from error
 
 
 def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:

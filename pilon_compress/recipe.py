@@ -62,6 +62,10 @@ class Budget(_Section):
     """Stored FFN parameters, PILON over dense: above 0, at most 1. Default 0.5. Not together with preset."""
     preset: Preset | None = None
     """A named ffn_ratio: minimal .9, baseline .75, mild .6, moderate .5, aggressive .25, extreme .1."""
+    optimize: Literal["storage", "compute"] = "storage"
+    """storage: MACs may be up to the dense model's. compute: the ratio of MACs is at most that of stored parameters."""
+    mac_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """Limit on the FFN's MACs per token, PILON over dense; overrides what optimize says."""
     bands: Positive | list[list[int]] | None = None
     """Bands of layers that share banks: their number, or the layers of each. Default: about three layers each."""
     n_primitives: Positive | None = None
@@ -182,6 +186,8 @@ class Recipe(_Section):
     """Of the saved weights; auto keeps the dense model's."""
     device: Text = "auto"
     """Where to compute: auto (cuda when present, else cpu), cpu, cuda, cuda:1, ..."""
+    effort: Literal["fast", "balanced", "best"] = "balanced"
+    """fast: every layer on its own. balanced: each layer makes up for those before it. best: longer joint fits."""
     budget: Budget = Budget()
     form: Form = Form()
     scope: Scope = Scope()

@@ -9,38 +9,86 @@ from torch import Tensor
 DAMPING = 1e-2  # of the mean diagonal: orients directions that the calibration text hardly reaches (docs/log.md)
 
 
+def damped(moment: Tensor) -> Tensor:
+    """A second moment (d, d), lightly damped, in float64; an all-zero moment counts every direction alike."""
+    moment = moment.double()
+    mean = moment.diagonal().mean()
+    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    return moment + DAMPING * mean * eye if mean > 0 else eye
+
+
+def square_root(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """R and R⁻¹, both symmetric, with R R = metric (d, d). By `eigh`, which cannot fail as Cholesky does."""
+    values, vectors = torch.linalg.eigh(metric)
+    root = values.clamp_min(values[-1] * 1e-12).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
 @dataclass(frozen=True)
 class Target:
     """One dense weight and the metric it is judged by; everything float64.
 
-    weight (d_in, d_out)   metric C (d_in, d_in)   total = tr(Wᵀ C W)
-    loss(Ŵ) = tr((W - Ŵ)ᵀ C (W - Ŵ)): the expected squared output error per token (DRONE, Chen et al. 2021;
-    SVD-LLM, Wang et al. 2024). C is the centred covariance where a bias can absorb the mean error, else the second
-    moment.
+    weight (d_in, d_out)   metric C (d_in, d_in)   gradient G (d_out, d_out), None for the identity
+    loss(Ŵ) = tr((W - Ŵ)ᵀ C (W - Ŵ) G). With G = I it is the expected squared output error per token (DRONE, Chen et
+    al. 2021; SVD-LLM, Wang et al. 2024), with the output gradients' second moment the model's own loss to second order
+    (`convert.moments`). C is the centred covariance where a bias can absorb the mean error, else the second moment.
     """
 
     name: str
     layer: int
     weight: Tensor
     metric: Tensor
-    total: float
+    gradient: Tensor | None = None
 
     @classmethod
-    def of(cls, name: str, layer: int, weight: Tensor, moment: Tensor) -> "Target":
-        """Build from a second moment (d, d), lightly damped; an all-zero moment counts every input alike."""
-        mean = moment.diagonal().mean()
-        eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-        metric = moment + DAMPING * mean * eye if mean > 0 else eye
-        return cls(name, layer, weight, metric, float(((metric @ weight) * weight).sum()))
+    def of(cls, name: str, layer: int, weight: Tensor, moment: Tensor, gradient: Tensor | None = None) -> "Target":
+        """Build from second moments, lightly damped."""
+        return cls(name, layer, weight, damped(moment), None if gradient is None else damped(gradient))
+
+    @cached_property
+    def total(self) -> float:
+        """Loss of the zero matrix: tr(Wᵀ C W G)."""
+        return self.loss(torch.zeros_like(self.weight))
 
     def loss(self, approximation: Tensor) -> float:
-        """tr((W - Ŵ)ᵀ C (W - Ŵ)) for Ŵ (d_in, d_out)."""
+        """tr((W - Ŵ)ᵀ C (W - Ŵ) G) for Ŵ (d_in, d_out)."""
         error = self.weight - approximation
-        return float(((self.metric @ error) * error).sum())
+        weighed = error if self.gradient is None else error @ self.gradient
+        return float(((self.metric @ error) * weighed).sum())
 
-    def relative_loss(self, approximation: Tensor) -> float:
-        """Loss over the dense output's own power; 0 is exact, 1 is no better than a constant output."""
-        return self.loss(approximation) / self.total if self.total > 0 else 0.0
+    def output_loss(self, approximation: Tensor) -> float:
+        """Squared output error over the dense output's own power (G = I), which every method is reported by.
+
+        0 is exact, 1 is no better than a constant output.
+        """
+        error = self.weight - approximation
+        power = float(((self.metric @ self.weight) * self.weight).sum())
+        return float(((self.metric @ error) * error).sum()) / power if power > 0 else 0.0
+
+    @cached_property
+    def two_sided(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A (d_in, m), B (m, d_out) and the loss that each of the m components saves, largest first.
+
+        The first r components are the best rank-r factors in the metric: with C = R R and G = S S, R W S = U Σ Vᵀ, and
+        either A = R⁻¹ U, B = Uᵀ R W or A = W S V, B = Vᵀ S⁻¹. Only the smaller side is ever decomposed, so the cost
+        is that of its cube.
+        """
+        W, G = self.weight, self.gradient
+        if W.shape[0] <= W.shape[1]:
+            root, inverse = square_root(self.metric)
+            X = root @ W
+            values, vectors = torch.linalg.eigh(X @ X.T if G is None else X @ G @ X.T)
+            U = vectors.flip(1)
+            return inverse @ U, U.T @ X, values.flip(0).clamp_min(0)
+        if G is None:
+            values, vectors = torch.linalg.eigh(W.T @ self.metric @ W)
+            V = vectors.flip(1)
+            return W @ V, V.T, values.flip(0).clamp_min(0)
+        root, inverse = square_root(G)
+        Y = W @ root
+        values, vectors = torch.linalg.eigh(Y.T @ self.metric @ Y)
+        V = vectors.flip(1)
+        return Y @ V, V.T @ inverse, values.flip(0).clamp_min(0)
 
     @cached_property
     def whitened(self) -> tuple[Tensor, Tensor]:
@@ -61,25 +109,23 @@ class Target:
         """The same for W itself: plain SVD, which knows no activations."""
         return _right_vectors(self.weight)
 
-    def vectors(self, method: str) -> Tensor:
-        """Right singular vectors (d_out, m) that `method` (svd or whitened-svd) keeps the first of."""
-        return (self.plain if method == "svd" else self.whitened)[0]
+    def components(self, method: str, rank: int) -> tuple[Tensor, Tensor]:
+        """A (d_in, r) and B (r, d_out) of the best rank r by `method`: svd, whitened-svd, or pilon (two-sided)."""
+        if method == "pilon":
+            A, B, _ = self.two_sided
+            return balance(A[:, :rank], B[:rank])
+        V = (self.plain if method == "svd" else self.whitened)[0][:, :rank]
+        return balance(self.weight @ V, V.T)
 
     def truncated(self, method: str, rank: int) -> Tensor:
         """Ŵ (d_in, d_out) of the given rank."""
-        V = self.vectors(method)[:, :rank]
-        return (self.weight @ V) @ V.T
+        A, B = self.components(method, rank)
+        return A @ B
 
 
 def _right_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     _, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return Vh.T, values.square()
-
-
-def components(weight: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (d_in, r) = W V_r and B (r, d_out) = V_rᵀ, scaled so that each component's two vectors have equal norms."""
-    V = vectors[:, :rank]
-    return balance(weight @ V, V.T)
 
 
 def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
-"""The joint fit: one bank for the layers of a band, each layer judged by its own metric.
+"""The joint fit: one bank for the layers of a band, each layer judged by its own two-sided metric.
 
-    minimise  Σ_l  tr((W_l - A diag(g_l) B)ᵀ C_l (W_l - A diag(g_l) B)) / total_l
+    minimise  Σ_l  tr((W_l - A diag(g_l) B)ᵀ C_l (W_l - A diag(g_l) B) G_l)
     A (d_in, K)   B (K, d_out)   g (L, K), zero outside the primitives that layer l selects;   K = n·r
 
-It starts from the layers' own whitened SVDs side by side (g one-hot, the budget-matched private solution), a saddle
-that a little noise on g leaves quickly. Then in turn: g and B exactly (K × K systems), A by preconditioned conjugate
+It starts from the layers' own best factors side by side (g one-hot, the budget-matched private solution), a saddle
+that a little noise on g leaves quickly. Then in turn: g exactly (K × K systems), A and B by preconditioned conjugate
 gradients. In the end each layer keeps its top-k primitives, and the private start is returned instead if the fit is
 not better.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pilon_compress.convert.cluster import group
-from pilon_compress.convert.factorize import Target, balance, components
+from pilon_compress.convert.factorize import Target, balance, square_root
 from pilon_compress.convert.plan import BankPlan
 
 NOISE = 0.3  # on g at the start; without it the first ten sweeps gain next to nothing (docs/log.md)
@@ -43,6 +43,16 @@ class BankFit:
     losses: list[float]
     private_losses: list[float]
 
+    def pack(self) -> dict[str, Tensor]:
+        """All of it as tensors by name."""
+        lists = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("losses", "private_losses")}
+        return {name: getattr(self, name) for name in ("A", "B", "selected", "weight", "energy")} | lists
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor]) -> "BankFit":
+        lists = {name: tensors[name].tolist() for name in ("losses", "private_losses")}
+        return cls(**{**tensors, **lists})  # type: ignore[arg-type]
+
     def approximation(self, layer: int) -> Tensor:
         """W (d_in, d_out) as composed for the `layer`-th of the band."""
         chosen = self.selected[layer]
@@ -62,29 +72,49 @@ class State:
 
 
 class Band:
-    """The least-squares problem of one bank, in working precision float32; losses and final weights in float64."""
+    """The least-squares problem of one bank, in float32 and in coordinates where the mean metrics are the identity.
+
+    Losses and final weights are computed in float64, in the original coordinates.
+    """
 
     def __init__(self, targets: list[Target], rank: int, scalar: bool) -> None:
         self.targets, self.rank, self.scalar = targets, rank, scalar
-        self.W = [t.weight.float() for t in targets]
-        self.C = [t.metric.float() for t in targets]
-        self.CW = [(t.metric @ t.weight).float() for t in targets]
-        self.scale = [1 / t.total if t.total > 0 else 0.0 for t in targets]
-        mean = sum((c * s for c, s in zip(self.C, self.scale, strict=True)), torch.zeros_like(self.C[0]))
-        self.eigenvalues, self.eigenvectors = torch.linalg.eigh(_damped(mean, 1e-3))
+        self.inner = [target.gradient if target.gradient is not None else _eye(target.weight.T) for target in targets]
+        total = sum(target.total for target in targets)
+        self.scale = 1 / total if total > 0 else 0.0
+        if len(targets) > 1:
+            self._whiten()
+
+    def _whiten(self) -> None:
+        self.left, self.left_inverse = square_root(_damped(torch.stack([t.metric for t in self.targets]).mean(0), 1e-3))
+        self.right, self.right_inverse = square_root(_damped(torch.stack(self.inner).mean(0), 1e-3))
+        L, R = self.left_inverse, self.right_inverse
+        self.C = [(L @ t.metric @ L).float() for t in self.targets]
+        self.G = [(self.scale * R @ gradient @ R).float() for gradient in self.inner]
+        W = [(self.left @ t.weight @ self.right).float() for t in self.targets]
+        self.T = [C @ weight @ G for C, weight, G in zip(self.C, W, self.G, strict=True)]
+
+    def whitened(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A (d_in, K) and B (K, d_out) in the coordinates of the fit."""
+        return balance((self.left @ A).float(), (B @ self.right).float())
+
+    def original(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The way back, to float64."""
+        return balance(self.left_inverse @ A.double(), B.double() @ self.right_inverse)
 
     def compose(self, A: Tensor, B: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Best g (L, K) for the active primitives, and the share of the layer's output that each component explains.
+        """Best g (L, K) for the active primitives, and the share of the band's loss that each component removes.
 
-        Both (L, K), in the precision of A and B: float32 within a sweep, float64 for the weights that are kept.
+        Both (L, K). A and B in float32 are in the coordinates of the fit, in float64 in the original ones.
         """
-        rows, explained = [], []
-        BB = B @ B.T
+        rows, removed = [], []
         for index, target in enumerate(self.targets):
-            exact = A.dtype == torch.float64
-            C, W = (target.metric, target.weight) if exact else (self.C[index], self.W[index])
-            CA = C @ A
-            gram, right = (A.T @ CA) * BB, ((CA.T @ W) * B).sum(1)
+            if A.dtype == torch.float64:
+                C, G = target.metric, self.scale * self.inner[index]
+                T = C @ target.weight @ G
+            else:
+                C, G, T = self.C[index], self.G[index], self.T[index]
+            gram, right = (A.T @ C @ A) * (B @ G @ B.T), ((A.T @ T) * B).sum(1)
             if self.scalar:
                 n = len(active[index])
                 tied = gram.reshape(n, self.rank, n, self.rank).sum((1, 3))
@@ -92,65 +122,71 @@ class Band:
             else:
                 weight = _solve(gram, right, active[index].repeat_interleave(self.rank))
             rows.append(weight)
-            explained.append(weight * right * self.scale[index])
-        return torch.stack(rows), torch.stack(explained)
+            removed.append(weight * right)
+        return torch.stack(rows), torch.stack(removed)
 
     def losses(self, A: Tensor, B: Tensor, g: Tensor) -> list[float]:
         return [t.loss((A * row) @ B) for t, row in zip(self.targets, g, strict=True)]
 
-    def relative(self, losses: list[float]) -> float:
-        return sum(loss * s for loss, s in zip(losses, self.scale, strict=True))
-
-    def update_B(self, A: Tensor, g: Tensor) -> Tensor:
-        """Exact: Σ_l s_l diag(g) Aᵀ C_l A diag(g) B = Σ_l s_l diag(g) Aᵀ C_l W_l."""
-        gram = torch.zeros(len(A.T), len(A.T), device=A.device)
-        right = torch.zeros(len(A.T), self.W[0].shape[1], device=A.device)
-        for C, CW, row, s in zip(self.C, self.CW, g, self.scale, strict=True):
-            gram += s * (row[:, None] * (A.T @ (C @ A)) * row)
-            right += s * (row[:, None] * (A.T @ CW))
-        return torch.linalg.solve(_damped(gram, 1e-6), right)
-
     def update_A(self, A: Tensor, B: Tensor, g: Tensor) -> Tensor:
-        """Conjugate gradient steps on Σ_l C_l A H_l = Σ_l s_l C_l W_l Bᵀ diag(g), H_l = s_l diag(g) B Bᵀ diag(g)."""
-        BB = B @ B.T
-        H = [s * (row[:, None] * BB * row) for row, s in zip(g, self.scale, strict=True)]
-        right = sum(
-            (s * (CW @ (B.T * row)) for CW, row, s in zip(self.CW, g, self.scale, strict=True)), torch.zeros_like(A)
-        )
-        mean = sum(H, torch.zeros_like(BB)) / max(sum(self.scale), 1e-300)
-        values, vectors = torch.linalg.eigh(_damped(mean, 1e-4))
-        spectrum = self.eigenvalues[:, None] * values  # the operator's, were all C_l alike
-
-        def precondition(X: Tensor) -> Tensor:
-            return self.eigenvectors @ ((self.eigenvectors.T @ X @ vectors) / spectrum) @ vectors.T
+        """Conjugate gradients on Σ_l C_l A H_l = Σ_l T_l Bᵀ diag(g), with H_l = diag(g) B G_l Bᵀ diag(g)."""
+        H = [row[:, None] * (B @ G @ B.T) * row for row, G in zip(g, self.G, strict=True)]
+        right = sum((T @ (B.T * row) for row, T in zip(g, self.T, strict=True)), torch.zeros_like(A))
+        inverse = torch.linalg.inv(_damped(sum(H, torch.zeros_like(H[0])), 1e-5))
 
         def operator(X: Tensor) -> Tensor:
             return sum((C @ (X @ h) for C, h in zip(self.C, H, strict=True)), torch.zeros_like(X))
 
-        return _conjugate_gradients(operator, right, A, precondition)
+        return _conjugate_gradients(operator, right, A, lambda X: X @ inverse)
+
+    def update_B(self, A: Tensor, B: Tensor, g: Tensor) -> Tensor:
+        """The same for Σ_l H_l B G_l = Σ_l diag(g) Aᵀ T_l, with H_l = diag(g) Aᵀ C_l A diag(g)."""
+        H = [row[:, None] * (A.T @ C @ A) * row for row, C in zip(g, self.C, strict=True)]
+        right = sum(((A * row).T @ T for row, T in zip(g, self.T, strict=True)), torch.zeros_like(B))
+        inverse = torch.linalg.inv(_damped(self.scale * sum(H, torch.zeros_like(H[0])), 1e-5))
+
+        def operator(X: Tensor) -> Tensor:
+            return sum((h @ X @ G for h, G in zip(H, self.G, strict=True)), torch.zeros_like(X))
+
+        return _conjugate_gradients(operator, right, B, lambda X: inverse @ X)
 
 
 def fit_bank(
-    targets: list[Target], plan: BankPlan, seed: int = 0, sweeps: int = 24, tolerance: float = 2e-3
+    targets: list[Target],
+    plan: BankPlan,
+    seed: int = 0,
+    sweeps: int = 24,
+    tolerance: float = 2e-3,
+    method: str = "pilon",
 ) -> BankFit:
     """Fit one bank to the `targets` of a band. Deterministic for a seed; never worse than the private start.
 
     `sweeps` bounds the alternations before and after the selection of primitives; a stage ends early once a sweep
-    lowers the loss by less than `tolerance` of it. The loss compared with the private start is both the sum of
-    relative losses, which is minimised, and the plain sum over the band.
+    lowers the loss by less than `tolerance` of it. `method`: whose factors a bank of one layer gets.
     """
     band = Band(targets, plan.rank, plan.composition == "scalar")
-    start, private_losses = private_start(band, plan)
+    start, private_losses = private_start(band, plan, method)
     best, best_losses = start, band.losses(start.A, start.B, start.g)
-    if len(targets) > 1 and band.relative(private_losses) > 1e-12 * len(targets):
+    if len(targets) > 1 and band.scale * sum(private_losses) > 1e-12:
         fitted = _joint(band, start, plan, seed, sweeps, tolerance)
         losses = band.losses(fitted.A, fitted.B, fitted.g)
-        if band.relative(losses) < band.relative(best_losses) and sum(losses) < sum(best_losses):
+        if sum(losses) < sum(best_losses):
             best, best_losses = fitted, losses
     return _pack(best, plan, _usage(band, best), best_losses, private_losses)
 
 
-def private_start(band: Band, plan: BankPlan) -> tuple[State, list[float]]:
+def recompose(fit: BankFit, place: int, target: Target, plan: BankPlan) -> None:
+    """Fit, in place, the composition of the `place`-th layer to another `target`; the bank stays."""
+    band = Band([target], plan.rank, plan.composition == "scalar")
+    n, d_in, r = fit.A.shape
+    active = torch.zeros(1, n, dtype=torch.bool, device=fit.A.device)
+    active[0, fit.selected[place]] = True
+    g, _ = band.compose(fit.A.permute(1, 0, 2).reshape(d_in, n * r), fit.B.reshape(n * r, -1), active)
+    weight = g.reshape(n, r)[fit.selected[place]]
+    fit.weight[place] = weight[:, :1] if plan.composition == "scalar" else weight
+
+
+def private_start(band: Band, plan: BankPlan, method: str = "pilon") -> tuple[State, list[float]]:
     """The layers' whitened SVDs side by side, each layer composing its own primitives; and their losses.
 
     Spare top-k slots take the primitives after a layer's own, which least squares may use or leave.
@@ -159,7 +195,7 @@ def private_start(band: Band, plan: BankPlan) -> tuple[State, list[float]]:
     owned = [n // layers + (index < n % layers) for index in range(layers)]
     parts = []
     for target, count in zip(band.targets, owned, strict=True):
-        A, B = components(target.weight, target.vectors("whitened-svd"), count * r)
+        A, B = target.components(method, count * r)
         short = count * r - A.shape[1]  # more components than the matrix has directions
         parts.append((torch.nn.functional.pad(A, (0, short)), torch.nn.functional.pad(B, (0, 0, 0, short))))
     A, B = torch.cat([a for a, _ in parts], 1), torch.cat([b for _, b in parts])
@@ -185,18 +221,20 @@ def _joint(band: Band, start: State, plan: BankPlan, seed: int, sweeps: int, tol
     noise = NOISE * torch.randn(start.g.shape, generator=generator).to(start.g.device)
     if band.scalar:
         noise = noise[:, :: plan.rank].repeat_interleave(plan.rank, dim=1)
-    state = State(start.A.float(), start.B.float(), (start.g + noise).float(), everything)
+    A, B = band.whitened(start.A, start.B)
+    g, _ = band.compose(A, B, everything)
+    state = State(A, B, g + noise.float(), everything)
     state = _alternate(band, state, sweeps, tolerance)
     if not band.scalar:  # scalar primitives are tied already
         order = group(_usage(band, state), plan.rank, seed)
         state = State(state.A[:, order], state.B[order], state.g[:, order], everything)
     if plan.top_k < plan.n_primitives:
-        _, explained = band.compose(state.A, state.B, everything)
-        strength = explained.reshape(-1, plan.n_primitives, plan.rank).sum(2)
+        _, removed = band.compose(state.A, state.B, everything)
+        strength = removed.reshape(-1, plan.n_primitives, plan.rank).sum(2)
         active = torch.zeros_like(everything).scatter_(1, strength.topk(plan.top_k, dim=1).indices, True)
         g, _ = band.compose(state.A, state.B, active)
         state = _alternate(band, State(state.A, state.B, g, active), sweeps // 2, tolerance)
-    A, B = state.A.double(), state.B.double()
+    A, B = band.original(state.A, state.B)
     return State(A, B, band.compose(A, B, state.active)[0], state.active)
 
 
@@ -204,10 +242,10 @@ def _alternate(band: Band, state: State, sweeps: int, tolerance: float) -> State
     A, B, g = state.A, state.B, state.g
     previous, kept = float("inf"), state
     for _ in range(sweeps):
-        B = band.update_B(A, g)
+        B = band.update_B(A, B, g)
         A, B = balance(band.update_A(A, B, g), B)
-        g, explained = band.compose(A, B, state.active)
-        loss = len(g) - float(explained.double().sum())  # at the least-squares optimum, relative and summed over layers
+        g, removed = band.compose(A, B, state.active)
+        loss = 1 - float(removed.double().sum())  # at the least-squares optimum, of the whole band
         if loss < previous:
             kept = State(A, B, g, state.active)
         if not loss < previous * (1 - tolerance):
@@ -218,9 +256,12 @@ def _alternate(band: Band, state: State, sweeps: int, tolerance: float) -> State
 
 def _usage(band: Band, state: State) -> Tensor:
     """(L, K): power of each component in each layer's output, in units of the dense output's."""
-    A, B = state.A.float(), state.B.float()
-    power = torch.stack([s * ((C @ A) * A).sum(0) for C, s in zip(band.C, band.scale, strict=True)])
-    return state.g.float().square() * power * B.square().sum(1)
+    A, B = (state.A, state.B) if state.A.dtype == torch.float64 else band.original(state.A, state.B)
+    rows = []
+    for target, row in zip(band.targets, state.g.double(), strict=True):
+        power = float(((target.metric @ target.weight) * target.weight).sum())
+        rows.append(row.square() * ((target.metric @ A) * A).sum(0) * B.square().sum(1) / max(power, 1e-300))
+    return torch.stack(rows)
 
 
 def _pack(state: State, plan: BankPlan, usage: Tensor, losses: list[float], private_losses: list[float]) -> BankFit:
@@ -244,6 +285,10 @@ def _solve(gram: Tensor, right: Tensor, chosen: Tensor) -> Tensor:
     solution = torch.zeros_like(right)
     solution[chosen] = inverse * torch.linalg.solve(scaled, inverse * rhs)
     return solution
+
+
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
 def _damped(gram: Tensor, share: float) -> Tensor:

@@ -1,6 +1,6 @@
 """The road from a dense checkpoint to a PILON folder.
 
-    prepare -> load -> calibrate -> fit every bank -> install -> save -> load back -> evaluate -> report, card
+    prepare -> load -> moments -> allocate -> solve layer by layer -> install -> save -> load back -> evaluate -> report
 
 Data goes down this list; each step is a function below that reads in one sitting.
 """
@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,33 +22,35 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import pilon_compress
 from pilon_compress import checkpoint, recipe, text
 from pilon_compress.convert import calibration
-from pilon_compress.convert.factorize import Target, components
-from pilon_compress.convert.fit import BankFit, fit_bank
-from pilon_compress.convert.plan import BankPlan
-from pilon_compress.convert.prepare import Job, prepare
+from pilon_compress.convert.allocate import allocate
+from pilon_compress.convert.journal import Journal
+from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
+from pilon_compress.convert.moments import gather
+from pilon_compress.convert.plan import Plan
+from pilon_compress.convert.prepare import Job, describe_plan, prepare
+from pilon_compress.convert.source import Source
 from pilon_compress.deploy.card import model_card
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
 from pilon_compress.form.fold import prune_unused
-from pilon_compress.form.layout import banks, install, layout_of, projections
+from pilon_compress.form.layout import banks, install, layout_of
 from pilon_compress.measure import composition, evaluate, report, size
-from pilon_compress.progress import track
 
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
 CAUSAL_WINDOWS = 64  # scored by the evaluation that ends a conversion; `eval` scores all of the text
 
 
-@dataclass
-class Fitted:
-    """One bank's solution with what the report says of it."""
+@dataclass(frozen=True)
+class Effort:
+    """What a conversion spends: whether layers follow the converted ones before them, and sweeps of a joint fit."""
 
-    plan: BankPlan
-    fit: BankFit
-    biases: dict[str, Tensor]
-    projections: list[dict[str, Any]]
-    relative_losses: dict[str, list[float]]
+    anchored: bool
+    sweeps: int
+
+
+EFFORTS = {"fast": Effort(False, 12), "balanced": Effort(True, 24), "best": Effort(True, 64)}
 
 
 def convert(
@@ -69,11 +72,9 @@ def convert(
     batches = read_calibration(job, tokenizer)
     exam = read_evaluation(job)
     dense = checkpoint.load_model(settings.model, dtype=compute_dtype(job, device), device=str(device))
-    checkpoint.check_finite(dense)
-    moments = calibration.calibrate(dense, batches, job.sites)
-    fitted = [fit(bank, dense, moments, settings) for bank in track(job.plan.banks, "fitting banks")]
-    model = build(dense, job, fitted)
-    result = describe(job, model, fitted, batches)
+    journal = Journal(output, fingerprint(job, batches, dense))
+    model, plan, solved = compress(Source(dense), job, batches, journal)
+    result = describe(job, plan, model, solved, batches)
     result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
     with fresh_folder(output, overwrite) as folder:
         save_model(model, tokenizer, folder, job.dtype)
@@ -85,7 +86,44 @@ def convert(
         (folder / "recipe.yaml").write_text(result["recipe"])
         (folder / "README.md").write_text(model_card(result))
         report.write_report(result, folder)
+    journal.remove()
     return result
+
+
+def compress(
+    source: Source, job: Job, batches: list[calibration.Batch], journal: Journal | None = None
+) -> tuple[PreTrainedModel, Plan, Solved]:
+    """The conversion itself: moments, allocation, and every layer solved. Returns the model, its plan and solution."""
+    journal = journal or Journal()
+    settings, effort = job.recipe, EFFORTS[job.recipe.effort]
+    moments = gather(source, batches, job.sites, causal=job.causal, seed=settings.seed)
+    plan, left = job.plan, dict[int, Tensor | None]()
+    if job.allocated:
+        found = allocate(source, job.sites, moments, settings.budget.ratio, job.mac_ratio)
+        plan, left = found.plan, found.left
+    pilon = settings.method == "pilon"
+    task = Task(
+        sites=job.sites,
+        plan=plan,
+        left=left,
+        method=settings.method,
+        peers=PEERS,
+        anchored=pilon and effort.anchored,
+        seed=settings.seed,
+        sweeps=effort.sweeps,
+    )
+    solved = solve(source, batches, task, moments, journal)
+    return build(source.model, plan, solved), plan, solved
+
+
+def fingerprint(job: Job, batches: list[calibration.Batch], dense: PreTrainedModel) -> str:
+    """Of everything that a conversion's steps depend on: version, recipe, calibration text, weights."""
+    state = blake2b(f"{pilon_compress.__version__}\n{recipe.dump(job.recipe)}".encode(), digest_size=16)
+    for batch in batches:
+        state.update(batch.input_ids.numpy().tobytes())
+    for parameter in dense.parameters():
+        state.update(str(float(parameter.detach().double().sum())).encode())
+    return state.hexdigest()
 
 
 def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[calibration.Batch]:
@@ -128,124 +166,56 @@ def read_evaluation(job: Job) -> list[str] | str:
     return documents
 
 
-def fit(
-    bank: BankPlan, dense: PreTrainedModel, moments: dict[str, calibration.SecondMoment], settings: recipe.Recipe
-) -> Fitted:
-    """Solve one bank in the metric of its layers, and set it against the peers at equal stored size."""
-    targets = [target_of(site, dense, moments[site.input]) for site in bank.sites]
-    if settings.method == "pilon":
-        solved = fit_bank(targets, bank, settings.seed)
-    else:
-        solved = private_fit(targets[0], bank, settings.method)
-    rank, losses = bank.private_rank(), {}
-    for method in dict.fromkeys((settings.method, *PEERS)):
-        losses[method] = [
-            target.relative_loss(
-                solved.approximation(i) if method == settings.method else target.truncated(method, rank)
-            )
-            for i, target in enumerate(targets)
-        ]
-    biases, entries = {}, []
-    for index, (site, target) in enumerate(zip(bank.sites, targets, strict=True)):
-        if site.bias:
-            biases[site.name] = absorb_bias(site, dense, target, solved.approximation(index), moments[site.input])
-        values = target.whitened[1]
-        points = torch.linspace(0, len(values) - 1, min(SPECTRUM_POINTS, len(values))).round().long()
-        share = values / values.sum().clamp_min(1e-300)
-        entries.append(
-            {
-                "name": site.name,
-                "layer": site.layer,
-                "role": site.role,
-                "band": bank.band,
-                "relative_error": {method: max(0.0, loss[index]) ** 0.5 for method, loss in losses.items()},
-                "spectrum": {"index": (points + 1).tolist(), "energy": share[points.to(share.device)].tolist()},
-                "cut": rank,
-            }
-        )
-    return Fitted(bank, solved, biases, entries, losses)
-
-
-def target_of(site: Site, dense: PreTrainedModel, moment: calibration.SecondMoment) -> Target:
-    """The site's weight as (d_in, d_out) with its metric: centred where a bias absorbs the mean error."""
-    weight = dense_weight(dense, site)
-    metric = moment.covariance() if site.bias else moment.second_moment()
-    return Target.of(site.name, site.layer, weight, metric)
-
-
-def dense_weight(dense: PreTrainedModel, site: Site) -> Tensor:
-    """(d_in, d_out) float64, whichever way round the host stores it."""
-    module = dense.base_model.get_submodule(site.name)
-    weight = module.weight.detach().double()
-    return weight if type(module).__name__ == "Conv1D" else weight.T
-
-
-def private_fit(target: Target, bank: BankPlan, method: str) -> BankFit:
-    """A peer's closed form in PILON's clothes: one primitive per layer, composed with weight 1."""
-    A, B = components(target.weight, target.vectors(method), bank.rank)
-    loss = [target.loss(A @ B)]
-    one = torch.ones(1, 1, device=A.device, dtype=A.dtype)
-    selected = torch.zeros(1, 1, dtype=torch.long, device=A.device)
-    return BankFit(A[None], B[None], selected, one.expand(1, 1, bank.rank).clone(), one, loss, loss)
-
-
-def absorb_bias(
-    site: Site, dense: PreTrainedModel, target: Target, approximation: Tensor, moment: calibration.SecondMoment
-) -> Tensor:
-    """b' = b + (W - Ŵ)ᵀ μ: the mean output error on the calibration text becomes zero, at no cost."""
-    bias = dense.base_model.get_submodule(site.name).bias
-    return bias.detach().double() + moment.mean.double() @ (target.weight - approximation)
-
-
 @torch.no_grad()
-def build(dense: PreTrainedModel, job: Job, fitted: list[Fitted]) -> PreTrainedModel:
+def build(dense: PreTrainedModel, plan: Plan, solved: Solved) -> PreTrainedModel:
     """The PILON model: a copy of `dense` that shares every other tensor with it. Unused primitives are dropped."""
     shared = {id(tensor): tensor for tensor in chain(dense.parameters(), dense.buffers())}
     model = copy.deepcopy(dense, memo=dict(shared))
-    install(model, job.layout)
-    by_name = dict(banks(model))
-    composed = dict(projections(model))
-    for solution in fitted:
-        bank = by_name[solution.plan.name]
-        bank.A.copy_(solution.fit.A)
-        bank.B.copy_(solution.fit.B)
-        for index, site in enumerate(solution.plan.sites):
-            layer = composed[site.name]
-            layer.weight.copy_(solution.fit.weight[index])
-            layer.selected.copy_(solution.fit.selected[index])
-            if layer.bias is not None:
-                layer.bias.copy_(solution.biases[site.name])
+    install(model, plan.layout())
+    modules = dict(banks(model))
+    for bank in plan.banks:
+        fit = solved.banks[bank.name]
+        modules[bank.name].A.copy_(fit.A)
+        modules[bank.name].B.copy_(fit.B)
+        for place, site in enumerate(bank.sites):
+            composed = model.base_model.get_submodule(site.name)
+            composed.weight.copy_(fit.weight[place])
+            composed.selected.copy_(fit.selected[place])
+    for name, weight in solved.kept.items():
+        model.base_model.get_submodule(name).weight.copy_(weight.T)
+    for name, bias in solved.biases.items():
+        model.base_model.get_submodule(name).bias.copy_(bias)
     model.to(dense.device)
     prune_unused(model)
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def describe(
-    job: Job, model: PreTrainedModel, fitted: list[Fitted], batches: list[calibration.Batch]
+    job: Job, plan: Plan, model: PreTrainedModel, solved: Solved, batches: list[calibration.Batch]
 ) -> dict[str, Any]:
     """The report's contents, less what is known only after saving."""
     layout = layout_of(model)  # the plan's, less the primitives that no layer selected
-    methods = fitted[0].relative_losses
-    every = {method: [loss for one in fitted for loss in one.relative_losses[method]] for method in methods}
+    methods = next(iter(solved.errors.values()))
+    losses = {method: [errors[method] for errors in solved.errors.values()] for method in methods}
     return {
         "format_version": 1,
         "pilon_compress": pilon_compress.__version__,
         "source": job.recipe.model,
         "method": job.recipe.method,
-        "plan": job.describe_plan(),
+        "plan": describe_plan(plan, job.dtype.itemsize),
         "ffn": size.ffn_size(layout, job.dtype.itemsize).to_dict(),
         "model": size.model_size(layout, job.dense, job.dtype.itemsize).to_dict(),
         "dtype": str(job.dtype).removeprefix("torch."),
-        "whitened_loss": {method: max(0.0, sum(values) / len(values)) for method, values in every.items()},
-        "projections": [entry for one in fitted for entry in one.projections],
+        "whitened_loss": {method: sum(values) / len(values) for method, values in losses.items()},
+        "projections": [describe_projection(site, plan, solved) for site in job.sites],
         "banks": [
             {
-                "band": one.plan.band,
-                "role": one.plan.role,
-                "layers": one.plan.layers,
-                **composition.describe(one.fit.energy, one.fit.selected),
+                "band": bank.band,
+                "role": bank.role,
+                "layers": bank.layers,
+                **composition.describe(solved.banks[bank.name].energy, solved.banks[bank.name].selected),
             }
-            for one in fitted
+            for bank in plan.banks
         ],
         "kept": size.kept(job.dense, job.layout),
         "calibration": {
@@ -253,6 +223,23 @@ def describe(
             "texts": calibration.sequences(batches),
             "tokens": calibration.tokens(batches),
         },
+    }
+
+
+def describe_projection(site: Site, plan: Plan, solved: Solved) -> dict[str, Any]:
+    """One projection's error by method, and the spectrum of its dense weight with the cut that peers make."""
+    values = solved.spectra[site.name]
+    points = torch.linspace(0, len(values) - 1, min(SPECTRUM_POINTS, len(values))).round().long()
+    share = values / values.sum().clamp_min(1e-300)
+    band = next(index for index, layers in enumerate(plan.bands) if site.layer in layers)
+    return {
+        "name": site.name,
+        "layer": site.layer,
+        "role": site.role,
+        "band": band,
+        "relative_error": {method: error**0.5 for method, error in solved.errors[site.name].items()},
+        "spectrum": {"index": (points + 1).tolist(), "energy": share[points.to(share.device)].tolist()},
+        "cut": uniform_rank(site, plan.ratio),
     }
 
 

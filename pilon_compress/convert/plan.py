@@ -1,11 +1,11 @@
 """The plan: from a budget to bands, primitives, ranks and top-k, before anything is loaded or computed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
-from pilon_compress.form.layout import BankSpec, Layout, ProjectionSpec
+from pilon_compress.form.layout import BankSpec, KeptSpec, Layout, ProjectionSpec
 from pilon_compress.recipe import Budget, Method
 
 LAYERS_PER_BAND = 3  # measured best for sharing so far; see docs/results
@@ -68,16 +68,21 @@ class Plan:
     ratio: float
     bands: list[list[int]]
     banks: list[BankPlan]
+    kept: list[Site] = field(default_factory=list)
+    """Projections that stay one matrix."""
+    host: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(d_in, d_out) in the dense model of the projections that lose neurons."""
 
     def layout(self) -> Layout:
         """What the PILON model will look like."""
+        kept = {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in self.kept}
         specs = {bank.name: BankSpec(bank.d_in, bank.d_out, bank.n_primitives, bank.rank) for bank in self.banks}
         projections = {
             site.name: ProjectionSpec(bank.name, bank.top_k, site.bias, bank.composition)
             for bank in self.banks
             for site in bank.sites
         }
-        return Layout(specs, projections)
+        return Layout(specs, projections, kept, self.host)
 
 
 def make_plan(sites: Sequence[Site], budget: Budget, method: Method, composition: str) -> Plan:

@@ -11,7 +11,7 @@ from pilon_compress import checkpoint
 from pilon_compress.convert.plan import Plan, make_plan
 from pilon_compress.families import Site, find_sites
 from pilon_compress.form.layout import Layout
-from pilon_compress.measure.size import bank_size, ffn_size, model_size
+from pilon_compress.measure.size import Size, bank_size, ffn_size, kept_size, model_size
 from pilon_compress.recipe import Recipe
 from pilon_compress.text import DEFAULT_LM
 
@@ -57,25 +57,43 @@ class Job:
             "model": model_size(self.layout, self.dense, itemsize).to_dict(),
         }
 
-    def describe_plan(self) -> dict[str, Any]:
-        """The plan as plain data, bank by bank, for the terminal, report.json and the card."""
-        banks = []
-        for bank in self.plan.banks:
-            size = bank_size(self.layout, bank.name, self.dtype.itemsize)
-            entry = {
-                "band": bank.band,
-                "role": bank.role,
-                "layers": bank.layers,
-                "d_in": bank.d_in,
-                "d_out": bank.d_out,
-                "n_primitives": bank.n_primitives,
-                "rank": bank.rank,
-                "top_k": bank.top_k,
-                "composition": bank.composition,
-            }
-            figures = {key: getattr(size, key) for key in ("stored", "dense_stored", "macs", "dense_macs")}
-            banks.append({**entry, **figures})
-        return {"ffn_ratio": self.plan.ratio, "bands": self.plan.bands, "banks": banks}
+    @property
+    def allocated(self) -> bool:
+        """Whether sizes follow from the calibration text: not where the recipe fixes the shape of the banks."""
+        asked = self.recipe.budget
+        fixed = (asked.bands, asked.n_primitives, asked.rank, asked.top_k)
+        plain = self.recipe.form.composition == "component" and asked.ratio <= 1
+        return self.recipe.method == "pilon" and plain and all(value is None for value in fixed)
+
+    @property
+    def mac_ratio(self) -> float | None:
+        """The limit on MACs per token, over dense; None where storage alone counts."""
+        asked = self.recipe.budget
+        if asked.mac_ratio is not None:
+            return asked.mac_ratio
+        return asked.ratio if asked.optimize == "compute" else None
+
+
+def describe_plan(plan: Plan, itemsize: int) -> dict[str, Any]:
+    """The plan as plain data, bank by bank and then the kept matrices, for the terminal, report.json and the card."""
+    layout, entries = plan.layout(), []
+    for bank in plan.banks:
+        sizes = bank_size(layout, bank.name, itemsize)
+        entry = {"band": bank.band, "role": bank.role, "layers": bank.layers, "d_in": bank.d_in, "d_out": bank.d_out}
+        entry |= {"n_primitives": bank.n_primitives, "rank": bank.rank, "top_k": bank.top_k}
+        entries.append({**entry, "composition": bank.composition, **_figures(sizes)})
+    for site in plan.kept:
+        band = next(index for index, layers in enumerate(plan.bands) if site.layer in layers)
+        entry = {"band": band, "role": site.role, "layers": [site.layer], "d_in": site.d_in, "d_out": site.d_out}
+        entry |= {"n_primitives": None, "rank": None, "top_k": None, "composition": None}
+        entries.append({**entry, **_figures(kept_size(layout, site.name, itemsize))})
+    order = {role: place for place, role in enumerate(dict.fromkeys(entry["role"] for entry in entries))}
+    entries.sort(key=lambda entry: (entry["band"], order[entry["role"]]))
+    return {"ffn_ratio": plan.ratio, "bands": plan.bands, "banks": entries}
+
+
+def _figures(sizes: Size) -> dict[str, int]:
+    return {key: getattr(sizes, key) for key in ("stored", "dense_stored", "macs", "dense_macs")}
 
 
 def prepare(recipe: Recipe) -> Job:

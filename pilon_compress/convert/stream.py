@@ -1,7 +1,8 @@
 """Hidden states of every batch on their way through the blocks of a model, one block at a time."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from transformers import PreTrainedModel
 from pilon_compress.convert.calibration import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.families import FAMILIES
+
+if TYPE_CHECKING:
+    from pilon_compress.convert.source import Source
 
 
 def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -36,42 +40,65 @@ def hidden_of(output: Any) -> Tensor:
 class Stream:
     """The hidden states that enter block `position`, for every batch, and what else each block is called with.
 
-        stream = Stream(dense, batches)      embeddings only: `hidden[b]` (B, T, d) enters the first block
+        stream = Stream(source, batches)     embeddings only: `hidden[b]` (B, T, d) enters the first block
         other = stream.fork()                the same states and arguments, to be advanced by other blocks
         stream.advance(block)                through `block` without gradient; position + 1
         stream.call(block, b, hidden)        one block on any states, with gradient where it is enabled
+        stream.finish(b, hidden)             what the model makes of states that leave its last block
 
-    Masks and positional arguments are kept for every block (Gemma and Qwen give blocks of different attention different
-    ones); blocks mostly share the same tensors, so this costs little memory. States: batches · B · T · d numbers on the
+    Of the source's model only what lies outside the blocks is run: its blocks may be on the meta device. Masks and
+    positional arguments are kept for every block (Gemma and Qwen give blocks of different attention different ones);
+    blocks mostly share the same tensors, so this costs little memory. States: batches · B · T · d numbers on the
     model's device. The states of PILON and dense streams start equal, since conversion leaves embeddings alone.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
-        self.names = list(blocks(model))
-        self.masks = [batch.attention_mask.to(model.device).bool() for batch in batches]
+    def __init__(self, source: "Source", batches: Sequence[Batch]) -> None:
+        self.model, self.batches, self.device = source.model, batches, source.device
+        self.names = source.names
+        self.masks = [batch.attention_mask.to(self.device).bool() for batch in batches]
         self.position = 0
         self.hidden: list[Tensor] = []
+        self._tuples: bool | None = None
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        self._capture(model, batches)
+        with source.block(0) as first:
+            self._capture(first)
 
     @torch.no_grad()
-    def _capture(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
-        """Call the model with blocks that only note what they are given and pass the states on."""
-        layers = list(blocks(model).values())
-        for batch in batches:
+    def _capture(self, first: nn.Module) -> None:
+        """Call the model with blocks that only note what they are given and pass the states on.
+
+        The first block runs once for real: only its output shows whether the model expects tensors or tuples.
+        """
+        for batch in self.batches:
             calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-            for layer in layers:
-                # the first batch runs for real: only a real output shows whether the model expects tensors or tuples
-                layer.forward = _noting(calls, layer.forward if not self.hidden else None, layer)
-            try:
-                run_base(model, batch)
-            finally:
-                for layer in layers:
-                    del layer.forward
+
+            def note(*args: Any, calls: Any = calls, **kwargs: Any) -> Any:
+                kwargs = dict(kwargs)
+                hidden, rest = (kwargs.pop("hidden_states"), args) if "hidden_states" in kwargs else (args[0], args[1:])
+                calls.append((hidden, rest, kwargs))
+                if self._tuples is None:
+                    self._tuples = isinstance(type(first).forward(first, hidden, *rest, **kwargs), tuple)
+                return self._returned(hidden)
+
+            with self._standing_in(note):
+                run_base(self.model, batch, self.device)
             self.hidden.append(calls[0][0])
             self._arguments.append([(args, kwargs) for _, args, kwargs in calls])
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._tuples else hidden
+
+    @contextmanager
+    def _standing_in(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """`forward` in the place of every block's."""
+        layers = list(blocks(self.model).values())
         for layer in layers:
-            layer.__dict__.pop("_returns_tuple", None)
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
     def fork(self) -> "Stream":
         """A second stream at the same position. States are never changed in place, so nothing is copied."""
@@ -91,23 +118,23 @@ class Stream:
         self.hidden = [self.call(block, index, hidden) for index, hidden in enumerate(self.hidden)]
         self.position += 1
 
+    def finish(self, index: int, hidden: Tensor, rows: slice, head: bool) -> Tensor:
+        """Logits (b, T, V) with `head`, else last hidden states (b, T, d), of `rows` of batch `index`.
 
-def run_base(model: PreTrainedModel, batch: Batch) -> Any:
+        `hidden` (b, T, d): states of those rows that leave the last block, with gradient where it is enabled.
+        """
+        batch = self.batches[index]
+        part = Batch(batch.input_ids[rows], batch.attention_mask[rows])
+        with self._standing_in(lambda *args, **kwargs: self._returned(hidden)):
+            if not head:
+                return run_base(self.model, part, self.device).last_hidden_state
+            ids, mask = part.input_ids.to(self.device), part.attention_mask.to(self.device)
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+def run_base(model: PreTrainedModel, batch: Batch, device: torch.device | None = None) -> Any:
     """The base model's output (no head) on one batch, without a key-value cache."""
     no_cache = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
-    ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+    device = device or model.device
+    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
     return model.base_model(input_ids=ids, attention_mask=mask, **no_cache)
-
-
-def _noting(calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]], real: Any, layer: nn.Module) -> Callable:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        kwargs = dict(kwargs)
-        hidden, rest = (kwargs.pop("hidden_states"), args) if "hidden_states" in kwargs else (args[0], args[1:])
-        calls.append((hidden, rest, kwargs))
-        if real is not None:
-            output = real(hidden, *rest, **kwargs)
-            layer.__dict__["_returns_tuple"] = isinstance(output, tuple)
-            return output
-        return (hidden,) if layer.__dict__["_returns_tuple"] else hidden
-
-    return forward

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 from transformers.pytorch_utils import Conv1D
@@ -14,12 +15,13 @@ from pilon_compress import checkpoint
 from pilon_compress.deploy import loader
 from pilon_compress.deploy.save import check_output, fresh_folder, save_model
 from pilon_compress.errors import BadInput
-from pilon_compress.form import bank, composed, layout
+from pilon_compress.families import FAMILIES, detect
+from pilon_compress.form import bank, composed, kept, layout
 from pilon_compress.form.fold import dense
-from pilon_compress.form.layout import BANKS, projections
+from pilon_compress.form.layout import BANKS, kept_matrices, linear_shape, projections
 
 MODELING_FILE = "modeling_pilon.py"
-BUNDLED = (bank, composed, layout, loader)  # in this order one file can hold them
+BUNDLED = (bank, composed, kept, layout, loader)  # in this order one file can hold them
 HEADER = '''"""PILON for transformers, bundled by pilon-compress so that this folder loads without the package:
 
     AutoModel...from_pretrained(folder, trust_remote_code=True)
@@ -44,11 +46,18 @@ def export_dense(source: str, output: Path, *, dtype: str = "auto", overwrite: b
 @torch.no_grad()
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Replace, in place, every composed projection by the layer class that the host architecture has there."""
-    skeleton = checkpoint.empty_model(_host_config(model)).base_model
-    base = model.base_model
-    for name, projection in list(projections(model)):
-        weight, bias = dense(projection)
+    whole = checkpoint.empty_model(_host_config(model))
+    skeleton, base = whole.base_model, model.base_model
+    family = FAMILIES.get(model.config.model_type) or detect(skeleton)
+    fused = family.projections.get("gate_up", "") if family else ""
+    found = [(name, *dense(one)) for name, one in projections(model)]
+    found += [(name, one.weight.T, one.bias) for name, one in kept_matrices(model)]
+    for name, weight, bias in found:
         host = skeleton.get_submodule(name)
+        d_in, d_out = linear_shape(host)
+        halves = 2 if fused and name.endswith(fused) else 1
+        weight = _padded(weight, d_in, d_out, halves)
+        bias = None if bias is None else _padded(bias[None], 1, d_out, halves)[0]
         parent_name, _, leaf = name.rpartition(".")
         setattr(base.get_submodule(parent_name), leaf, _host_linear(host, weight, bias))
     delattr(base, BANKS)
@@ -62,6 +71,13 @@ def _host_config(model: PreTrainedModel) -> PretrainedConfig:
         del config.quantization_config
     config.architectures = model.config.architectures
     return config
+
+
+def _padded(weight: torch.Tensor, d_in: int, d_out: int, halves: int) -> torch.Tensor:
+    """A weight at the host's size: dropped neurons come back as zeros, behind the others of each half of gate_up."""
+    parts = weight.chunk(halves, dim=1)
+    wide = [pad(part, (0, d_out // halves - part.shape[1], 0, d_in - part.shape[0])) for part in parts]
+    return torch.cat(wide, 1)
 
 
 def _host_linear(host: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
@@ -121,6 +137,6 @@ def bundle(hosts: list[str]) -> str:
 def load_pilon(source: str, dtype: str) -> PreTrainedModel:
     """Load `source`, which must be a PILON model. Raises BadInput if it is dense."""
     model = checkpoint.load_model(source, dtype=dtype)
-    if not any(True for _ in projections(model)):
+    if not hasattr(model.base_model, BANKS):
         raise BadInput(f"{source} is a dense model already; export takes the output of `pilon-compress convert`")
     return model

@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
+from pilon_compress.form.kept import KeptLinear
 from pilon_compress.form.layout import Host, Layout, install
 
 FORMAT_VERSION = 1
@@ -61,7 +62,7 @@ def refuse_gaps(model: Host) -> None:
     lost = [
         f"{name}.{key}"
         for name, module in model.named_modules()
-        if isinstance(module, PrimitiveBank | ComposedLinear)
+        if isinstance(module, PrimitiveBank | ComposedLinear | KeptLinear)
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)  # meta: offloaded to disk
     ]

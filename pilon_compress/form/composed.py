@@ -23,7 +23,14 @@ class ComposedLinear(nn.Module):
     bank: PrimitiveBank
     selected: Tensor
 
-    def __init__(self, bank: PrimitiveBank, top_k: int, bias: bool, composition: str = "component") -> None:
+    def __init__(
+        self,
+        bank: PrimitiveBank,
+        top_k: int,
+        bias: bool,
+        composition: str = "component",
+        host_shape: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         if composition not in COMPOSITIONS:
             raise ValueError(f"composition {composition!r} is none of {', '.join(COMPOSITIONS)}")
@@ -32,6 +39,7 @@ class ComposedLinear(nn.Module):
         # borrowed, not registered: one owner, one key in the checkpoint, one storage, one optimiser entry
         object.__setattr__(self, "bank", bank)
         self.composition, self.top_k = composition, top_k
+        self.host_shape = host_shape or (bank.d_in, bank.d_out)
         shape = {"component": (top_k, bank.rank), "scalar": (top_k, 1), "softmax": (bank.n_primitives, 1)}[composition]
         self.weight = nn.Parameter(torch.empty(shape))
         if composition != "softmax":

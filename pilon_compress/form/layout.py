@@ -1,13 +1,14 @@
-"""The layout: which projection composes from which bank, and all sizes. Plain data, kept in config.json."""
+"""The layout: which projection composes from which bank, which stays one matrix, and all sizes; kept in config.json."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
 
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
+from pilon_compress.form.kept import KeptLinear
 
 Host = Any  # a transformers PreTrainedModel; transformers imports this file while that class is being made
 BANKS = "pilon_banks"  # where the base model owns its banks
@@ -36,14 +37,40 @@ class ProjectionSpec:
 
 
 @dataclass(frozen=True)
+class KeptSpec:
+    """A projection that stays one matrix: at the host's size, or smaller where its block lost neurons."""
+
+    d_in: int
+    d_out: int
+    bias: bool
+
+
+@dataclass(frozen=True)
 class Layout:
-    """Banks by name (`band0.up`) and projections by module name below the base model (`h.0.mlp.c_fc`)."""
+    """Banks by name (`band0.up`); projections and kept matrices by module name below the base model (`h.0.mlp.c_fc`).
+
+    `host`: (d_in, d_out) of the host model's projection, for those that lost inputs or outputs with the neurons of
+    their block. The up, gate and down projections of one block agree on the neurons that are left.
+    """
 
     banks: dict[str, BankSpec]
     projections: dict[str, ProjectionSpec]
+    kept: dict[str, KeptSpec] = field(default_factory=dict)
+    host: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        plain = asdict(self)
+        plain["host"] = {name: list(shape) for name, shape in self.host.items()}
+        return plain
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(d_in, d_out) of a projection as it is computed here."""
+        spec = self.kept.get(name) or self.banks[self.projections[name].bank]
+        return spec.d_in, spec.d_out
+
+    def host_shape(self, name: str) -> tuple[int, int]:
+        """(d_in, d_out) of the host model's projection of that name."""
+        return self.host.get(name) or self.shape(name)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Layout":
@@ -55,7 +82,9 @@ class Layout:
         for name, spec in projections.items():
             if spec.bank not in banks:
                 raise ValueError(f"projection {name} composes from bank {spec.bank!r}, which the layout does not have")
-        return cls(banks, projections)
+        kept = {name: _read(KeptSpec, entry, f"projection {name}") for name, entry in data.get("kept", {}).items()}
+        host = {name: (int(d_in), int(d_out)) for name, (d_in, d_out) in data.get("host", {}).items()}
+        return cls(banks, projections, kept, host)
 
     def users(self, bank: str) -> list[str]:
         """Names of the projections that compose from `bank`."""
@@ -63,7 +92,7 @@ class Layout:
 
 
 def _read(kind: type, entry: dict[str, Any], where: str) -> Any:
-    known = {field.name for field in fields(kind)}
+    known = {one.name for one in fields(kind)}
     if unknown := set(entry) - known:
         raise ValueError(f"{where} has unknown fields {sorted(unknown)}: written by a newer pilon-compress?")
     try:
@@ -73,7 +102,8 @@ def _read(kind: type, entry: dict[str, Any], where: str) -> Any:
 
 
 def install(model: Host, layout: Layout) -> Host:
-    """Put a `ComposedLinear` in the place of every projection of `layout`; parameters are left uninitialised.
+    """Put a `ComposedLinear` or `KeptLinear` in the place of every projection of `layout`; parameters are left
+    uninitialised.
 
     `model` may have a head or not. The banks go to its base model, once each, so that every
     head class reads the same keys. Raises ValueError if the model has no such projection or its shape differs.
@@ -83,17 +113,17 @@ def install(model: Host, layout: Layout) -> Host:
         name: PrimitiveBank(s.d_in, s.d_out, s.n_primitives, s.rank, s.latent_scale, s.latent_bias)
         for name, s in layout.banks.items()
     }
-    for name, spec in layout.projections.items():
+    for name in (*layout.projections, *layout.kept):
         parent_name, _, leaf = name.rpartition(".")
         try:
             parent = base.get_submodule(parent_name)
             dense = getattr(parent, leaf)
         except AttributeError:
             raise ValueError(f"the layout names {name}, which {type(base).__name__} does not have") from None
-        bank = banks[spec.bank]
-        if linear_shape(dense) != (bank.d_in, bank.d_out):
-            raise ValueError(f"{name} is {linear_shape(dense)} in the model, {(bank.d_in, bank.d_out)} in the layout")
-        setattr(parent, leaf, ComposedLinear(bank, spec.top_k, spec.bias, spec.composition))
+        expected = layout.host_shape(name)
+        if linear_shape(dense) != expected:
+            raise ValueError(f"{name} is {linear_shape(dense)} in the model, {expected} in the layout")
+        setattr(parent, leaf, _module(layout, name, banks))
     tree = nn.ModuleDict()
     for name, bank in banks.items():
         *folders, leaf = name.split(".")
@@ -110,6 +140,14 @@ def install(model: Host, layout: Layout) -> Host:
     if no_split is not None:  # device_map="auto" must keep a bank on one device
         base._no_split_modules = [*no_split, "PrimitiveBank"]
     return model
+
+
+def _module(layout: Layout, name: str, banks: dict[str, PrimitiveBank]) -> nn.Module:
+    if name in layout.kept:
+        kept = layout.kept[name]
+        return KeptLinear(kept.d_in, kept.d_out, kept.bias, layout.host_shape(name))
+    spec = layout.projections[name]
+    return ComposedLinear(banks[spec.bank], spec.top_k, spec.bias, spec.composition, layout.host_shape(name))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -131,6 +169,13 @@ def projections(model: Host) -> Iterator[tuple[str, ComposedLinear]]:
             yield name, module
 
 
+def kept_matrices(model: Host) -> Iterator[tuple[str, KeptLinear]]:
+    """Every projection of a PILON model that stays one matrix, by module name below the base model."""
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, KeptLinear):
+            yield name, module
+
+
 def banks(model: Host) -> Iterator[tuple[str, PrimitiveBank]]:
     """Every bank of a PILON model by its layout name (`band0.up`)."""
     for name, module in model.base_model.named_modules():
@@ -149,4 +194,7 @@ def layout_of(model: Host) -> Layout:
         name: ProjectionSpec(names[id(p.bank)], p.top_k, p.bias is not None, p.composition)
         for name, p in projections(model)
     }
-    return Layout(specs, composed)
+    kept = {name: KeptSpec(m.in_features, m.out_features, m.bias is not None) for name, m in kept_matrices(model)}
+    everything = (*projections(model), *kept_matrices(model))
+    host = {name: m.host_shape for name, m in everything if m.host_shape != linear_shape(m)}
+    return Layout(specs, composed, kept, host)

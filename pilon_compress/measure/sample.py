@@ -5,7 +5,7 @@ import torch
 from pilon_compress import checkpoint
 from pilon_compress.errors import BadInput
 from pilon_compress.form.fold import fold
-from pilon_compress.form.layout import projections
+from pilon_compress.form.layout import BANKS
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def continue_text(
         raise BadInput(f"{model} is a {config.model_type} encoder: it does not generate text")
     tokenizer = checkpoint.load_tokenizer(model)
     network = checkpoint.load_model(model, dtype="float32" if device == "cpu" else "auto", device=device)
-    if any(True for _ in projections(network)):
+    if hasattr(network.base_model, BANKS):
         fold(network)
     encoded = tokenizer(prompt, return_tensors="pt").to(device)
     torch.manual_seed(seed)

@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from pilon_compress.form.fold import pair_is_cheaper
 from pilon_compress.form.layout import Layout, linear_shape
 
 DENSE_ITEMSIZE = 2  # the dense model is counted in bfloat16, whatever it was stored in
@@ -53,10 +52,10 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
         numbers += (spec.n_primitives if user.composition == "softmax" else user.top_k) * width + user.bias * spec.d_out
         indices += 0 if user.composition == "softmax" else user.top_k
         inner = user.top_k * spec.rank
-        full = spec.d_in * spec.d_out
-        macs += inner * (spec.d_in + spec.d_out) if pair_is_cheaper(inner, spec.d_in, spec.d_out) else full
-        dense += full + user.bias * spec.d_out
-        dense_macs += full
+        d_in, d_out = layout.host_shape(name)
+        macs += min(inner * (spec.d_in + spec.d_out), spec.d_in * spec.d_out)
+        dense += d_in * d_out + user.bias * d_out
+        dense_macs += d_in * d_out
     return Size(
         stored=numbers + indices,
         dense_stored=dense,
@@ -67,12 +66,19 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
     )
 
 
+def kept_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """One projection that stays a matrix, against the host's."""
+    spec, (d_in, d_out) = layout.kept[name], layout.host_shape(name)
+    macs, dense_macs = spec.d_in * spec.d_out, d_in * d_out
+    stored, dense = macs + spec.bias * spec.d_out, dense_macs + spec.bias * d_out
+    return Size(stored, dense, stored * itemsize, dense * DENSE_ITEMSIZE, macs, dense_macs)
+
+
 def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
-    """Everything that the layout replaces."""
-    total = Size(0, 0, 0, 0, 0, 0)
-    for bank in layout.banks:
-        total = total + bank_size(layout, bank, itemsize)
-    return total
+    """Everything that the layout names: composed projections with their banks, and kept matrices."""
+    parts = [bank_size(layout, bank, itemsize) for bank in layout.banks]
+    parts += [kept_size(layout, name, itemsize) for name in layout.kept]
+    return sum(parts, Size(0, 0, 0, 0, 0, 0))
 
 
 def model_size(layout: Layout, dense: PreTrainedModel, itemsize: int = DENSE_ITEMSIZE) -> Size:
@@ -96,7 +102,7 @@ def linear_macs(model: nn.Module) -> int:
 
 def kept(dense: PreTrainedModel, layout: Layout) -> list[dict[str, Any]]:
     """What the layout leaves alone, by place: name, parameters, share of the dense model's parameters."""
-    replaced = {f"{name}." for name in layout.projections}
+    replaced = {f"{name}." for name in (*layout.projections, *layout.kept)}
     prefix = dense.base_model_prefix + "."
     groups: dict[str, int] = {}
     total = 0

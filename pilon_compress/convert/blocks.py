@@ -1,0 +1,148 @@
+"""The feed-forward block of one layer as conversion sizes it: which neurons stay, and each projection's rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from pilon_compress.convert.factorize import Target, damped
+from pilon_compress.convert.knapsack import Option, pareto
+from pilon_compress.convert.moments import Moments
+from pilon_compress.convert.neurons import Elimination, eliminate, refit
+from pilon_compress.families import Site
+
+POWERS = (1.4, 1.2, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0)  # of the ratio: shares of the neurons that are tried
+RANK_STEPS = 48  # ranks tried per projection
+ROUND = 8  # neurons and ranks are multiples of it where the block is large
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a block is stored: `neurons` that stay (None: all), and by site name a rank, or None for one matrix."""
+
+    neurons: int | None
+    ranks: dict[str, int | None]
+
+
+class Block:
+    """The sites of one layer with their dense weights and metrics, in float64.
+
+    It is `whole` where neurons can be dropped: up (and gate, or both fused) that feed one down.
+    """
+
+    def __init__(self, layer: int, sites: Sequence[Site], module: nn.Module, prefix: str, moments: Moments) -> None:
+        self.layer, self.sites = layer, list(sites)
+        self.down = _down(sites)
+        self.weights: dict[str, Tensor] = {}
+        self.biases: dict[str, Tensor] = {}
+        self.metrics: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        for site in sites:
+            linear = module.get_submodule(site.name.removeprefix(f"{prefix}."))
+            self.weights[site.name] = dense_weight(linear)
+            if site.bias:
+                self.biases[site.name] = linear.get_parameter("bias").detach().double()
+            moment = moments.input(site)
+            self.metrics[site.name] = damped(moment.covariance() if site.bias else moment.second_moment())
+            self.means[site.name] = moment.mean.double()
+            self.gradients[site.name] = damped(moments.gradient(site))
+
+    @cached_property
+    def elimination(self) -> Elimination | None:
+        """The order in which neurons go; None where the block is not whole."""
+        if self.down is None:
+            return None
+        name = self.down.name
+        return eliminate(self.weights[name], self.metrics[name], self.gradients[name])
+
+    def columns(self, site: Site, left: Tensor) -> Tensor:
+        """Outputs of an up-like site that belong to the neurons `left`; a fused gate_up has two for each."""
+        assert self.down is not None
+        halves = torch.arange(site.d_out // self.down.d_in, device=left.device)[:, None] * self.down.d_in
+        return (halves + left).flatten()
+
+    def target(self, site: Site, left: Tensor | None) -> Target:
+        """The site's problem in the dense model's own stream, with the neurons `left`."""
+        name = site.name
+        weight, metric, gradient = self.weights[name], self.metrics[name], self.gradients[name]
+        if left is not None and site == self.down:
+            weight, metric = refit(weight, metric, left), metric[left][:, left]
+        elif left is not None:
+            columns = self.columns(site, left)
+            weight, gradient = weight[:, columns], gradient[columns][:, columns]
+        return Target(name, site.layer, weight, metric, gradient)
+
+    def options(self, ratio: float, scale: float = 1.0) -> list[Option]:
+        """What the block may become, smaller and smaller, with its loss in the metrics of the sites times `scale`."""
+        found: list[Option] = []
+        for neurons in self._counts(ratio):
+            left, dropped, sites = None, 0.0, self.sites
+            if neurons is not None:
+                assert self.elimination is not None and self.down is not None
+                left, dropped = self.elimination.left(neurons), self.elimination.loss(neurons)
+                sites = [trimmed(site, neurons, self.down.d_in) for site in self.sites]
+            menus = [_ranks(self.target(site, left), small) for site, small in zip(self.sites, sites, strict=True)]
+            fixed = sum(small.d_out for small in sites if small.bias)
+            highest = max(item.loss for menu in menus for item in menu) or 1.0
+            for price in torch.logspace(-14, 1, 60, base=10).tolist():  # loss per number: the convex hull of all sums
+                picks = [min(menu, key=lambda one, p=price: one.loss + p * highest * one.stored) for menu in menus]  # type: ignore[misc]
+                ranks = {site.name: pick.what for site, pick in zip(self.sites, picks, strict=True)}
+                found.append(
+                    Option(
+                        scale * (dropped + sum(pick.loss for pick in picks)),
+                        fixed + sum(pick.stored for pick in picks),
+                        sum(pick.stored for pick in picks),
+                        Choice(neurons, ranks),  # type: ignore[arg-type]
+                    )
+                )
+        return pareto(found)
+
+    def _counts(self, ratio: float) -> list[int | None]:
+        if self.down is None:
+            return [None]
+        full = self.down.d_in
+        step = ROUND if full >= 32 * ROUND else 1
+        counts = {max(step, round(full * ratio**power / step) * step) for power in POWERS}
+        return [None, *(count for count in sorted(counts) if count < full)]
+
+
+def trimmed(site: Site, neurons: int, width: int) -> Site:
+    """The site with `neurons` of its block's `width` left."""
+    if site.role == "down":
+        return replace(site, d_in=neurons)
+    return replace(site, d_out=site.d_out // width * neurons)
+
+
+def _ranks(target: Target, site: Site) -> list[Option]:
+    """One matrix, or two factors of some rank where they are smaller. MACs equal stored numbers either way."""
+    full = site.d_in * site.d_out
+    saved = target.two_sided[2]
+    tail = torch.cat([saved.flip(0).cumsum(0).flip(0), saved.new_zeros(1)])
+    largest = (full - 1) // (site.d_in + site.d_out)
+    step = max(1, largest // RANK_STEPS)
+    step = max(step, ROUND * round(step / ROUND)) if largest >= 8 * ROUND else step
+    ranks = range(step, largest + 1, step)
+    return [Option(0.0, full, full, None)] + [
+        Option(float(tail[r]), r * (site.d_in + site.d_out), r * (site.d_in + site.d_out), r) for r in ranks
+    ]
+
+
+def _down(sites: Sequence[Site]) -> Site | None:
+    """The projection that reads the neurons which all others of the layer make."""
+    downs = [site for site in sites if site.role == "down"]
+    ups = [site for site in sites if site.role in ("up", "gate", "gate_up")]
+    if len(downs) != 1 or len(ups) != len(sites) - 1 or not ups:
+        return None
+    width = downs[0].d_in
+    fused = len(ups) == 1 and ups[0].role == "gate_up" and ups[0].d_out == 2 * width
+    plain = any(up.role == "up" for up in ups) and all(up.d_out == width for up in ups)
+    return downs[0] if fused or plain else None
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """(d_in, d_out) float64, whichever way round the host stores it."""
+    weight = linear.get_parameter("weight").detach().double()
+    return weight if type(linear).__name__ == "Conv1D" else weight.T

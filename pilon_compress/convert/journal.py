@@ -1,0 +1,65 @@
+"""What a conversion has finished, kept beside its output, so that one that was cut off goes on where it stopped."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Journal:
+    """Named results in `.NAME.partial` beside the output `NAME`, each written whole under its name or not at all.
+
+    The folder holds the `fingerprint` of everything that the results depend on; results made under another one are
+    dropped. Without an output nothing is kept.
+    """
+
+    def __init__(self, output: Path | None = None, fingerprint: str = "") -> None:
+        self.folder = None if output is None else output.absolute().parent / f".{output.name}.partial"
+        if self.folder is None:
+            return
+        mark = self.folder / "fingerprint"
+        if not mark.is_file() or mark.read_text("utf-8") != fingerprint:
+            self.remove()
+            self.folder.mkdir(parents=True)
+            mark.write_text(fingerprint, "utf-8")
+
+    def put(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep a result; once this returns it survives whatever happens next."""
+        if self.folder is None:
+            return
+        path = self._path(name)
+        part = path.with_suffix(".part")
+        save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, part)
+        part.rename(path)
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """The result of that name, if there is a whole one."""
+        if self.folder is None or not self._path(name).is_file():
+            return None
+        try:
+            return load_file(self._path(name))
+        except (SafetensorError, OSError):
+            return None
+
+    def put_plain(self, name: str, value: Any) -> None:
+        """The same for plain data."""
+        text = json.dumps(value).encode()
+        self.put(name, {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+
+    def get_plain(self, name: str) -> Any:
+        found = self.get(name)
+        return None if found is None else json.loads(bytes(found["json"].tolist()))
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"
+
+    def remove(self) -> None:
+        """Forget everything: the output is there, or will never be."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,61 @@
+"""Tensors that are put away until they are needed again: in memory up to a limit, in files beyond it."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Shelf:
+    """Tensors by name. Once those in memory fill `limit` bytes, further ones go to `folder`, one safetensors file each.
+
+    `take` removes a tensor from the shelf, `get` leaves it there. Without a folder everything stays in memory.
+    """
+
+    def __init__(self, folder: Path | None = None, limit: int = 0) -> None:
+        self.folder, self.limit, self.held = folder, limit, 0
+        self._memory: dict[str, Tensor] = {}
+        self._files: dict[str, tuple[Path, torch.device]] = {}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Keep `tensor`, which must not be changed afterwards, under `name`."""
+        self.drop(name)
+        if self.folder is None or self.held + tensor.nbytes <= self.limit:
+            self._memory[name] = tensor
+            self.held += tensor.nbytes
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name.replace('/', '_')}.safetensors"
+        save_file({"tensor": tensor.detach().cpu().contiguous()}, path)
+        self._files[name] = (path, tensor.device)
+
+    def get(self, name: str) -> Tensor:
+        """The tensor kept under `name`, on the device that it came from. Raises KeyError where there is none."""
+        if name in self._memory:
+            return self._memory[name]
+        path, device = self._files[name]
+        return load_file(path)["tensor"].to(device)
+
+    def take(self, name: str) -> Tensor:
+        tensor = self.get(name)
+        self.drop(name)
+        return tensor
+
+    def drop(self, name: str) -> None:
+        if name in self._memory:
+            self.held -= self._memory.pop(name).nbytes
+        elif name in self._files:
+            self._files.pop(name)[0].unlink(missing_ok=True)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._memory or name in self._files
+
+    def clear(self) -> None:
+        """Forget everything and delete the folder."""
+        self._memory.clear()
+        self._files.clear()
+        self.held = 0
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,15 @@
+"""The projection that stays one matrix, because no composition of it pays; its block may have lost neurons."""
+
+from torch import nn
+
+
+class KeptLinear(nn.Linear):
+    """An nn.Linear in the place of a host projection of `host_shape` (d_in, d_out), at that size or smaller.
+
+    Dropping a neuron of a feed-forward block takes a column of up (and gate) and a row of down; the function of the
+    others does not change (structured pruning; which neurons go is decided in `convert.neurons`).
+    """
+
+    def __init__(self, d_in: int, d_out: int, bias: bool, host_shape: tuple[int, int]) -> None:
+        super().__init__(d_in, d_out, bias=bias)
+        self.host_shape = host_shape
