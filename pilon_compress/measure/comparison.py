@@ -133,8 +133,8 @@ def _circumstances(result: Result) -> str:
     return (
         f"Calibrated on {readable.number(calibration['texts'])} texts of {calibration['data']} "
         f"({readable.number(calibration['tokens'])} tokens), judged on {amount} of {evaluation['data']}{drawn}. "
-        f"No training. Ratios are of the FFN alone; stored numbers include biases, and each method is counted in the form that it "
-        f"would store. Whitened loss: {readable.WHITENED_LOSS}."
+        "No training. Ratios are of the FFN alone; stored numbers include biases, and each method is counted in the "
+        f"form that it would store. Whitened loss: {readable.WHITENED_LOSS}."
     )
 
 

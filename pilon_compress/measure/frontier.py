@@ -51,8 +51,8 @@ ABOUT = {
     "asvd": "SVD after scaling the input channels by the square root of their magnitude (Yuan et al., 2023)",
     "whitened-svd": "SVD in the metric of the inputs' second moment (SVD-LLM, Wang et al., 2024)",
     "basis-sharing": "two neighbouring layers share the input side of their factors (Wang et al., 2025)",
-    "nystrom": "whole neurons are dropped and the down-projection makes up for them (MoDeGPT, Lin et al., 2025); what stays of "
-    "up and gate is exact, so all of its loss is in down",
+    "nystrom": "whole neurons are dropped and the down-projection makes up for them (MoDeGPT, Lin et al., 2025); what "
+    "stays of up and gate is exact, so all of its loss is in down",
     "original-pilon": "primitives from a band's mean weight, mixed by softmax top-k, no activations",
 }
 COSTS = {"bytes_ratio": "FFN bytes ÷ dense", "mac_ratio": "FFN MACs per token ÷ dense"}
