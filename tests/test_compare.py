@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import typing
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -202,6 +203,12 @@ def test_a_failure_while_writing_keeps_the_earlier_comparison_and_the_cells(insi
 
     with monkeypatch.context() as broken, pytest.raises(Exception, match="the disk is full"):
         broken.setattr(comparison, "write", full)
+        comparing.compare(asked, tmp_path / "out", overwrite=True)
+    rename = Path.rename
+    with monkeypatch.context() as broken, pytest.raises(Exception, match="the disk is full"):
+        broken.setattr(
+            Path, "rename", lambda p, to: full() if p.suffix == ".part" and to.name == "out" else rename(p, to)
+        )
         comparing.compare(asked, tmp_path / "out", overwrite=True)
     assert json.loads((tmp_path / "out" / "compare.json").read_text("utf-8")) == first
     assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.partial"}

@@ -158,7 +158,11 @@ def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
         with fresh_folder(made) as folder:
             yield folder
         output.rename(old)
-        made.rename(output)
+        try:
+            made.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
     finally:
         for left in (made, old):
             shutil.rmtree(left, ignore_errors=True)
