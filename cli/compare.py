@@ -126,19 +126,16 @@ def print_plan(result: dict[str, Any]) -> None:
     print_table(result["source"], ["method", "asked FFN ratio", "stored", "stored ÷ dense"], rows)
     calibration = result["calibration"]
     print(
-        f"{len(result['seeds'])} draws of {number(calibration['samples'])} texts from {calibration['data']}; "
+        f"{len(result['seeds'])} draws of {number(calibration['samples'])} sequences from {calibration['data']}; "
         f"{number(result['cells'])} models to make and judge"
     )
 
 
 def print_result(result: dict[str, Any]) -> None:
     """One table per ratio, best first, and where to look."""
-    from pilon_compress.measure.comparison import spread_of_quality, table
+    from pilon_compress.measure.comparison import terminal_table
     from pilon_compress.readable import number
 
     for ratio in result["ratios"]:
-        headings, rows = table(result, ratio, spread=False)
-        ranges = [*spread_of_quality(result, ratio), ""]
-        rows = [[*row, span] for row, span in zip(rows, ranges, strict=True)]
-        print_table(f"Stored FFN ratio {ratio:g}", [*headings, "over draws"], rows)
+        print_table(f"Stored FFN ratio {ratio:g}", *terminal_table(result, ratio))
     print(f"{number(result['seconds'])} s; {result['output']}/compare.html, compare.md, compare.json")

@@ -1,6 +1,7 @@
 """How results reach the terminal: tables on stdout, or one JSON object."""
 
 import json
+import textwrap
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -22,6 +23,13 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDTH  # a pipe has no width; do not cut figures short
+    widest = [max((len(row[index]) for row in rows), default=0) for index in range(len(columns))]
+    if sum(2 + max(len(column), width) for column, width in zip(columns, widest, strict=True)) > console.width:
+        # wrapped here, because rich would cut figures where it could wrap headings
+        columns = [
+            textwrap.fill(column, max(8, width), break_long_words=False)
+            for column, width in zip(columns, widest, strict=True)
+        ]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)

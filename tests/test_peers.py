@@ -1,4 +1,4 @@
-"""Every baseline against an independent statement, in float64 numpy, of what its paper minimises; and what it counts."""
+"""Every baseline against an independent statement in float64 numpy of what its paper minimises; and what it counts."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from pilon_compress.convert.calibration import SecondMoment
 from pilon_compress.convert.factorize import DAMPING
-from pilon_compress.convert.peers import PEERS, approximate, basis_sharing, nystrom, original, planned, shares
+from pilon_compress.convert.peers import PEERS, approximate, basis_sharing, budget, nystrom, original, planned, shares
 from pilon_compress.convert.peers.problem import Problem
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
@@ -270,3 +270,9 @@ def test_nystrom_needs_whole_blocks():
     problem, _ = make_problem()
     with pytest.raises(BadInput, match="layer 0 has no pair"):
         nystrom.units([site for site in problem.sites if site.role == "up"])
+
+
+def test_the_last_unit_is_served_before_another_gets_more():
+    sites = [Site(f"l{layer}.up", layer, "up", 8, 8, False, f"l{layer}.up") for layer in range(3)]
+    units = [budget.Unit((site,), price, 0, 8) for site, price in zip(sites, (6, 6, 10), strict=True)]
+    assert [count for _, count in budget.deal(units, 0.14, "any")] == [1, 1, 1]

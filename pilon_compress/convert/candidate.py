@@ -1,4 +1,4 @@
-"""What a comparison judges: a compressed model with its size and error, made by a published baseline."""
+"""What a comparison judges: a compressed model with its size and error; those that published baselines make."""
 
 import copy
 from collections.abc import Mapping, Sequence

@@ -24,7 +24,9 @@ class Cells:
             self.mark.write_text(fingerprint, "utf-8")
         elif self.file.is_file():
             self.found = _read(self.file)
-            self.file.write_text("".join(_line(key, cell) for key, cell in self.found.items()), "utf-8")
+            whole = self.folder / "whole.jsonl"
+            whole.write_text("".join(_line(key, cell) for key, cell in self.found.items()), "utf-8")
+            whole.replace(self.file)  # never half written, so that a crash here loses nothing
 
     def keep(self, key: str, cell: Any) -> None:
         """Add a finished cell; it survives whatever happens next."""
@@ -43,11 +45,12 @@ def _line(key: str, cell: Any) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """The cells up to the first line that is none."""
     found = {}
-    for line in file.read_text("utf-8").splitlines():
+    for line in file.read_bytes().splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+            found[entry["key"]] = entry["cell"]
+        except (ValueError, TypeError, KeyError):
             break
-        found[entry["key"]] = entry["cell"]
     return found

@@ -1,7 +1,6 @@
 """Which components make one primitive: those that the same layers use, with similar strength."""
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 MAX_PATTERNS = 16
@@ -21,6 +20,8 @@ def group(usage: Tensor, rank: int, seed: int) -> Tensor:
     patterns = min(2**layers - 1, MAX_PATTERNS, count // rank)
     if patterns < 2:
         return power.argsort(descending=True, stable=True)
+    from sklearn.cluster import KMeans  # here, because it takes a second that planning need not wait for
+
     labels = torch.from_numpy(KMeans(patterns, n_init=4, random_state=seed).fit_predict(share)).to(power.device)
     order = []
     for label in labels.unique(sorted=True):

@@ -20,20 +20,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
 from pilon_compress import checkpoint, recipe
-from pilon_compress.convert import calibration, peers, pipeline
-from pilon_compress.convert.calibration import Batch, SecondMoment
-from pilon_compress.convert.candidate import Candidate, baseline, dense_size, problem_of
+from pilon_compress.convert import calibration, ours, peers, pipeline
+from pilon_compress.convert.calibration import Batch
+from pilon_compress.convert.candidate import baseline, dense_size, problem_of
 from pilon_compress.convert.cells import Cells
+from pilon_compress.convert.ours import OURS
 from pilon_compress.convert.prepare import Job, prepare
 from pilon_compress.deploy.save import check_output, fresh_folder
 from pilon_compress.errors import BadInput
-from pilon_compress.families import Site
-from pilon_compress.form.layout import layout_of
 from pilon_compress.measure import comparison, evaluate
-from pilon_compress.measure.size import DENSE_ITEMSIZE, Size, ffn_size, linear_macs
+from pilon_compress.measure.size import DENSE_ITEMSIZE, Size, linear_macs
 from pilon_compress.progress import track
 
-OURS = ("pilon", "pilon-private")
 METHODS = (*OURS, *peers.PEERS)
 POOL = 4  # the blocks of a seed are drawn from this many times as many
 
@@ -79,25 +77,17 @@ def plan(settings: recipe.Recipe, ratios: Sequence[float], methods: Sequence[str
     if seeds < 1 or not methods or not ratios:
         raise BadInput("a comparison needs at least one method, one ratio and one seed")
     ratios, methods = sorted(set(ratios), reverse=True), list(dict.fromkeys(methods))
+    base = prepare(ours.settings(settings, "pilon", 1.0, 0))  # at full size: a small ratio is for each method to refuse
+    layers = len({site.layer for site in base.sites})
     jobs = {}
     for ratio in ratios:
-        base = prepare(_settings(settings, ratio))
+        asked = {method: ours.settings(settings, method, ratio, layers) for method in OURS}  # refuses what is no ratio
         for method in methods:
             if method in OURS:
-                jobs[method, ratio] = prepare(_settings(settings, ratio, method, base.sites))
+                jobs[method, ratio] = prepare(asked[method])
             else:
                 peers.shares(method, base.sites, ratio)
     return Comparison(base, ratios, methods, list(range(settings.seed, settings.seed + seeds)), jobs)
-
-
-def _settings(
-    settings: recipe.Recipe, ratio: float, method: str = "pilon", sites: Sequence[Site] = ()
-) -> recipe.Recipe:
-    """The recipe of one of our methods at one ratio; pilon-private is PILON with banks of its own for every layer."""
-    overrides = [f"budget.ffn_ratio={float(ratio)}", "budget.preset=null"]
-    if method == "pilon-private":
-        overrides.append(f"budget.bands={[[layer] for layer in sorted({site.layer for site in sites})]}")
-    return recipe.build(settings.model_dump(exclude_none=True), overrides)
 
 
 def compare(
@@ -168,7 +158,11 @@ def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
         with fresh_folder(made) as folder:
             yield folder
         output.rename(old)
-        made.rename(output)
+        try:
+            made.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
     finally:
         for left in (made, old):
             shutil.rmtree(left, ignore_errors=True)
@@ -245,7 +239,7 @@ def _measure(asked: Comparison, seed: int, batches: list[Batch], bench: Bench, c
         for number, (method, ratio) in enumerate(missing, 1):
             began, label = time.perf_counter(), f"{number}/{len(missing)} {method} {ratio:g}"
             if method in OURS:
-                candidate = _ours(asked.jobs[method, ratio], bench.dense, batches, moments, seed, label)
+                candidate = ours.candidate(asked.jobs[method, ratio], bench.dense, batches, moments, seed, label)
             else:
                 (candidate,) = [baseline(method, ratio, problem, bench.dense) for _ in track([method], label)]
             cell = {"method": method, "ratio": ratio, "seed": seed, **bench.sizes(candidate.size)}
@@ -254,14 +248,3 @@ def _measure(asked: Comparison, seed: int, batches: list[Batch], bench: Bench, c
             cell["quality"] = bench.quality(candidate.model)
             cells.keep(work[method, ratio], cell)
     return [cells.found[key] for key in work.values()]
-
-
-def _ours(
-    job: Job, dense: PreTrainedModel, batches: list[Batch], moments: dict[str, SecondMoment], seed: int, label: str
-) -> Candidate:
-    """PILON as `convert` makes it from this calibration text: the one place that knows how the pipeline is called."""
-    settings = job.recipe.model_copy(update={"seed": seed})
-    fitted = [pipeline.fit(bank, dense, moments, settings) for bank in track(job.plan.banks, label)]
-    model = pipeline.build(dense, job, fitted)
-    losses = [loss for bank in fitted for loss in bank.relative_losses[settings.method]]
-    return Candidate(model, ffn_size(layout_of(model)), losses)

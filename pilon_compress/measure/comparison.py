@@ -104,11 +104,15 @@ def figure(values: Mapping[str, float], spread: bool = True) -> str:
     return f"{mean} ({low}–{high})" if spread and low != high else mean
 
 
-def spread_of_quality(result: Result, ratio: float) -> list[str]:
-    """Low–high over the seeds of the figure that the rows of one ratio are sorted by; empty where there is one seed."""
+def terminal_table(result: Result, ratio: float) -> tuple[list[str], list[list[str]]]:
+    """As `table`, narrower: only the figure that rows are sorted by is followed by its low–high over the draws."""
     main = QUALITY[result["kind"]][0]
-    rows = [row for row in result["rows"] if row["ratio"] == ratio]
-    return [readable.spread((row[main]["low"], row[main]["high"])) if row["seeds"] > 1 else "" for row in rows]
+    headings, rows = table(result, ratio, spread=False)
+    place = headings.index(LABELS[main]) + 1
+    members = [row for row in result["rows"] if row["ratio"] == ratio]
+    ranges = [readable.spread((row[main]["low"], row[main]["high"])) if row["seeds"] > 1 else "" for row in members]
+    rows = [[*row[:place], span, *row[place:]] for row, span in zip(rows, [*ranges, ""], strict=True)]
+    return [*headings[:place], "over draws", *headings[place:]], rows
 
 
 def markdown(result: Result) -> str:
@@ -130,11 +134,12 @@ def _circumstances(result: Result) -> str:
     amount = f"{readable.number(evaluation['texts'])} texts" if "texts" in evaluation else ""
     amount = amount or f"{readable.number(evaluation['tokens'])} tokens"
     drawn = f", mean (lowest–highest) of {seeds} calibration draws" if seeds > 1 else ", one calibration draw"
+    unit = "blocks" if result["kind"] == "causal" else "texts"
     return (
-        f"Calibrated on {readable.number(calibration['texts'])} texts of {calibration['data']} "
+        f"Calibrated on {readable.number(calibration['texts'])} {unit} of {calibration['data']} "
         f"({readable.number(calibration['tokens'])} tokens), judged on {amount} of {evaluation['data']}{drawn}. "
-        f"No training. Ratios are of the FFN alone; stored numbers include biases, and each method is counted in the form that it "
-        f"would store. Whitened loss: {readable.WHITENED_LOSS}."
+        "No training. Ratios are of the FFN alone; stored numbers include biases, and each method is counted in the "
+        f"form that it would store. Whitened loss: {readable.WHITENED_LOSS}."
     )
 
 
@@ -160,17 +165,27 @@ def _plot(result: Result, key: str) -> Markup:
 
 
 def _lead(result: Result) -> str:
-    """Who comes first, in one sentence per ratio."""
+    """Who comes first, in one sentence per ratio; nobody does where the draws of the first two overlap."""
     main = QUALITY[result["kind"]][0]
+
+    def said(row: Mapping[str, Any]) -> str:
+        quality, macs = figure(row[main], spread=False), figure(row["mac_ratio"], spread=False)
+        return f"{frontier.method_name(row['method'])} ({quality} at {macs} of the MACs)"
+
     sentences = []
     for ratio in result["ratios"]:
         best, *others = [row for row in result["rows"] if row["ratio"] == ratio]
-        text = f"At {ratio:g} of the FFN’s numbers, {frontier.method_name(best['method'])} leads: {LABELS[main]} "
-        text += figure(best[main], spread=False)
-        if others:
-            text += f", then {frontier.method_name(others[0]['method'])} {figure(others[0][main], spread=False)}"
+        text = f"At {ratio:g} of the FFN’s numbers, by {LABELS[main]}: "
+        if others and best["seeds"] > 1 and _overlap(best[main], others[0][main]):
+            text += f"{said(best)} and {said(others[0])} are level over the calibration draws"
+        else:
+            text += f"{said(best)} leads" + (f", then {said(others[0])}" if others else "")
         sentences.append(text + ".")
     return " ".join(sentences)
+
+
+def _overlap(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    return one["low"] <= other["high"] and other["low"] <= one["high"]
 
 
 def _with_keys(result: Result, ratio: float) -> tuple[list[str], list[tuple[str, list[str]]]]:

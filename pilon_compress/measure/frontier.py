@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from pilon_compress.measure import plots
@@ -25,6 +26,7 @@ class Look(NamedTuple):
 LOOKS = {
     "pilon-refined": Look("#003f66", "D"),
     "pilon": Look("#0072B2", "o"),
+    "pilon-compute": Look("#17618f", "h", "-."),
     "pilon-private": Look("#56B4E9", "o", "--"),
     "nystrom": Look("#D55E00", "v"),
     "whitened-svd": Look("#E69F00", "s"),
@@ -37,6 +39,7 @@ LOOKS = {
 NAMES = {
     **METHOD_NAMES,
     "pilon-refined": "PILON, refined",
+    "pilon-compute": "PILON, for compute",
     "pilon-private": "PILON, no sharing",
     "whitened-svd": "whitened SVD (SVD-LLM)",
     "asvd": "ASVD",
@@ -46,13 +49,15 @@ NAMES = {
 }
 ABOUT = {
     "pilon": "layers of a band compose their weights from a shared bank of low-rank primitives",
+    "pilon-refined": "the same, then trained on unlabelled text to answer as the dense model does",
+    "pilon-compute": "the same, planned for as few multiply-accumulates as stored numbers",
     "pilon-private": "the same with a bank for every layer: what sharing adds is the difference",
     "svd": "each weight's nearest matrix of lower rank; knows no activations",
     "asvd": "SVD after scaling the input channels by the square root of their magnitude (Yuan et al., 2023)",
     "whitened-svd": "SVD in the metric of the inputs' second moment (SVD-LLM, Wang et al., 2024)",
     "basis-sharing": "two neighbouring layers share the input side of their factors (Wang et al., 2025)",
-    "nystrom": "whole neurons are dropped and the down-projection makes up for them (MoDeGPT, Lin et al., 2025); what stays of "
-    "up and gate is exact, so all of its loss is in down",
+    "nystrom": "whole neurons are dropped and the down-projection makes up for them (MoDeGPT, Lin et al., 2025); what "
+    "stays of up and gate is exact, so all of its loss is in down",
     "original-pilon": "primitives from a band's mean weight, mixed by softmax top-k, no activations",
 }
 COSTS = {"bytes_ratio": "FFN bytes ÷ dense", "mac_ratio": "FFN MACs per token ÷ dense"}
@@ -80,14 +85,19 @@ def frontier(rows: Sequence[Row], key: str, label: str, dense: float) -> str:
                 _line(axis, [row for row in rows if row["method"] == method], cost, key)
             axis.plot(1, dense, "*", color=LOOKS["dense"].colour, ms=13, label="dense", zorder=6, clip_on=False)
             axis.set_xlabel(name)
-            axis.set_xlim(0, 1.04)
+            costs = [row[cost]["mean"] for row in rows]
+            axis.set_xlim(math.floor(10 * max(0.0, min(costs) - 0.04)) / 10, 1.04 * max(1.0, *costs))
             axis.grid(color="#e5e7eb", linewidth=0.8)
         axes[0].set_ylabel(label)
         if key == "perplexity_ratio" and max(values) > 5 * min(values):
             plots._log_axis(axes[0], min(1.0, *values), max(values))
         elif key != "perplexity_ratio":
-            axes[0].set_ylim(min(0.0, *values), 1.04)
-        handles, labels = axes[0].get_legend_handles_labels()
+            span = max(0.02, 1 - min(values))  # not from 0: what is worth comparing is close to 1
+            axes[0].set_ylim(1 - 1.08 * span, 1 + 0.06 * span)
+        drawn, labels = axes[0].get_legend_handles_labels()
+        handles = [
+            one[0] if isinstance(one, ErrorbarContainer) else one for one in drawn
+        ]  # bars would hide the markers
         figure.legend(handles, labels, loc="outside upper left", ncols=min(4, math.ceil(len(labels) / 2)))
         return plots._svg(figure, f"frontier-{key}", f"{label} against bytes and multiply-accumulates")
 

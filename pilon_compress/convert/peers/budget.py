@@ -31,12 +31,13 @@ def deal(units: list[Unit], ratio: float, method: str) -> list[Share]:
     """Steps for every unit so that all of them together store at most `ratio` of the dense numbers.
 
     Every unit gets the steps that its own share pays for; what that leaves of the whole budget buys one more step,
-    unit by unit. Raises BadInput where a unit would get none.
+    unit by unit, those first that have none yet. Raises BadInput where a unit would get none.
     """
     counts = [min(unit.most, int((ratio * unit.dense - unit.fixed) // unit.price)) for unit in units]
     left = ratio * sum(unit.dense for unit in units)
     left -= sum(unit.fixed + unit.price * count for unit, count in zip(units, counts, strict=True))
-    for index, unit in enumerate(units):
+    for index in sorted(range(len(units)), key=lambda index: counts[index] > 0):
+        unit = units[index]
         if counts[index] < unit.most and unit.price <= left:
             counts[index] += 1
             left -= unit.price

@@ -30,7 +30,8 @@ def svd(problem: Problem, shares: list[Share]) -> Solution:
 def asvd(problem: Problem, shares: list[Share]) -> Solution:
     """ASVD (Yuan et al., 2023): input channels scaled by their magnitude to the power of 0.5 before the SVD.
 
-    Magnitude is the root mean square, where the paper takes the mean absolute value; calibration keeps the former.
+    Magnitude is the root mean square, less the mean where a bias makes up for that; the paper takes the mean absolute
+    value, which calibration does not keep.
     Ranks are uniform: the paper's search over ranks by perplexity is left out.
     """
     return _truncated(problem, shares, _scaled)

@@ -13,6 +13,7 @@ BAND = 3  # layers that share a bank
 WIDEST = 16  # rank of a primitive, less for small matrices
 SELECTED = 6  # a layer mixes one primitive in six of its bank: 8 of 48
 STEPS = 2000
+CONVERGED = 1e-12  # largest change of a weight between steps; weights sum to 1
 
 
 def units(sites: Sequence[Site]) -> list[Unit]:
@@ -59,13 +60,15 @@ def simplex_fit(gram: Tensor, right: Tensor, top_k: int) -> Tensor:
 
 
 def _descend(gram: Tensor, right: Tensor, free: Tensor) -> Tensor:
-    """Accelerated projected gradients."""
+    """Accelerated projected gradients, until nothing moves any more."""
     w = ahead = free.to(right.dtype) / free.sum()
     step = 1 / torch.linalg.matrix_norm(gram, 2)
     for index in range(STEPS):
         following = _onto_simplex(torch.where(free, ahead - step * (gram @ ahead - right), -torch.inf))
         ahead = following + index / (index + 3) * (following - w)
-        w = following
+        moved, w = float((following - w).abs().max()), following
+        if moved < CONVERGED:
+            break
     return w
 
 

@@ -1,0 +1,290 @@
+"""`pilon-compress compare` from end to end, on a tiny encoder and a tiny causal LM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pilon_compress import checkpoint, recipe
+from pilon_compress.cli import compare as cli
+from pilon_compress.convert import compare as comparing
+from pilon_compress.convert import pipeline
+from pilon_compress.convert.candidate import install, problem_of
+from pilon_compress.errors import BadInput
+from pilon_compress.families import find_sites
+from pilon_compress.measure import comparison, frontier
+
+WORDS = ("the", "model", "layer", "weight", "bank", "primitive", "rank", "token", "memory", "reader", "engine")
+PROSE = "\n\n".join(
+    f"Paragraph {chr(97 + i % 26)} says that {' '.join(WORDS[(i * 7 + j * j) % 11] for j in range(16))} and no more."
+    for i in range(120)
+)
+ENCODER = "compare dense --calibration text.txt --samples 32 --ffn-ratio 0.6 --seeds 2 --methods pilon,nystrom,svd"
+CAUSAL = "compare causal --calibration text.txt --samples 4 --sequence-length 64 --eval-samples 2 --ffn-ratio 0.5"
+CAUSAL += " --seeds 2 --methods svd,asvd"
+REFUSED = {
+    "compare dense -o new --methods pilon,magic": ["magic", "whitened-svd", "nystrom", "pilon-private"],
+    "compare dense -o new --methods svd --ffn-ratio 0.6 --ffn-ratio 0.01": ["0.01", "too small for svd"],
+    "compare dense -o full --methods svd": ["full is not empty"],
+}
+# Ends itself like a power cut once CELLS cells are finished.
+KILLED = """
+import os, signal
+from pilon_compress.convert.cells import Cells
+keep = Cells.keep
+def keep_and_die(self, key, cell):
+    keep(self, key, cell)
+    if len(self.found) == CELLS:
+        os.kill(os.getpid(), signal.SIGKILL)
+Cells.keep = keep_and_die
+from pilon_compress.cli.main import main
+main()
+"""
+
+
+def started(place, words, program=("-m", "pilon_compress.cli")):
+    return subprocess.Popen(
+        [sys.executable, *program, *words.split()],
+        cwd=place,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process):
+    out, err = process.communicate()
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+@pytest.fixture(scope="module")
+def place(tiny, tmp_path_factory):
+    """A folder with tiny models `dense` (BERT) and `causal` (GPT-2), `text.txt`, and `full`, which is not empty."""
+    folder = tmp_path_factory.mktemp("compare")
+    tiny.save_tiny("bert", folder / "dense")
+    tiny.save_tiny("gpt2", folder / "causal")
+    (folder / "text.txt").write_text(PROSE)
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.txt").write_text("years of work")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def harmless(place):
+    """What commands that must not write anything answer, and the files there were before and after; all at once."""
+
+    def files():
+        return {str(p): p.stat().st_mtime_ns for p in place.rglob("*")}
+
+    before = files()
+    running = {words: started(place, words) for words in (*REFUSED, f"{ENCODER} --dry-run --json")}
+    answers = {words: finished(process) for words, process in running.items()}
+    return answers, before, files()
+
+
+@pytest.fixture(scope="module")
+def compared(place, harmless):
+    """What `compare -o out --json` printed."""
+    done = finished(started(place, f"{ENCODER} -o out --json"))
+    assert done.code == 0 and done.err == "", done.err
+    return json.loads(done.out)
+
+
+@pytest.fixture
+def inside(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def figures(quality):
+    return {key: value for key, value in quality.items() if isinstance(value, float)}
+
+
+def settings(model="causal", **calibration):
+    asked = {"data": "text.txt", "samples": 4, "sequence_length": 64, **calibration}
+    return recipe.build({"model": model, "calibration": asked, "evaluation": {"samples": 2}})
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_mistake_is_one_line_and_leaves_nothing(harmless, words):
+    answers, before, after = harmless
+    answer = answers[words]
+    lines = answer.err.splitlines()
+    assert answer.code == 2 and answer.out == "" and len(lines) == 1 and lines[0].startswith("error: "), answer.err
+    assert all(word in lines[0] for word in REFUSED[words]), answer.err
+    assert before == after
+
+
+def test_dry_run_writes_nothing_and_promises_what_comes(harmless, compared):
+    answers, before, after = harmless
+    answer = answers[f"{ENCODER} --dry-run --json"]
+    assert answer.code == 0 and answer.err == "" and before == after
+    planned = json.loads(answer.out)
+    assert planned["dry_run"] is True and planned["seeds"] == [0, 1] and planned["cells"] == 6
+    assert planned["calibration"] == {"data": "text.txt", "samples": 32, "sequence_length": 128, "batch_size": 16}
+    stored = {entry["method"]: entry["stored"] for entry in planned["planned"]}
+    assert list(stored) == ["pilon", "nystrom", "svd"]
+    for cell in compared["cells"]:
+        if cell["method"] != "pilon":  # which drops primitives that no layer selected
+            assert cell["ffn"]["stored"] == stored[cell["method"]]
+        assert cell["ffn"]["stored"] <= stored[cell["method"]] <= 0.6 * cell["ffn"]["dense_stored"]
+
+
+def test_json_has_the_promised_keys(compared):
+    keys = "format_version pilon_compress source command output ratios methods seeds calibration kind evaluation dense "
+    assert set(compared) == set(f"{keys} rows cells seconds".split())
+    assert compared["source"] == "dense" and compared["output"] == "out" and compared["kind"] == "encoder"
+    assert compared["command"] == f"pilon-compress {ENCODER} -o out --json"
+    assert compared["calibration"]["data"] == "text.txt" and compared["calibration"]["texts"] == 32
+    assert compared["evaluation"]["data"] == "text.txt (held-out part)" and compared["evaluation"]["texts"] > 10
+    assert [cell["seed"] for cell in compared["cells"]] == [0, 0, 0, 1, 1, 1]
+    sizes = {"stored_ratio", "bytes_ratio", "mac_ratio", "model_stored_ratio", "whitened_loss"}
+    for row in compared["rows"]:
+        assert set(row) == sizes | {"cosine", "neighbors10", "method", "ratio", "seeds"} and row["seeds"] == 2
+        assert 0.5 < row["stored_ratio"]["mean"] <= 0.6 and 0 < row["mac_ratio"]["mean"] <= 1
+        assert 0 < row["whitened_loss"]["mean"] < 1 and row["cosine"]["low"] < row["cosine"]["high"] < 1
+    assert sorted(row["method"] for row in compared["rows"]) == ["nystrom", "pilon", "svd"]
+    assert compared["dense"]["quality"]["cosine"] == pytest.approx(1)
+
+
+def test_the_folder_holds_the_page_the_table_and_the_json(place, compared):
+    out = place / "out"
+    assert {p.name for p in out.iterdir()} == {"compare.html", "compare.md", "compare.json"}
+    assert json.loads((out / "compare.json").read_text("utf-8")) == compared
+    assert (out / "compare.html").read_text("utf-8") == comparison.page(compared)
+    assert not [p.name for p in place.iterdir() if p.name.startswith(".out")], "the cells are gone"
+
+
+def test_pilon_is_what_convert_makes(inside, compared, tmp_path):
+    asked = {"data": "text.txt", "samples": 32}
+    asked = {"model": "dense", "seed": 1, "budget": {"ffn_ratio": 0.6}, "calibration": asked}
+    report = pipeline.convert(recipe.build(asked), tmp_path / "converted")
+    (cell,) = [cell for cell in compared["cells"] if cell["method"] == "pilon" and cell["seed"] == 1]
+    assert cell["whitened_loss"] == pytest.approx(report["whitened_loss"]["pilon"], rel=1e-4)
+    assert cell["ffn"]["stored"] == report["ffn"]["stored"] and cell["ffn"]["macs"] == report["ffn"]["macs"]
+    assert figures(report["evaluation"]) == pytest.approx(figures(cell["quality"]), rel=1e-4)
+
+
+def test_a_killed_comparison_goes_on_where_it_stopped(inside, tmp_path):
+    dead = finished(started(inside, f"{CAUSAL} -o resumed", ("-c", KILLED.replace("CELLS", "4"))))
+    assert dead.code == -signal.SIGKILL and not (inside / "resumed").exists()
+    lines = (inside / ".resumed.partial" / "cells.jsonl").read_text().splitlines()
+    kept = [json.loads(line)["cell"] for line in lines]
+    assert len(kept) == 4, "the dense model's and three more"
+    done = finished(started(inside, f"{CAUSAL} -o resumed --json"))
+    assert done.code == 0, done.err
+    resumed = json.loads(done.out)
+    assert [cell for cell in resumed["cells"] if cell in kept] == kept[1:], "times to the last digit: not made again"
+    assert not (inside / ".resumed.partial").exists() and (inside / "resumed" / "compare.html").is_file()
+    asked = comparing.plan(settings(), [0.5], ["svd", "asvd"], 2)
+    whole = comparing.compare(asked, tmp_path / "whole")
+    for one, other in zip(resumed["cells"], whole["cells"], strict=True):
+        assert figures(one["quality"]) == pytest.approx(figures(other["quality"]), rel=1e-5)
+        assert (one["method"], one["seed"], one["ffn"]) == (other["method"], other["seed"], other["ffn"])
+    assert len({cell["quality"]["perplexity"] for cell in whole["cells"]}) == 4, "every draw is another text"
+
+
+def test_a_failure_while_writing_keeps_the_earlier_comparison_and_the_cells(inside, tmp_path, monkeypatch):
+    asked = comparing.plan(settings(), [0.5], ["svd"], 1)
+    first = comparing.compare(asked, tmp_path / "out")
+    with pytest.raises(BadInput, match="not empty"):
+        comparing.compare(asked, tmp_path / "out")
+
+    def full(*_):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as broken, pytest.raises(Exception, match="the disk is full"):
+        broken.setattr(comparison, "write", full)
+        comparing.compare(asked, tmp_path / "out", overwrite=True)
+    rename = Path.rename
+    with monkeypatch.context() as broken, pytest.raises(Exception, match="the disk is full"):
+        broken.setattr(
+            Path, "rename", lambda p, to: full() if p.suffix == ".part" and to.name == "out" else rename(p, to)
+        )
+        comparing.compare(asked, tmp_path / "out", overwrite=True)
+    assert json.loads((tmp_path / "out" / "compare.json").read_text("utf-8")) == first
+    assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.partial"}
+    with monkeypatch.context() as broken:
+        broken.setattr(comparing, "baseline", full)  # every cell is there already
+        again = comparing.compare(asked, tmp_path / "out", overwrite=True)
+    assert again["cells"] != first["cells"] and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "methods", "seeds", "message"),
+    [
+        ([1.5], ["svd"], 1, "at most 1"),
+        ([0.0], ["svd"], 1, "above 0"),
+        ([float("nan")], ["svd"], 1, "nan"),
+        ([0.5], ["svd", ""], 1, "no method ''"),
+        ([0.5], ["svd"], 0, "at least one"),
+        ([0.01], ["svd", "pilon-private"], 1, "0.01 is too small"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(inside, ratios, methods, seeds, message):
+    with pytest.raises(BadInput, match=message):
+        comparing.plan(settings(), ratios, methods, seeds)
+
+
+def test_overwrite_clears_nothing_but_a_comparison(place):
+    with pytest.raises(BadInput, match="holds no comparison"):
+        comparing.check(place / "full", overwrite=True)
+    with pytest.raises(BadInput, match=r"text\.txt is a file"):
+        comparing.check(place / "text.txt", overwrite=True)
+
+
+def test_a_comparison_needs_text_to_judge_by(inside, tmp_path):
+    asked = settings().model_copy(update={"evaluation": recipe.Evaluation(data="none")})
+    with pytest.raises(BadInput, match="needs text to judge by"):
+        comparing.compare(comparing.plan(asked, [0.5], ["svd"], 1), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cells_are_reused_only_for_the_same_model_text_and_settings(inside):
+    def fingerprint(ratio=0.5, text=PROSE, change=0.0, **calibration):
+        job = comparing.plan(settings(**calibration), [ratio], ["svd"], 1).base
+        dense = checkpoint.load_model("causal", dtype="float32")
+        with torch.no_grad():
+            dense.transformer.h[1].mlp.c_fc.bias[0] += change
+        return comparing.Bench(job, dense, checkpoint.load_tokenizer("causal"), [text]).fingerprint()
+
+    first = fingerprint()
+    assert fingerprint(ratio=0.4) == first, "a ratio may be added to a comparison that was interrupted"
+    others = [fingerprint(text=PROSE[:-1]), fingerprint(change=1e-3), fingerprint(samples=5)]
+    assert len({first, *others}) == 4
+
+
+def test_without_sharing_every_layer_has_banks_of_its_own(inside):
+    jobs = comparing.plan(settings(), [0.5], ["pilon", "pilon-private"], 1).jobs
+    assert jobs["pilon-private", 0.5].plan.bands == [[0], [1], [2]]
+    assert jobs["pilon", 0.5].plan.bands == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
+def test_a_baseline_is_installed_into_a_copy(tiny, family):
+    dense = tiny.tiny_model(family)
+    ids = torch.arange(40)[None] + 5
+    before = dense(input_ids=ids).logits
+    problem = problem_of(dense, find_sites(dense), {})
+    assert torch.equal(install(dense, problem.weights, problem.biases)(input_ids=ids).logits, before)
+    changed = install(dense, {name: weight / 2 for name, weight in problem.weights.items()}, problem.biases)
+    assert not torch.allclose(changed(input_ids=ids).logits, before)
+    assert torch.equal(dense(input_ids=ids).logits, before)
+
+
+def test_every_method_is_named_explained_and_drawn_apart():
+    hints = typing.get_type_hints(cli.compare, include_extras=True)
+    said = hints["methods"].__metadata__[0].help.replace(",", " ").replace(".", " ").split()
+    for method in comparing.METHODS:
+        assert method in said and method in frontier.ABOUT and method in frontier.LOOKS
+    names = {frontier.method_name(method) for method in comparing.METHODS}
+    colours = {frontier.LOOKS[method].colour for method in comparing.METHODS}
+    assert len(names) == len(colours) == len(comparing.METHODS)
