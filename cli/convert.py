@@ -131,7 +131,7 @@ def convert(
     if output is not None:
         from pathlib import Path
 
-        check_output(Path(output), overwrite)
+        check_output(Path(output), overwrite, settings.model)
     job = prepare(settings)
     expected = estimate(job)
     if dry_run:
