@@ -81,6 +81,7 @@ class Job:
 def prepare(recipe: Recipe) -> Job:
     """Read the config, find the projections and solve the plan. Loads no weights. Raises BadInput."""
     config = checkpoint.load_config(recipe.model)
+    checkpoint.check_dense(recipe.model, config)
     dense = checkpoint.empty_model(config)
     causal = checkpoint.is_causal(config)
     sites = find_sites(dense, recipe.scope.targets, recipe.scope.ignore)
