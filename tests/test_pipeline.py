@@ -7,6 +7,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.families import FAMILIES
 from pilon_compress.form.layout import projections
+from pilon_compress.measure.anatomy import anatomy
 from pilon_compress.recipe import build
 
 IDS = torch.arange(5, 45).reshape(2, 20)
@@ -55,3 +56,12 @@ def test_targets_and_ignore_decide_what_is_replaced_and_nothing_else_changes(tin
     assert replaced == {f"layers.{layer}.mlp.{role}_proj" for layer in (0, 2) for role in ("up", "down")}
     kept = {k: v for k, v in dense.state_dict().items() if k.rpartition(".")[0] not in replaced}
     assert len(kept) > 20 and all(torch.equal(v, some.state_dict()[k]) for k, v in kept.items())
+    shown = {entry["name"] for entry in anatomy(str(tmp_path / "some"))["projections"] if entry["bank"]}
+    assert shown == replaced, "inspect shows what was replaced"
+
+
+def test_inspect_shows_replaced_projections_outside_the_feed_forward_block(tiny, tmp_path, prose):
+    tiny.save_tiny("bert", tmp_path / "dense")
+    run(tmp_path / "dense", prose, tmp_path / "queries", scope={"targets": ["re:.*attention.*query"]})
+    shown = anatomy(str(tmp_path / "queries"))["projections"]
+    assert len(shown) == 3 and all("query" in entry["name"] and entry["bank"] for entry in shown)
