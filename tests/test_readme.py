@@ -65,6 +65,8 @@ def test_the_marked_blocks_run(demo):
             for line in body.splitlines():
                 pilon(line, demo)
     assert ran == 2
+    for folder in ("minilm-half", "minilm-dense", "minilm-alone"):
+        assert (demo / "out" / folder / "1_Pooling/config.json").is_file(), "sentence-transformers needs it"
     alone = "from transformers import AutoModel; AutoModel.from_pretrained('out/minilm-dense')"
     assert "pilon" not in run("-W", "error", "-c", alone, cwd=demo).stderr.lower()
 
