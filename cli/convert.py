@@ -131,15 +131,15 @@ def convert(
     if output is not None:
         from pathlib import Path
 
-        check_output(Path(output), overwrite)
+        check_output(Path(output), overwrite, settings.model)
     job = prepare(settings)
     expected = estimate(job)
     if dry_run:
-        result = {"dry_run": True, "plan": job.describe_plan(), **job.size(), "estimate": expected}
+        result = {"dry_run": True, **job.describe(), "estimate": expected}
         print_json(result) if as_json else print_plan(result)
         return
     if not as_json:
-        print_plan({"plan": job.describe_plan(), **job.size(), "estimate": expected})
+        print_plan({**job.describe(), "estimate": expected})
 
     from pilon_compress.convert.pipeline import convert as run
 

@@ -16,7 +16,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of the sampled distribution.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Continue a prompt, with compositions folded for speed.

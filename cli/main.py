@@ -1,10 +1,11 @@
 """The `pilon-compress` command: its sub-commands, and what every failure looks like.
 
-Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr says what to change), 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr says what to change), 130 interrupted, 143 terminated.
 """
 
 import errno
 import os
+import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -65,6 +66,7 @@ def main() -> NoReturn:
     """Run the command line and leave with its exit code. PILON_DEBUG=1 lets exceptions through, tracebacks and all."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # half-written folders are removed on the way out
     try:
         app()
     except KeyboardInterrupt:
@@ -72,6 +74,8 @@ def main() -> NoReturn:
     except SystemExit as leaving:  # typer turns Ctrl-C into exit code 130, without a word
         if leaving.code == 130:
             _leave(130, "interrupted")
+        if leaving.code == 143:
+            _leave(143, "terminated")
         raise
     except Exception as error:  # the outermost frame: whatever happened, the user gets one line and the right code
         if os.environ.get("PILON_DEBUG") == "1":

@@ -112,6 +112,17 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
         raise BadInput(f"{config.model_type} is no model that can be built: {_first_line(error)}") from error
 
 
+def check_dense(reference: str, config: PretrainedConfig) -> None:
+    """Raise BadInput for a model whose weights are not plain matrices: PILON already, or quantised."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if method == "pilon":
+        raise BadInput(f"{reference} is a PILON model already: convert the dense model that it was made from")
+    raise BadInput(f"{reference} is quantised ({method}): convert the model that it was made from")
+
+
 def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load weights (safetensors only, no code from the checkpoint) with the class that the config names, in eval mode.
 
@@ -119,6 +130,7 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise BadInput(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    target = find_device(device)
     folder = resolve(reference)
     kind = _architecture(load_config(reference)) or AutoModel
     if Path(folder).is_dir():
@@ -132,7 +144,17 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
         raise _refusal(reference, folder, error) from error
     if missing := sorted(loaded["missing_keys"]):  # transformers leaves them random
         raise BadInput(f"{reference} lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}")
-    return model.to(device).eval()
+    return model.to(target).eval()
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; auto: cuda where it is present, else cpu. Raises BadInput where it is not available."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None
 
 
 def is_causal(config: PretrainedConfig) -> bool:

@@ -107,6 +107,28 @@ def test_output_that_is_not_empty(place, tmp_path):
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
+def test_the_source_is_never_overwritten(place):
+    before = (place / "dense" / "model.safetensors").read_bytes()
+    refused(convert(place, "--overwrite", out="dense"), "holds the model that is read")
+    assert (place / "dense" / "model.safetensors").read_bytes() == before
+
+
+def test_a_model_whose_weights_are_not_plain_matrices(place, tmp_path):
+    assert convert(place, "--ffn-ratio", "0.6", out=tmp_path / "p").returncode == 0
+    refused(convert(place, model=tmp_path / "p"), "PILON model already")
+    copy(place / "causal", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(convert(place, model=tmp_path), "quantised (gptq)")
+
+
+@pytest.mark.parametrize("words", [("convert", "-o", "out"), ("generate", "-p", "a")])
+def test_a_device_that_is_not_there(place, words):
+    name, *rest = words
+    refused(command(name, "causal", *rest, "--device", "cuda:99", cwd=place), "cuda:99")
+
+
 def test_unknown_recipe_key_with_file_and_line(place, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model: dense\nbudget:\n  ffn_ratio: 0.5\n  rnak: 3\n")
@@ -163,7 +185,7 @@ def test_activations_that_overflow(place, tmp_path):
 
 
 def test_disk_full(place):
-    refused(convert(place, limit=20_000), "cannot write", "nothing was kept")
+    refused(convert(place, limit=20_000, out="new/folders/out"), "cannot write", "nothing was kept")
 
 
 def test_overwriting_with_a_failure_keeps_the_old_model(place, tmp_path):

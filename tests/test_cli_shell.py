@@ -29,7 +29,7 @@ def failing(tmp_path):
     def failing(statement: str, **environment: str) -> subprocess.CompletedProcess[str]:
         script = tmp_path / "boom.py"
         script.write_text(
-            "import errno, os, sys\n"
+            "import errno, os, signal, sys\n"
             "from pilon_compress.cli.main import app, main\n"
             "from pilon_compress.errors import BadInput\n"
             "@app.command()\n"
@@ -134,6 +134,7 @@ def test_recipes_show_unknown_name():
         ("raise PermissionError(errno.EACCES, 'Permission denied', 'x')", 1, "failed: PermissionError: "),
         ("raise ValueError('a\\n\\nb')", 1, "failed: ValueError: a b (PILON_DEBUG=1 shows the traceback)"),
         ("raise KeyboardInterrupt", 130, "interrupted"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143, "terminated"),
     ],
 )
 def test_a_failure_is_one_line_and_an_exit_code(failing, statement, code, line):
@@ -142,6 +143,13 @@ def test_a_failure_is_one_line_and_an_exit_code(failing, statement, code, line):
     lines = [text for text in done.stderr.splitlines() if text.strip()]
     assert len(lines) == 1 and lines[0].startswith(line), done.stderr
     assert done.stdout == ""
+
+
+def test_termination_leaves_no_half_written_folder(failing, tmp_path):
+    place = f"__import__('pathlib').Path({str(tmp_path / 'new' / 'out')!r})"
+    writing = f"from pilon_compress.deploy.save import fresh_folder\n    with fresh_folder({place}) as work:\n"
+    done = failing(writing + "        (work / 'a').write_text('1')\n        os.kill(os.getpid(), signal.SIGTERM)")
+    assert done.returncode == 143 and [p.name for p in tmp_path.iterdir()] == ["boom.py"], done.stderr
 
 
 def test_debug_shows_the_traceback(failing):

@@ -156,6 +156,17 @@ def test_inspect_dense_and_pilon(converted):
     assert "would be replaced" in command("inspect", "dense", "--ignore", "re:.*0", cwd=folder).stdout
 
 
+def test_plans_are_drawn_from_the_config_alone(tiny, tmp_path):
+    """Of a model far larger than memory, whose weights are not even there."""
+    config = tiny.tiny_model("gpt2").config
+    config.n_embd, config.n_inner, config.architectures = 32768, 131072, ["GPT2LMHeadModel"]
+    config.save_pretrained(tmp_path / "huge")
+    seen = json.loads(command("inspect", "huge", "--json", cwd=tmp_path).stdout)
+    assert sum(p["bytes"] for p in seen["projections"]) > 6 * 32768 * 131072 * 2
+    planned = json.loads(command("convert", "huge", "--dry-run", "--json", cwd=tmp_path).stdout)
+    assert planned["ffn"]["dense_stored"] == seen["replaced"] and planned["estimate"]["peak_gib"] > 90
+
+
 def test_exports_through_the_command_line(converted):
     folder, report = converted
     command("export", "out", "--to", "dense", "-o", "plain", cwd=folder)

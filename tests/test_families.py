@@ -8,11 +8,10 @@ from pilon_compress.errors import BadInput
 from pilon_compress.families import FAMILIES, detect, find_sites
 from pilon_compress.measure.size import linear_macs
 
-GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-UNGATED = ("gpt2", "opt", "gpt_neox", "bert", "roberta", "distilbert")
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 
 
-@pytest.mark.parametrize("family", [*GATED, *UNGATED, "phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_row_names_real_projections(tiny, family):
     model = tiny.tiny_model(family)
     sites = find_sites(model)
@@ -26,7 +25,7 @@ def test_every_family_row_names_real_projections(tiny, family):
     assert len({site.input for site in sites}) == 6, "gate and up of a layer read the same input"
 
 
-@pytest.mark.parametrize("family", [*GATED, *UNGATED, "phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_detection_by_shape_finds_what_the_table_says(tiny, family):
     assert detect(tiny.tiny_model(family).base_model) == FAMILIES[family]
 

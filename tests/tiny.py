@@ -34,6 +34,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "gemma": LLAMA,
+    "gemma2": LLAMA,
+    "gemma3_text": LLAMA,
+    "arcee": LLAMA,
     "phi3": {**BERT, "num_key_value_heads": 4},
     "opt": {
         **{"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 64},

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pilon_compress.convert import peers, pipeline
-from pilon_compress.convert.calibration import SecondMoment
+from pilon_compress.convert import peers
+from pilon_compress.convert.blocks import dense_weight
+from pilon_compress.convert.moments import SecondMoment
 from pilon_compress.convert.peers.problem import Problem
 from pilon_compress.families import Site
 from pilon_compress.measure.size import DENSE_ITEMSIZE, Size
@@ -50,7 +51,7 @@ def dense_size(sites: Sequence[Site]) -> Size:
 def problem_of(dense: PreTrainedModel, sites: Sequence[Site], moments: Mapping[str, SecondMoment]) -> Problem:
     """What the baselines are given: weights (d_in, d_out) and biases in float64, and the moments of the inputs."""
     modules = {site.name: dense.base_model.get_submodule(site.name) for site in sites}
-    weights = {site.name: pipeline.dense_weight(dense, site) for site in sites}
+    weights = {site.name: dense_weight(modules[site.name]) for site in sites}
     biases = {name: module.bias.detach().double() for name, module in modules.items() if module.bias is not None}
     return Problem(sites, weights, biases, moments)
 

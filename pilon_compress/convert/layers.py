@@ -147,6 +147,7 @@ class _Layer:
             self.pair.inputs([], None)
         for site in self.sites:
             name, bank = site.name, self.banks.get(site.name)
+            approximation: Tensor
             mine = {key.removeprefix(f"{name}/"): t for key, t in state.items() if key.startswith(f"{name}/")}
             if bank is None:
                 approximation = self.solved.kept[name] = mine["kept"]
@@ -217,11 +218,9 @@ class _Layer:
                 recompose(self.solved.banks[bank.name], place, target, bank)
             approximation = self.solved.banks[bank.name].approximation(place)
         if site.bias:
-            self.solved.biases[name] = (
-                self._absorbed(site, approximation)
-                if cross is None
-                else cross.bias(approximation) + self._constant(site)
-            )
+            bias = self._absorbed(site, approximation) if cross is None else cross.bias(approximation)
+            assert bias is not None
+            self.solved.biases[name] = bias if cross is None else bias + self._constant(site)
         self._judge(site, approximation)
         self._stand_in(site, approximation, self.solved.biases.get(name))
 

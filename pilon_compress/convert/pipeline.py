@@ -64,10 +64,10 @@ def convert(
     """
     started = time.perf_counter()
     output = Path(output)
-    check_output(output, overwrite)
+    check_output(output, overwrite, settings.model)
     job = job or prepare(settings)
     torch.manual_seed(settings.seed)
-    device = _device(settings.device)
+    device = checkpoint.find_device(settings.device)
     tokenizer = checkpoint.load_tokenizer(settings.model)
     batches = read_calibration(job, tokenizer)
     exam = read_evaluation(job)
@@ -265,15 +265,6 @@ def judge(
 def compute_dtype(job: Job, device: torch.device) -> str:
     """Half precision is slow on CPUs and lossy for moments: compute in float32 there, as stored on a GPU."""
     return "float32" if device.type == "cpu" else str(job.dtype).removeprefix("torch.")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None
 
 
 def peak_rss_gib() -> float:

@@ -49,6 +49,10 @@ class Job:
     calibration: Calibration
     dtype: torch.dtype
 
+    def describe(self) -> dict[str, Any]:
+        """The plan and its sizes, as plain data."""
+        return {"plan": describe_plan(self.plan, self.dtype.itemsize), **self.size()}
+
     def size(self) -> dict[str, Any]:
         """`ffn` and `model`: numbers stored, bytes, MACs, and their ratios."""
         itemsize = self.dtype.itemsize
@@ -99,6 +103,7 @@ def _figures(sizes: Size) -> dict[str, int]:
 def prepare(recipe: Recipe) -> Job:
     """Read the config, find the projections and solve the plan. Loads no weights. Raises BadInput."""
     config = checkpoint.load_config(recipe.model)
+    checkpoint.check_dense(recipe.model, config)
     dense = checkpoint.empty_model(config)
     causal = checkpoint.is_causal(config)
     sites = find_sites(dense, recipe.scope.targets, recipe.scope.ignore)

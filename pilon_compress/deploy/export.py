@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pilon_compress import checkpoint
 from pilon_compress.deploy import loader
-from pilon_compress.deploy.save import check_output, fresh_folder, save_model
+from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import FAMILIES, detect
 from pilon_compress.form import bank, composed, kept, layout
@@ -36,11 +36,12 @@ def export_dense(source: str, output: Path, *, dtype: str = "auto", overwrite: b
 
     It computes what the PILON model computes (logits agree to about 1e-5 in float32) at the dense model's size.
     """
-    check_output(output, overwrite)
+    check_output(output, overwrite, source)
     model = load_pilon(source, dtype)
     to_dense(model)
     with fresh_folder(output, overwrite) as folder:
         save_model(model, checkpoint.load_tokenizer(source), folder, model.dtype)
+        copy_companions(checkpoint.resolve(source), folder)
 
 
 @torch.no_grad()
@@ -99,13 +100,14 @@ def export_self_contained(source: str, output: Path, *, overwrite: bool = False)
 
     It loads with `trust_remote_code=True` where pilon-compress is not installed, and like any PILON folder where it is.
     """
-    check_output(output, overwrite)
+    check_output(output, overwrite, source)
     model = load_pilon(source, "auto")
     classes = host_classes(model)
     stem = MODELING_FILE.removesuffix(".py")
     with fresh_folder(output, overwrite) as folder:
         model.config.auto_map = {auto: f"{stem}.Pilon{host}" for auto, host in classes.items()}
         save_model(model, checkpoint.load_tokenizer(source), folder, model.dtype)
+        copy_companions(checkpoint.resolve(source), folder)
         (folder / MODELING_FILE).write_text(bundle(sorted(set(classes.values()))))
 
 

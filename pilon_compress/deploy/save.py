@@ -20,22 +20,35 @@ from pilon_compress.form.layout import layout_of
 FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
 
 
-def check_output(path: Path, overwrite: bool) -> None:
+def check_output(path: Path, overwrite: bool, source: str = "") -> None:
     """Raise BadInput if `path` cannot become a fresh model folder: a file, or a non-empty folder without `overwrite`.
 
-    With `overwrite` only a folder that holds a config.json is given up: a slip must not clear somebody's home.
+    With `overwrite` only a folder that holds a config.json is given up: a slip must not clear somebody's home. Never
+    given up: `source`, the model that is being read, and the folder that the user stands in.
     """
     if path.exists() and not path.is_dir():
         raise BadInput(f"{path} is a file; the output must be a folder")
+    _check_replaceable(path, source)
     if not path.exists() or not any(path.iterdir()):
-        parent = next(p for p in [path, *path.absolute().parents] if p.exists())
-        if not os.access(parent, os.W_OK):
-            raise BadInput(f"cannot write to {parent}")
         return
     if not overwrite:
         raise BadInput(f"{path} is not empty; choose another output or pass --overwrite")
     if not (path / "config.json").exists():
         raise BadInput(f"{path} is not empty and holds no model, so --overwrite will not clear it")
+
+
+def _check_replaceable(path: Path, source: str) -> None:
+    """A finished folder takes its name by a rename, which must not fail after all the work is done."""
+    if path.is_symlink() or path.absolute().is_mount():
+        raise BadInput(f"{path} is a link or a mount point, which cannot be replaced: name a new folder inside it")
+    whole = path.resolve()
+    if source and Path(source).is_dir() and Path(source).resolve().is_relative_to(whole):
+        raise BadInput(f"{path} holds the model that is read, and would be replaced: choose another output")
+    if Path.cwd().is_relative_to(whole):
+        raise BadInput(f"{path} is the folder you are in, which cannot be replaced: name a new folder inside it")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise BadInput(f"cannot write to {parent}")
 
 
 @contextmanager
@@ -45,6 +58,7 @@ def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises BadInput as `check_output` does, and when the disk is full.
     """
     check_output(path, overwrite)
+    made = [parent for parent in path.absolute().parents if not parent.exists()]  # innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     work.mkdir()
@@ -63,6 +77,9 @@ def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if not path.exists():
+            for parent in made:
+                parent.rmdir()
 
 
 def _disk_full(error: Exception) -> str | None:

@@ -195,6 +195,7 @@ def layout_of(model: Host) -> Layout:
         for name, p in projections(model)
     }
     kept = {name: KeptSpec(m.in_features, m.out_features, m.bias is not None) for name, m in kept_matrices(model)}
-    everything = (*projections(model), *kept_matrices(model))
-    host = {name: m.host_shape for name, m in everything if m.host_shape != linear_shape(m)}
+    shapes = {name: (m.host_shape, linear_shape(m)) for name, m in projections(model)}
+    shapes |= {name: (m.host_shape, linear_shape(m)) for name, m in kept_matrices(model)}
+    host = {name: whole for name, (whole, own) in shapes.items() if whole != own}
     return Layout(specs, composed, kept, host)

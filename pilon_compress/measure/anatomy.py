@@ -17,9 +17,11 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
     """
     config = checkpoint.load_config(model)
     empty = checkpoint.empty_model(config)
-    sites = find_sites(empty, targets, ignore)
     stored = getattr(config, "quantization_config", None)
     layout = Layout.from_dict(stored["layout"]) if stored and stored.get("quant_method") == "pilon" else None
+    if layout and not targets:
+        targets = list(layout.projections)  # what was replaced, which --targets may have chosen
+    sites = find_sites(empty, targets, ignore)
     entries = [
         {
             "name": site.name,

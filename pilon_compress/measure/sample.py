@@ -24,10 +24,11 @@ def continue_text(
     if not checkpoint.is_causal(config):
         raise BadInput(f"{model} is a {config.model_type} encoder: it does not generate text")
     tokenizer = checkpoint.load_tokenizer(model)
-    network = checkpoint.load_model(model, dtype="float32" if device == "cpu" else "auto", device=device)
+    where = checkpoint.find_device(device)
+    network = checkpoint.load_model(model, dtype="float32" if where.type == "cpu" else "auto", device=str(where))
     if hasattr(network.base_model, BANKS):
         fold(network)
-    encoded = tokenizer(prompt, return_tensors="pt").to(device)
+    encoded = tokenizer(prompt, return_tensors="pt").to(where)
     torch.manual_seed(seed)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}

@@ -38,7 +38,7 @@ class Approximation:
     """What a baseline makes of a model, by `Site.name`.
 
     weights (d_in, d_out) and biases (d_out,), float64   stored: numbers kept, biases included   macs: per token
-    losses: relative squared output error of each site, as `Target.relative_loss`
+    losses: relative squared output error of each site, as `Target.output_loss`
     """
 
     weights: dict[str, Tensor]
@@ -75,5 +75,5 @@ def approximate(method: str, problem: Problem, ratio: float) -> Approximation:
             stored += site.d_out if kept is None else len(kept)
         if kept is not None:  # what nobody reads is no error
             approximation = target.weight.index_copy(1, kept, approximation[:, kept])
-        losses[site.name] = max(0.0, target.relative_loss(approximation))
+        losses[site.name] = max(0.0, target.output_loss(approximation))
     return Approximation(solution.weights, biases, stored, solution.macs, losses)

@@ -6,8 +6,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from pilon_compress.convert.calibration import SecondMoment
 from pilon_compress.convert.factorize import Target
+from pilon_compress.convert.moments import SecondMoment
 from pilon_compress.families import Site
 
 
