@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pilon_compress.convert.blocks import Block, Choice, trimmed
+from pilon_compress.convert.blocks import Block, Choice
 from pilon_compress.convert.knapsack import Option, choose
 from pilon_compress.convert.moments import Moments
-from pilon_compress.convert.plan import BankPlan, Plan
+from pilon_compress.convert.plan import BankPlan, Plan, trimmed
 from pilon_compress.convert.source import Source
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site

@@ -1,7 +1,7 @@
 """The feed-forward block of one layer as conversion sizes it: which neurons stay, and each projection's rank."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -11,6 +11,7 @@ from pilon_compress.convert.factorize import Target, damped
 from pilon_compress.convert.knapsack import Option, pareto
 from pilon_compress.convert.moments import Moments
 from pilon_compress.convert.neurons import Elimination, eliminate, refit
+from pilon_compress.convert.plan import down_of, trimmed
 from pilon_compress.families import Site
 
 POWERS = (1.4, 1.2, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0)  # of the ratio: shares of the neurons that are tried
@@ -34,7 +35,7 @@ class Block:
 
     def __init__(self, layer: int, sites: Sequence[Site], module: nn.Module, prefix: str, moments: Moments) -> None:
         self.layer, self.sites = layer, list(sites)
-        self.down = _down(sites)
+        self.down = down_of(sites)
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
         self.metrics: dict[str, Tensor] = {}
@@ -109,13 +110,6 @@ class Block:
         return [None, *(count for count in sorted(counts) if count < full)]
 
 
-def trimmed(site: Site, neurons: int, width: int) -> Site:
-    """The site with `neurons` of its block's `width` left."""
-    if site.role == "down":
-        return replace(site, d_in=neurons)
-    return replace(site, d_out=site.d_out // width * neurons)
-
-
 def _ranks(target: Target, site: Site) -> list[Option]:
     """One matrix, or two factors of some rank where they are smaller. MACs equal stored numbers either way."""
     full = site.d_in * site.d_out
@@ -128,18 +122,6 @@ def _ranks(target: Target, site: Site) -> list[Option]:
     return [Option(0.0, full, full, None)] + [
         Option(float(tail[r]), r * (site.d_in + site.d_out), r * (site.d_in + site.d_out), r) for r in ranks
     ]
-
-
-def _down(sites: Sequence[Site]) -> Site | None:
-    """The projection that reads the neurons which all others of the layer make."""
-    downs = [site for site in sites if site.role == "down"]
-    ups = [site for site in sites if site.role in ("up", "gate", "gate_up")]
-    if len(downs) != 1 or len(ups) != len(sites) - 1 or not ups:
-        return None
-    width = downs[0].d_in
-    fused = len(ups) == 1 and ups[0].role == "gate_up" and ups[0].d_out == 2 * width
-    plain = any(up.role == "up" for up in ups) and all(up.d_out == width for up in ups)
-    return downs[0] if fused or plain else None
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

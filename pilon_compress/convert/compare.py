@@ -24,8 +24,10 @@ from pilon_compress.convert import calibration, ours, peers, pipeline
 from pilon_compress.convert.calibration import Batch
 from pilon_compress.convert.candidate import baseline, dense_size, problem_of
 from pilon_compress.convert.cells import Cells
+from pilon_compress.convert.moments import gather
 from pilon_compress.convert.ours import OURS
 from pilon_compress.convert.prepare import Job, prepare
+from pilon_compress.convert.source import Source
 from pilon_compress.deploy.save import check_output, fresh_folder
 from pilon_compress.errors import BadInput
 from pilon_compress.measure import comparison, evaluate
@@ -234,12 +236,13 @@ def _measure(asked: Comparison, seed: int, batches: list[Batch], bench: Bench, c
     missing = [item for item, key in work.items() if key not in cells.found]
     if missing:
         torch.manual_seed(seed)
-        moments = calibration.calibrate(bench.dense, batches, asked.base.sites)
-        problem = problem_of(bench.dense, asked.base.sites, moments)
+        source = Source(bench.dense)
+        moments = gather(source, batches, asked.base.sites, causal=asked.base.causal, seed=seed)
+        problem = problem_of(bench.dense, asked.base.sites, {s.input: moments.input(s) for s in asked.base.sites})
         for number, (method, ratio) in enumerate(missing, 1):
             began, label = time.perf_counter(), f"{number}/{len(missing)} {method} {ratio:g}"
             if method in OURS:
-                candidate = ours.candidate(asked.jobs[method, ratio], bench.dense, batches, moments, seed, label)
+                candidate = ours.candidate(asked.jobs[method, ratio], source, batches, moments, seed)
             else:
                 (candidate,) = [baseline(method, ratio, problem, bench.dense) for _ in track([method], label)]
             cell = {"method": method, "ratio": ratio, "seed": seed, **bench.sizes(candidate.size)}

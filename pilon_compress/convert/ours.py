@@ -1,17 +1,16 @@
 """Our own rows of a comparison: what each one's recipe changes, and how the pipeline makes its model."""
 
-from collections.abc import Mapping
-
-from transformers import PreTrainedModel
+from dataclasses import replace
 
 from pilon_compress import recipe
 from pilon_compress.convert import pipeline
-from pilon_compress.convert.calibration import Batch, SecondMoment
+from pilon_compress.convert.calibration import Batch
 from pilon_compress.convert.candidate import Candidate
+from pilon_compress.convert.moments import Moments
 from pilon_compress.convert.prepare import Job
+from pilon_compress.convert.source import Source
 from pilon_compress.form.layout import layout_of
 from pilon_compress.measure.size import ffn_size
-from pilon_compress.progress import track
 
 # method -> overrides of the recipe, as in `convert --set`; {layers} is the number of layers that are converted
 OURS: dict[str, list[str]] = {
@@ -27,20 +26,12 @@ def settings(base: recipe.Recipe, method: str, ratio: float, layers: int) -> rec
     return recipe.build(base.model_dump(exclude_none=True), [*size, *changed])
 
 
-def candidate(
-    job: Job,
-    dense: PreTrainedModel,
-    batches: list[Batch],
-    moments: Mapping[str, SecondMoment],
-    seed: int,
-    label: str,
-) -> Candidate:
+def candidate(job: Job, source: Source, batches: list[Batch], moments: Moments, seed: int) -> Candidate:
     """The model that `convert` would make of `job` from this calibration text; the only place that calls the pipeline.
 
-    `batches` is the text itself, `moments` what one pass over it has seen, `label` what the progress bar says.
+    `batches` is the text itself, `moments` what one pass over it has seen.
     """
-    asked = job.recipe.model_copy(update={"seed": seed})
-    fitted = [pipeline.fit(bank, dense, dict(moments), asked) for bank in track(job.plan.banks, label)]
-    model = pipeline.build(dense, job, fitted)
-    losses = [loss for bank in fitted for loss in bank.relative_losses[asked.method]]
+    asked = replace(job, recipe=job.recipe.model_copy(update={"seed": seed}))
+    model, _, solved = pipeline.compress(source, asked, batches, moments=moments)
+    losses = [errors[job.recipe.method] for errors in solved.errors.values()]
     return Candidate(model, ffn_size(layout_of(model)), losses)

@@ -25,7 +25,7 @@ from pilon_compress.convert import calibration
 from pilon_compress.convert.allocate import allocate
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
-from pilon_compress.convert.moments import gather
+from pilon_compress.convert.moments import Moments, gather
 from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.prepare import Job, describe_plan, prepare
 from pilon_compress.convert.source import Source
@@ -91,12 +91,19 @@ def convert(
 
 
 def compress(
-    source: Source, job: Job, batches: list[calibration.Batch], journal: Journal | None = None
+    source: Source,
+    job: Job,
+    batches: list[calibration.Batch],
+    journal: Journal | None = None,
+    moments: Moments | None = None,
 ) -> tuple[PreTrainedModel, Plan, Solved]:
-    """The conversion itself: moments, allocation, and every layer solved. Returns the model, its plan and solution."""
+    """The conversion itself: moments (where not given), allocation, and every layer solved.
+
+    Returns the model, its plan and the solution.
+    """
     journal = journal or Journal()
     settings, effort = job.recipe, EFFORTS[job.recipe.effort]
-    moments = gather(source, batches, job.sites, causal=job.causal, seed=settings.seed)
+    moments = moments or gather(source, batches, job.sites, causal=job.causal, seed=settings.seed)
     plan, left = job.plan, dict[int, Tensor | None]()
     if job.allocated:
         found = allocate(source, job.sites, moments, settings.budget.ratio, job.mac_ratio)

@@ -119,6 +119,49 @@ def make_plan(sites: Sequence[Site], budget: Budget, method: Method, composition
     return plan
 
 
+def preview(sites: Sequence[Site], ratio: float) -> Plan | None:
+    """What an allocation starts from: every layer keeps the same share of its neurons. None where blocks are not whole.
+
+    The sizes of an allocated plan are about these; where they go, the calibration text decides.
+    """
+    layers: dict[int, list[Site]] = {}
+    for site in sites:
+        layers.setdefault(site.layer, []).append(site)
+    plan = Plan(ratio, [[layer] for layer in layers], [])
+    for members in layers.values():
+        down = down_of(members)
+        if down is None:
+            return None
+        fixed = sum(site.d_out for site in members if site.bias and site is down)
+        price = sum(site.parameters for site in members) - fixed
+        neurons = int((ratio * (price + fixed) - fixed) * down.d_in // price)
+        if neurons < 1:
+            return None
+        for site in members:
+            plan.kept.append(trimmed(site, neurons, down.d_in))
+            plan.host[site.name] = (site.d_in, site.d_out)
+    return plan
+
+
+def down_of(sites: Sequence[Site]) -> Site | None:
+    """The projection that reads the neurons which all others of the layer make; None where there is none."""
+    downs = [site for site in sites if site.role == "down"]
+    ups = [site for site in sites if site.role in ("up", "gate", "gate_up")]
+    if len(downs) != 1 or len(ups) != len(sites) - 1 or not ups:
+        return None
+    width = downs[0].d_in
+    fused = len(ups) == 1 and ups[0].role == "gate_up" and ups[0].d_out == 2 * width
+    plain = any(up.role == "up" for up in ups) and all(up.d_out == width for up in ups)
+    return downs[0] if fused or plain else None
+
+
+def trimmed(site: Site, neurons: int, width: int) -> Site:
+    """The site with `neurons` of its block's `width` left."""
+    if site.role == "down":
+        return replace(site, d_in=neurons)
+    return replace(site, d_out=site.d_out // width * neurons)
+
+
 def split_bands(layers: list[int], bands: int | list[list[int]] | None) -> list[list[int]]:
     """Contiguous bands of nearly equal size, or the given ones, checked to cover each converted layer once."""
     if isinstance(bands, list):

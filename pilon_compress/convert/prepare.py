@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pilon_compress import checkpoint
-from pilon_compress.convert.plan import Plan, make_plan
+from pilon_compress.convert.plan import Plan, make_plan, preview
 from pilon_compress.families import Site, find_sites
 from pilon_compress.form.layout import Layout
 from pilon_compress.measure.size import Size, bank_size, ffn_size, kept_size, model_size
@@ -19,6 +19,10 @@ ENCODER_SAMPLES = 800  # paragraphs
 CAUSAL_SAMPLES = 128  # blocks
 ENCODER_LENGTH = 128
 CAUSAL_LENGTH = 512
+PASSES = 4  # forward; forward and backward; half again for hooks and padding
+ANCHOR_PASSES = 4
+SIZINGS = 9  # times that an allocation decomposes every weight
+SWEEPS = 36
 PROCESS_BYTES = 700 * 2**20  # Python with torch and transformers, measured
 
 
@@ -64,10 +68,7 @@ class Job:
     @property
     def allocated(self) -> bool:
         """Whether sizes follow from the calibration text: not where the recipe fixes the shape of the banks."""
-        asked = self.recipe.budget
-        fixed = (asked.bands, asked.n_primitives, asked.rank, asked.top_k)
-        plain = self.recipe.form.composition == "component" and asked.ratio <= 1
-        return self.recipe.method == "pilon" and plain and all(value is None for value in fixed)
+        return allocated(self.recipe)
 
     @property
     def mac_ratio(self) -> float | None:
@@ -76,6 +77,14 @@ class Job:
         if asked.mac_ratio is not None:
             return asked.mac_ratio
         return asked.ratio if asked.optimize == "compute" else None
+
+
+def allocated(recipe: Recipe) -> bool:
+    """Whether sizes follow from the calibration text: not where the recipe fixes the shape of the banks."""
+    asked = recipe.budget
+    fixed = (asked.bands, asked.n_primitives, asked.rank, asked.top_k)
+    plain = recipe.form.composition == "component" and asked.ratio <= 1
+    return recipe.method == "pilon" and plain and all(value is None for value in fixed)
 
 
 def describe_plan(plan: Plan, itemsize: int) -> dict[str, Any]:
@@ -108,6 +117,8 @@ def prepare(recipe: Recipe) -> Job:
     causal = checkpoint.is_causal(config)
     sites = find_sites(dense, recipe.scope.targets, recipe.scope.ignore)
     plan = make_plan(sites, recipe.budget, recipe.method, recipe.form.composition)
+    if allocated(recipe):
+        plan = preview(sites, recipe.budget.ratio) or plan
     asked = recipe.calibration
     longest = getattr(config, "max_position_embeddings", None) or CAUSAL_LENGTH
     calibration = Calibration(
@@ -132,22 +143,27 @@ def estimate(job: Job) -> dict[str, float]:
     calibration = job.calibration
     tokens = calibration.samples * calibration.sequence_length
     inputs = {site.input: site.d_in for site in job.sites}
-    flops = 2.0 * tokens * (parameters + sum(d * d for d in inputs.values()))
+    moments = sum(d * d for d in inputs.values()) + sum(site.d_out**2 for site in job.sites)
+    passes = PASSES if job.recipe.effort == "fast" or job.recipe.method != "pilon" else PASSES + ANCHOR_PASSES
+    flops = 2.0 * tokens * (passes * parameters + 2 * moments)
+    for site in job.sites:
+        narrow, wide = sorted((site.d_in, site.d_out))
+        decompositions = SIZINGS if job.allocated else 2
+        flops += 4 * decompositions * (narrow * wide**2 + narrow**2 * wide + 10 * narrow**3)  # float64 at half speed
+        if job.allocated and site.role == "down":
+            flops += 16 * site.d_in**3
+    work = 0
     for bank in job.plan.banks:
-        wide, narrow, layers = max(bank.d_in, bank.d_out), min(bank.d_in, bank.d_out), len(bank.sites)
-        flops += 2 * layers * (20 * narrow**2 * wide + 10 * min(bank.d_in, bank.d_out) ** 3)  # float64 factorisations
-        if layers > 1:
-            inner, sweep = bank.n_primitives * bank.rank, 36
-            flops += (
-                sweep * layers * 2 * inner * (6 * bank.d_in**2 + 2 * bank.d_in * bank.d_out + 8 * inner * bank.d_in)
-            )
-    weights = parameters * 4
-    moments = 4 * sum(d * d for d in inputs.values())
-    largest = max(job.plan.banks, key=lambda bank: len(bank.sites) * bank.d_in * max(bank.d_in, bank.d_out))
-    inner = largest.n_primitives * largest.rank
-    work = len(largest.sites) * 12 * (largest.d_in**2 + 2 * largest.d_in * largest.d_out) + 40 * inner * inner
-    pilon = 4 * sum(bank.stored() for bank in job.plan.banks)
-    return {"seconds": flops / speed, "peak_gib": (PROCESS_BYTES + weights + moments + work + 2 * pilon) / 2**30}
+        inner = bank.n_primitives * bank.rank
+        if len(bank.sites) > 1:
+            square = bank.d_in**2 + bank.d_out**2
+            flops += 2 * SWEEPS * len(bank.sites) * inner * (4 * square + 8 * inner * (bank.d_in + bank.d_out))
+        sides = bank.d_in**2 + bank.d_out**2 + 2 * bank.d_in * bank.d_out
+        work = max(work, 12 * len(bank.sites) * sides + 40 * inner * inner)
+    block = max(6 * 8 * (site.d_in + site.d_out) * max(site.d_in, site.d_out) for site in job.sites)
+    states = 4 * tokens * (getattr(job.config, "hidden_size", None) or 0) * (len(inputs) // 2 + 3)
+    held = 4 * (parameters + moments) + 2 * 4 * sum(bank.stored() for bank in job.plan.banks)
+    return {"seconds": flops / speed, "peak_gib": (PROCESS_BYTES + held + states + max(work, block)) / 2**30}
 
 
 def _gemm_flops() -> float:

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from pilon_compress.convert.calibration import Batch
 from pilon_compress.convert.descent import Objective, Stage, descend, restore, snapshot
+from pilon_compress.convert.source import Source
 from pilon_compress.convert.stream import Stream, blocks, hidden_of, run_base
 from pilon_compress.errors import BadInput
 from pilon_compress.form.bank import PrimitiveBank
@@ -229,7 +230,7 @@ def _bands(
         return stages
     names = list(blocks(model))
     ranges = _band_ranges(model, names)
-    target = Stream(dense, [*train, *held])
+    target = Stream(Source(dense), [*train, *held])
     ours = target.fork()
     mine, theirs = list(blocks(model).values()), list(blocks(dense).values())
     for band in ranges:
