@@ -14,6 +14,7 @@ from pilon_compress.convert.blocks import Block, Choice
 from pilon_compress.convert.knapsack import Option, choose
 from pilon_compress.convert.moments import Moments
 from pilon_compress.convert.plan import BankPlan, Plan, trimmed
+from pilon_compress.convert.sensitivity import Sensitivity
 from pilon_compress.convert.source import Source
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
@@ -29,10 +30,16 @@ class Allocation:
 
 
 def allocate(
-    source: Source, sites: Sequence[Site], moments: Moments, ratio: float, mac_ratio: float | None = None
+    source: Source,
+    sites: Sequence[Site],
+    moments: Moments,
+    ratio: float,
+    mac_ratio: float | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> Allocation:
     """Spend at most `ratio` of the stored numbers of `sites`, and `mac_ratio` of their MACs, at the least loss.
 
+    Losses are those of the two-sided metric, layer by layer put right by `sensitivity` where it is given.
     Raises BadInput if no plan is as small as that.
     """
     layers: dict[int, list[Site]] = {}
@@ -43,9 +50,12 @@ def allocate(
     for layer, members in track(layers.items(), "sizing layers", total=len(layers)):
         with source.block(layer) as module:
             block = Block(layer, members, module, source.names[layer], moments)
-        menus.append(block.options(ratio))
-        if block.elimination is not None:
+        scale = 1.0
+        if block.elimination is not None and block.down is not None:
             orders[layer] = block.elimination.order
+            if sensitivity is not None:
+                scale = sensitivity.measure(layer, block, max(1, round(ratio * block.down.d_in)))
+        menus.append(block.options(ratio, scale))
     dense = sum(site.parameters for site in sites)
     macs = sum(site.d_in * site.d_out for site in sites)
     chosen = choose(menus, ratio * dense, None if mac_ratio is None else mac_ratio * macs)

@@ -28,6 +28,7 @@ from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
 from pilon_compress.convert.moments import Moments, gather
 from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.prepare import Job, describe_plan, prepare
+from pilon_compress.convert.sensitivity import Sensitivity
 from pilon_compress.convert.source import Source
 from pilon_compress.deploy.card import model_card
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
@@ -106,7 +107,8 @@ def compress(
     moments = moments or gather(source, batches, job.sites, causal=job.causal, seed=settings.seed)
     plan, left = job.plan, dict[int, Tensor | None]()
     if job.allocated:
-        found = allocate(source, job.sites, moments, settings.budget.ratio, job.mac_ratio)
+        sensitivity = Sensitivity(source, batches, job.causal)
+        found = allocate(source, job.sites, moments, settings.budget.ratio, job.mac_ratio, sensitivity)
         plan, left = found.plan, found.left
     pilon = settings.method == "pilon"
     task = Task(
