@@ -80,6 +80,23 @@ def convert(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Leave these modules dense.", rich_help_panel=PANELS["scope"])
     ] = None,
+    optimize: Annotated[
+        str | None,
+        typer.Option(
+            help="storage, or compute: MACs over dense at most the FFN ratio.", rich_help_panel=PANELS["budget"]
+        ),
+    ] = None,
+    mac_ratio: Annotated[
+        float | None, typer.Option(help="Limit on FFN MACs over dense.", rich_help_panel=PANELS["budget"])
+    ] = None,
+    effort: Annotated[str | None, typer.Option(help="fast, balanced or best.", rich_help_panel=PANELS["run"])] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of regression to the dense model after the closed form; default 0.",
+            rich_help_panel=PANELS["run"],
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="Of the saved weights: auto, float32, bfloat16, float16.", rich_help_panel=PANELS["run"]),
@@ -111,6 +128,10 @@ def convert(
         "budget.rank": rank,
         "budget.top_k": top_k,
         "budget.allow_larger": allow_larger or None,
+        "budget.optimize": optimize,
+        "budget.mac_ratio": mac_ratio,
+        "effort": effort,
+        "refine.steps": refine,
         "form.composition": composition,
         "calibration.data": calibration,
         "calibration.samples": samples,

@@ -150,6 +150,15 @@ class Calibration(_Section):
     """Sequences per forward pass."""
 
 
+class Refine(_Section):
+    """Regression to the dense model on the calibration text, after the closed form."""
+
+    steps: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Optimiser steps; 0: none (one-shot)."""
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Wall time at most. With a limit, results differ from run to run."""
+
+
 class Evaluation(_Section):
     """The text that judges the result."""
 
@@ -192,6 +201,7 @@ class Recipe(_Section):
     form: Form = Form()
     scope: Scope = Scope()
     calibration: Calibration = Calibration()
+    refine: Refine = Refine()
     evaluation: Evaluation = Evaluation()
 
 

@@ -28,6 +28,7 @@ from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
 from pilon_compress.convert.moments import Moments, gather
 from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.prepare import Job, describe_plan, prepare
+from pilon_compress.convert.refine import refine
 from pilon_compress.convert.sensitivity import Sensitivity
 from pilon_compress.convert.source import Source
 from pilon_compress.deploy.card import model_card
@@ -75,7 +76,8 @@ def convert(
     dense = checkpoint.load_model(settings.model, dtype=compute_dtype(job, device), device=str(device))
     journal = Journal(output, fingerprint(job, batches, dense))
     model, plan, solved = compress(Source(dense), job, batches, journal)
-    result = describe(job, plan, model, solved, batches)
+    refined = improve(model, dense, batches, settings)
+    result = describe(job, plan, model, solved, batches) | {"refinement": refined}
     result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
     with fresh_folder(output, overwrite) as folder:
         save_model(model, tokenizer, folder, job.dtype)
@@ -123,6 +125,16 @@ def compress(
     )
     solved = solve(source, batches, task, moments, journal)
     return build(source.model, plan, solved), plan, solved
+
+
+def improve(
+    model: PreTrainedModel, dense: PreTrainedModel, batches: list[calibration.Batch], settings: recipe.Recipe
+) -> dict[str, Any] | None:
+    """Refine the model in place, if the recipe says so; what came of it."""
+    asked = settings.refine
+    if not asked.steps:
+        return None
+    return refine(model, dense, batches, steps=asked.steps, minutes=asked.minutes, seed=settings.seed).to_dict()
 
 
 def fingerprint(job: Job, batches: list[calibration.Batch], dense: PreTrainedModel) -> str:

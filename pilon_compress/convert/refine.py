@@ -6,7 +6,7 @@
     whole     encoders: every layer's states, and the direction of the pooled embeddings
               causal LMs: KL(dense ‖ PILON) of every prediction, and the states (Minitron's logit distillation)
 
-Only banks, compositions and the projections' biases move.
+Only banks, compositions, kept matrices and the projections' biases move.
 """
 
 import time
@@ -28,7 +28,7 @@ from pilon_compress.convert.stream import Stream, blocks, hidden_of, run_base
 from pilon_compress.errors import BadInput
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
-from pilon_compress.form.layout import banks, projections
+from pilon_compress.form.layout import banks, kept_matrices, projections
 
 STEPS = 600
 RATE = 3e-3  # short searches settle on too small a rate for a longer run
@@ -154,6 +154,9 @@ def trained(model: PreTrainedModel, inside: Sequence[str] = ("",)) -> list[nn.Pa
         if any(name.startswith(prefix) for prefix in inside):
             for p in (*composed.bank.parameters(), *composed.parameters()):
                 found[id(p)] = p
+    for name, kept in kept_matrices(model):
+        if any(name.startswith(prefix) for prefix in inside):
+            found |= {id(p): p for p in kept.parameters()}
     return list(found.values())
 
 
@@ -200,10 +203,11 @@ def _band_ranges(model: PreTrainedModel, names: Sequence[str]) -> list[range]:
     """Runs of blocks that must be trained together because they share banks, first to last."""
     index = {name: i for i, name in enumerate(names)}
     spans: dict[int, list[int]] = {}
-    for name, composed in projections(model):
+    shared = [(name, id(composed.bank)) for name, composed in projections(model)]
+    for name, owner in [*shared, *((name, id(kept)) for name, kept in kept_matrices(model))]:
         block = next((i for prefix, i in index.items() if name.startswith(prefix + ".")), None)
         if block is not None:
-            spans.setdefault(id(composed.bank), []).append(block)
+            spans.setdefault(owner, []).append(block)
     merged: list[range] = []
     for low, high in sorted((min(span), max(span)) for span in spans.values()):
         if merged and low < merged[-1].stop:
