@@ -157,6 +157,8 @@ class Refine(_Section):
     """Optimiser steps; 0: none (one-shot)."""
     minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Wall time at most. With a limit, results differ from run to run."""
+    samples: Positive | None = None
+    """Sequences to learn from, of the calibration source. Default: eight times those of the calibration."""
 
 
 class Evaluation(_Section):

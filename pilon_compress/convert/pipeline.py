@@ -9,7 +9,7 @@ import copy
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -41,6 +41,7 @@ from pilon_compress.measure import composition, evaluate, report, size
 
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
+LESSONS = 8  # refinement reads so many times the calibration's text
 CAUSAL_WINDOWS = 64  # scored by the evaluation that ends a conversion; `eval` scores all of the text
 
 
@@ -72,11 +73,15 @@ def convert(
     device = checkpoint.find_device(settings.device)
     tokenizer = checkpoint.load_tokenizer(settings.model)
     batches = read_calibration(job, tokenizer)
+    lessons = read_lessons(job, tokenizer, batches)
     exam = read_evaluation(job)
     dense = checkpoint.load_model(settings.model, dtype=compute_dtype(job, device), device=str(device))
     journal = Journal(output, fingerprint(job, batches, dense))
     model, plan, solved = compress(Source(dense), job, batches, journal)
-    refined = improve(model, dense, batches, settings)
+    refined = None
+    if settings.refine.steps:
+        asked = settings.refine
+        refined = refine(model, dense, lessons, steps=asked.steps, minutes=asked.minutes, seed=settings.seed).to_dict()
     result = describe(job, plan, model, solved, batches) | {"refinement": refined}
     result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
     with fresh_folder(output, overwrite) as folder:
@@ -127,16 +132,6 @@ def compress(
     return build(source.model, plan, solved), plan, solved
 
 
-def improve(
-    model: PreTrainedModel, dense: PreTrainedModel, batches: list[calibration.Batch], settings: recipe.Recipe
-) -> dict[str, Any] | None:
-    """Refine the model in place, if the recipe says so; what came of it."""
-    asked = settings.refine
-    if not asked.steps:
-        return None
-    return refine(model, dense, batches, steps=asked.steps, minutes=asked.minutes, seed=settings.seed).to_dict()
-
-
 def fingerprint(job: Job, batches: list[calibration.Batch], dense: PreTrainedModel) -> str:
     """Of everything that a conversion's steps depend on: version, recipe, calibration text, weights."""
     state = blake2b(f"{pilon_compress.__version__}\n{recipe.dump(job.recipe)}".encode(), digest_size=16)
@@ -167,6 +162,17 @@ def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[calib
             "give more text, or lower --batch-size or --sequence-length"
         )
     return batches
+
+
+def read_lessons(
+    job: Job, tokenizer: PreTrainedTokenizerBase, batches: list[calibration.Batch]
+) -> list[calibration.Batch]:
+    """What refinement learns from: more of the calibration source, where it can be read twice."""
+    asked = job.calibration
+    if not job.recipe.refine.steps or asked.data == "stdin":
+        return batches
+    samples = job.recipe.refine.samples or LESSONS * asked.samples
+    return read_calibration(replace(job, calibration=replace(asked, samples=samples)), tokenizer)
 
 
 def read_evaluation(job: Job) -> list[str] | str:
