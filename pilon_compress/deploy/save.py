@@ -98,7 +98,7 @@ def save_model(
 ) -> None:
     """Write weights (safetensors, in `dtype`), config and tokenizer of a PILON or dense model into a fresh `folder`."""
     layout = layout_of(model)
-    if layout.projections:
+    if layout.projections or layout.kept:
         model.config.quantization_config = PilonConfig(layout.to_dict())
     model.config.dtype = dtype
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
