@@ -13,6 +13,7 @@ from torch import Tensor
 from pilon_compress.convert.blocks import Block, Choice
 from pilon_compress.convert.knapsack import Option, choose
 from pilon_compress.convert.moments import Moments
+from pilon_compress.convert.neurons import Elimination
 from pilon_compress.convert.plan import BankPlan, Plan, trimmed
 from pilon_compress.convert.sensitivity import Sensitivity
 from pilon_compress.convert.source import Source
@@ -22,67 +23,75 @@ from pilon_compress.progress import track
 
 
 @dataclass(frozen=True)
+class Sizing:
+    """What a layer may become: `options` with their losses times `scale`, and the order in which its neurons go."""
+
+    layer: int
+    sites: list[Site]
+    options: list[Option]
+    scale: float
+    elimination: Elimination | None
+
+    def left(self, neurons: int | None) -> Tensor | None:
+        return None if neurons is None or self.elimination is None else self.elimination.left(neurons)
+
+
+@dataclass(frozen=True)
 class Allocation:
-    """A plan, and the neurons that stay by layer (None: all)."""
+    """A plan, the neurons that stay by layer (None: all), and the loss that the metric expects of every layer."""
 
     plan: Plan
     left: dict[int, Tensor | None]
+    losses: dict[int, float]
 
 
-def allocate(
-    source: Source,
-    sites: Sequence[Site],
-    moments: Moments,
-    ratio: float,
-    mac_ratio: float | None = None,
-    sensitivity: Sensitivity | None = None,
-) -> Allocation:
-    """Spend at most `ratio` of the stored numbers of `sites`, and `mac_ratio` of their MACs, at the least loss.
-
-    Losses are those of the two-sided metric, layer by layer put right by `sensitivity` where it is given.
-    Raises BadInput if no plan is as small as that.
-    """
+def size_layers(
+    source: Source, sites: Sequence[Site], moments: Moments, ratio: float, sensitivity: Sensitivity | None = None
+) -> list[Sizing]:
+    """The options of every layer around a stored ratio, in the two-sided metric, put right by `sensitivity`."""
     layers: dict[int, list[Site]] = {}
     for site in sites:
         layers.setdefault(site.layer, []).append(site)
-    menus: list[list[Option]] = []
-    orders: dict[int, Tensor] = {}
+    sizings = []
     for layer, members in track(layers.items(), "sizing layers", total=len(layers)):
         with source.block(layer) as module:
             block = Block(layer, members, module, source.names[layer], moments)
         scale = 1.0
-        if block.elimination is not None and block.down is not None:
-            orders[layer] = block.elimination.order
-            if sensitivity is not None:
-                scale = sensitivity.measure(layer, block, max(1, round(ratio * block.down.d_in)))
-        menus.append(block.options(ratio, scale))
+        if sensitivity is not None and block.down is not None:
+            scale = sensitivity.measure(layer, block, max(1, round(ratio * block.down.d_in)))
+        sizings.append(Sizing(layer, members, block.options(ratio, scale), scale, block.elimination))
+    return sizings
+
+
+def allocate(sizings: Sequence[Sizing], ratio: float, mac_ratio: float | None = None) -> Allocation:
+    """Spend at most `ratio` of the stored numbers, and `mac_ratio` of the MACs, at the least loss.
+
+    Raises BadInput if no plan is as small as that.
+    """
+    sites = [site for sizing in sizings for site in sizing.sites]
     dense = sum(site.parameters for site in sites)
     macs = sum(site.d_in * site.d_out for site in sites)
+    menus = [sizing.options for sizing in sizings]
     chosen = choose(menus, ratio * dense, None if mac_ratio is None else mac_ratio * macs)
     if chosen is None:
         least = sum(min(option.stored for option in menu) for menu in menus) / dense
         raise BadInput(f"ratio {ratio:g} is too small: the smallest plan stores {least:.3g} of the dense numbers")
-    plan, left = Plan(ratio, [[layer] for layer in layers], []), {}
-    for band, (layer, option) in enumerate(zip(layers, chosen, strict=True)):
+    plan, left = Plan(ratio, [[sizing.layer] for sizing in sizings], []), dict[int, Tensor | None]()
+    for band, (sizing, option) in enumerate(zip(sizings, chosen, strict=True)):
         assert isinstance(option.what, Choice)
-        left[layer] = _plan_layer(plan, band, layers[layer], option.what, orders.get(layer))
-    return Allocation(plan, left)
+        left[sizing.layer] = sizing.left(option.what.neurons)
+        _plan_layer(plan, band, sizing, option.what)
+    return Allocation(plan, left, {sizing.layer: option.loss for sizing, option in zip(sizings, chosen, strict=True)})
 
 
-def _plan_layer(plan: Plan, band: int, sites: Sequence[Site], choice: Choice, order: Tensor | None) -> Tensor | None:
-    """Add a layer to `plan`; the neurons that stay."""
-    left = None
-    if choice.neurons is not None:
-        assert order is not None
-        left = order[len(order) - choice.neurons :].sort().values
-    for site in sites:
+def _plan_layer(plan: Plan, band: int, sizing: Sizing, choice: Choice) -> None:
+    for site in sizing.sites:
         small = site
-        if choice.neurons is not None and order is not None:
-            small = trimmed(site, choice.neurons, len(order))
+        if choice.neurons is not None and sizing.elimination is not None:
+            small = trimmed(site, choice.neurons, len(sizing.elimination.order))
             plan.host[site.name] = (site.d_in, site.d_out)
         rank = choice.ranks[site.name]
         if rank is None:
             plan.kept.append(small)
         else:
             plan.banks.append(BankPlan(band, site.role, (small,), 1, rank, 1))
-    return left

@@ -48,6 +48,8 @@ class Task:
     anchored: bool
     seed: int
     sweeps: int
+    fits: dict[str, BankFit] = field(default_factory=dict)
+    """Shared banks that are fitted already."""
 
 
 def solve(source: Source, batches: Sequence[Batch], task: Task, moments: Moments, journal: Journal) -> Solved:
@@ -64,7 +66,8 @@ def solve(source: Source, batches: Sequence[Batch], task: Task, moments: Moments
     shared = [bank for bank in task.plan.banks if len(bank.sites) > 1]
     for bank in track(shared, "fitting shared banks") if shared else []:
         known = journal.get(f"bank.{bank.name}")
-        fit = BankFit.unpack(known) if known else _fit_shared(source, bank, by_layer, task, moments)
+        fit = BankFit.unpack(known) if known else task.fits.get(bank.name)
+        fit = fit or _fit_shared(source, bank, by_layer, task, moments)
         if known is None:
             journal.put(f"bank.{bank.name}", fit.pack())
         solved.banks[bank.name] = fit

@@ -22,14 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import pilon_compress
 from pilon_compress import checkpoint, recipe, text
 from pilon_compress.convert import calibration
-from pilon_compress.convert.allocate import allocate
+from pilon_compress.convert.allocate import allocate, size_layers
+from pilon_compress.convert.fit import BankFit
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
 from pilon_compress.convert.moments import Moments, gather
-from pilon_compress.convert.plan import Plan
+from pilon_compress.convert.plan import Plan, split_bands
 from pilon_compress.convert.prepare import Job, describe_plan, prepare
 from pilon_compress.convert.refine import refine
 from pilon_compress.convert.sensitivity import Sensitivity
+from pilon_compress.convert.share import share
 from pilon_compress.convert.source import Source
 from pilon_compress.deploy.card import model_card
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
@@ -112,10 +114,14 @@ def compress(
     journal = journal or Journal()
     settings, effort = job.recipe, EFFORTS[job.recipe.effort]
     moments = moments or gather(source, batches, job.sites, causal=job.causal, seed=settings.seed)
-    plan, left = job.plan, dict[int, Tensor | None]()
+    plan, left, fits = job.plan, dict[int, Tensor | None](), dict[str, BankFit]()
     if job.allocated:
         sensitivity = Sensitivity(source, batches, job.causal)
-        found = allocate(source, job.sites, moments, settings.budget.ratio, job.mac_ratio, sensitivity)
+        sizings = size_layers(source, job.sites, moments, settings.budget.ratio, sensitivity)
+        found = allocate(sizings, settings.budget.ratio, job.mac_ratio)
+        if job.shares:
+            bands = split_bands([sizing.layer for sizing in sizings], None)
+            found, fits = share(source, sizings, found, moments, bands, sweeps=effort.sweeps, seed=settings.seed)
         plan, left = found.plan, found.left
     pilon = settings.method == "pilon"
     task = Task(
@@ -127,6 +133,7 @@ def compress(
         anchored=pilon and effort.anchored,
         seed=settings.seed,
         sweeps=effort.sweeps,
+        fits=fits,
     )
     solved = solve(source, batches, task, moments, journal)
     return build(source.model, plan, solved), plan, solved

@@ -71,6 +71,11 @@ class Job:
         return allocated(self.recipe)
 
     @property
+    def shares(self) -> bool:
+        """Whether bands may share banks where that lowers the loss."""
+        return self.recipe.budget.sharing != "none" and self.mac_ratio is None
+
+    @property
     def mac_ratio(self) -> float | None:
         """The limit on MACs per token, over dense; None where storage alone counts."""
         asked = self.recipe.budget
