@@ -28,7 +28,7 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated, default all: pilon, pilon-private (a bank for every layer), svd, asvd, "
+            help="Comma-separated, default all: pilon, pilon-shared, pilon-low-rank, pilon-refined, svd, asvd, "
             "whitened-svd (SVD-LLM), basis-sharing, nystrom (MoDeGPT), original-pilon.",
             rich_help_panel=PANELS["what"],
         ),

@@ -62,8 +62,12 @@ class Budget(_Section):
     """Stored FFN parameters, PILON over dense: above 0, at most 1. Default 0.5. Not together with preset."""
     preset: Preset | None = None
     """A named ffn_ratio: minimal .9, baseline .75, mild .6, moderate .5, aggressive .25, extreme .1."""
+    neurons: Switch = True
+    """Whether feed-forward blocks may lose neurons, the others making up for them."""
     sharing: Literal["auto", "none"] = "none"
     """auto: bands of layers share banks where a joint fit has the lower loss; costs time, and MACs where it does."""
+    align: Switch = False
+    """Match the neurons of layers that share before their banks are fitted."""
     optimize: Literal["storage", "compute"] = "storage"
     """storage: MACs may be up to the dense model's. compute: the ratio of MACs is at most that of stored parameters."""
     mac_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None

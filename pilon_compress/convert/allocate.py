@@ -46,9 +46,17 @@ class Allocation:
 
 
 def size_layers(
-    source: Source, sites: Sequence[Site], moments: Moments, ratio: float, sensitivity: Sensitivity | None = None
+    source: Source,
+    sites: Sequence[Site],
+    moments: Moments,
+    ratio: float,
+    sensitivity: Sensitivity | None = None,
+    neurons: bool = True,
 ) -> list[Sizing]:
-    """The options of every layer around a stored ratio, in the two-sided metric, put right by `sensitivity`."""
+    """The options of every layer around a stored ratio, in the two-sided metric, put right by `sensitivity`.
+
+    `neurons`: whether blocks may lose some.
+    """
     layers: dict[int, list[Site]] = {}
     for site in sites:
         layers.setdefault(site.layer, []).append(site)
@@ -59,7 +67,7 @@ def size_layers(
         scale = 1.0
         if sensitivity is not None and block.down is not None:
             scale = sensitivity.measure(layer, block, max(1, round(ratio * block.down.d_in)))
-        sizings.append(Sizing(layer, members, block.options(ratio, scale), scale, block.elimination))
+        sizings.append(Sizing(layer, members, block.options(ratio, scale, neurons), scale, block.elimination))
     return sizings
 
 

@@ -76,10 +76,13 @@ class Block:
             weight, gradient = weight[:, columns], gradient[columns][:, columns]
         return Target(name, site.layer, weight, metric, gradient)
 
-    def options(self, ratio: float, scale: float = 1.0) -> list[Option]:
-        """What the block may become, smaller and smaller, with its loss in the metrics of the sites times `scale`."""
+    def options(self, ratio: float, scale: float = 1.0, drop: bool = True) -> list[Option]:
+        """What the block may become, smaller and smaller, with its loss in the metrics of the sites times `scale`.
+
+        `drop`: whether neurons may go.
+        """
         found: list[Option] = []
-        for neurons in self._counts(ratio):
+        for neurons in self._counts(ratio) if drop else [None]:
             left, dropped, sites = None, 0.0, self.sites
             if neurons is not None:
                 assert self.elimination is not None and self.down is not None

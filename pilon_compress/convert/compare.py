@@ -79,11 +79,10 @@ def plan(settings: recipe.Recipe, ratios: Sequence[float], methods: Sequence[str
     if seeds < 1 or not methods or not ratios:
         raise BadInput("a comparison needs at least one method, one ratio and one seed")
     ratios, methods = sorted(set(ratios), reverse=True), list(dict.fromkeys(methods))
-    base = prepare(ours.settings(settings, "pilon", 1.0, 0))  # at full size: a small ratio is for each method to refuse
-    layers = len({site.layer for site in base.sites})
+    base = prepare(ours.settings(settings, "pilon", 1.0))  # at full size: a small ratio is for each method to refuse
     jobs = {}
     for ratio in ratios:
-        asked = {method: ours.settings(settings, method, ratio, layers) for method in OURS}  # refuses what is no ratio
+        asked = {method: ours.settings(settings, method, ratio) for method in OURS}  # refuses what is no ratio
         for method in methods:
             if method in OURS:
                 jobs[method, ratio] = prepare(asked[method])

@@ -12,26 +12,28 @@ from pilon_compress.convert.source import Source
 from pilon_compress.form.layout import layout_of
 from pilon_compress.measure.size import ffn_size
 
-# method -> overrides of the recipe, as in `convert --set`; {layers} is the number of layers that are converted
+# method -> overrides of the recipe, as in `convert --set`
 OURS: dict[str, list[str]] = {
     "pilon": [],
-    "pilon-private": ["budget.bands={layers}"],
+    "pilon-shared": ["budget.sharing=auto"],
+    "pilon-low-rank": ["budget.neurons=false"],
+    "pilon-refined": ["refine.steps=600"],
 }
 
 
-def settings(base: recipe.Recipe, method: str, ratio: float, layers: int) -> recipe.Recipe:
+def settings(base: recipe.Recipe, method: str, ratio: float) -> recipe.Recipe:
     """The recipe of one of OURS at one ratio. Raises BadInput for a ratio that is out of range."""
-    changed = [override.replace("{layers}", str(layers)) for override in OURS[method]]
     size = [f"budget.ffn_ratio={float(ratio)}", "budget.preset=null"]
-    return recipe.build(base.model_dump(exclude_none=True), [*size, *changed])
+    return recipe.build(base.model_dump(exclude_none=True), [*size, *OURS[method]])
 
 
 def candidate(job: Job, source: Source, batches: list[Batch], moments: Moments, seed: int) -> Candidate:
     """The model that `convert` would make of `job` from this calibration text; the only place that calls the pipeline.
 
-    `batches` is the text itself, `moments` what one pass over it has seen.
+    `batches` is the text itself, `moments` what one pass over it has seen. Refinement learns from the same text only.
     """
     asked = replace(job, recipe=job.recipe.model_copy(update={"seed": seed}))
     model, _, solved = pipeline.compress(source, asked, batches, moments=moments)
+    pipeline.improve(model, source.model, batches, asked.recipe)
     losses = [errors[job.recipe.method] for errors in solved.errors.values()]
     return Candidate(model, ffn_size(layout_of(model)), losses)

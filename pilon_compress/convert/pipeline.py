@@ -31,7 +31,7 @@ from pilon_compress.convert.plan import Plan, split_bands
 from pilon_compress.convert.prepare import Job, describe_plan, prepare
 from pilon_compress.convert.refine import refine
 from pilon_compress.convert.sensitivity import Sensitivity
-from pilon_compress.convert.share import share
+from pilon_compress.convert.share import Sharing
 from pilon_compress.convert.source import Source
 from pilon_compress.deploy.card import model_card
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
@@ -80,10 +80,7 @@ def convert(
     dense = checkpoint.load_model(settings.model, dtype=compute_dtype(job, device), device=str(device))
     journal = Journal(output, fingerprint(job, batches, dense))
     model, plan, solved = compress(Source(dense), job, batches, journal)
-    refined = None
-    if settings.refine.steps:
-        asked = settings.refine
-        refined = refine(model, dense, lessons, steps=asked.steps, minutes=asked.minutes, seed=settings.seed).to_dict()
+    refined = improve(model, dense, lessons, settings)
     result = describe(job, plan, model, solved, batches) | {"refinement": refined}
     result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
     with fresh_folder(output, overwrite) as folder:
@@ -117,11 +114,12 @@ def compress(
     plan, left, fits = job.plan, dict[int, Tensor | None](), dict[str, BankFit]()
     if job.allocated:
         sensitivity = Sensitivity(source, batches, job.causal)
-        sizings = size_layers(source, job.sites, moments, settings.budget.ratio, sensitivity)
+        sizings = size_layers(source, job.sites, moments, settings.budget.ratio, sensitivity, settings.budget.neurons)
         found = allocate(sizings, settings.budget.ratio, job.mac_ratio)
         if job.shares:
             bands = split_bands([sizing.layer for sizing in sizings], None)
-            found, fits = share(source, sizings, found, moments, bands, sweeps=effort.sweeps, seed=settings.seed)
+            sharing = Sharing(source, moments, effort.sweeps, settings.seed, settings.budget.align)
+            found, fits = sharing.apply(sizings, found, bands)
         plan, left = found.plan, found.left
     pilon = settings.method == "pilon"
     task = Task(
@@ -137,6 +135,16 @@ def compress(
     )
     solved = solve(source, batches, task, moments, journal)
     return build(source.model, plan, solved), plan, solved
+
+
+def improve(
+    model: PreTrainedModel, dense: PreTrainedModel, lessons: list[calibration.Batch], settings: recipe.Recipe
+) -> dict[str, Any] | None:
+    """Refine the model in place if the recipe says so; what came of it."""
+    asked = settings.refine
+    if not asked.steps:
+        return None
+    return refine(model, dense, lessons, steps=asked.steps, minutes=asked.minutes, seed=settings.seed).to_dict()
 
 
 def fingerprint(job: Job, batches: list[calibration.Batch], dense: PreTrainedModel) -> str:

@@ -6,10 +6,12 @@ allocation used, is lower: sharing never costs quality, but it costs MACs, since
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from pilon_compress.convert.align import align
 from pilon_compress.convert.allocate import Allocation, Sizing
 from pilon_compress.convert.blocks import Block
 from pilon_compress.convert.factorize import Target
@@ -24,104 +26,110 @@ WIDER = (1.25, 1.6)  # a shared block keeps so many times the neurons that its l
 RANKS = (16, 8, 4, 2, 1)
 
 
-def share(
-    source: Source,
-    sizings: Sequence[Sizing],
-    alone: Allocation,
-    moments: Moments,
-    bands: Sequence[Sequence[int]],
-    *,
-    sweeps: int,
-    seed: int = 0,
-) -> tuple[Allocation, dict[str, BankFit]]:
-    """The allocation with the bands that gain by sharing, and their banks as fitted, by name."""
-    by_layer = {sizing.layer: sizing for sizing in sizings}
-    plan = Plan(alone.plan.ratio, [], [], [], {})
-    left, losses, fits = dict[int, Tensor | None](), dict[int, float](), dict[str, BankFit]()
-    for layers in track(bands, "trying shared banks"):
-        found = None
-        if len(layers) > 1 and all(down_of(by_layer[layer].sites) is not None for layer in layers):
-            found = _best(source, [by_layer[layer] for layer in layers], alone, moments, sweeps, seed, len(plan.bands))
-        if found is None:
-            for layer in layers:
-                _copy_layer(alone, layer, plan)
-                left[layer], losses[layer] = alone.left[layer], alone.losses[layer]
-            continue
-        banks, neurons, band_losses = found
-        plan.bands.append(list(layers))
-        for bank, fit in banks:
-            plan.banks.append(bank)
-            fits[bank.name] = fit
-        for layer, loss in zip(layers, band_losses, strict=True):
-            left[layer], losses[layer] = by_layer[layer].left(neurons), loss
-            plan.host.update(
-                {site.name: (site.d_in, site.d_out) for site in by_layer[layer].sites if neurons is not None}
-            )
-    return Allocation(plan, left, losses), fits
+@dataclass(frozen=True)
+class Trial:
+    """A band that shares: its banks with their fits, the neurons that stay by layer in order, the loss by layer."""
+
+    banks: list[tuple[BankPlan, BankFit]]
+    left: list[Tensor | None]
+    losses: list[float]
 
 
-def _best(
-    source: Source,
-    sizings: Sequence[Sizing],
-    alone: Allocation,
-    moments: Moments,
-    sweeps: int,
-    seed: int,
-    band: int,
-) -> tuple[list[tuple[BankPlan, BankFit]], int | None, list[float]] | None:
-    """The best way for a band to share: banks with their fits, neurons, loss by layer. None if alone is better."""
-    layers = [sizing.layer for sizing in sizings]
-    stored = sum(bank.stored() for bank in alone.plan.banks if bank.layers[0] in layers)
-    stored += sum(site.parameters for site in alone.plan.kept if site.layer in layers)
-    down = down_of(sizings[0].sites)
-    assert down is not None
-    widths = [down.d_in if (kept := alone.left[layer]) is None else len(kept) for layer in layers]
-    mean = sum(widths) / len(widths)
-    best, least = None, sum(alone.losses[layer] for layer in layers)
-    for wider in WIDER:
-        neurons = min(down.d_in, round(wider * mean / 8) * 8 or 1)
-        tried = _fit(source, sizings, moments, None if neurons == down.d_in else neurons, stored, sweeps, seed, band)
-        if tried is not None and sum(tried[1]) < least:
-            best, least = (tried[0], None if neurons == down.d_in else neurons, tried[1]), sum(tried[1])
-        if neurons == down.d_in:
-            break
-    return best
+@dataclass(frozen=True)
+class Sharing:
+    """What trials need: the dense model, its moments, and how banks are fitted."""
+
+    source: Source
+    moments: Moments
+    sweeps: int
+    seed: int = 0
+    align: bool = False
+
+    def apply(
+        self, sizings: Sequence[Sizing], alone: Allocation, bands: Sequence[Sequence[int]]
+    ) -> tuple[Allocation, dict[str, BankFit]]:
+        """The allocation with the bands that gain by sharing, and their banks as fitted, by name."""
+        by_layer = {sizing.layer: sizing for sizing in sizings}
+        plan = Plan(alone.plan.ratio, [], [], [], {})
+        left, losses, fits = dict[int, Tensor | None](), dict[int, float](), dict[str, BankFit]()
+        for layers in track(bands, "trying shared banks"):
+            members = [by_layer[layer] for layer in layers]
+            whole = len(layers) > 1 and all(down_of(sizing.sites) is not None for sizing in members)
+            found = self.best(members, alone, len(plan.bands)) if whole else None
+            if found is None:
+                for layer in layers:
+                    _copy_layer(alone, layer, plan)
+                    left[layer], losses[layer] = alone.left[layer], alone.losses[layer]
+                continue
+            plan.bands.append(list(layers))
+            plan.banks.extend(bank for bank, _ in found.banks)
+            fits |= {bank.name: fit for bank, fit in found.banks}
+            for sizing, kept, loss in zip(members, found.left, found.losses, strict=True):
+                left[sizing.layer], losses[sizing.layer] = kept, loss
+                if kept is not None:
+                    plan.host.update({site.name: (site.d_in, site.d_out) for site in sizing.sites})
+        return Allocation(plan, left, losses), fits
+
+    def best(self, sizings: Sequence[Sizing], alone: Allocation, band: int) -> Trial | None:
+        """The best way for a band to share within what its layers store alone; None if alone is better."""
+        layers = [sizing.layer for sizing in sizings]
+        stored = sum(bank.stored() for bank in alone.plan.banks if bank.layers[0] in layers)
+        stored += sum(site.parameters for site in alone.plan.kept if site.layer in layers)
+        down = down_of(sizings[0].sites)
+        assert down is not None
+        widths = [down.d_in if (kept := alone.left[layer]) is None else len(kept) for layer in layers]
+        best, least = None, sum(alone.losses[layer] for layer in layers)
+        for wider in WIDER:
+            neurons = min(down.d_in, max(1, round(wider * sum(widths) / len(widths))))
+            trial = self.trial(sizings, None if neurons == down.d_in else neurons, stored, band)
+            if trial is not None and sum(trial.losses) < least:
+                best, least = trial, sum(trial.losses)
+            if neurons == down.d_in:
+                break
+        return best
+
+    def trial(self, sizings: Sequence[Sizing], neurons: int | None, stored: int, band: int) -> Trial | None:
+        """One bank per role for layers with `neurons` each, within `stored` numbers; None if that is too few."""
+        blocks = []
+        for sizing in sizings:
+            with self.source.block(sizing.layer) as module:
+                name = self.source.names[sizing.layer]
+                blocks.append(Block(sizing.layer, sizing.sites, module, name, self.moments))
+        left = [sizing.left(neurons) for sizing in sizings]
+        if self.align:
+            left = _matched(blocks, left)
+        losses, targets, small = [], dict[str, list[Target]](), dict[str, list[Site]]()
+        for sizing, block, kept in zip(sizings, blocks, left, strict=True):
+            cut = sizing.elimination if neurons is not None else None
+            losses.append(0.0 if cut is None or neurons is None else sizing.scale * cut.loss(neurons))
+            for site in sizing.sites:
+                target = block.target(site, kept)
+                assert target.gradient is not None
+                targets.setdefault(site.role, []).append(replace(target, gradient=sizing.scale * target.gradient))
+                narrow = site if cut is None or neurons is None else trimmed(site, neurons, len(cut.order))
+                small.setdefault(site.role, []).append(narrow)
+        plans = _plans(small, stored, band)
+        if plans is None:
+            return None
+        banks = [(bank, fit_bank(targets[role], bank, self.seed, self.sweeps)) for role, bank in plans.items()]
+        for _, fit in banks:
+            losses = [loss + more for loss, more in zip(losses, fit.losses, strict=True)]
+        return Trial(banks, left, losses)
 
 
-def _fit(
-    source: Source,
-    sizings: Sequence[Sizing],
-    moments: Moments,
-    neurons: int | None,
-    stored: int,
-    sweeps: int,
-    seed: int,
-    band: int,
-) -> tuple[list[tuple[BankPlan, BankFit]], list[float]] | None:
-    """One bank per role for layers with `neurons` each, within `stored` numbers; and the loss of every layer."""
-    targets: dict[str, list[Target]] = {}
-    small: dict[str, list[Site]] = {}
-    losses = []
-    for sizing in sizings:
-        with source.block(sizing.layer) as module:
-            block = Block(sizing.layer, sizing.sites, module, source.names[sizing.layer], moments)
-        kept, elimination = sizing.left(neurons), sizing.elimination
-        losses.append(0.0 if neurons is None or elimination is None else sizing.scale * elimination.loss(neurons))
-        for site in sizing.sites:
-            target = block.target(site, kept)
-            assert target.gradient is not None
-            targets.setdefault(site.role, []).append(replace(target, gradient=sizing.scale * target.gradient))
-            width = 0 if elimination is None else len(elimination.order)
-            small.setdefault(site.role, []).append(site if neurons is None else trimmed(site, neurons, width))
-    plans = _plans(small, stored, band)
-    if plans is None:
-        return None
-    banks = []
-    for role, bank in plans.items():
-        fit = fit_bank(targets[role], bank, seed, sweeps)
-        losses = [loss + more for loss, more in zip(losses, fit.losses, strict=True)]
-        banks.append((bank, fit))
-    return banks, losses
+def _matched(blocks: Sequence[Block], left: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same neurons, each layer's in the order that matches the others'."""
+    features, kept = [], []
+    for block, some in zip(blocks, left, strict=True):
+        assert block.down is not None
+        every = torch.arange(block.down.d_in) if some is None else some
+        rows = [block.weights[block.down.name][every]]
+        for site in block.sites:
+            if site is not block.down:
+                rows += block.weights[site.name][:, block.columns(site, every)].T.split(len(every))
+        features.append(torch.cat([torch.nn.functional.normalize(part, dim=1) for part in rows], 1))
+        kept.append(every)
+    return [every[order] for every, order in zip(kept, align(features), strict=True)]
 
 
 def _plans(sites: dict[str, list[Site]], stored: int, band: int) -> dict[str, BankPlan] | None:

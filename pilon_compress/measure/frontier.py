@@ -26,8 +26,8 @@ class Look(NamedTuple):
 LOOKS = {
     "pilon-refined": Look("#003f66", "D"),
     "pilon": Look("#0072B2", "o"),
-    "pilon-compute": Look("#17618f", "h", "-."),
-    "pilon-private": Look("#56B4E9", "o", "--"),
+    "pilon-shared": Look("#17618f", "h", "-."),
+    "pilon-low-rank": Look("#56B4E9", "o", "--"),
     "nystrom": Look("#D55E00", "v"),
     "whitened-svd": Look("#E69F00", "s"),
     "basis-sharing": Look("#009E73", "P"),
@@ -39,8 +39,8 @@ LOOKS = {
 NAMES = {
     **METHOD_NAMES,
     "pilon-refined": "PILON, refined",
-    "pilon-compute": "PILON, for compute",
-    "pilon-private": "PILON, no sharing",
+    "pilon-shared": "PILON, shared banks",
+    "pilon-low-rank": "PILON, all neurons",
     "whitened-svd": "whitened SVD (SVD-LLM)",
     "asvd": "ASVD",
     "basis-sharing": "Basis Sharing",
@@ -48,10 +48,11 @@ NAMES = {
     "original-pilon": "original PILON",
 }
 ABOUT = {
-    "pilon": "layers of a band compose their weights from a shared bank of low-rank primitives",
+    "pilon": "neurons, ranks and plain matrices allocated over all layers in a two-sided metric, each layer fitted "
+    "behind the converted ones before it",
     "pilon-refined": "the same, then trained on unlabelled text to answer as the dense model does",
-    "pilon-compute": "the same, planned for as few multiply-accumulates as stored numbers",
-    "pilon-private": "the same with a bank for every layer: what sharing adds is the difference",
+    "pilon-shared": "the same, but bands of layers share banks where a joint fit has the lower loss",
+    "pilon-low-rank": "the same without dropping neurons: ranks alone are allocated",
     "svd": "each weight's nearest matrix of lower rank; knows no activations",
     "asvd": "SVD after scaling the input channels by the square root of their magnitude (Yuan et al., 2023)",
     "whitened-svd": "SVD in the metric of the inputs' second moment (SVD-LLM, Wang et al., 2024)",
