@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilon_compress.convert.cluster import group
-from pilon_compress.convert.factorize import Target, balance, components
+from pilon_compress.convert.factorize import Target, balance
 from pilon_compress.convert.fit import fit_bank
 from pilon_compress.convert.plan import BankPlan
 from pilon_compress.families import Site
 
 
-def make_targets(layers, d_in, d_out, seed=0, kind="random", shared=0.0):
+def make_targets(layers, d_in, d_out, seed=0, kind="random", shared=0.0, two_sided=False):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -31,7 +31,9 @@ def make_targets(layers, d_in, d_out, seed=0, kind="random", shared=0.0):
             W, X = W * 1e3, X * 1e2
         if kind == "rank one":
             W = torch.outer(W[:, 0], W[0])
-        targets.append(Target.of(f"layer{layer}", layer, W, X.T @ X / len(X)))
+        Y = draw(4 * d_out, d_out) * torch.logspace(0, -1, d_out, dtype=torch.float64)
+        gradient = Y.T @ Y / len(Y) if two_sided else None
+        targets.append(Target.of(f"layer{layer}", layer, W, X.T @ X / len(X), gradient))
     return targets
 
 
@@ -64,7 +66,7 @@ def test_plain_svd_is_the_optimum_of_the_weight_and_loses_in_the_metric():
 
 def test_singular_metric_needs_no_special_case():
     target = make_targets(1, 16, 10, kind="dead inputs")[0]
-    assert target.relative_loss(target.truncated("whitened-svd", 10)) < 1e-12
+    assert target.output_loss(target.truncated("whitened-svd", 10)) < 1e-12
     zero = Target.of("z", 0, target.weight, torch.zeros(16, 16, dtype=torch.float64))
     torch.testing.assert_close(zero.truncated("whitened-svd", 3), zero.truncated("svd", 3))
 
@@ -75,7 +77,22 @@ def test_balance_keeps_the_product():
     a, b = balance(A, B)
     torch.testing.assert_close(a @ b, A @ B)
     torch.testing.assert_close(a.norm(dim=0)[[0, 2]], b.norm(dim=1)[[0, 2]])
-    assert components(torch.randn(6, 5), torch.eye(5), 2)[0].shape == (6, 2)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_two_sided_factors_are_the_optimum_of_both_metrics(shape):
+    target = make_targets(1, *shape, two_sided=True)[0]
+    assert target.gradient is not None
+    roots = []
+    for metric in (target.metric, target.gradient):
+        values, vectors = torch.linalg.eigh(metric)
+        roots.append(vectors * values.sqrt() @ vectors.T)
+    S = torch.linalg.svdvals(roots[0] @ target.weight @ roots[1])
+    for rank in (1, 5, 12):
+        dropped = S[rank:].square().sum().item()
+        assert target.loss(target.truncated("pilon", rank)) == pytest.approx(dropped, rel=1e-6, abs=1e-9)
+    assert target.two_sided[2].tolist() == pytest.approx(S.square().tolist(), rel=1e-6)
+    assert target.loss(target.truncated("pilon", 4)) < target.loss(target.truncated("whitened-svd", 4))
 
 
 @settings(max_examples=25, deadline=None)
@@ -88,13 +105,14 @@ def test_balance_keeps_the_product():
     composition=st.sampled_from(["component", "scalar"]),
     kind=st.sampled_from(["random", "zero layer", "dead inputs", "huge layer", "rank one"]),
     seed=st.integers(0, 3),
+    two_sided=st.booleans(),
 )
-def test_never_worse_than_private_whitened_svd(layers, shape, n, r, k, composition, kind, seed):
-    targets = make_targets(layers, *shape, seed=seed, kind=kind)
+def test_never_worse_than_private_factors(layers, shape, n, r, k, composition, kind, seed, two_sided):
+    targets = make_targets(layers, *shape, seed=seed, kind=kind, two_sided=two_sided)
     k = min(max(k, -(-n // layers)), n)  # a layer may at least select what it owns
     fitted = fit_bank(targets, make_plan(targets, n, r, k, composition), seed=seed, sweeps=6)
     owned = [n // layers + (i < n % layers) for i in range(layers)]
-    private = [t.loss(t.truncated("whitened-svd", c * r)) for t, c in zip(targets, owned, strict=True)]
+    private = [t.loss(t.truncated("pilon", c * r)) for t, c in zip(targets, owned, strict=True)]
     scale = sum(t.total for t in targets)
     assert sum(fitted.losses) <= sum(private) + 1e-9 * scale
     for index, target in enumerate(targets):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pilon_compress.convert.calibration import SecondMoment
 from pilon_compress.convert.factorize import DAMPING
+from pilon_compress.convert.moments import SecondMoment
 from pilon_compress.convert.peers import PEERS, approximate, basis_sharing, budget, nystrom, original, planned, shares
 from pilon_compress.convert.peers.problem import Problem
 from pilon_compress.errors import BadInput
