@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -56,6 +56,8 @@ class Site:
     bias: bool
     input: str
     """Name of the site whose input it shares: gate and up of one layer read the same activations."""
+    block: tuple[str, ...] = ()
+    """Names of all projections of its feed-forward block, if neurons of that can be dropped: see `_block`."""
 
     @property
     def parameters(self) -> int:
@@ -80,6 +82,7 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequ
     roles = {path: role for role, path in family.projections.items()} if family else {}
     sites = []
     for index, layer in enumerate(layers):
+        block = _block(layer, roles, f"{layers_path}.{index}", model.config.model_type in FAMILIES)
         for path, module in layer.named_modules():
             wanted = _matches(f"{layers_path}.{index}.{path}", module, targets) if targets else path in roles
             if not wanted or not _is_linear(module):
@@ -89,13 +92,34 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequ
                 continue
             d_in, d_out = linear_shape(module)
             role = roles.get(path, path.replace(".", "_"))
-            sites.append(Site(name, index, role, d_in, d_out, module.bias is not None, name))
+            whole = block if path in roles else ()
+            sites.append(Site(name, index, role, d_in, d_out, module.bias is not None, name, whole))
     if not sites:
         why = (
             "every feed-forward projection is ignored" if ignore and not targets else "no projection matches --targets"
         )
         raise BadInput(f"{why} in {type(model).__name__}")
     return _share_inputs(sites)
+
+
+def _block(layer: nn.Module, roles: Mapping[str, str], name: str, known: bool) -> tuple[str, ...]:
+    """The projections of a layer's feed-forward block, by name, if its neurons are independent of each other.
+
+    They are not where something else in the layer has a parameter for each neuron (a norm between up and down), and of
+    an unknown architecture it cannot be seen how the halves of a fused gate_up are laid out.
+    """
+    down = next((path for path, role in roles.items() if role == "down"), None)
+    if down is None or (not known and "gate_up" in roles.values()):
+        return ()
+    try:
+        width = linear_shape(layer.get_submodule(down))[0]
+    except (AttributeError, ValueError):  # layers differ
+        return ()
+    own = tuple(f"{path}." for path in roles)
+    others = [p for path, p in layer.named_parameters() if not path.startswith(own)]
+    if any(p.dim() == 1 and len(p) == width for p in others):
+        return ()
+    return tuple(f"{name}.{path}" for path in roles)
 
 
 def detect(base: PreTrainedModel) -> Family | None:

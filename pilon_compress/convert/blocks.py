@@ -98,7 +98,7 @@ class Block:
                     Option(
                         scale * (dropped + sum(pick.loss for pick in picks)),
                         fixed + sum(pick.stored for pick in picks),
-                        sum(pick.stored for pick in picks),
+                        sum(pick.macs for pick in picks),
                         Choice(neurons, ranks),  # type: ignore[arg-type]
                     )
                 )
@@ -114,7 +114,7 @@ class Block:
 
 
 def _ranks(target: Target, site: Site) -> list[Option]:
-    """One matrix, or two factors of some rank where they are smaller. MACs equal stored numbers either way."""
+    """One matrix, or two factors of some rank where they are smaller, with the weights that compose them."""
     full = site.d_in * site.d_out
     saved = target.two_sided[2]
     tail = torch.cat([saved.flip(0).cumsum(0).flip(0), saved.new_zeros(1)])
@@ -123,7 +123,7 @@ def _ranks(target: Target, site: Site) -> list[Option]:
     step = max(step, ROUND * round(step / ROUND)) if largest >= 8 * ROUND else step
     ranks = range(step, largest + 1, step)
     return [Option(0.0, full, full, None)] + [
-        Option(float(tail[r]), r * (site.d_in + site.d_out), r * (site.d_in + site.d_out), r) for r in ranks
+        Option(float(tail[r]), r * (site.d_in + site.d_out + 1) + 1, r * (site.d_in + site.d_out), r) for r in ranks
     ]
 
 

@@ -20,7 +20,7 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
     stored = getattr(config, "quantization_config", None)
     layout = Layout.from_dict(stored["layout"]) if stored and stored.get("quant_method") == "pilon" else None
     if layout and not targets:
-        targets = list(layout.projections)  # what was replaced, which --targets may have chosen
+        targets = [*layout.projections, *layout.kept]  # what was replaced, which --targets may have chosen
     sites = find_sites(empty, targets, ignore)
     entries = [
         {
@@ -32,7 +32,7 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
             "parameters": site.parameters,
             "bytes": site.parameters * DENSE_ITEMSIZE,
             "macs": site.d_in * site.d_out,
-            "bank": layout.projections[site.name].bank if layout and site.name in layout.projections else None,
+            "bank": _home(layout, site.name),
         }
         for site in sites
     ]
@@ -53,3 +53,13 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
             name: {**vars(spec), **bank_size(layout, name).to_dict()} for name, spec in layout.banks.items()
         }
     return result
+
+
+def _home(layout: Layout | None, name: str) -> str | None:
+    """Where a converted projection is kept: its bank, or a matrix of its own. None for one that was not converted."""
+    if layout is None or name not in {**layout.projections, **layout.kept}:
+        return None
+    if name in layout.projections:
+        return layout.projections[name].bank
+    d_in, d_out = layout.shape(name)
+    return f"matrix {d_in}→{d_out}"
