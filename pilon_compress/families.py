@@ -56,6 +56,8 @@ class Site:
     bias: bool
     input: str
     """Name of the site whose input it shares: gate and up of one layer read the same activations."""
+    block: int = 0
+    """How many projections its feed-forward block has, replaced or not; 0: not known, or it is in none."""
 
     @property
     def parameters(self) -> int:
@@ -89,7 +91,8 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequ
                 continue
             d_in, d_out = linear_shape(module)
             role = roles.get(path, path.replace(".", "_"))
-            sites.append(Site(name, index, role, d_in, d_out, module.bias is not None, name))
+            block = len(roles) if path in roles else 0
+            sites.append(Site(name, index, role, d_in, d_out, module.bias is not None, name, block))
     if not sites:
         why = (
             "every feed-forward projection is ignored" if ignore and not targets else "no projection matches --targets"

@@ -144,10 +144,13 @@ def preview(sites: Sequence[Site], ratio: float) -> Plan | None:
 
 
 def down_of(sites: Sequence[Site]) -> Site | None:
-    """The projection that reads the neurons which all others of the layer make; None where there is none."""
+    """The projection that reads the neurons which all others of the layer make; None where there is none.
+
+    A neuron can only go from all projections of its block: None too where one of them is not among `sites`.
+    """
     downs = [site for site in sites if site.role == "down"]
     ups = [site for site in sites if site.role in ("up", "gate", "gate_up")]
-    if len(downs) != 1 or len(ups) != len(sites) - 1 or not ups:
+    if len(downs) != 1 or len(ups) != len(sites) - 1 or not ups or any(site.block > len(sites) for site in sites):
         return None
     width = downs[0].d_in
     fused = len(ups) == 1 and ups[0].role == "gate_up" and ups[0].d_out == 2 * width
