@@ -8,6 +8,7 @@ import torch
 
 from pilon_compress.convert import descent, refine
 from pilon_compress.convert.calibration import Batch
+from pilon_compress.convert.source import Source
 from pilon_compress.convert.stream import Stream, blocks, hidden_of, run_base
 from pilon_compress.errors import BadInput
 from pilon_compress.form.initialise import initialise
@@ -214,7 +215,7 @@ def test_text_is_split_and_too_little_is_refused():
 )
 def test_a_stream_sees_what_the_model_computes(tiny, family):
     model, batches, seen = tiny.tiny_model(family), text(2), []
-    stream = Stream(model, batches)
+    stream = Stream(Source(model), batches)
     layers = list(blocks(model).values())
     for layer in layers:
         layer.register_forward_hook(lambda _module, _args, output: seen.append(hidden_of(output)))
