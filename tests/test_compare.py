@@ -30,7 +30,7 @@ ENCODER = "compare dense --calibration text.txt --samples 32 --ffn-ratio 0.6 --s
 CAUSAL = "compare causal --calibration text.txt --samples 4 --sequence-length 64 --eval-samples 2 --ffn-ratio 0.5"
 CAUSAL += " --seeds 2 --methods svd,asvd"
 REFUSED = {
-    "compare dense -o new --methods pilon,magic": ["magic", "whitened-svd", "nystrom", "pilon-private"],
+    "compare dense -o new --methods pilon,magic": ["magic", "whitened-svd", "nystrom", "pilon-low-rank"],
     "compare dense -o new --methods svd --ffn-ratio 0.6 --ffn-ratio 0.01": ["0.01", "too small for svd"],
     "compare dense -o full --methods svd": ["full is not empty"],
 }
@@ -226,7 +226,7 @@ def test_a_failure_while_writing_keeps_the_earlier_comparison_and_the_cells(insi
         ([float("nan")], ["svd"], 1, "nan"),
         ([0.5], ["svd", ""], 1, "no method ''"),
         ([0.5], ["svd"], 0, "at least one"),
-        ([0.01], ["svd", "pilon-private"], 1, "0.01 is too small"),
+        ([0.01], ["pilon", "svd"], 1, "0.01 is too small"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(inside, ratios, methods, seeds, message):
@@ -262,10 +262,14 @@ def test_cells_are_reused_only_for_the_same_model_text_and_settings(inside):
     assert len({first, *others}) == 4
 
 
-def test_without_sharing_every_layer_has_banks_of_its_own(inside):
-    jobs = comparing.plan(settings(), [0.5], ["pilon", "pilon-private"], 1).jobs
-    assert jobs["pilon-private", 0.5].plan.bands == [[0], [1], [2]]
-    assert jobs["pilon", 0.5].plan.bands == [[0, 1, 2]]
+def test_our_own_rows_differ_by_what_their_recipes_say(inside):
+    names = ["pilon", "pilon-shared", "pilon-low-rank", "pilon-refined"]
+    jobs = comparing.plan(settings(), [0.5], names, 1).jobs
+    plain, shared, low_rank, refined = (jobs[name, 0.5] for name in names)
+    assert shared.recipe.budget.sharing == "auto" and shared.shares and not plain.shares
+    assert plain.recipe.budget.neurons and not low_rank.recipe.budget.neurons
+    assert refined.recipe.refine.steps > 0 == plain.recipe.refine.steps
+    assert all(job.allocated and job.recipe.budget.ratio == 0.5 for job in jobs.values())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])

@@ -62,3 +62,11 @@ def test_pareto_keeps_what_nothing_beats():
     kept = pareto([Option(3, 1, 9), Option(2, 2, 9), Option(2.5, 3, 1), Option(1, 4, 9)])
     assert [option.loss for option in kept] == [3, 2, 1]
     assert len(pareto([Option(3, 1, 9), Option(2, 2, 9), Option(2.5, 3, 1)], by_macs=True)) == 3
+
+
+def test_a_budget_for_the_best_of_everything_buys_it():
+    """However the sizes fall on the grid: at full size nothing is lost."""
+    groups = [[Option(1.0, 10, 10), Option(0.0, 1001, 1001)] for _ in range(3)]
+    for macs in (None, 3003):
+        found = choose(groups, 3003, macs)
+        assert found is not None and [option.loss for option in found] == [0, 0, 0]

@@ -15,12 +15,13 @@ from transformers import (
     AutoTokenizer,
 )
 
-from pilon_compress.convert.plan import make_plan
+from pilon_compress.convert.plan import BankPlan, Plan, make_plan, trimmed
 from pilon_compress.deploy.export import export_self_contained, to_dense
 from pilon_compress.deploy.save import save_model
 from pilon_compress.families import FAMILIES, find_sites
 from pilon_compress.form.initialise import initialise
-from pilon_compress.form.layout import install, layout_of, projections
+from pilon_compress.form.layout import Layout, install, kept_matrices, layout_of, projections
+from pilon_compress.measure.size import model_size
 from pilon_compress.recipe import Budget
 
 ENCODERS = ("bert", "roberta", "distilbert")
@@ -32,6 +33,30 @@ def pilon(tiny, family, **config):
     model = tiny.tiny_model(family, **config)
     plan = make_plan(find_sites(model), Budget(ffn_ratio=0.6), "pilon", "component")
     return initialise(install(model, plan.layout()), 0.05, torch.Generator().manual_seed(0)).eval()
+
+
+def trimmed_pilon(tiny, family):
+    """The same with 40 of 64 neurons left: ups stay matrices in the first layer, downs in the second, all in the third.
+
+    Kept matrices and banks compute at the smaller width.
+    """
+    model = tiny.tiny_model(family)
+    plan = Plan(0.6, [[0], [1], [2]], [])
+    for site in find_sites(model):
+        small = trimmed(site, 40, 64)
+        plan.host[site.name] = (site.d_in, site.d_out)
+        if site.layer == 2 or (site.role == "down") == (site.layer == 1):
+            plan.kept.append(small)
+        else:
+            plan.banks.append(BankPlan(site.layer, site.role, (small,), 1, 9, 1))
+    generator = torch.Generator().manual_seed(0)
+    initialise(install(model, plan.layout()), 0.1, generator)
+    with torch.no_grad():
+        for _, kept in kept_matrices(model):
+            kept.weight.normal_(0, 0.1, generator=generator)
+            if kept.bias is not None:
+                kept.bias.normal_(0, 0.1, generator=generator)
+    return model.eval()
 
 
 def save(tiny, model, folder, **options):
@@ -59,6 +84,24 @@ def test_round_trip_is_bit_equal_for_every_family(tiny, tmp_path, family, shard)
     base = AutoModel.from_pretrained(folder)
     assert torch.equal(output(base), output(model.base_model))
     assert not hasattr(loaded, "hf_quantizer") and loaded.half().dtype == torch.float16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trimmed_and_kept_projections_survive_saving_and_export(tiny, tmp_path, family):
+    model = trimmed_pilon(tiny, family)
+    before, layout = output(model), layout_of(model)
+    folder = save(tiny, model, tmp_path / "m")
+    auto = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+    loaded = auto.from_pretrained(folder)
+    assert layout_of(loaded) == layout == Layout.from_dict(json.loads(json.dumps(layout.to_dict())))
+    assert torch.equal(output(loaded), before)
+    numbers = sum(tensor.numel() for tensor in load_file(f"{folder}/model.safetensors").values())
+    assert model_size(layout, tiny.tiny_model(family)).stored == numbers, "what is counted is what the file holds"
+    whole = save(tiny, to_dense(loaded), tmp_path / "dense")
+    dense = auto.from_pretrained(whole)
+    shapes = {name: p.shape for name, p in tiny.tiny_model(family).named_parameters()}
+    assert {name: p.shape for name, p in dense.named_parameters()} == shapes
+    torch.testing.assert_close(output(dense), before, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,6 +141,15 @@ def test_missing_pilon_tensor_is_refused(tiny, tmp_path):
         save_file({k: v for k, v in tensors.items() if k != lost}, path, metadata={"format": "pt"})
         with pytest.raises(ValueError, match="lacks 1 PILON tensors"):
             AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_missing_kept_matrix_is_refused(tiny, tmp_path):
+    path = f"{save(tiny, trimmed_pilon(tiny, 'llama'), tmp_path / 'm')}/model.safetensors"
+    tensors = load_file(path)
+    lost = "model.layers.2.mlp.up_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != lost}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 PILON tensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
 
 def test_newer_format_is_refused(tiny, tmp_path):
@@ -147,9 +199,11 @@ def test_import_is_light():
     assert run(code).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
-def test_self_contained_folder_loads_without_the_package(tiny, tmp_path, family):
-    model = pilon(tiny, family)
+@pytest.mark.parametrize(
+    ("family", "make"), [("gpt2", pilon), ("llama", pilon), ("bert", pilon), ("gpt2", trimmed_pilon)]
+)
+def test_self_contained_folder_loads_without_the_package(tiny, tmp_path, family, make):
+    model = make(tiny, family)
     folder = save(tiny, model, tmp_path / "m")
     out = tmp_path / "own"
     export_self_contained(folder, out)

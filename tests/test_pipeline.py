@@ -47,6 +47,29 @@ def test_a_full_rank_plan_reproduces_every_family(tiny, tmp_path, prose, family)
     assert expected.std() > 0.1, "logits that say something"
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "bert"])
+def test_an_allocation_at_full_size_reproduces_the_logits(tiny, tmp_path, prose, family):
+    tiny.save_tiny(family, tmp_path / "dense")
+    report = run(tmp_path / "dense", prose, tmp_path / "full", budget={"ffn_ratio": 1.0})
+    assert report["ffn"]["stored_ratio"] <= 1 and report["ffn"]["mac_ratio"] <= 1
+    auto = AutoModelForMaskedLM if family in tiny.ENCODERS else AutoModelForCausalLM
+    dense, full = (logits(auto, tmp_path / name) for name in ("dense", "full"))
+    torch.testing.assert_close(full, dense, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_half_the_numbers_and_half_the_arithmetic(tiny, tmp_path, prose, family):
+    dense = tiny.save_tiny(family, tmp_path / "dense")
+    report = run(tmp_path / "dense", prose, tmp_path / "half", budget={"ffn_ratio": 0.5, "optimize": "compute"})
+    assert 0.4 < report["ffn"]["stored_ratio"] <= 0.5 and report["ffn"]["mac_ratio"] <= 0.5
+    auto = AutoModelForMaskedLM if family in tiny.ENCODERS else AutoModelForCausalLM
+    half = auto.from_pretrained(tmp_path / "half")
+    missing = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in half.parameters())
+    indices = sum(layer.top_k for _, layer in projections(half))
+    assert report["ffn"]["dense_stored"] - report["ffn"]["stored"] == missing - indices, "the model is as small as said"
+    assert all(0 <= loss < 1 for loss in report["whitened_loss"].values())
+
+
 def test_targets_and_ignore_decide_what_is_replaced_and_nothing_else_changes(tiny, tmp_path, prose):
     tiny.save_tiny("llama", tmp_path / "dense")
     scope = {"targets": [r"re:.*mlp\.(up|down)_proj"], "ignore": [r"re:layers\.1\."]}

@@ -114,17 +114,16 @@ class Block:
 
 
 def _ranks(target: Target, site: Site) -> list[Option]:
-    """One matrix, or two factors of some rank where they are smaller, with the weights that compose them."""
+    """One matrix, or two factors of some rank where they are smaller, which also store their composition: rank + 1."""
     full = site.d_in * site.d_out
     saved = target.two_sided[2]
     tail = torch.cat([saved.flip(0).cumsum(0).flip(0), saved.new_zeros(1)])
-    largest = (full - 1) // (site.d_in + site.d_out)
+    price = site.d_in + site.d_out
+    largest = (full - 2) // (price + 1)
     step = max(1, largest // RANK_STEPS)
     step = max(step, ROUND * round(step / ROUND)) if largest >= 8 * ROUND else step
     ranks = range(step, largest + 1, step)
-    return [Option(0.0, full, full, None)] + [
-        Option(float(tail[r]), r * (site.d_in + site.d_out + 1) + 1, r * (site.d_in + site.d_out), r) for r in ranks
-    ]
+    return [Option(0.0, full, full, None)] + [Option(float(tail[r]), r * price + r + 1, r * price, r) for r in ranks]
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

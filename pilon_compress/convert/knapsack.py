@@ -63,6 +63,9 @@ def _macs(chosen: Sequence[Option]) -> int:
 
 def _within(groups: Sequence[Sequence[Option]], stored: float, price: float) -> list[Option] | None:
     """Least Σ loss + price · MACs with Σ stored within the budget."""
+    wished = [min(group, key=lambda one: one.loss + price * one.macs) for group in groups]
+    if sum(option.stored for option in wished) <= stored:  # the grid's rounding must not cost what the budget allows
+        return wished
     quantum = stored / GRID
     if quantum <= 0:
         return None
