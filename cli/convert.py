@@ -103,6 +103,13 @@ def convert(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.", rich_help_panel=PANELS["run"])] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling and fit.", rich_help_panel=PANELS["run"])] = None,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            help="GiB that the conversion may use; larger models are read block by block. Default: what is free.",
+            rich_help_panel=PANELS["run"],
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier output.", rich_help_panel=PANELS["run"])
     ] = False,
@@ -131,6 +138,7 @@ def convert(
         "budget.optimize": optimize,
         "budget.mac_ratio": mac_ratio,
         "effort": effort,
+        "max_memory": max_memory,
         "refine.steps": refine,
         "form.composition": composition,
         "calibration.data": calibration,

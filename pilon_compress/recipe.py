@@ -203,6 +203,9 @@ class Recipe(_Section):
     """Of the saved weights; auto keeps the dense model's."""
     device: Text = "auto"
     """Where to compute: auto (cuda when present, else cpu), cpu, cuda, cuda:1, ..."""
+    max_memory: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """GiB that the conversion may use; a model that is large against it is read block by block. Default: what is
+    free."""
     effort: Literal["fast", "balanced", "best"] = "balanced"
     """fast: every layer on its own. balanced: each layer makes up for those before it. best: longer joint fits."""
     budget: Budget = Budget()

@@ -5,9 +5,11 @@ model, and a multi-choice knapsack takes the best set within the budget. LEMS an
 here neurons, ranks and plain matrices compete.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor
 
 from pilon_compress.convert.blocks import Block, Choice
@@ -43,6 +45,23 @@ class Allocation:
     plan: Plan
     left: dict[int, Tensor | None]
     losses: dict[int, float]
+
+    def pack(self) -> dict[str, Tensor]:
+        """All of it as tensors by name, for the journal."""
+        plain = {"plan": asdict(self.plan), "losses": list(self.losses.items()), "layers": list(self.left)}
+        text = torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
+        return {"plain": text} | {f"left.{layer}": left for layer, left in self.left.items() if left is not None}
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor]) -> "Allocation":
+        plain = json.loads(bytes(tensors["plain"].tolist()))
+        asked = plain["plan"]
+        banks = [
+            BankPlan(**{**bank, "sites": tuple(Site(**site) for site in bank["sites"])}) for bank in asked["banks"]
+        ]
+        kept, host = [Site(**site) for site in asked["kept"]], {name: (a, b) for name, (a, b) in asked["host"].items()}
+        left = {layer: tensors.get(f"left.{layer}") for layer in plain["layers"]}
+        return cls(Plan(asked["ratio"], asked["bands"], banks, kept, host), left, dict(map(tuple, plain["losses"])))
 
 
 def size_layers(

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from pilon_compress.convert.factorize import Target, damped
+from pilon_compress.convert.factorize import Target, damped, square_root
 from pilon_compress.convert.knapsack import Option, pareto
 from pilon_compress.convert.moments import Moments
 from pilon_compress.convert.neurons import Elimination, eliminate, refit
@@ -41,13 +41,18 @@ class Block:
         self.metrics: dict[str, Tensor] = {}
         self.means: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
+        self._roots: dict[str, tuple[Tensor, Tensor]] = {}
+        moved: dict[str, Tensor] = {}  # gate and up share one metric
         for site in sites:
             linear = module.get_submodule(site.name.removeprefix(f"{prefix}."))
             self.weights[site.name] = dense_weight(linear)
             if site.bias:
                 self.biases[site.name] = linear.get_parameter("bias").detach().double()
             moment = moments.input(site)
-            self.metrics[site.name] = damped(moment.covariance() if site.bias else moment.second_moment())
+            key = f"{site.input} {site.bias}"
+            if key not in moved:
+                moved[key] = damped(moment.covariance() if site.bias else moment.second_moment())
+            self.metrics[site.name] = moved[key]
             self.means[site.name] = moment.mean.double()
             self.gradients[site.name] = damped(moments.gradient(site))
 
@@ -74,7 +79,19 @@ class Block:
         elif left is not None:
             columns = self.columns(site, left)
             weight, gradient = weight[:, columns], gradient[columns][:, columns]
-        return Target(name, site.layer, weight, metric, gradient)
+        down, wide = site == self.down, weight.shape[0] <= weight.shape[1]
+        whole_metric, whole_gradient = left is None or not down, left is None or down
+        return Target(
+            *(name, site.layer, weight, metric, gradient),
+            metric_root=self._root(self.metrics[name], f"{site.input} {site.bias}") if wide and whole_metric else None,
+            gradient_root=self._root(self.gradients[name], name) if not wide and whole_gradient else None,
+        )
+
+    def _root(self, metric: Tensor, key: str) -> tuple[Tensor, Tensor]:
+        """The square root of a metric that no choice of neurons changes, taken once."""
+        if key not in self._roots:
+            self._roots[key] = square_root(metric)
+        return self._roots[key]
 
     def options(self, ratio: float, scale: float = 1.0, drop: bool = True) -> list[Option]:
         """What the block may become, smaller and smaller, with its loss in the metrics of the sites times `scale`.
@@ -116,7 +133,7 @@ class Block:
 def _ranks(target: Target, site: Site) -> list[Option]:
     """One matrix, or two factors of some rank where they are smaller, which also store their composition: rank + 1."""
     full = site.d_in * site.d_out
-    saved = target.two_sided[2]
+    saved = target.savings
     tail = torch.cat([saved.flip(0).cumsum(0).flip(0), saved.new_zeros(1)])
     price = site.d_in + site.d_out
     largest = (full - 2) // (price + 1)

@@ -39,6 +39,9 @@ class Target:
     weight: Tensor
     metric: Tensor
     gradient: Tensor | None = None
+    metric_root: tuple[Tensor, Tensor] | None = None
+    gradient_root: tuple[Tensor, Tensor] | None = None
+    """`square_root` of each, where the caller has it already: many targets share a metric."""
 
     @classmethod
     def of(cls, name: str, layer: int, weight: Tensor, moment: Tensor, gradient: Tensor | None = None) -> "Target":
@@ -75,7 +78,7 @@ class Target:
         """
         W, G = self.weight, self.gradient
         if W.shape[0] <= W.shape[1]:
-            root, inverse = square_root(self.metric)
+            root, inverse = self.metric_root or square_root(self.metric)
             X = root @ W
             values, vectors = torch.linalg.eigh(X @ X.T if G is None else X @ G @ X.T)
             U = vectors.flip(1)
@@ -84,11 +87,25 @@ class Target:
             values, vectors = torch.linalg.eigh(W.T @ self.metric @ W)
             V = vectors.flip(1)
             return W @ V, V.T, values.flip(0).clamp_min(0)
-        root, inverse = square_root(G)
+        root, inverse = self.gradient_root or square_root(G)
         Y = W @ root
         values, vectors = torch.linalg.eigh(Y.T @ self.metric @ Y)
         V = vectors.flip(1)
         return Y @ V, V.T @ inverse, values.flip(0).clamp_min(0)
+
+    @property
+    def savings(self) -> Tensor:
+        """The last part of `two_sided` alone: eigenvalues without vectors cost a fraction."""
+        W, G = self.weight, self.gradient
+        if G is None or "two_sided" in self.__dict__:
+            return self.two_sided[2]
+        if W.shape[0] <= W.shape[1]:
+            X = (self.metric_root or square_root(self.metric))[0] @ W
+            square = X @ G @ X.T
+        else:
+            Y = W @ (self.gradient_root or square_root(G))[0]
+            square = Y.T @ self.metric @ Y
+        return torch.linalg.eigvalsh(square).flip(0).clamp_min(0)
 
     @cached_property
     def whitened(self) -> tuple[Tensor, Tensor]:

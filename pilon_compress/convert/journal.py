@@ -42,7 +42,8 @@ class Journal:
         if self.folder is None or not self._path(name).is_file():
             return None
         try:
-            return load_file(self._path(name))
+            # copies: products of memory that the file happens to align otherwise round otherwise
+            return {key: tensor.clone() for key, tensor in load_file(self._path(name)).items()}
         except (SafetensorError, OSError):
             return None
 

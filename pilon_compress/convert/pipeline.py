@@ -16,23 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
 from pilon_compress import checkpoint, recipe, text
 from pilon_compress.convert import calibration
-from pilon_compress.convert.allocate import allocate, size_layers
+from pilon_compress.convert.allocate import Allocation, allocate, size_layers
 from pilon_compress.convert.fit import BankFit
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
 from pilon_compress.convert.moments import Moments, gather
 from pilon_compress.convert.plan import Plan, split_bands
-from pilon_compress.convert.prepare import Job, describe_plan, prepare
+from pilon_compress.convert.prepare import PROCESS_BYTES, Job, describe_plan, prepare
 from pilon_compress.convert.refine import refine
 from pilon_compress.convert.sensitivity import Sensitivity
 from pilon_compress.convert.share import Sharing
-from pilon_compress.convert.source import Source
+from pilon_compress.convert.shelf import Shelf
+from pilon_compress.convert.source import Source, available, open_source
 from pilon_compress.deploy.card import model_card
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
 from pilon_compress.errors import BadInput
@@ -77,17 +79,17 @@ def convert(
     batches = read_calibration(job, tokenizer)
     lessons = read_lessons(job, tokenizer, batches)
     exam = read_evaluation(job)
-    dense = checkpoint.load_model(settings.model, dtype=compute_dtype(job, device), device=str(device))
-    journal = Journal(output, fingerprint(job, batches, dense))
-    model, plan, solved = compress(Source(dense), job, batches, journal)
-    refined = improve(model, dense, lessons, settings)
+    source = open_dense(job, device)
+    journal = Journal(output, fingerprint(job, batches, source))
+    model, plan, solved = compress(source, job, batches, journal)
+    refined = improve(model, source.model, lessons, settings)
     result = describe(job, plan, model, solved, batches) | {"refinement": refined}
     result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
     with fresh_folder(output, overwrite) as folder:
         save_model(model, tokenizer, folder, job.dtype)
         copy_companions(checkpoint.resolve(settings.model), folder)
-        del model
-        result |= judge(job, folder, dense, tokenizer, exam)
+        del model, solved
+        result |= judge(job, folder, source, tokenizer, exam)
         result["seconds"] = time.perf_counter() - started
         result["peak_rss_gib"] = peak_rss_gib()
         (folder / "recipe.yaml").write_text(result["recipe"])
@@ -110,9 +112,13 @@ def compress(
     """
     journal = journal or Journal()
     settings, effort = job.recipe, EFFORTS[job.recipe.effort]
-    moments = moments or gather(source, batches, job.sites, causal=job.causal, seed=settings.seed)
+    moments = moments or take_moments(source, batches, job, journal)
     plan, left, fits = job.plan, dict[int, Tensor | None](), dict[str, BankFit]()
-    if job.allocated:
+    known = journal.get("allocation") if job.allocated else None
+    if known is not None:
+        found = Allocation.unpack(known)
+        plan, left = found.plan, found.left
+    elif job.allocated:
         sensitivity = Sensitivity(source, batches, job.causal)
         sizings = size_layers(source, job.sites, moments, settings.budget.ratio, sensitivity, settings.budget.neurons)
         found = allocate(sizings, settings.budget.ratio, job.mac_ratio)
@@ -120,7 +126,10 @@ def compress(
             bands = split_bands([sizing.layer for sizing in sizings], None)
             sharing = Sharing(source, moments, effort.sweeps, settings.seed, settings.budget.align)
             found, fits = sharing.apply(sizings, found, bands)
+            for name, fit in fits.items():
+                journal.put(f"bank.{name}", fit.pack())
         plan, left = found.plan, found.left
+        journal.put("allocation", found.pack())
     pilon = settings.method == "pilon"
     task = Task(
         sites=job.sites,
@@ -134,7 +143,35 @@ def compress(
         fits=fits,
     )
     solved = solve(source, batches, task, moments, journal)
-    return build(source.model, plan, solved), plan, solved
+    return build(source, plan, solved, job.dtype), plan, solved
+
+
+def open_dense(job: Job, device: torch.device) -> Source:
+    """The dense model, streamed where it is large. Raises BadInput if it is to be refined, which needs all of it."""
+    limit, dtype = job.recipe.max_memory, getattr(torch, compute_dtype(job, device))
+    parameters = sum(parameter.numel() for parameter in job.dense.parameters())
+    source = open_source(job.recipe.model, parameters, dtype, device, limit)
+    if source.streamed and job.recipe.refine.steps:
+        raise BadInput(
+            f"refinement holds the dense and the converted model in memory, {available(limit) / 2**30:.3g} GiB are too "
+            "little for that: leave out --refine, or raise --max-memory"
+        )
+    return source
+
+
+def take_moments(source: Source, batches: list[calibration.Batch], job: Job, journal: Journal) -> Moments:
+    """The moments; of a streamed model they and the states between its blocks are files, which outlive a kill."""
+    settings, shelf = job.recipe, Shelf()
+    if source.streamed and journal.folder is not None:
+        shelf = Shelf(journal.folder / "moments")
+        names = journal.get_plain("moments")
+        if names is not None:
+            shelf.adopt(names, source.device)
+            return Moments(shelf, source.device)
+    moments = gather(source, batches, job.sites, causal=job.causal, seed=settings.seed, shelf=shelf)
+    if source.streamed:
+        journal.put_plain("moments", shelf.names())
+    return moments
 
 
 def improve(
@@ -147,12 +184,13 @@ def improve(
     return refine(model, dense, lessons, steps=asked.steps, minutes=asked.minutes, seed=settings.seed).to_dict()
 
 
-def fingerprint(job: Job, batches: list[calibration.Batch], dense: PreTrainedModel) -> str:
+def fingerprint(job: Job, batches: list[calibration.Batch], source: Source) -> str:
     """Of everything that a conversion's steps depend on: version, recipe, calibration text, weights."""
-    state = blake2b(f"{pilon_compress.__version__}\n{recipe.dump(job.recipe)}".encode(), digest_size=16)
+    settings = job.recipe.model_copy(update={"max_memory": None})  # which changes no result
+    state = blake2b(f"{pilon_compress.__version__}\n{recipe.dump(settings)}".encode(), digest_size=16)
     for batch in batches:
         state.update(batch.input_ids.numpy().tobytes())
-    for parameter in dense.parameters():
+    for parameter in source.parameters():
         state.update(str(float(parameter.detach().double().sum())).encode())
     return state.hexdigest()
 
@@ -209,27 +247,50 @@ def read_evaluation(job: Job) -> list[str] | str:
 
 
 @torch.no_grad()
-def build(dense: PreTrainedModel, plan: Plan, solved: Solved) -> PreTrainedModel:
-    """The PILON model: a copy of `dense` that shares every other tensor with it. Unused primitives are dropped."""
+def build(source: Source, plan: Plan, solved: Solved, dtype: torch.dtype) -> PreTrainedModel:
+    """The PILON model: a copy of the dense one that shares every other tensor with it. Unused primitives are dropped.
+
+    Of a streamed model the blocks are read once more, and everything in them is in `dtype` at once.
+    """
+    dense = source.model
     shared = {id(tensor): tensor for tensor in chain(dense.parameters(), dense.buffers())}
     model = copy.deepcopy(dense, memo=dict(shared))
-    install(model, plan.layout())
+    own, computed = torch.get_default_dtype(), source.model.dtype
+    if source.streamed:
+        torch.set_default_dtype(dtype)
+    try:
+        install(model, plan.layout())
+    finally:
+        torch.set_default_dtype(own)
     modules = dict(banks(model))
     for bank in plan.banks:
         fit = solved.banks[bank.name]
-        modules[bank.name].A.copy_(fit.A)
-        modules[bank.name].B.copy_(fit.B)
+        modules[bank.name].A.copy_(fit.A.to(computed))  # rounded twice, as a model in memory is when it is saved
+        modules[bank.name].B.copy_(fit.B.to(computed))
         for place, site in enumerate(bank.sites):
             composed = model.base_model.get_submodule(site.name)
-            composed.weight.copy_(fit.weight[place])
+            composed.weight.copy_(fit.weight[place].to(computed))
             composed.selected.copy_(fit.selected[place])
     for name, weight in solved.kept.items():
-        model.base_model.get_submodule(name).weight.copy_(weight.T)
+        model.base_model.get_submodule(name).weight.copy_(weight.T.to(computed))
     for name, bias in solved.biases.items():
-        model.base_model.get_submodule(name).bias.copy_(bias)
-    model.to(dense.device)
+        model.base_model.get_submodule(name).bias.copy_(bias.to(computed))
+    if source.streamed:
+        fill(model, source, dtype)
+    model.to(source.device)
     prune_unused(model)
     return model.requires_grad_(False).eval()
+
+
+def fill(model: PreTrainedModel, source: Source, dtype: torch.dtype) -> None:
+    """Read what conversion left alone in the blocks."""
+    for index, name in enumerate(source.names):
+        with source.block(index) as block:
+            mine = model.base_model.get_submodule(name)
+            dense = dict(block.named_parameters())
+            for key, parameter in list(mine.named_parameters()):
+                if parameter.is_meta:
+                    set_module_tensor_to_device(mine, key, source.device, value=dense[key], dtype=dtype)
 
 
 def describe(
@@ -288,12 +349,21 @@ def describe_projection(site: Site, plan: Plan, solved: Solved) -> dict[str, Any
 def judge(
     job: Job,
     folder: Path,
-    dense: PreTrainedModel,
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     exam: list[str] | str,
 ) -> dict[str, Any]:
-    """Load the saved folder back and measure it against `dense`: `evaluation`, or None and why it was skipped."""
-    saved = checkpoint.load_model(str(folder), dtype=dense.dtype, device=str(dense.device))
+    """Load the saved folder back and measure it against the dense model: `evaluation`, or None and why not."""
+    dense = source.model
+    if source.streamed and not isinstance(exam, str):
+        held = (2 * sum(p.numel() for p in job.dense.parameters()) * dense.dtype.itemsize + PROCESS_BYTES) / 2**30
+        memory = available(job.recipe.max_memory) / 2**30
+        if held > memory:
+            exam = f"both models in memory take {held:.3g} GiB of {memory:.3g}; `eval` scores the converted one alone"
+        else:
+            dense = checkpoint.load_model(job.recipe.model, dtype=dense.dtype, device=str(source.device))
+    dtype = job.dtype if source.streamed and isinstance(exam, str) else dense.dtype
+    saved = checkpoint.load_model(str(folder), dtype=dtype, device=str(source.device))
     if isinstance(exam, str):
         return {"evaluation": None, "evaluation_skipped": exam}
     asked = job.recipe.evaluation

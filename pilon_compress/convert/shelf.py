@@ -1,6 +1,7 @@
 """Tensors that are put away until they are needed again: in memory up to a limit, in files beyond it."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,8 +28,8 @@ class Shelf:
             self.held += tensor.nbytes
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{name.replace('/', '_')}.safetensors"
-        save_file({"tensor": tensor.detach().cpu().contiguous()}, path)
+        path = self._path(name)
+        save_file({"tensor": tensor.detach().cpu().contiguous().clone()}, path)
         self._files[name] = (path, tensor.device)
 
     def get(self, name: str) -> Tensor:
@@ -36,7 +37,24 @@ class Shelf:
         if name in self._memory:
             return self._memory[name]
         path, device = self._files[name]
-        return load_file(path)["tensor"].to(device)
+        return (
+            load_file(path)["tensor"].clone().to(device)
+        )  # a copy: the file may align it otherwise, hence round otherwise
+
+    def adopt(self, names: Iterable[str], device: torch.device) -> None:
+        """Take over what an earlier shelf in the same folder left there. Raises KeyError where a file is missing."""
+        for name in names:
+            path = self._path(name)
+            if not path.is_file():
+                raise KeyError(name)
+            self._files[name] = (path, device)
+
+    def names(self) -> list[str]:
+        return [*self._memory, *self._files]
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name.replace('/', '_')}.safetensors"
 
     def take(self, name: str) -> Tensor:
         tensor = self.get(name)

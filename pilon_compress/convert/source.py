@@ -1,23 +1,30 @@
 """The dense model as conversion reads it: whole where it fits, else one block at a time from its safetensors files."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import safe_open
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pilon_compress import checkpoint
 from pilon_compress.convert.stream import blocks
 from pilon_compress.errors import BadInput
 
+SHARE = 0.5  # of the memory: a float32 model that is larger than this is read block by block
+RENAMED = {"lm_head.weight": "embed_out.weight"}  # what files of GPT-NeoX call it
+
 
 class Source:
     """A dense model and its transformer blocks, in memory."""
+
+    streamed = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         checkpoint.check_finite(model)
@@ -33,6 +40,20 @@ class Source:
         """Block `index` with its weights, for as long as the context lasts."""
         yield self.model.base_model.get_submodule(self.names[index])
 
+    def parameters(self) -> Iterator[Tensor]:
+        """Every weight once, those outside the blocks first: the same order whether streamed or not."""
+        inside = tuple(f"{self._prefix()}{name}." for name in self.names)
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith(inside):
+                yield parameter
+        for index in range(len(self.names)):
+            with self.block(index) as block:
+                yield from block.parameters()
+
+    def _prefix(self) -> str:
+        model = self.model
+        return "" if model.base_model is model else f"{model.base_model_prefix}."
+
 
 class Streamed(Source):
     """The same, with every block on the meta device until it is asked for: memory for one block, not for all.
@@ -41,11 +62,14 @@ class Streamed(Source):
     transformers would have to convert; such a model must be loaded whole.
     """
 
+    streamed = True
+
     def __init__(self, reference: str, dtype: torch.dtype, device: torch.device) -> None:
         folder = Path(checkpoint.resolve(reference))
         if not folder.is_dir():
             raise BadInput(f"{reference} is not a local folder: only those can be read block by block")
         config = checkpoint.load_config(reference)
+        config.dtype = dtype
         with init_empty_weights(include_buffers=False):
             self.model = checkpoint.build(config)
         self.model.eval().requires_grad_(False)
@@ -56,6 +80,8 @@ class Streamed(Source):
         outer = [name for name, _ in self.model.named_parameters() if not name.startswith(inside)]
         self._load(self.model, outer, "")
         self.model.tie_weights()
+        if stray := [name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(inside)]:
+            raise BadInput(f"{folder} does not hold {stray[0]}: it cannot be read block by block")
         for name, buffer in self.model.named_buffers():
             set_module_tensor_to_device(self.model, name, device, value=buffer)
 
@@ -66,31 +92,30 @@ class Streamed(Source):
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         module = self.model.base_model.get_submodule(self.names[index])
-        prefix = f"{self._prefix()}{self.names[index]}."
         names = [name for name, _ in module.named_parameters()]
-        self._load(module, names, prefix)
+        self._load(module, names, f"{self._prefix()}{self.names[index]}.")
         try:
             yield module
         finally:
-            module.to_empty(device="meta")
-
-    def _prefix(self) -> str:
-        model = self.model
-        return "" if model.base_model is model else f"{model.base_model_prefix}."
+            for name in names:  # buffers stay: no file holds those that are computed
+                set_module_tensor_to_device(module, name, "meta")
 
     def _locate(self, folder: Path) -> dict[str, tuple[Path, str]]:
         """Parameter name -> the file that holds it and its name there, with or without the base model's prefix."""
-        stored: dict[str, Path] = {}
+        stored: dict[str, tuple[Path, list[int]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                stored |= dict.fromkeys(file.keys(), path)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    stored |= {key: (path, file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise BadInput(f"{path} is truncated or corrupt: {error}") from error
         found, prefix = {}, f"{self.model.base_model_prefix}."
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        for name, _ in self.model.named_parameters():
-            spellings = (name, name.removeprefix(prefix), prefix + name)
+        for name, parameter in self.model.named_parameters():
+            spellings = (name, name.removeprefix(prefix), prefix + name, RENAMED.get(name, name))
             spelling = next((one for one in spellings if one in stored), None)
-            if spelling is not None:
-                found[name] = (stored[spelling], spelling)
+            if spelling is not None and stored[spelling][1] == list(parameter.shape):
+                found[name] = (stored[spelling][0], spelling)
             elif name not in tied:
                 raise BadInput(f"{folder} names {name} otherwise: it cannot be read block by block")
         return found
@@ -104,4 +129,29 @@ class Streamed(Source):
                 tensor = file.get_tensor(spelling)
             if not bool(torch.isfinite(tensor).all()):
                 raise BadInput(f"the weight {prefix}{name} holds NaN or infinite values")
+            # a copy: products of memory that the file happens to align otherwise round otherwise
+            tensor = tensor.to(self.dtype, copy=True)
             set_module_tensor_to_device(module, name, self._device, value=tensor, dtype=self.dtype)
+
+
+def open_source(
+    reference: str, parameters: int, dtype: torch.dtype, device: torch.device, limit: float | None
+) -> Source:
+    """The dense model whole, or streamed where in float32 it fills more than half of the memory (`limit` in GiB).
+
+    Without a limit it is what the machine has to spare. A model that cannot be streamed is loaded whole.
+    """
+    memory = available(limit)
+    if 4 * parameters > SHARE * memory and Path(checkpoint.resolve(reference)).is_dir():
+        try:
+            return Streamed(reference, dtype, device)
+        except BadInput as error:
+            if "block by block" not in str(error):
+                raise
+            print(f"loading the whole model: {error}", file=sys.stderr)
+    return Source(checkpoint.load_model(reference, dtype=dtype, device=str(device)))
+
+
+def available(limit: float | None) -> float:
+    """Bytes that a conversion may use: `limit` in GiB, or what the machine has to spare."""
+    return psutil.virtual_memory().available if limit is None else limit * 2**30

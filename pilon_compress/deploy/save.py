@@ -1,6 +1,7 @@
 """Safe saving: a folder appears whole under its name, or not at all."""
 
 import errno
+import glob
 import json
 import os
 import secrets
@@ -60,6 +61,8 @@ def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     check_output(path, overwrite)
     made = [parent for parent in path.absolute().parents if not parent.exists()]  # innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     work = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     work.mkdir()
     try:
