@@ -203,7 +203,7 @@ def test_more_work_than_dense_is_a_stated_limit() -> None:
 
 
 def test_methods_describe_themselves() -> None:
-    assert "share one bank" in model_card(REPORT)
+    assert "keeps the neurons" in model_card(REPORT)
     for method in ("svd", "whitened-svd"):
         card = model_card(report_with(method=method))
-        assert "share one bank" not in card and "low-rank product per layer" in card
+        assert "keeps the neurons" not in card and "low-rank product per layer" in card
