@@ -216,5 +216,5 @@ def test_bfloat16_output(converted):
     words = ("convert", "dense", "-o", "half", "--dtype", "bfloat16", "--calibration", "text.txt", "--json")
     result = json.loads(command(*words, cwd=folder).stdout)
     tensors = load_file(folder / "half" / "model.safetensors")
-    assert {t.dtype for t in tensors.values()} == {torch.bfloat16, torch.int64}
+    assert torch.bfloat16 in (kinds := {t.dtype for t in tensors.values()}) and kinds <= {torch.bfloat16, torch.int64}
     assert result["ffn"]["bytes_ratio"] == pytest.approx(result["ffn"]["stored_ratio"], rel=0.05)
