@@ -25,7 +25,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
 from pilon_compress.progress import track
 
-LOGITS = 2**25  # numbers of logits that exist at once
+LOGITS = 2**23  # numbers of logits that exist at once; with their gradients about seven times that
 
 
 class SecondMoment:

@@ -46,6 +46,7 @@ from pilon_compress.measure import composition, evaluate, report, size
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
 LESSONS = 8  # refinement reads so many times the calibration's text
+MOMENTS = 1 / 16  # of a given memory limit; what is more goes to disk
 CAUSAL_WINDOWS = 64  # scored by the evaluation that ends a conversion; `eval` scores all of the text
 
 
@@ -162,6 +163,8 @@ def open_dense(job: Job, device: torch.device) -> Source:
 def take_moments(source: Source, batches: list[calibration.Batch], job: Job, journal: Journal) -> Moments:
     """The moments; of a streamed model they and the states between its blocks are files, which outlive a kill."""
     settings, shelf = job.recipe, Shelf()
+    if journal.folder is not None and settings.max_memory is not None:
+        shelf = Shelf(journal.folder / "moments", int(MOMENTS * available(settings.max_memory)))
     if source.streamed and journal.folder is not None:
         shelf = Shelf(journal.folder / "moments")
         names = journal.get_plain("moments")
