@@ -11,8 +11,8 @@ from pilon_compress import readable
 
 Report = Mapping[str, Any]
 _WHAT = {
-    "pilon": "by PILON: a block keeps the neurons that the others cannot make up for, and each projection is one matrix, "
-    "or a composition of low-rank primitives from a bank, its own or one that a band of layers shares",
+    "pilon": "by PILON: a block keeps the neurons that the others cannot make up for, and each projection is one "
+    "matrix, or a composition of low-rank primitives from a bank, its own or one that a band of layers shares",
     "whitened-svd": "by a low-rank product per layer, cut by SVD after whitening with the calibration inputs",
     "svd": "by a low-rank product per layer, cut by plain SVD of the weights",
 }
