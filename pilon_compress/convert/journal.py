@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from pilon_compress.deploy.save import disk_full
+from pilon_compress.errors import BadInput
 
 
 class Journal:
@@ -20,11 +25,13 @@ class Journal:
 
     def __init__(self, output: Path | None = None, fingerprint: str = "") -> None:
         self.folder = None if output is None else output.absolute().parent / f".{output.name}.partial"
+        self._made: list[Path] = []
         if self.folder is None:
             return
         mark = self.folder / "fingerprint"
         if not mark.is_file() or mark.read_text("utf-8") != fingerprint:
             self.remove()
+            self._made = [parent for parent in self.folder.parents if not parent.exists()]
             self.folder.mkdir(parents=True)
             mark.write_text(fingerprint, "utf-8")
 
@@ -64,3 +71,24 @@ class Journal:
         """Forget everything: the output is there, or will never be."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self._made:  # nearest first; one that holds the output stays
+            with suppress(OSError):
+                parent.rmdir()
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Work whose results are kept here. What cannot be mended by running it again leaves nothing behind.
+
+        Raises BadInput when the disk is full.
+        """
+        try:
+            yield
+        except BadInput:
+            self.remove()
+            raise
+        except (OSError, SafetensorError) as error:
+            reason = disk_full(error)
+            if reason is None:
+                raise
+            self.remove()
+            raise BadInput(f"cannot write {self.folder}: {reason}; nothing was kept") from error

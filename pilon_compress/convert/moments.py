@@ -102,6 +102,10 @@ def gather(
         _put(shelf, index, stream.hidden)
         with source.block(index) as block:
             stream.advance(block)
+        if not all(
+            bool(states[mask].isfinite().all()) for states, mask in zip(stream.hidden, stream.masks, strict=True)
+        ):
+            raise BadInput(f"what {source.names[index]} puts out is NaN or infinite on the calibration text")
     gradients = _output_gradients(stream, causal, seed)
     for index in track(range(len(source.names) - 1, -1, -1), "calibrating, backward"):
         inside = [site for site in sites if site.name.startswith(f"{source.names[index]}.")]

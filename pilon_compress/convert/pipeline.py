@@ -82,20 +82,21 @@ def convert(
     exam = read_evaluation(job)
     source = open_dense(job, device)
     journal = Journal(output, fingerprint(job, batches, source))
-    model, plan, solved = compress(source, job, batches, journal)
-    refined = improve(model, source.model, lessons, settings)
-    result = describe(job, plan, model, solved, batches) | {"refinement": refined}
-    result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
-    with fresh_folder(output, overwrite) as folder:
-        save_model(model, tokenizer, folder, job.dtype)
-        copy_companions(checkpoint.resolve(settings.model), folder)
-        del model, solved
-        result |= judge(job, folder, source, tokenizer, exam)
-        result["seconds"] = time.perf_counter() - started
-        result["peak_rss_gib"] = peak_rss_gib()
-        (folder / "recipe.yaml").write_text(result["recipe"])
-        (folder / "README.md").write_text(model_card(result))
-        report.write_report(result, folder)
+    with journal.open():
+        model, plan, solved = compress(source, job, batches, journal)
+        refined = improve(model, source.model, lessons, settings)
+        result = describe(job, plan, model, solved, batches) | {"refinement": refined}
+        result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
+        with fresh_folder(output, overwrite) as folder:
+            save_model(model, tokenizer, folder, job.dtype)
+            copy_companions(checkpoint.resolve(settings.model), folder)
+            del model, solved
+            result |= judge(job, folder, source, tokenizer, exam)
+            result["seconds"] = time.perf_counter() - started
+            result["peak_rss_gib"] = peak_rss_gib()
+            (folder / "recipe.yaml").write_text(result["recipe"])
+            (folder / "README.md").write_text(model_card(result))
+            report.write_report(result, folder)
     journal.remove()
     return result
 

@@ -75,7 +75,7 @@ def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         else:
             work.rename(path)
     except (OSError, SafetensorError) as error:
-        if reason := _disk_full(error):
+        if reason := disk_full(error):
             raise BadInput(f"cannot write {path}: {reason}; nothing was kept") from error
         raise
     finally:
@@ -85,7 +85,8 @@ def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _disk_full(error: Exception) -> str | None:
+def disk_full(error: Exception) -> str | None:
+    """Why nothing more can be written, if that is what `error` says."""
     if isinstance(error, OSError) and error.errno in FULL:
         return FULL[error.errno]
     text = str(error)  # safetensors wraps the operating system's error in its own
