@@ -19,6 +19,7 @@ ENCODER_SAMPLES = 800  # paragraphs
 CAUSAL_SAMPLES = 128  # blocks
 ENCODER_LENGTH = 128
 CAUSAL_LENGTH = 512
+PARAGRAPH = 0.42  # of an encoder's sequence length that a docstring's paragraph fills, measured
 PASSES = 4  # forward; forward and backward; half again for hooks and padding
 ANCHOR_PASSES = 4
 SIZINGS = 9  # times that an allocation decomposes every weight
@@ -146,7 +147,7 @@ def estimate(job: Job) -> dict[str, float]:
     speed = _gemm_flops()
     parameters = sum(p.numel() for p in job.dense.parameters())
     calibration = job.calibration
-    tokens = calibration.samples * calibration.sequence_length
+    tokens = calibration.samples * calibration.sequence_length * (1.0 if job.causal else PARAGRAPH)
     inputs = {site.input: site.d_in for site in job.sites}
     moments = sum(d * d for d in inputs.values()) + sum(site.d_out**2 for site in job.sites)
     passes = PASSES if job.recipe.effort == "fast" or job.recipe.method != "pilon" else PASSES + ANCHOR_PASSES

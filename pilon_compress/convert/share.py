@@ -22,7 +22,7 @@ from pilon_compress.convert.source import Source
 from pilon_compress.families import Site
 from pilon_compress.progress import track
 
-WIDER = (1.25, 1.6)  # a shared block keeps so many times the neurons that its layers have alone
+WIDER = (1.25, 1.6, 1e9)  # a shared block keeps so many times the neurons that its layers have alone; at last all
 RANKS = (16, 8, 4, 2, 1)
 
 

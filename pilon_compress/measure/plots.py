@@ -78,7 +78,7 @@ def error_by_layer(projections: Sequence[Projection]) -> str:
             axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
         positive = [v for v in values if v > 0]
         if positive and max(positive) > 50 * min(positive):
-            _log_axis(axes[0], min(positive), max(positive))
+            _log_axis(axes[0], max(min(positive), 1e-3 * max(positive)), max(positive))
         else:
             axes[0].set_ylim(0, 1.08 * max(positive, default=1.0))
         for axis in axes[::columns]:
