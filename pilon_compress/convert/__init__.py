@@ -1,13 +1,13 @@
 """Dense to PILON. In the order in which a conversion meets them:
 
-    prepare, plan       what can be known before weights are loaded: sites, sizes, estimates
-    calibration         text as batches; source, stream: the dense model's blocks and the states between them
-    moments, shelf      what projections see, and what their outputs are worth: the two-sided metric
-    neurons, blocks     what a layer may lose; sensitivity: what that really costs
-    knapsack, allocate  where the budget goes; share, align: whether bands gain by sharing banks
-    factorize, fit      best factors of one weight, and of a band's weights from one bank; cluster: which go together
-    anchor, layers      one layer after another, behind the converted ones
-    refine, descent     regression to the dense model, if asked for
-    pipeline, journal   the whole road, and how it survives being cut off
-    compare, ours, peers, candidate, cells    the same against published baselines
+prepare, plan       what can be known before weights are loaded: sites, sizes, estimates
+calibration         text as batches; source, stream: the dense model's blocks and the states between them
+moments, shelf      what projections see, and what their outputs are worth: the two-sided metric
+neurons, blocks     what a layer may lose; sensitivity: what that really costs
+knapsack, allocate  where the budget goes; share, align: whether bands gain by sharing banks
+factorize, fit      best factors of one weight, and of a band's weights from one bank; cluster: which go together
+anchor, layers      one layer after another, behind the converted ones
+refine, descent     regression to the dense model, if asked for
+pipeline, journal   the whole road, and how it survives being cut off
+compare, ours, peers, candidate, cells    the same against published baselines
 """

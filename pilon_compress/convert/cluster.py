@@ -1,5 +1,6 @@
 """Which components make one primitive: those that the same layers use, with similar strength."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ def group(usage: Tensor, rank: int, seed: int) -> Tensor:
     layers, count = usage.shape
     power = usage.sum(0)
     share = (usage / power.clamp_min(1e-30)).T.cpu().numpy()
-    patterns = min(2**layers - 1, MAX_PATTERNS, count // rank)
+    patterns = min(2**layers - 1, MAX_PATTERNS, count // rank, len(np.unique(share.round(9), axis=0)))
     if patterns < 2:
         return power.argsort(descending=True, stable=True)
     from sklearn.cluster import KMeans  # here, because it takes a second that planning need not wait for
