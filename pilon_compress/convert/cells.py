@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pilon_compress.convert.journal import claim, claimed, partial_folder
+
 
 class Cells:
     """Cells by key, in `.NAME.partial` beside the output `NAME`: one JSON line each, written through to the disk.
@@ -15,13 +17,11 @@ class Cells:
     """
 
     def __init__(self, output: Path, fingerprint: str) -> None:
-        self.folder = output.absolute().parent / f".{output.name}.partial"
+        self.folder = partial_folder(output)
         self.file, self.mark = self.folder / "cells.jsonl", self.folder / "fingerprint"
         self.found: dict[str, Any] = {}
-        if not self.mark.is_file() or self.mark.read_text("utf-8") != fingerprint:
-            self.remove()
-            self.folder.mkdir(parents=True)
-            self.mark.write_text(fingerprint, "utf-8")
+        if not claimed(self.folder, fingerprint):
+            claim(self.folder, fingerprint)
         elif self.file.is_file():
             self.found = _read(self.file)
             whole = self.folder / "whole.jsonl"

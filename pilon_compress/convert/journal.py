@@ -16,6 +16,24 @@ from pilon_compress.deploy.save import disk_full
 from pilon_compress.errors import BadInput
 
 
+def partial_folder(output: Path) -> Path:
+    """Where unfinished work for `output` is kept: beside it."""
+    return output.absolute().parent / f".{output.name}.partial"
+
+
+def claimed(folder: Path, fingerprint: str) -> bool:
+    """Whether `folder` holds work made under `fingerprint`, the sum of everything that the work depends on."""
+    mark = folder / "fingerprint"
+    return mark.is_file() and mark.read_text("utf-8") == fingerprint
+
+
+def claim(folder: Path, fingerprint: str) -> None:
+    """Make an empty `folder` for work under `fingerprint`; what it held is dropped."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "fingerprint").write_text(fingerprint, "utf-8")
+
+
 class Journal:
     """Named results in `.NAME.partial` beside the output `NAME`, each written whole under its name or not at all.
 
@@ -24,16 +42,11 @@ class Journal:
     """
 
     def __init__(self, output: Path | None = None, fingerprint: str = "") -> None:
-        self.folder = None if output is None else output.absolute().parent / f".{output.name}.partial"
+        self.folder = None if output is None else partial_folder(output)
         self._made: list[Path] = []
-        if self.folder is None:
-            return
-        mark = self.folder / "fingerprint"
-        if not mark.is_file() or mark.read_text("utf-8") != fingerprint:
-            self.remove()
+        if self.folder is not None and not claimed(self.folder, fingerprint):
             self._made = [parent for parent in self.folder.parents if not parent.exists()]
-            self.folder.mkdir(parents=True)
-            mark.write_text(fingerprint, "utf-8")
+            claim(self.folder, fingerprint)
 
     def put(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Keep a result; once this returns it survives whatever happens next."""
