@@ -3,21 +3,15 @@
 Recipes are YAML files with the fields of `Recipe` below.
 """
 
-import copy
-import difflib
 import json
-import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
-from pilon_compress import strict_yaml
-from pilon_compress.errors import BadInput
+from pilon_compress import settings, strict_yaml
+from pilon_compress.settings import Positive, Section, Selector, Switch, Text
 from pilon_compress.strict_yaml import Document
 
 Method = Literal["pilon", "whitened-svd", "svd"]
@@ -34,26 +28,7 @@ DEFAULT_RATIO = 0.5
 LARGEST_RATIO = 4.0  # with allow_larger: enough for a full-rank plan of any shape
 
 
-def _selector(value: str) -> str:
-    if value.startswith("re:"):
-        try:
-            re.compile(value[3:])
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-    return value
-
-
-Positive = Annotated[int, Field(ge=1, strict=True)]
-Text = Annotated[str, Field(min_length=1, strict=True)]
-Switch = Annotated[bool, Field(strict=True)]
-Selector = Annotated[Text, AfterValidator(_selector)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Budget(_Section):
+class Budget(Section):
     """How large the result may be."""
 
     allow_larger: Switch = False  # declared first: the check of ffn_ratio reads it
@@ -126,14 +101,14 @@ class Budget(_Section):
         return DEFAULT_RATIO if self.ffn_ratio is None else self.ffn_ratio
 
 
-class Form(_Section):
+class Form(Section):
     """The PILON form that weights take."""
 
     composition: Literal["component", "scalar"] = "component"
     """Weights of a composition: one per component of each selected primitive, or one per primitive."""
 
 
-class Scope(_Section):
+class Scope(Section):
     """Which projections are replaced: exact module name, class name, or re:REGEX on the module name."""
 
     targets: list[Selector] = []
@@ -142,7 +117,7 @@ class Scope(_Section):
     """Leave these dense; wins over targets."""
 
 
-class Calibration(_Section):
+class Calibration(Section):
     """The text whose activations weigh the error."""
 
     data: Text | None = None
@@ -156,7 +131,7 @@ class Calibration(_Section):
     """Sequences per forward pass."""
 
 
-class Refine(_Section):
+class Refine(Section):
     """Regression to the dense model on the calibration text, after the closed form."""
 
     steps: Annotated[int, Field(ge=0, strict=True)] = 0
@@ -167,7 +142,7 @@ class Refine(_Section):
     """Sequences to learn from, of the calibration source. Default: eight times those of the calibration."""
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """The text that judges the result."""
 
     data: Text | None = None
@@ -190,7 +165,7 @@ class Evaluation(_Section):
         return value
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything that decides a conversion."""
 
     model: Text
@@ -222,18 +197,18 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     An override of ffn_ratio replaces the file's preset, and the other way round. Raises BadInput:
     `file.yaml:LINE: dotted.field: what is wrong`, or `--set a.b: ...` where an override is to blame.
     """
-    origin, text = _find(name_or_path)
-    return _checked(Recipe, strict_yaml.parse(text, origin), overrides)
+    origin, text = settings.find(name_or_path)
+    return settings.checked(Recipe, strict_yaml.parse(text, origin), overrides)
 
 
 def build(data: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "command line") -> Recipe:
     """A recipe from nested dictionaries and `overrides`. `origin` begins the messages of BadInput."""
-    return _checked(Recipe, Document(origin, data), overrides)
+    return settings.checked(Recipe, Document(origin, data), overrides)
 
 
 def evaluation(data: Mapping[str, Any], origin: str = "command line") -> Evaluation:
     """The settings of an evaluation on its own. Raises BadInput."""
-    return _checked(Evaluation, Document(origin, data))
+    return settings.checked(Evaluation, Document(origin, data))
 
 
 def dump(recipe: Recipe) -> str:
@@ -247,131 +222,17 @@ def dump(recipe: Recipe) -> str:
 
 def names() -> list[tuple[str, str]]:
     """The bundled recipes: (name, one-line description from the file's first comment)."""
-    return [(name, source(name).partition("\n")[0].lstrip("# ")) for name in _bundled()]
+    return [(name, source(name).partition("\n")[0].lstrip("# ")) for name in settings.bundled()]
 
 
 def source(name_or_path: str) -> str:
     """The recipe's YAML as written, comments included. Raises BadInput when there is none of that name."""
-    return _find(name_or_path)[1]
+    return settings.find(name_or_path)[1]
 
 
 def schema() -> dict[str, Any]:
     """JSON schema of a recipe file, for editors: the contents of recipes/recipe.schema.json."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
-
-
-def _bundled() -> list[str]:
-    entries = files("pilon_compress.recipes").iterdir()
-    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
-
-
-def _find(name_or_path: str) -> tuple[str, str]:
-    """(what messages call it, its text)."""
-    path = Path(name_or_path)
-    if name_or_path in _bundled():
-        return f"{name_or_path}.yaml", (files("pilon_compress.recipes") / f"{name_or_path}.yaml").read_text("utf-8")
-    try:
-        return name_or_path, path.read_text("utf-8-sig")
-    except FileNotFoundError:
-        raise BadInput(f"no recipe or file {name_or_path!r}{_alternatives(name_or_path, _bundled())}") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"{name_or_path}: not a text file in UTF-8") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise BadInput(f"{name_or_path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-_Model = TypeVar("_Model", bound=_Section)
-
-
-def _checked(model: type[_Model], document: Document, overrides: Sequence[str] = ()) -> _Model:
-    """Validate `document` with the overrides applied, or raise BadInput for the first error by line."""
-    given = {} if document.data is None else document.data
-    if not isinstance(given, Mapping):
-        raise BadInput(f"{document.place(1)}: a recipe is a set of fields, as in `model: gpt2`")
-    data, keys = _overridden(given, overrides)
-    try:
-        return model.model_validate(data)
-    except ValidationError as invalid:
-        errors = []
-        for error in invalid.errors(include_url=False, include_context=False):
-            path = _known_part(error["loc"], data)
-            by = next((key for key in keys if _related(key.split("."), list(map(str, path)))), None)
-            line = 0 if by else document.line(path)
-            errors.append((line, f"--set {by}" if by else document.place(line), ".".join(map(str, path)), error))
-        _, place, field, first = min(errors, key=lambda entry: entry[0])
-        more = f" (+{len(errors) - 1} more)" if len(errors) > 1 else ""
-        where = place if place == f"--set {field}" else f"{place}: {field}"
-        raise BadInput(f"{where}: {_explain(first, model)}{more}") from None
-
-
-def _overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A copy of `data` with each "a.b=value" put in its place, and the dotted keys in order."""
-    changed = copy.deepcopy(dict(data))
-    values = {}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not all(key.split(".")):
-            raise BadInput(f"--set {item}: expected FIELD=VALUE, as in --set budget.ffn_ratio=0.5")
-        values[key] = strict_yaml.parse(text, f"--set {key}").data
-    budget = changed.get("budget")
-    for key, rival in (("ffn_ratio", "preset"), ("preset", "ffn_ratio")):
-        if values.get(f"budget.{key}") is not None and isinstance(budget, dict):
-            budget.pop(rival, None)
-    for key, value in values.items():
-        *parents, leaf = key.split(".")
-        section = changed
-        for index, parent in enumerate(parents):
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise BadInput(f"--set {key}: {'.'.join(parents[: index + 1])} has no fields")
-        section[leaf] = value
-    return changed, list(values)
-
-
-def _known_part(location: tuple[int | str, ...], data: Any) -> list[int | str]:
-    """The part of pydantic's location that is a field or an item: it appends the branch of a union that failed."""
-    path: list[int | str] = []
-    for key in location:
-        if isinstance(data, Mapping):
-            path.append(key)
-            data = data.get(str(key))
-        elif isinstance(data, list) and isinstance(key, int):
-            path.append(key)
-            data = data[key]
-        else:
-            break
-    return path
-
-
-def _related(key: list[str], path: list[str]) -> bool:
-    shared = min(len(key), len(path))
-    return shared > 0 and key[:shared] == path[:shared]
-
-
-def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
-    kind, location = error["type"], error["loc"]
-    if kind == "missing":
-        return "required, and not given"
-    if kind == "extra_forbidden":
-        return "unknown field" + _alternatives(str(location[-1]), _fields(model, location[:-1]))
-    if kind == "model_type":
-        return f"must be a section, with some of the fields {', '.join(_fields(model, location))}"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    given = " ".join(repr(error["input"]).split())
-    return f"{message} (got {given if len(given) <= 60 else given[:57] + '...'})"
-
-
-def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    for key in location:
-        section = model.model_fields[str(key)].annotation
-        assert isinstance(section, type) and issubclass(section, BaseModel)  # only sections forbid unknown fields
-        model = section
-    return list(model.model_fields)
-
-
-def _alternatives(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
 
 
 if __name__ == "__main__":
