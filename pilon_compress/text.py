@@ -60,6 +60,22 @@ def _held_out(document: str) -> bool:
     return int.from_bytes(digest, "big") % HELD_OUT == 0
 
 
+def fingerprint(spec: str) -> str:
+    """What tells whether a source still holds the same text: cheap, so files count by size and time of change.
+
+    A hub dataset counts by its name alone. Raises BadInput for a file that is not there.
+    """
+    if spec == "stdin":
+        return blake2b(_standard_input().encode(), digest_size=16).hexdigest()
+    name = spec.partition(":")[0]
+    if name == "stdlib":
+        return sys.version
+    if name == "hub":
+        return spec
+    state = [(path, path.stat()) for path in _paths(spec.partition("::")[0])]
+    return "\n".join(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}" for path, found in state)
+
+
 def paragraphs(documents: Iterable[str], min_chars: int = 80) -> Iterator[str]:
     """The distinct prose paragraphs of `documents`, white space folded: the unit of text for encoders.
 
@@ -114,6 +130,10 @@ def _decoded(data: bytes, origin: str) -> str:
 
 def _from_files(spec: str) -> Iterator[str]:
     pattern, _, column = spec.partition("::")
+    return itertools.chain.from_iterable(_file(path, column or "text") for path in _paths(pattern))
+
+
+def _paths(pattern: str) -> list[Path]:
     paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
     if not paths:
         kind = "file matches" if any(c in pattern for c in "*?[") else "such file:"
@@ -121,7 +141,7 @@ def _from_files(spec: str) -> Iterator[str]:
     for path in paths:
         if path.suffix not in FORMATS:
             raise BadInput(f"{path}: text is read from {', '.join(FORMATS)} files")
-    return itertools.chain.from_iterable(_file(path, column or "text") for path in paths)
+    return paths
 
 
 def _file(path: Path, column: str) -> Iterator[str]:

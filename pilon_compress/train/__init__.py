@@ -1,0 +1,1 @@
+"""Learning: text as batches of tokens."""
