@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -29,15 +30,20 @@ Part = Literal["train", "validation", "all"]
 
 @dataclass(frozen=True)
 class About:
-    """The sidecar: what the files were made from, and what they must hold to be whole."""
+    """The sidecar: what the files were made from, and what they must hold to be whole.
 
-    format: int
+    `kind` is text, or chat, whose tokens are scored or not. `largest` is the largest id, for a look at the model's
+    vocabulary.
+    """
+
+    kind: str
     source: str
     part: str
     source_state: str
     tokenizer: str
     dtype: str
     eos: int
+    format: int = FORMAT
     tokens: int = 0
     documents: int = 0
     utf8_bytes: int = 0
@@ -46,22 +52,39 @@ class About:
     @property
     def key(self) -> str:
         """The name of the folder: what the files are made from, without what is counted on the way."""
-        made_from = (self.format, self.source, self.part, self.source_state, self.tokenizer, self.dtype, self.eos)
+        counted = ("tokens", "documents", "utf8_bytes", "largest")
+        made_from = {name: value for name, value in asdict(self).items() if name not in counted}
         return blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file."""
+        sizes = {"tokens.bin": self.tokens * np.dtype(self.dtype).itemsize, "starts.bin": 8 * self.documents}
+        return sizes if self.kind == "text" else sizes | {"scored.bin": self.tokens}
+
+
+class Item(NamedTuple):
+    """A document for a token file. Without `scored`, every token counts."""
+
+    ids: Sequence[int]
+    utf8_bytes: int
+    scored: Sequence[bool] | None = None
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A tokenised source: documents one behind the other, each with EOS at its end.
+    """A tokenised source: documents one behind the other, those of plain text with EOS at their end.
 
     ids     (tokens,) uint16 or uint32, mapped from disk
     starts  (documents,) int64: where in `ids` each document begins
+    scored  (tokens,) bool: whether a token counts in the loss; None if all do
     """
 
     folder: Path
     about: About
     ids: NDArray[Any]
     starts: NDArray[np.int64]
+    scored: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         """Tokens."""
@@ -76,18 +99,30 @@ def tokenise(source: str, tokenizer: PreTrainedTokenizerBase, part: Part, folder
     tokenizer has changed, or when they are not whole; processes that ask at once wait for the first. Raises BadInput
     for a source that cannot be read, a tokenizer without EOS, and a disk that is full.
     """
+    about = described("text", source, tokenizer, part, fingerprint(tokenizer))
+    documents = text.open_text(source, PARTS[part])
+    items = (Item(ids, len(document.encode())) for document, ids in encoded(tokenizer, documents))
+    return cached(about, items, folder)
+
+
+def described(kind: str, source: str, tokenizer: PreTrainedTokenizerBase, part: Part, state: str) -> About:
+    """What is known of a token file before it is made; `state` is the fingerprint of all that encodes."""
     if tokenizer.eos_token_id is None:
         raise BadInput("the tokenizer has no eos_token, which must end every document: name one in its config")
     largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
-    about = About(
-        format=FORMAT,
+    return About(
+        kind=kind,
         source=source,
         part=part,
         source_state=text.fingerprint(source),
-        tokenizer=fingerprint(tokenizer),
+        tokenizer=state,
         dtype="uint16" if largest < SMALL else "uint32",
         eos=int(tokenizer.eos_token_id),
     )
+
+
+def cached(about: About, items: Iterable[Item], folder: Path | None = None) -> TokenFile:
+    """The files in `folder` that `about` describes, made from `items` unless they are there."""
     home = (folder or cache_folder()).absolute()
     place = home / about.key
     found = _opened(place)
@@ -98,7 +133,7 @@ def tokenise(source: str, tokenizer: PreTrainedTokenizerBase, part: Part, folder
         with FileLock(home / f".{about.key}.lock"):
             found = _opened(place)  # by a process that came first
             if found is None:
-                _build(place, about, tokenizer)
+                _build(place, about, items)
                 found = _opened(place)
     except OSError as error:
         reason = disk_full(error) or error.strerror or str(error)
@@ -163,38 +198,40 @@ def _opened(place: Path) -> TokenFile | None:
     """The files there, if they are whole."""
     try:
         about = About(**json.loads((place / "about.json").read_text("utf-8")))
-        sizes = ((place / "tokens.bin").stat().st_size, (place / "starts.bin").stat().st_size)
-        if sizes != (about.tokens * np.dtype(about.dtype).itemsize, about.documents * 8):
+        if any((place / name).stat().st_size != size for name, size in about.sizes.items()):
             return None
         ids = np.memmap(place / "tokens.bin", about.dtype, "r")
         starts: NDArray[np.int64] = np.memmap(place / "starts.bin", np.int64, "r")
+        scored = np.memmap(place / "scored.bin", np.bool_, "r") if "scored.bin" in about.sizes else None
     except (OSError, ValueError, TypeError):  # JSON errors are ValueErrors
         return None
-    return TokenFile(place, about, ids, starts)
+    return TokenFile(place, about, ids, starts, scored)
 
 
-def _build(place: Path, about: About, tokenizer: PreTrainedTokenizerBase) -> None:
+def _build(place: Path, about: About, items: Iterable[Item]) -> None:
     """Make the folder `place` whole, or nothing of it. The caller holds the lock."""
     work = place.with_name(f".{place.name}.part")
     shutil.rmtree(work, ignore_errors=True)  # by a process that was killed
     work.mkdir()
     try:
-        _write(work, about, tokenizer)
+        _write(work, about, items)
         shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
         work.rename(place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(work: Path, about: About, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write(work: Path, about: About, items: Iterable[Item]) -> None:
     tokens = documents = size = largest = 0
-    opened = track(text.open_text(about.source, PARTS[about.part]), f"tokens of {about.source}")
-    with (work / "tokens.bin").open("wb") as ids, (work / "starts.bin").open("wb") as starts:
-        for document, row in encoded(tokenizer, opened):
-            starts.write(np.int64(tokens).tobytes())
-            ids.write(np.array(row, about.dtype).tobytes())
-            tokens, documents, largest = tokens + len(row), documents + 1, max(largest, *row)
-            size += len(document.encode("utf-8", "surrogatepass"))
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((work / name).open("wb")) for name in about.sizes}
+        for item in track(items, f"tokens of {about.source}"):
+            files["starts.bin"].write(np.int64(tokens).tobytes())
+            files["tokens.bin"].write(np.array(item.ids, about.dtype).tobytes())
+            if item.scored is not None:
+                files["scored.bin"].write(np.array(item.scored, np.bool_).tobytes())
+            tokens, documents, largest = tokens + len(item.ids), documents + 1, max([largest, *item.ids])
+            size += item.utf8_bytes
     if tokens < 2:
         raise BadInput(f"{about.source} holds no text that the tokenizer knows")
     counted = {"tokens": tokens, "documents": documents, "utf8_bytes": size, "largest": largest}
