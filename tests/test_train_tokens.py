@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -148,30 +148,27 @@ def test_the_cache_folder_can_be_named(source, tokenizer, tmp_path, monkeypatch)
     assert tokenise(source, tokenizer, "all").folder.parent == tmp_path / ".cache/pilon-compress/tokens"
 
 
-FULL = """
-import resource, signal, sys
-from pathlib import Path
-from transformers import AutoTokenizer
-from pilon_compress.errors import BadInput
-from pilon_compress.train.tokens import tokenise
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    tokenise(sys.argv[2], tokenizer, "all", Path(sys.argv[3]))
-except BadInput as error:
-    print(error)
-"""
+def fill(source, folder, tokenizer, said):
+    """In a process that may write files of 1000 bytes only."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        tokenise(source, tokenizer, "all", folder)
+    except BadInput as error:
+        said.send(str(error))
 
 
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit on file size")
 def test_a_full_disk_is_one_line_and_leaves_nothing(source, tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    cache = tmp_path / "cache"
-    code = [sys.executable, "-c", FULL, str(tmp_path / "tokenizer"), source, str(cache)]
-    said = subprocess.run(code, capture_output=True, text=True, check=True).stdout
-    assert said.count("\n") == 1 and "file too large" in said and str(cache) in said and "PILON_CACHE" in said
-    assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
+    context = multiprocessing.get_context("fork")
+    heard, said = context.Pipe(duplex=False)
+    process = context.Process(target=fill, args=(source, tmp_path / "cache", tokenizer, said))
+    process.start()
+    process.join()
+    assert heard.poll(), "it was refused"
+    message = heard.recv()
+    assert "\n" not in message and "file too large" in message
+    assert str(tmp_path / "cache") in message and "PILON_CACHE" in message
+    assert [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
 
 
 def test_an_unwritable_cache_is_one_line(source, tokenizer, tmp_path):

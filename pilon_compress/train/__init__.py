@@ -1,1 +1,1 @@
-"""Learning: text as batches of tokens."""
+"""Learning: text and conversations as batches of tokens."""

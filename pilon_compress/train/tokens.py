@@ -101,7 +101,7 @@ def tokenise(source: str, tokenizer: PreTrainedTokenizerBase, part: Part, folder
     """
     about = described("text", source, tokenizer, part, fingerprint(tokenizer))
     documents = text.open_text(source, PARTS[part])
-    items = (Item(ids, len(document.encode())) for document, ids in encoded(tokenizer, documents))
+    items = (Item(ids, len(document.encode())) for document, ids in encoded(tokenizer, documents) if ids)
     return cached(about, items, folder)
 
 
@@ -163,16 +163,15 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def encoded(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
     """Each document and its ids: with EOS at its end, BOS at its start where the tokenizer puts one, neither twice.
 
-    A document without tokens is left out.
+    A document of which the tokenizer knows nothing has no ids.
     """
     bos = [tokenizer.bos_token_id] if _begins_with_bos(tokenizer) else []
     eos = [tokenizer.eos_token_id]
     for batch in _batches(documents):
         rows = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for document, row in zip(batch, rows, strict=True):
-            if row:
-                before = bos if row[:1] != bos else []
-                yield document, before + row + (eos if row[-1:] != eos else [])
+            before, behind = (bos if row[:1] != bos else []), (eos if row[-1:] != eos else [])
+            yield document, before + row + behind if row else []
 
 
 def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
