@@ -1,8 +1,10 @@
 """Where text comes from: a hub dataset, a file, Python's own documentation, standard input."""
 
 import ast
+import codecs
 import glob
 import itertools
+import json
 import os
 import pydoc_data.topics
 import random
@@ -46,7 +48,7 @@ def open_text(spec: str, part: Part = "all") -> Iterator[str]:
         if not document.strip():
             continue
         found += 1
-        if part == "all" or (part == "held-out") == _held_out(document):
+        if belongs(document, part):
             given += 1
             yield document
     if not found:
@@ -55,9 +57,64 @@ def open_text(spec: str, part: Part = "all") -> Iterator[str]:
         raise BadInput(f"{spec} holds {found} documents, none of which falls to the {part} part: give more text")
 
 
-def _held_out(document: str) -> bool:
+def belongs(document: str, part: Part) -> bool:
+    """Whether a document is in that part: decided by a hash of its text alone."""
     digest = blake2b(document.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % HELD_OUT == 0
+    held_out = int.from_bytes(digest, "big") % HELD_OUT == 0
+    return part == "all" or (part == "held-out") == held_out
+
+
+def open_rows(spec: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a source that is a table, each with the words by which an error names it.
+
+        hub:REPO:CONFIG:SPLIT    a dataset on the hub, streamed; CONFIG may be empty
+        FILE or GLOB             .jsonl, .json, .parquet
+
+    Raises BadInput, in one line, for a source that cannot be read.
+    """
+    if spec.startswith("hub:"):
+        fields = spec.split(":")
+        if len(fields) != 4 or not all((fields[1], fields[3])):
+            raise BadInput(f"{spec}: rows of a hub dataset are hub:REPO:CONFIG:SPLIT; CONFIG may be empty")
+        tables = {spec: _hub_rows(spec)}
+    else:
+        tables = {str(path): _lines(path) if path.suffix == ".jsonl" else _file_rows(path) for path in _paths(spec)}
+    for name, table in tables.items():
+        for number, row in enumerate(table, 1):
+            if not isinstance(row, dict):
+                raise BadInput(f"{name}, row {number}, is no object but {type(row).__name__}")
+            yield f"{name}, row {number},", row
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    """Line by line: `datasets` refuses rows that have other columns than those before them."""
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                number += 1
+                if line.strip():
+                    yield json.loads(line.removeprefix(codecs.BOM_UTF8))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise BadInput(f"{path}, line {number}, is not JSON: {error}") from None
+
+
+def fingerprint(spec: str) -> str:
+    """What tells whether a source still holds the same text: cheap, so files count by size and time of change.
+
+    A hub dataset counts by its name alone. Raises BadInput for a file that is not there.
+    """
+    if spec == "stdin":
+        return blake2b(_standard_input().encode(), digest_size=16).hexdigest()
+    name = spec.partition(":")[0]
+    if name == "stdlib":
+        return sys.version
+    if name == "hub":
+        return spec
+    state = [(path, path.stat()) for path in _paths(spec.partition("::")[0])]
+    return "\n".join(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}" for path, found in state)
 
 
 def paragraphs(documents: Iterable[str], min_chars: int = 80) -> Iterator[str]:
@@ -114,6 +171,10 @@ def _decoded(data: bytes, origin: str) -> str:
 
 def _from_files(spec: str) -> Iterator[str]:
     pattern, _, column = spec.partition("::")
+    return itertools.chain.from_iterable(_file(path, column or "text") for path in _paths(pattern))
+
+
+def _paths(pattern: str) -> list[Path]:
     paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
     if not paths:
         kind = "file matches" if any(c in pattern for c in "*?[") else "such file:"
@@ -121,7 +182,7 @@ def _from_files(spec: str) -> Iterator[str]:
     for path in paths:
         if path.suffix not in FORMATS:
             raise BadInput(f"{path}: text is read from {', '.join(FORMATS)} files")
-    return itertools.chain.from_iterable(_file(path, column or "text") for path in paths)
+    return paths
 
 
 def _file(path: Path, column: str) -> Iterator[str]:
@@ -131,13 +192,18 @@ def _file(path: Path, column: str) -> Iterator[str]:
         except OSError as error:
             raise BadInput(f"{path} cannot be read: {error.strerror}") from None
         return
+    yield from _column(_file_rows(path), column, str(path))
+
+
+def _file_rows(path: Path) -> Iterator[Any]:
+    if path.suffix == ".txt":
+        raise BadInput(f"{path} is text without columns: give a jsonl, json or parquet file")
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
     from pyarrow import ArrowException
 
     try:
-        rows = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", streaming=True)
-        yield from _column(rows, column, str(path))
+        yield from load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", streaming=True)
     except (OSError, ValueError, ArrowException, DatasetGenerationError) as error:
         raise BadInput(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
@@ -156,14 +222,17 @@ def _from_hub(spec: str) -> Iterator[str]:
     fields = spec.split(":")
     if len(fields) != 5 or not all((fields[1], fields[3], fields[4])):
         raise BadInput(f"{spec}: a hub dataset is hub:REPO:CONFIG:SPLIT:COLUMN, as in {DEFAULT_LM}")
-    _, repo, config, split, column = fields
+    return _column(_hub_rows(spec), fields[4], spec)
+
+
+def _hub_rows(spec: str) -> Iterator[Any]:
+    _, repo, config, split, *_ = spec.split(":")
     offline = hub.offline()
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        rows = load_dataset(repo, config or None, split=split, streaming=not offline)
-        yield from _column(rows, column, spec)
+        yield from load_dataset(repo, config or None, split=split, streaming=not offline)
     except (
         OSError,
         ValueError,

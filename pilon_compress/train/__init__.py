@@ -1,0 +1,1 @@
+"""Learning: text and conversations as batches of tokens."""

@@ -1,0 +1,81 @@
+"""What a training step sees: tokens, the tokens after them, and which of them may attend to which."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label that cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T tokens, all int64 and (B, T).
+
+    labels        the token AFTER each of `input_ids`, aligned already: no shift when scoring; -100 is not scored
+    position_ids  from 0 at the start of every document if `document` is given, else of every row
+    document      which document of its row a token belongs to, from 0; None where rows are one stretch of text
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    document: Tensor | None = None
+
+    @property
+    def scored(self) -> int:
+        """How many tokens count in the loss."""
+        return int((self.labels != IGNORED).sum())
+
+    def unscored(self) -> "Batch":
+        """The same without labels: for a process that has nothing to learn from but must take part."""
+        return replace(self, labels=torch.full_like(self.labels, IGNORED))
+
+    def to(self, device: torch.device | str) -> "Batch":
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if value is not None}
+        return Batch(**moved)
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments for a causal model of transformers, eager or sdpa.
+
+        Without mask and cache, transformers takes positions that start again for packed documents and keeps them apart.
+        OPT alone does not: it needs `attention_mask` besides.
+        """
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
+        if self.document is not None:
+            inputs["position_ids"] = self.position_ids
+        return inputs
+
+
+def attention_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
+    """An additive mask (B, 1, T, T) of `dtype`: causal, and closed between documents.
+
+    Right for eager and sdpa attention of every family. Layers with a sliding window attend to the whole document under
+    it, so prefer `Batch.inputs`.
+    """
+    rows, length = batch.input_ids.shape
+    document = batch.document if batch.document is not None else torch.zeros_like(batch.input_ids)
+    allowed = torch.ones(length, length, dtype=torch.bool, device=document.device).tril()
+    allowed = allowed & (document[:, :, None] == document[:, None, :])
+    mask = torch.zeros(rows, length, length, dtype=dtype, device=document.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def from_windows(windows: Tensor, starts: Tensor, sizes: Tensor, respect_documents: bool) -> Batch:
+    """Rows of T + 1 consecutive tokens as T inputs and the T tokens after them.
+
+    windows (B, T + 1) int64 · starts (B, T + 1) bool: a document begins here · sizes (B,): tokens that are not padding.
+    With `respect_documents` the last token of a document does not predict the first one of the next.
+    """
+    length = windows.shape[1] - 1
+    column = torch.arange(length + 1)
+    starts = starts | (column == sizes[:, None])  # padding is a document of its own
+    labels = windows[:, 1:].masked_fill(column[1:] >= sizes[:, None], IGNORED)
+    positions = column[:length].expand(len(windows), length)
+    if not respect_documents:
+        return Batch(windows[:, :length], labels, positions)
+    labels = labels.masked_fill(starts[:, 1:], IGNORED)
+    begins = starts[:, :length] & (column[:length] > 0)
+    first = torch.where(begins, positions, 0).cummax(1).values
+    return Batch(windows[:, :length], labels, positions - first, begins.cumsum(1))
