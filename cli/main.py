@@ -21,6 +21,7 @@ from .evaluate import evaluate
 from .export import export
 from .generate import generate
 from .inspect import inspect
+from .train import train
 
 # Our own progress and messages are enough; a user who wants the libraries' sets these variables.
 QUIET = {
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.command("convert")(convert)
 app.command("compare")(compare)
+app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("generate")(generate)

@@ -2,7 +2,7 @@
 
 import torch
 
-from pilon_compress.form.layout import Host, projections
+from pilon_compress.form.layout import Host, kept_matrices, projections
 
 
 @torch.no_grad()
@@ -11,7 +11,7 @@ def initialise(model: Host, std: float, generator: torch.Generator | None = None
 
     A composed weight is a sum of k·r products a·g·b, so Var W = k·r · Var a · E[g²] · Var b, which is set to std².
     Component and scalar weights start as random signs, so that layers which share a bank start apart; softmax logits
-    near zero, hence weights near 1/k. A and B get the same scale.
+    near zero, hence weights near 1/k. A and B get the same scale. Kept matrices are drawn as the dense ones are.
     """
     done: set[int] = set()
     for _, composed in projections(model):
@@ -32,4 +32,8 @@ def initialise(model: Host, std: float, generator: torch.Generator | None = None
         factor_std = (std**2 / (k * bank.rank * weight_square)) ** 0.25
         bank.A.normal_(0, factor_std, generator=generator)
         bank.B.normal_(0, factor_std, generator=generator)
+    for _, matrix in kept_matrices(model):
+        matrix.weight.normal_(0, std, generator=generator)
+        if matrix.bias is not None:
+            matrix.bias.zero_()
     return model

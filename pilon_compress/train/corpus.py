@@ -1,0 +1,94 @@
+"""The text of a run: what it learns from, in order, and the fixed slice that it is judged by."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pilon_compress.errors import BadInput
+from pilon_compress.text import DEFAULT_LM
+from pilon_compress.train.batch import Batch
+from pilon_compress.train.blocks import Blocks
+from pilon_compress.train.chat import tokenise_chat
+from pilon_compress.train.order import Loader, Rows
+from pilon_compress.train.packed import Packed
+from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.streaming import StreamingBlocks
+from pilon_compress.train.tokens import Part, TokenFile, tokenise
+
+
+class Streamed:
+    """`StreamingBlocks` where a `Loader` is expected: batches must be asked for in order, by one rank."""
+
+    def __init__(self, blocks: StreamingBlocks, batch_size: int, micro_batches: int) -> None:
+        self.blocks, self.batch_size, self.micro_batches = blocks, batch_size, micro_batches
+
+    def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> Batch:
+        shares = self.micro_batches * world
+        share = micro * world + rank
+        return self.blocks.batch((share + 1) * self.batch_size // shares - share * self.batch_size // shares)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.blocks.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.blocks.load_state_dict(state)
+
+
+class Slice:
+    """The first `count` rows."""
+
+    def __init__(self, rows: Rows, count: int) -> None:
+        self.whole, self.count = rows, min(count, len(rows))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, indices: Sequence[int]) -> Batch:
+        return self.whole.rows(indices)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """`tokens` of one pass over the text; None where nobody knows."""
+
+    batches: Loader | Streamed
+    validation: Rows
+    tokens: int | None
+
+
+def source_of(recipe: TrainRecipe) -> str:
+    """The text source. Raises BadInput where a task has no default."""
+    if recipe.data.source is None and recipe.task == "sft":
+        raise BadInput("name the conversations to learn from: --data chats.jsonl, with a column of messages")
+    return recipe.data.source or DEFAULT_LM
+
+
+def open_corpus(
+    recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, micro_batches: int, rank: int = 0, world: int = 1
+) -> Corpus:
+    """Tokenise what is not tokenised yet, and cut it into sequences. Raises BadInput for text that cannot be used."""
+    asked, source = recipe.data, source_of(recipe)
+    part: Part = "train" if asked.validation is None else "all"
+    batch, length = recipe.run.batch_size, asked.sequence_length
+    held: tuple[str, Part] = (asked.validation or source, "validation" if asked.validation is None else "all")
+    if recipe.task == "sft":
+        if asked.streaming:
+            raise BadInput("data.streaming is for plain text: conversations are packed, which needs all of them")
+        chats = tokenise_chat(source, tokenizer, part)
+        judged: Rows = Packed(tokenise_chat(held[0], tokenizer, held[1]), length)
+        rows: Rows = Packed(chats, length)
+        return Corpus(
+            Loader(rows, batch, recipe.seed, micro_batches), Slice(judged, asked.validation_sequences), len(chats)
+        )
+    judged = Blocks(tokenise(held[0], tokenizer, held[1]), length, asked.respect_documents)
+    validation = Slice(judged, asked.validation_sequences)
+    if asked.streaming:
+        blocks = StreamingBlocks(
+            source, tokenizer, length, recipe.seed, part, rank, world, respect_documents=asked.respect_documents
+        )
+        return Corpus(Streamed(blocks, batch, micro_batches), validation, None)
+    file: TokenFile = tokenise(source, tokenizer, part)
+    rows = Blocks(file, length, asked.respect_documents)
+    return Corpus(Loader(rows, batch, recipe.seed, micro_batches), validation, len(file))

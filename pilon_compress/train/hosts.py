@@ -1,0 +1,193 @@
+"""Models that are trained from scratch: a transformers host, its feed-forward projections replaced within a budget.
+
+    Ffn (recipe)   ->  layout_for(sites, ffn)  ->  install on the host  ->  initialise
+
+The dense twin is the same host without the replacement.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import ArceeConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from pilon_compress import checkpoint
+from pilon_compress.errors import BadInput
+from pilon_compress.families import Site, find_sites
+from pilon_compress.form.initialise import initialise
+from pilon_compress.form.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install
+from pilon_compress.train.recipe import Ffn, Host
+
+RANKS = (64, 32, 16, 8, 4, 2, 1)  # of a primitive; multiples of 16 suit the kernels, small models need finer steps
+WASTE = 0.04  # of the budget that rounding to whole primitives may leave
+LAYERS_PER_BAND = 3
+EOS = "<eos>"
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens, the first of which is EOS (and padding)."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=EOS)
+
+
+def config_for(host: Host, sequence_length: int, eos: int | None) -> PretrainedConfig:
+    """The config of a host for sequences of `sequence_length` tokens. Raises BadInput for sizes that do not fit."""
+    if host.hidden_size % host.num_attention_heads:
+        raise BadInput(f"hidden_size {host.hidden_size} is no multiple of {host.num_attention_heads} attention heads")
+    heads = host.num_key_value_heads or host.num_attention_heads
+    if host.num_attention_heads % heads:
+        raise BadInput(f"{host.num_attention_heads} attention heads are no multiple of num_key_value_heads {heads}")
+    kind = LlamaConfig if host.family == "llama" else ArceeConfig
+    act = {"hidden_act": host.hidden_act} if host.hidden_act else {}
+    config = kind(
+        hidden_size=host.hidden_size,
+        num_hidden_layers=host.num_hidden_layers,
+        num_attention_heads=host.num_attention_heads,
+        num_key_value_heads=heads,
+        intermediate_size=host.intermediate_size,
+        vocab_size=host.vocab_size,
+        tie_word_embeddings=host.tie_word_embeddings,
+        max_position_embeddings=sequence_length,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=None,
+        **act,
+    )
+    config.architectures = ["LlamaForCausalLM" if host.family == "llama" else "ArceeForCausalLM"]
+    return config
+
+
+def build(config: PretrainedConfig, ffn: Ffn, seed: int) -> PreTrainedModel:
+    """A model with random weights, dense or with its feed-forward projections replaced as `ffn` says. Float32, CPU.
+
+    Weights outside the feed-forward part depend on the seed alone: twins start alike.
+    """
+    torch.manual_seed(seed)
+    model = checkpoint.build(config)
+    if ffn.kind != "dense":
+        layout = layout_for(find_sites(model), ffn)
+        install(model, layout)
+        generator = torch.Generator().manual_seed(seed)
+        initialise(model, config.initializer_range, generator)
+        balance_selection(model, layout)
+    return model.train()
+
+
+def layout_for(sites: Sequence[Site], ffn: Ffn) -> Layout:
+    """Banks and projections that store at most `ffn_ratio` and compute at most `mac_ratio` of what `sites` do.
+
+    lowrank: one primitive for each projection. Raises BadInput where the budget pays for no primitive, and for bands
+    that are none.
+    """
+    wide = _widened(sites, ffn.neurons)
+    if ffn.matrices:
+        return _narrowed(sites, ffn)
+    layers = sorted({site.layer for site in sites})
+    bands = [[layer] for layer in layers] if ffn.kind == "lowrank" else _bands(layers, ffn.bands)
+    banks: dict[str, BankSpec] = {}
+    projections: dict[str, ProjectionSpec] = {}
+    for index, band in enumerate(bands):
+        for role in dict.fromkeys(site.role for site in wide):
+            members = [site for site in wide if site.role == role and site.layer in band]
+            dense = [site for site in sites if site.role == role and site.layer in band]
+            bank, top_k = _solve(members, dense, ffn)
+            name = f"band{index}.{role}"
+            banks[name] = bank
+            composition = "component" if ffn.kind == "lowrank" else ffn.composition
+            projections |= {site.name: ProjectionSpec(name, top_k, site.bias, composition) for site in members}
+    host = {d.name: (d.d_in, d.d_out) for d, w in zip(sites, wide, strict=True) if d != w}
+    return Layout(banks, projections, {}, host)
+
+
+def _widened(sites: Sequence[Site], neurons: float) -> list[Site]:
+    """The sites with another inner width."""
+    if neurons == 1:
+        return list(sites)
+
+    def sized(width: int) -> int:
+        return max(16, round(neurons * width / 16) * 16)
+
+    return [
+        replace(site, d_in=sized(site.d_in)) if site.role == "down" else replace(site, d_out=sized(site.d_out))
+        for site in sites
+    ]
+
+
+def _narrowed(sites: Sequence[Site], ffn: Ffn) -> Layout:
+    """Plain matrices of fewer neurons: what a small dense model would have."""
+    down = next(site for site in sites if site.role == "down")
+    width = int(min(ffn.ffn_ratio, ffn.mac_ratio) * down.d_in)
+    width = width // 16 * 16 or width
+    if width < 1:
+        raise BadInput(f"ratio {ffn.ffn_ratio:g} is too small for one neuron")
+    narrow = [replace(s, d_in=width) if s.role == "down" else replace(s, d_out=width) for s in sites]
+    kept = {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in narrow}
+    return Layout({}, {}, kept, {site.name: (site.d_in, site.d_out) for site in sites})
+
+
+def _solve(members: Sequence[Site], dense: Sequence[Site], ffn: Ffn) -> tuple[BankSpec, int]:
+    """The bank of one band and role, and how many of its primitives a layer selects."""
+    site, layers = members[0], len(members)
+    pair, full = site.d_in + site.d_out, min(site.d_in, site.d_out)
+    biases = sum(one.d_out for one in members if one.bias)
+    stored = ffn.ffn_ratio * sum(one.parameters for one in dense) - biases
+    macs = ffn.mac_ratio * dense[0].d_in * dense[0].d_out
+    if ffn.kind == "lowrank":
+        per_rank = layers * (pair + 1)
+        rank = min(full, int(min((stored - layers) / per_rank, macs / pair)))
+        if rank < 1:
+            raise BadInput(f"the budget pays for no rank in the {site.role} projections")
+        return BankSpec(site.d_in, site.d_out, 1, rank), 1
+    softmax = ffn.composition == "softmax"
+    best: tuple[BankSpec, int] | None = None
+    for rank in (ffn.rank,) if ffn.rank else RANKS:
+        k = ffn.top_k or min(int(macs // (pair * rank)), full // rank)
+        width = 1 if ffn.composition != "component" else rank
+        n = ffn.n_primitives or int((stored - (0 if softmax else layers * k * (width + 1))) // (rank * pair))
+        k = min(k, n)
+        if k < 1:
+            continue
+        best = best or (BankSpec(site.d_in, site.d_out, n, rank, ffn.latent_scale, ffn.latent_bias), k)
+        spent = min(n * rank * pair / stored, k * rank * pair / macs)
+        if spent >= 1 - WASTE and k >= 2:
+            return BankSpec(site.d_in, site.d_out, n, rank, ffn.latent_scale, ffn.latent_bias), k
+    if best is None:
+        raise BadInput(f"the budget pays for no primitive in the {site.role} projections: raise ffn_ratio or mac_ratio")
+    return best
+
+
+def _bands(layers: list[int], asked: int | list[list[int]] | None) -> list[list[int]]:
+    if isinstance(asked, list):
+        if sorted(layer for band in asked for layer in band) != layers:
+            raise BadInput(f"the bands do not name each of the layers {layers[0]} to {layers[-1]} once")
+        return asked
+    count = asked or -(-len(layers) // LAYERS_PER_BAND)
+    if count > len(layers):
+        raise BadInput(f"{count} bands do not fit {len(layers)} layers")
+    edges = [round(i * len(layers) / count) for i in range(count + 1)]
+    return [layers[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@torch.no_grad()
+def balance_selection(model: PreTrainedModel, layout: Layout) -> None:
+    """Let the layers of a band take turns: the first k primitives to the first layer, the next k to the second, ...
+
+    Every primitive is used by as many layers as any other, give or take one, and none is left out.
+    """
+    users: dict[str, int] = {}
+    for name, spec in layout.projections.items():
+        composed = model.base_model.get_submodule(name)
+        turn = users.get(spec.bank, 0)
+        users[spec.bank] = turn + 1
+        if spec.composition != "softmax":
+            n = layout.banks[spec.bank].n_primitives
+            places = (turn * spec.top_k + torch.arange(spec.top_k)) % n
+            composed.selected.copy_(places.sort().values)

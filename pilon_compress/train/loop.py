@@ -1,0 +1,333 @@
+"""The training loop: one for every task, on one process or many.
+
+for each step:  rates for this share of the training -> micro batches -> clip -> optimisers -> moving average
+                -> now and then: metrics, validation, a checkpoint
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from pilon_compress.errors import BadInput
+from pilon_compress.train import schedule
+from pilon_compress.train.batch import Batch
+from pilon_compress.train.corpus import Streamed
+from pilon_compress.train.distributed import World, full, last_micro_batch
+from pilon_compress.train.monitor import Clock, Monitor, memory_gib, mfu
+from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.state import Checkpoints, tensors_of
+
+SMOOTHING = 0.98  # of the running mean that a spike is measured against
+SETTLED = 50  # steps before a spike can be told from a beginning
+
+
+class Stopped(BaseException):
+    """A signal asked for an end; the state is saved. `code`: the exit code of the process."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Batches(Protocol):
+    """Training data as the loop asks for it: see `order.Loader`."""
+
+    def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> Batch: ...
+
+
+class Plugin(Protocol):
+    """What changes over the training besides the learning rates: selections, stages, masks."""
+
+    def before(self, step: int, share: float) -> None:
+        """Before the forward pass of a step, at `share` of the training."""
+
+    def penalty(self) -> Tensor | None:
+        """A term added to the loss, once per step."""
+
+    def around(self) -> Any:
+        """A context manager around the optimiser's step."""
+
+
+@dataclass
+class Training:
+    """All that a run consists of.
+
+    `trainee`: a module that maps (inputs, labels) to a loss summed over the scored tokens. `run`: the same, wrapped for
+    several processes and compiled. `validate`: (nats, tokens) of this process's share of the validation text.
+    """
+
+    recipe: TrainRecipe
+    world: World
+    trainee: nn.Module
+    run: Callable[..., Tensor]
+    wrapped: nn.Module
+    optimizers: Sequence[torch.optim.Optimizer]
+    batches: Batches
+    steps: int
+    validate: Callable[[], tuple[float, int]]
+    checkpoints: Checkpoints
+    prepare: Callable[[Batch], tuple[Any, ...]]
+    plugins: Sequence[Plugin] = ()
+    micro_batches: int = 1
+    flops_per_token: float = 0.0
+    keep_best: bool = False
+    health: Callable[[], dict[str, float]] | None = None
+    sample: Callable[[], str] | None = None
+    half: bool = False
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    history: list[dict[str, Any]] = field(default_factory=list)
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+
+def train(job: Training, monitor: Monitor) -> None:
+    """Train to the end, from where `job` stands. Raises Stopped on a signal, with the state saved, and BadInput where
+    the loss runs away."""
+    recipe, every = job.recipe, job.recipe.run.evaluate_every or max(1, job.steps // 20)
+    clock, saved, mean = Clock(), time.monotonic(), math.nan
+    if job.recipe.optimizer.ema and not job.ema:
+        job.ema = {name: p.detach().clone() for name, p in job.trainee.named_parameters() if p.requires_grad}
+    if job.keep_best and not job.kept:
+        _judge(job, monitor)
+    with _signals() as asked:
+        while job.step < job.steps:
+            share = job.step / job.steps
+            loss, norms = _step(job, share)
+            job.step += 1
+            clock.tokens += loss[1]
+            logged = job.step % recipe.run.log_every == 0 or job.step == job.steps or job.step == 1
+            value = float(loss[0])
+            mean = _check(value, mean, job)
+            if logged:
+                seconds, tokens = clock.look()
+                job.tokens, job.seconds = job.tokens + tokens, job.seconds + seconds
+                figures = _figures(job, value, norms, seconds, tokens, share)
+                if job.world.first:
+                    monitor.log(job.step, figures)
+                    monitor.show(job.step, figures)
+            elif job.world.first:
+                monitor.show(job.step, {})
+            if job.step % every == 0 or job.step == job.steps:
+                _judge(job, monitor)
+                clock.began = time.perf_counter()
+            code = int(job.world.total(float(asked.code))[0]) if job.world.size > 1 else asked.code
+            due = job.world.total(float(time.monotonic() - saved > recipe.run.checkpoint_every))[0] > 0
+            if code or due or job.step == job.steps:
+                _flush(job, clock)
+                save(job)
+                saved = time.monotonic()
+                clock.began = time.perf_counter()
+            if code and job.step < job.steps:
+                raise Stopped(min(code, 143))
+
+
+def _step(job: Training, share: float) -> tuple[tuple[float, int], dict[str, float]]:
+    """One optimiser step: ((mean loss, tokens of all processes), gradient norms)."""
+    recipe, world = job.recipe, job.world
+    factor = schedule.rate(recipe.schedule, share + 1 / job.steps if share == 0 else share)
+    for optimizer in job.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+    for plugin in job.plugins:
+        plugin.before(job.step, share)
+    batches = [job.batches.batch(job.step, micro, world.rank, world.size) for micro in range(job.micro_batches)]
+    scored = max(1, round(world.total(sum(batch.scored for batch in batches))[0]))
+    total = 0.0
+    for micro, batch in enumerate(batches):
+        arguments = job.prepare(batch.to(world.device))
+        last = micro == job.micro_batches - 1
+        with last_micro_batch(job.wrapped, last):
+            with torch.autocast(world.device.type, torch.bfloat16) if job.half else nullcontext():
+                loss = job.run(*arguments) / scored
+            extra = [p for p in (plugin.penalty() for plugin in job.plugins) if p is not None] if last else []
+            # processes average their gradients: times their number, so that it is the mean over all tokens
+            (loss * world.size + sum(extra)).backward()
+        total += float(loss.detach())
+    parameters = [p for p in job.trainee.parameters() if p.grad is not None]
+    norms = {"gradient_norm": 0.0}
+    if recipe.optimizer.clip is not None:
+        norms["gradient_norm"] = float(full(clip_grad_norm_(parameters, recipe.optimizer.clip)))
+    with _all(plugin.around() for plugin in job.plugins):
+        for optimizer in job.optimizers:
+            optimizer.step()
+    for optimizer in job.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    if job.ema:
+        _average(job)
+    return (world.total(total)[0], scored), norms
+
+
+@torch.no_grad()
+def _average(job: Training) -> None:
+    decay = job.recipe.optimizer.ema or 0.0
+    warm = min(decay, (1 + job.step) / (10 + job.step))  # the first weights are random: forget them soon
+    for name, parameter in job.trainee.named_parameters():
+        if name in job.ema:
+            job.ema[name].lerp_(parameter.detach(), 1 - warm)
+
+
+def _check(loss: float, mean: float, job: Training) -> float:
+    """The running mean with this loss. Raises BadInput for a loss that is not finite or far above it."""
+    limit = job.recipe.run.spike
+    steps = job.checkpoints.steps()
+    kept = f"the checkpoint of step {steps[-1]} stands, --resume goes on from it" if steps else "there is no checkpoint"
+    if not math.isfinite(loss):
+        raise BadInput(f"the loss is {loss} at step {job.step}: lower optimizer.learning_rate; {kept}")
+    if limit is not None and job.step > SETTLED and loss > mean + limit:
+        raise BadInput(
+            f"the loss jumped from {mean:.3g} to {loss:.3g} at step {job.step}: lower optimizer.learning_rate, "
+            f"or raise run.spike; {kept}"
+        )
+    return loss if math.isnan(mean) else SMOOTHING * mean + (1 - SMOOTHING) * loss
+
+
+def _figures(
+    job: Training, loss: float, norms: dict[str, float], seconds: float, tokens: int, share: float
+) -> dict[str, Any]:
+    speed = tokens / max(seconds, 1e-9)
+    figures: dict[str, Any] = {
+        "loss": loss,
+        "tokens": job.tokens,
+        "tokens_per_second": speed,
+        "seconds": job.seconds,
+        "rate": schedule.rate(job.recipe.schedule, share),
+        "memory_gib": memory_gib(job.world.device),
+        **norms,
+    }
+    used = mfu(speed * job.flops_per_token / job.world.size, job.world.device)
+    return figures | ({"mfu": used} if used is not None else {})
+
+
+def _flush(job: Training, clock: Clock) -> None:
+    seconds, tokens = clock.look()
+    job.tokens, job.seconds = job.tokens + tokens, job.seconds + seconds
+
+
+def _judge(job: Training, monitor: Monitor) -> None:
+    """Validation on the fixed slice; remembers the weights if they are the best and that matters."""
+    with weights_in(job):
+        perplexity = validation_perplexity(job)
+        if job.keep_best and perplexity < job.best:
+            job.kept = {name: p.detach().clone() for name, p in job.trainee.named_parameters() if p.requires_grad}
+        job.best = min(job.best, perplexity)
+        figures: dict[str, Any] = {"val_perplexity": perplexity, "tokens": job.tokens}
+        if job.health is not None:
+            figures |= job.health()
+        if job.sample is not None:
+            figures["sample"] = job.sample()
+    if job.world.first:
+        monitor.log(job.step, figures)
+        monitor.say(f"step {job.step}/{job.steps}  validation perplexity {perplexity:.4g}")
+        if "sample" in figures:
+            monitor.say(f"  {figures['sample']}")
+
+
+def validation_perplexity(job: Training) -> float:
+    """exp of the mean loss over the validation text, of all processes."""
+    training = job.trainee.training
+    job.wrapped.eval()
+    with torch.no_grad(), torch.autocast(job.world.device.type, torch.bfloat16) if job.half else nullcontext():
+        nats, tokens = job.world.total(*map(float, job.validate()))
+    job.wrapped.train(training)
+    return math.exp(min(700.0, nats / max(1.0, tokens)))
+
+
+@contextmanager
+def weights_in(job: Training) -> Iterator[None]:
+    """The moving averages in the place of the weights, where there are any."""
+    if not job.ema:
+        yield
+        return
+    own = {name: p.detach().clone() for name, p in job.trainee.named_parameters() if name in job.ema}
+    put(job.trainee, job.ema)
+    try:
+        yield
+    finally:
+        put(job.trainee, own)
+
+
+@torch.no_grad()
+def put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into the parameters of those names."""
+    for name, parameter in module.named_parameters():
+        if name in tensors:
+            parameter.copy_(tensors[name])
+
+
+def _tensors(job: Training) -> dict[str, Tensor]:
+    found = tensors_of(job.trainee, job.optimizers)
+    found |= {f"ema.{name}": tensor for name, tensor in job.ema.items()}
+    return found | {f"best.{name}": tensor for name, tensor in job.kept.items()}
+
+
+def save(job: Training) -> None:
+    """A checkpoint of everything."""
+    plain: dict[str, Any] = {
+        "tokens": job.tokens,
+        "seconds": job.seconds,
+        "best": job.best if math.isfinite(job.best) else None,
+    }
+    if isinstance(job.batches, Streamed):
+        plain["data"] = job.world.each(job.batches.state_dict())
+    job.checkpoints.save(job.step, _tensors(job), plain | {"recipe": job.recipe.model_dump(mode="json")})
+
+
+def restore(job: Training, step: int) -> None:
+    """Continue from the checkpoint of `step`."""
+    plain = job.checkpoints.plain(step)
+    if job.recipe.optimizer.ema:
+        job.ema = {name: p.detach().clone() for name, p in job.trainee.named_parameters() if p.requires_grad}
+    if job.keep_best:
+        job.kept = {name: p.detach().clone() for name, p in job.trainee.named_parameters() if p.requires_grad}
+    job.checkpoints.load(step, _tensors(job))
+    job.step, job.tokens, job.seconds = step, plain["tokens"], plain["seconds"]
+    job.best = math.inf if plain["best"] is None else plain["best"]
+    if isinstance(job.batches, Streamed):
+        if len(plain["data"]) != job.world.size:
+            raise BadInput(f"a streamed run goes on with as many processes as before, {len(plain['data'])}")
+        job.batches.load_state_dict(plain["data"][job.world.rank])
+
+
+class _Asked:
+    code = 0
+
+
+@contextmanager
+def _signals() -> Iterator[_Asked]:
+    """SIGINT and SIGTERM ask for an end after the step that runs; a second one ends at once."""
+    asked, before = _Asked(), {}
+
+    def note(number: int, _frame: Any) -> None:
+        if asked.code:
+            raise KeyboardInterrupt
+        asked.code = 128 + number
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: whoever runs us handles signals
+        pass
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _all(contexts: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

@@ -1,0 +1,137 @@
+"""Which parameters move how fast: groups, AdamW, and Muon for matrices and primitives.
+
+banks           primitives: (n, d_in, r) and (n, r, d_out)
+compositions    weights of compositions, latent scales and biases
+embeddings      token and position embeddings, untied heads
+matrices        every other parameter of two dimensions
+vectors         norms and biases: no weight decay
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pilon_compress.form.bank import PrimitiveBank
+from pilon_compress.form.composed import ComposedLinear
+from pilon_compress.form.kept import KeptLinear
+from pilon_compress.train.recipe import Optimizer, Run
+
+GROUPS = ("banks", "compositions", "embeddings", "matrices", "vectors")
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients and steps of Jordan et al., 2024
+NEWTON_SCHULZ_STEPS = 5
+MOMENTUM = 0.95
+
+
+def group_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Every trainable parameter once, by group and name."""
+    groups: dict[str, dict[str, nn.Parameter]] = {group: {} for group in GROUPS}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            groups[_group(module, leaf, parameter, name)][name] = parameter
+    return groups
+
+
+def _group(module: nn.Module, leaf: str, parameter: Tensor, name: str) -> str:
+    if isinstance(module, PrimitiveBank):
+        return "banks" if leaf in ("A", "B") else "compositions"
+    if leaf == "gate" or (isinstance(module, ComposedLinear) and leaf == "weight"):
+        return "compositions"
+    if isinstance(module, nn.Embedding) or name.endswith("lm_head.weight"):
+        return "embeddings"
+    return "matrices" if parameter.dim() == 2 else "vectors"
+
+
+def restrict(model: PreTrainedModel, train: str) -> None:
+    """Let only some parameters learn: `all`, those of the feed-forward part (`ffn`), or `compositions`."""
+    if train == "all":
+        return
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, ComposedLinear) or (train == "ffn" and isinstance(module, PrimitiveBank | KeptLinear)):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
+
+
+def make_optimizers(model: nn.Module, asked: Optimizer) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for matrices and banks with AdamW beside it.
+
+    Each group of each optimiser holds `name` (see GROUPS) and `base_lr`, its learning rate at the top of the schedule.
+    """
+    groups = group_parameters(model)
+    factors = {"banks": asked.banks, "compositions": asked.compositions, "embeddings": asked.embeddings}
+    by_muon = ("banks", "matrices") if asked.name == "muon" else ()
+
+    def entries(names: Iterable[str], rate: float) -> list[dict[str, Any]]:
+        decayed = ("banks", "matrices", "embeddings")
+        return [
+            {
+                "params": list(groups[name].values()),
+                "name": name,
+                "lr": rate * factors.get(name, 1.0),
+                "base_lr": rate * factors.get(name, 1.0),
+                "weight_decay": asked.weight_decay if name in decayed else 0.0,
+            }
+            for name in names
+            if groups[name]
+        ]
+
+    made: list[torch.optim.Optimizer] = []
+    plain = entries([name for name in GROUPS if name not in by_muon], asked.learning_rate)
+    if plain:
+        made.append(torch.optim.AdamW(plain, betas=asked.betas, eps=1e-8, fused=True))
+    if orthogonal := entries(by_muon, asked.muon_learning_rate):
+        made.append(Muon(orthogonal))
+    return made
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: for matrices (m, n), and for banks (n, d, r) primitive by primitive.
+
+    Jordan et al. (2024), as `torch.optim.Muon`, which takes matrices only; updates are scaled by
+    0.2 · sqrt(max(m, n)), so that they are as large as AdamW's (Moonlight, Liu et al., 2025).
+    """
+
+    def __init__(self, params: Sequence[dict[str, Any]], lr: float = 2e-2) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "momentum": MOMENTUM})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update. Parameters without a gradient stay as they are."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = orthogonalised(parameter.grad.lerp(state["momentum"], group["momentum"]))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-0.2 * max(parameter.shape[-2:]) ** 0.5 * group["lr"])
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """U Vᵀ of every matrix (..., m, n) = U S Vᵀ, roughly: singular values end between 0.7 and 1.2."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    X = matrix.mT if tall else matrix
+    X = X.to(torch.bfloat16) if X.is_cuda else X
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        square = X @ X.mT
+        X = a * X + (b * square + c * square @ square) @ X
+    return (X.mT if tall else X).to(matrix.dtype)
+
+
+def trained_sequences(run: Run, world: int) -> tuple[int, int]:
+    """(sequences of one process per step, sequences of one forward pass), for a batch split over `world` processes."""
+    mine = -(-run.batch_size // world)
+    return mine, min(mine, run.micro_batch_size or mine)

@@ -1,0 +1,328 @@
+"""The road from a training recipe to a model folder.
+
+    output folder -> tokenizer -> corpus -> model -> trainee -> loop (with checkpoints) -> finish -> save -> report
+
+OUT holds the run while it goes on (recipe.yaml, metrics.jsonl, checkpoints/, tokenizer) and the model when it is done.
+"""
+
+import copy
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import pilon_compress
+from pilon_compress import checkpoint, text
+from pilon_compress.convert.stream import blocks
+from pilon_compress.deploy.save import check_output, save_model
+from pilon_compress.errors import BadInput
+from pilon_compress.families import find_sites
+from pilon_compress.form.fold import prune_unused
+from pilon_compress.form.layout import Layout, install, layout_of
+from pilon_compress.measure.size import ffn_size, linear_macs, model_size
+from pilon_compress.train import hosts
+from pilon_compress.train import recipe as recipes
+from pilon_compress.train.batch import Batch
+from pilon_compress.train.corpus import Corpus, open_corpus, source_of
+from pilon_compress.train.distributed import World, full, join, wrap
+from pilon_compress.train.loop import Training, put, restore, train, validation_perplexity, weights_in
+from pilon_compress.train.losses import NextToken
+from pilon_compress.train.monitor import Monitor
+from pilon_compress.train.optim import make_optimizers, restrict
+from pilon_compress.train.order import in_order
+from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.state import Checkpoints
+
+RECIPE, TOKENIZER = "recipe.yaml", "tokenizer"
+
+
+@dataclass
+class Run:
+    """What the steps below hand on."""
+
+    recipe: TrainRecipe
+    output: Path
+    world: World
+    command: str
+    quiet: bool
+
+
+def train_model(
+    recipe: TrainRecipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str = "",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train the model that `recipe` describes and write it to `output`, a folder that `from_pretrained` takes.
+
+    With `resume` a run that was stopped goes on from its last checkpoint, to the same weights as if it had not been
+    (bit for bit on a CPU); one that has none begins. Returns the contents of train.json: val_perplexity, tokens,
+    tokens_per_second, ffn, output, ... Raises BadInput, and `loop.Stopped` after a signal.
+    """
+    with join(recipe.device) as world:
+        run = Run(recipe, Path(output), world, command, quiet)
+        claim(run, resume, overwrite)
+        torch.manual_seed(recipe.seed)
+        tokenizer = open_tokenizer(run)
+        mine = -(-recipe.run.batch_size // world.size)
+        micro = min(mine, recipe.run.micro_batch_size or mine)
+        corpus = open_corpus(recipe, tokenizer, -(-mine // micro), world.rank, world.size)
+        model = open_model(run, tokenizer)
+        job = assemble(run, model, corpus, -(-mine // micro))
+        if resume and job.checkpoints.steps():
+            restore(job, job.checkpoints.steps()[-1])
+        if world.first:
+            with Monitor(run.output, job.steps, job.step, list(recipe.run.track), quiet) as monitor:
+                train(job, monitor)
+        else:
+            train(job, _Silent())  # type: ignore[arg-type]
+        return finish(run, job, tokenizer)
+
+
+class _Silent:
+    """The monitor of every process but the first."""
+
+    def log(self, *_: Any) -> None: ...
+    def show(self, *_: Any) -> None: ...
+    def say(self, *_: Any) -> None: ...
+
+
+def plan(recipe: TrainRecipe) -> dict[str, Any]:
+    """What a run would train, from shapes alone. Raises BadInput."""
+    if recipe.start is not None:
+        config = checkpoint.load_config(recipe.start)
+    else:
+        config = hosts.config_for(recipe.host, recipe.data.sequence_length, None)
+    dense = checkpoint.empty_model(config)
+    layout = None
+    if recipe.start is not None:
+        found = getattr(config, "quantization_config", None)
+        layout = Layout.from_dict(found["layout"]) if found else None
+    elif recipe.ffn.kind != "dense":
+        layout = hosts.layout_for(find_sites(dense), recipe.ffn)
+    sizes = sized(layout, dense)
+    parameters = sum(p.numel() for p in dense.parameters())
+    if layout is not None:
+        parameters = sizes["model"]["stored"]
+    return {
+        "dry_run": True,
+        "task": recipe.task,
+        "data": source_of(recipe),
+        "tokens": recipe.schedule.tokens,
+        "batch_size": recipe.run.batch_size,
+        "parameters": parameters,
+        **sizes,
+    }
+
+
+def sized(layout: Layout | None, dense: PreTrainedModel) -> dict[str, Any]:
+    """`ffn` and, of a PILON model, `model`: numbers stored, bytes, MACs, and their ratios over the dense model's."""
+    if layout is None or not (layout.projections or layout.kept):
+        return {"ffn": {"stored_ratio": 1.0, "bytes_ratio": 1.0, "mac_ratio": 1.0}}
+    return {"ffn": ffn_size(layout).to_dict(), "model": model_size(layout, dense).to_dict()}
+
+
+def claim(run: Run, resume: bool, overwrite: bool) -> None:
+    """Make the output folder ours, with the recipe in it; or find the run that it holds, if that is to go on."""
+    output, mark = run.output, run.output / RECIPE
+    begun = resume and mark.is_file()
+    if begun:
+        before = recipes.load(str(mark))
+        if difference := changed(before, run.recipe):
+            raise BadInput(f"{output} was begun with another {difference}: resume with the same recipe, or start anew")
+    elif not resume or (output.exists() and any(output.iterdir())):
+        check_output(output, overwrite, run.recipe.start or "")
+    run.world.wait()
+    if begun or not run.world.first:
+        run.world.wait()
+        return
+    if output.exists() and overwrite:
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    mark.write_text(recipes.dump(run.recipe))
+    run.world.wait()
+
+
+def changed(before: TrainRecipe, now: TrainRecipe) -> str | None:
+    """The first field in which two recipes differ; how the work is done may differ, as long as batches are the same."""
+    free = {"batch_size", "train"}
+    for name, old in before.model_dump(mode="json").items():
+        new = now.model_dump(mode="json")[name]
+        if name == "device" or old == new:
+            continue
+        if not isinstance(old, dict):
+            return name
+        keys = [key for key in old if old[key] != new[key] and not (name == "run" and key not in free)]
+        if keys:
+            return f"{name}.{keys[0]} ({old[keys[0]]}, now {new[keys[0]]})"
+    return None
+
+
+def open_tokenizer(run: Run) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model to start from, of the recipe, or one trained on the text; kept in the output."""
+    recipe, folder = run.recipe, run.output / "checkpoints" / TOKENIZER
+    if recipe.start is not None:
+        return checkpoint.load_tokenizer(recipe.start)
+    if recipe.host.tokenizer != "bpe":
+        return checkpoint.load_tokenizer(recipe.host.tokenizer)
+    if run.world.first and not folder.is_dir():
+        documents = list(text.open_text(source_of(recipe), "calibration"))
+        tokenizer = hosts.train_tokenizer(documents, recipe.host.vocab_size)
+        tokenizer.save_pretrained(folder.with_suffix(".part"))
+        folder.with_suffix(".part").rename(folder)
+    run.world.wait()
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return found
+
+
+def open_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model to train, in float32, with what does not learn frozen."""
+    recipe = run.recipe
+    if recipe.start is not None:
+        model = checkpoint.load_model(recipe.start, dtype=torch.float32)
+    else:
+        config = hosts.config_for(recipe.host, recipe.data.sequence_length, tokenizer.eos_token_id)
+        if len(tokenizer) > config.vocab_size:
+            raise BadInput(f"the tokenizer has {len(tokenizer)} tokens, host.vocab_size is {config.vocab_size}")
+        model = hosts.build(config, recipe.ffn, recipe.seed)
+    model.config.use_cache = False
+    restrict(model, recipe.run.train)
+    if recipe.run.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(run.world.device).train()
+
+
+def assemble(run: Run, model: PreTrainedModel, corpus: Corpus, micro_batches: int) -> Training:
+    """Trainee, wrappers, optimisers and schedules."""
+    recipe, world = run.recipe, run.world
+    half = recipe.run.autocast == "bfloat16" or (recipe.run.autocast == "auto" and world.device.type == "cuda")
+    trainee: nn.Module = NextToken(model)
+    layers = list(blocks(model).values())
+    wrapped = wrap(trainee, layers, world, recipe.run.parallel, half)
+    compiled: Callable[..., Any] = torch.compile(wrapped, dynamic=False) if recipe.run.compile else wrapped
+    return Training(
+        recipe=recipe,
+        world=world,
+        trainee=trainee,
+        run=compiled,
+        wrapped=wrapped,
+        optimizers=make_optimizers(trainee, recipe.optimizer),
+        batches=corpus.batches,
+        steps=steps_of(recipe, corpus),
+        validate=lambda: judge(wrapped, corpus, run),
+        checkpoints=Checkpoints(run.output, world, recipe.run.keep),
+        prepare=prepared,
+        micro_batches=micro_batches,
+        flops_per_token=6.0 * macs_per_token(model),
+        half=half,
+    )
+
+
+def prepared(batch: Batch) -> tuple[Any, ...]:
+    """What the trainee is called with."""
+    return batch.inputs(), batch.labels
+
+
+def judge(wrapped: nn.Module, corpus: Corpus, run: Run) -> tuple[float, int]:
+    """(nats, tokens) of this process's share of the validation slice."""
+    nats, tokens = 0.0, 0
+    size = run.recipe.run.micro_batch_size or run.recipe.run.batch_size
+    for batch in in_order(corpus.validation, size, run.world.rank, run.world.size):
+        nats += float(wrapped(*prepared(batch.to(run.world.device))))
+        tokens += batch.scored
+    return nats, tokens
+
+
+def steps_of(recipe: TrainRecipe, corpus: Corpus) -> int:
+    """Optimiser steps. Raises BadInput where nobody can know how many."""
+    tokens = recipe.schedule.tokens or corpus.tokens
+    if tokens is None:
+        raise BadInput("streamed text has no known length: say how many tokens to train on with --tokens")
+    return max(1, tokens // (recipe.run.batch_size * recipe.data.sequence_length))
+
+
+def macs_per_token(model: PreTrainedModel) -> float:
+    """Multiply-accumulates of all products with weights."""
+    layout = layout_of(model)
+    return linear_macs(model) + (ffn_size(layout).macs if layout.projections else 0)
+
+
+def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Judge the final weights, write the model folder, and say what came of it."""
+    if job.kept:
+        put(job.trainee, job.kept)
+    with weights_in(job):
+        perplexity = validation_perplexity(job)
+        model = gathered(job)
+    result: dict[str, Any] = {}
+    if run.world.first:
+        prune_unused(model)
+        result = describe(run, job, model, perplexity)
+        write(run, model, tokenizer, result)
+    run.world.wait()
+    return result
+
+
+def gathered(job: Training) -> PreTrainedModel:
+    """The model on the CPU, whole: on every process, since sharded tensors are gathered by all."""
+    model: Any = job.trainee.model
+    state = {name: full(tensor).detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    plain = copy.copy(model.config)
+    fresh = checkpoint.build(plain).to("meta")
+    layout = layout_of(model)
+    if layout.projections or layout.kept:
+        install(fresh, layout)
+    fresh.load_state_dict(state, assign=True)
+    fresh.tie_weights()
+    return fresh.eval()
+
+
+def describe(run: Run, job: Training, model: PreTrainedModel, perplexity: float) -> dict[str, Any]:
+    """The contents of train.json."""
+    layout = layout_of(model)
+    dense = checkpoint.empty_model(model.config)
+    return {
+        "format_version": 1,
+        "pilon_compress": pilon_compress.__version__,
+        "task": run.recipe.task,
+        "val_perplexity": perplexity,
+        "best_val_perplexity": job.best if math.isfinite(job.best) else perplexity,
+        "steps": job.step,
+        "tokens": job.tokens,
+        "seconds": job.seconds,
+        "tokens_per_second": job.tokens / max(job.seconds, 1e-9),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **sized(layout, dense),
+        "processes": run.world.size,
+        "device": str(run.world.device),
+        "command": run.command,
+        "recipe": recipes.dump(run.recipe),
+        "output": str(run.output),
+    }
+
+
+def write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: dict[str, Any]) -> None:
+    """Put the model into the output folder: all files are made aside first, config.json moves in last."""
+    work = run.output / "checkpoints" / "model"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    dtype = torch.float32 if run.recipe.dtype == "auto" else getattr(torch, run.recipe.dtype)
+    model.config.use_cache = True
+    save_model(model, tokenizer, work, dtype)
+    (work / "train.json").write_text(json.dumps(result, indent=2))
+    for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(run.output / path.name)
+    work.rmdir()
+    if not run.quiet:
+        print(f"model {run.output}", file=sys.stderr)

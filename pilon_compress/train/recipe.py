@@ -1,0 +1,274 @@
+"""What a training recipe may say. It is told from a conversion's recipe by its field `task`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pilon_compress import settings, strict_yaml
+from pilon_compress.settings import Above, Count, Number, Positive, Section, Share, Switch, Text
+from pilon_compress.strict_yaml import Document
+
+Task = Literal["pretrain", "heal", "sft"]
+
+
+class Host(Section):
+    """The shape of a model that is trained from scratch, in the words of its transformers config."""
+
+    family: Literal["arcee", "llama"] = "arcee"
+    """arcee: RMSNorm, RoPE, ungated feed-forward. llama: the same with a gated one (SwiGLU)."""
+    hidden_size: Positive = 512
+    num_hidden_layers: Positive = 8
+    num_attention_heads: Positive = 8
+    num_key_value_heads: Positive | None = None
+    """Default: as many as attention heads."""
+    intermediate_size: Positive = 2048
+    hidden_act: Text | None = None
+    """Default: the family's, relu2 for arcee and silu for llama."""
+    vocab_size: Positive = 50257
+    tie_word_embeddings: Switch = True
+    tokenizer: Text = "openai-community/gpt2"
+    """Hub id, folder or package:NAME; or bpe: a byte-level BPE of vocab_size trained on the data."""
+
+
+class Ffn(Section):
+    """What the feed-forward projections are made of."""
+
+    kind: Literal["pilon", "lowrank", "dense"] = "pilon"
+    """lowrank: every layer has factors of its own, the control. dense: the baseline."""
+    ffn_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+    """Stored FFN parameters over dense."""
+    mac_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+    """FFN MACs per token over dense."""
+    neurons: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Inner width over the host's: the budget stays, so fewer neurons have higher ranks."""
+    matrices: Switch = False
+    """Keep plain matrices of as many neurons as the budget pays for, in place of primitives."""
+    bands: Positive | list[list[int]] | None = None
+    """Bands of layers that share banks: their number, or the layers of each. Default: about three layers each."""
+    rank: Positive | None = None
+    """Rank of each primitive. Default: the largest of 64, 32, 16, ... that spends the budget well."""
+    n_primitives: Positive | None = None
+    """Per bank; by default what ffn_ratio pays for."""
+    top_k: Positive | None = None
+    """Primitives that a layer selects; by default what mac_ratio pays for."""
+    composition: Literal["component", "scalar", "softmax"] = "component"
+    """Weights of a composition: one per component, one per primitive, or softmax over logits (the original's)."""
+    latent_scale: Switch = False
+    latent_bias: Switch = False
+    """Options of the original PILON: a scale and a bias per component of rank, shared by all primitives of a bank."""
+
+
+class Selection(Section):
+    """Which primitives a layer of a model that is trained from scratch uses. Not for softmax compositions."""
+
+    explore: Literal["none", "anneal", "noise", "gumbel"] = "none"
+    """none: a balanced choice made at the start. anneal: all, then fewer and fewer. noise, gumbel: the top k of scores
+    that are disturbed less and less, with a straight-through gradient."""
+    until: Share = 0.4
+    """Share of the training after which the choice is final."""
+    temperature: Above = 1.0
+    """Of the disturbance at the start."""
+
+
+class Staged(Section):
+    """The original PILON's schedules; all off by default (docs/log.md says what each of them costs or gains)."""
+
+    phases: list[Share] = []
+    """Ends of the phases, as shares of the training: [0.2, 0.5, 1.0] is the original's."""
+    banks: list[Number] = []
+    """Factor on the banks' learning rate in each phase; 0 freezes them."""
+    compositions: list[Number] = []
+    base: list[Number] = []
+    """Factor on everything else's."""
+    top_k: list[Positive] = []
+    """Primitives in use at the ends of the phases; softmax and explored selections only."""
+    rank: list[Positive] = []
+    """Components of each primitive in use at the ends of the phases."""
+    n_primitives: list[Positive] = []
+    """Primitives of each bank in use at the ends of the phases."""
+    unfreeze: list[Share] = []
+    """Share of the training at which each band, first to last, begins to learn."""
+    cache_top_k: Positive = 1
+    """Steps for which a softmax selection is kept."""
+    entropy: Number = 0.0
+    """Weight of the mean entropy of compositions, which it raises: it keeps them from collapsing."""
+    diversity: Number = 0.0
+    """Weight of the mean cosine between the compositions of a band's layers, which it lowers."""
+
+    @model_validator(mode="after")
+    def _one_each(self) -> "Staged":
+        for name in ("banks", "compositions", "base", "top_k", "rank", "n_primitives"):
+            given = getattr(self, name)
+            if given and len(given) != len(self.phases):
+                raise ValueError(f"{name} has {len(given)} entries for {len(self.phases)} phases")
+        if self.phases != sorted(self.phases) or (self.phases and self.phases[-1] != 1):
+            raise ValueError("phases must grow, and end at 1")
+        return self
+
+
+class Data(Section):
+    """The text."""
+
+    source: Text | None = None
+    """hub:REPO:CONFIG:SPLIT:COLUMN, a txt / jsonl / parquet file or glob, stdlib; chat data for sft."""
+    validation: Text | None = None
+    """Default: one document in five of the source, by a hash of its text, which is then not trained on."""
+    sequence_length: Positive = 1024
+    respect_documents: Switch = False
+    """Documents that share a sequence do not see each other."""
+    streaming: Switch = False
+    """Tokenise while training, for sources that are too large to store."""
+    validation_sequences: Positive = 64
+    """Sequences of the fixed slice that is judged by."""
+
+
+class Optimizer(Section):
+    """How parameters move."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices and primitives by orthogonalised momentum, the rest by AdamW."""
+    learning_rate: Above = 1e-3
+    muon_learning_rate: Above = 2e-2
+    banks: Number = 1.0
+    """Factor on the learning rate of banks."""
+    compositions: Number = 1.0
+    embeddings: Number = 1.0
+    weight_decay: Number = 0.1
+    """On matrices and banks only."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    clip: Above | None = 1.0
+    """Largest norm of the gradient."""
+    ema: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    """Decay of a moving average of the weights, which is then what is judged and saved."""
+
+
+class Schedule(Section):
+    """How long, and how the learning rate moves."""
+
+    tokens: Positive | None = None
+    """Tokens to train on; default: one pass over the source."""
+    kind: Literal["wsd", "cosine", "constant"] = "wsd"
+    """wsd: warm-up, stable, linear decay."""
+    warmup: Share = 0.02
+    decay: Share = 0.3
+    """Share of the training that the decay of wsd takes."""
+    floor: Share = 0.0
+    """Learning rate at the end, of the highest."""
+
+
+class Distill(Section):
+    """What a healing model learns from its teacher. Weights of the terms; 0 leaves one out."""
+
+    kl: Number = 1.0
+    """KL(teacher ‖ student), the mean over tokens, times the square of the temperature."""
+    temperature: Above = 1.0
+    next_token: Number = 0.0
+    """Cross-entropy of the text itself."""
+    hidden: Number = 0.0
+    """Squared error of every layer's states over the teacher's variance."""
+    ffn: Number = 0.0
+    """The same of what the feed-forward blocks put out."""
+    pooled: Number = 1.0
+    """Encoders: 1 - cosine of the pooled embeddings."""
+    match_until: Share = 1.0
+    """Share of the training after which hidden and ffn have faded to nothing."""
+    layerwise: Share = 0.0
+    """Share of the training that fits layer by layer, before the model as a whole."""
+    cache_teacher: Count = 0
+    """Largest logits of the teacher that are kept on disk for each token, so that it runs once; 0: no cache."""
+    keep_best: Switch = True
+    """End with the weights that were best on the validation text."""
+
+
+class Run(Section):
+    """How the work is done."""
+
+    batch_size: Positive = 32
+    """Sequences per optimiser step, all processes together."""
+    micro_batch_size: Positive | None = None
+    """Sequences per forward pass and process; default: as many as are a process's share."""
+    train: Literal["all", "ffn", "compositions"] = "all"
+    """Which parameters learn."""
+    autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    """auto: bfloat16 on GPUs."""
+    compile: Switch = False
+    gradient_checkpointing: Switch = False
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes (torchrun). auto: ddp."""
+    log_every: Positive = 10
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: Positive | None = None
+    """Steps; default: twenty times in all."""
+    checkpoint_every: Above = 600
+    """Seconds, at least, between checkpoints."""
+    keep: Positive = 2
+    """Checkpoints to keep."""
+    sample: Text | None = None
+    """Prompt for a sample of text at every evaluation."""
+    spike: Above | None = 3.0
+    """Stop where the loss exceeds its running mean by so many nats, or is not finite."""
+    track: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Where metrics go besides metrics.jsonl."""
+
+
+class TrainRecipe(Section):
+    """Everything that decides a training run."""
+
+    task: Task
+    """pretrain: from scratch. heal: a converted model learns from its dense teacher. sft: chat data."""
+    start: Text | None = None
+    """The model to heal or fine-tune: PILON or dense."""
+    teacher: Text | None = None
+    """The dense model that is followed; default: the one that `start` was converted from."""
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the saved weights; auto: as `start`, or float32."""
+    device: Text = "auto"
+    host: Host = Host()
+    ffn: Ffn = Ffn()
+    selection: Selection = Selection()
+    staged: Staged = Staged()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    distill: Distill = Distill()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _start_fits_task(self) -> "TrainRecipe":
+        if self.task != "pretrain" and self.start is None:
+            raise ValueError(f"task {self.task} needs `start`, the model to begin with")
+        if self.task == "pretrain" and self.start is not None:
+            raise ValueError("task pretrain begins from scratch: leave `start` out, or heal or sft that model")
+        return self
+
+
+def load(name_or_path: str, overrides: Sequence[str] = ()) -> TrainRecipe:
+    """Read the bundled recipe of that name, else the YAML file at that path, and apply `overrides`, each "a.b=value".
+
+    Raises BadInput as `pilon_compress.recipe.load` does.
+    """
+    origin, text = settings.find(name_or_path)
+    return settings.checked(TrainRecipe, strict_yaml.parse(text, origin), overrides)
+
+
+def build(data: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "command line") -> TrainRecipe:
+    """A recipe from nested dictionaries and `overrides`. `origin` begins the messages of BadInput."""
+    return settings.checked(TrainRecipe, Document(origin, data), overrides)
+
+
+def dump(recipe: TrainRecipe) -> str:
+    """YAML that `load` turns back into an equal recipe: what differs from the defaults."""
+    shown = {"task": recipe.task, "seed": recipe.seed} | json.loads(recipe.model_dump_json(exclude_defaults=True))
+    return strict_yaml.dump({field: shown[field] for field in TrainRecipe.model_fields if field in shown})
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a training recipe, for editors: the contents of recipes/train.schema.json."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TrainRecipe.model_json_schema()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))

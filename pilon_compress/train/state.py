@@ -1,0 +1,136 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+    OUT/checkpoints/step-00001200/
+      *.safetensors    weights, moving averages and optimiser states; each process writes its own shards
+      state.json       step, recipe, best validation so far; written last: a folder without it is none
+
+A state depends on nothing but the step otherwise: data order, schedules and selections are functions of it. Files are
+read back by any number of processes.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from pilon_compress.deploy.save import disk_full
+from pilon_compress.errors import BadInput
+from pilon_compress.train.distributed import World
+
+STATE = "state.json"
+FORMAT = 1
+
+
+class Checkpoints:
+    """The checkpoints of one output folder; the last `keep` stay."""
+
+    def __init__(self, output: Path, world: World, keep: int = 2) -> None:
+        self.folder, self.world, self.keep = output / "checkpoints", world, keep
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        found = self.folder.glob(f"step-*/{STATE}")
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Write a checkpoint; it appears whole or not at all, and only then are older ones removed.
+
+        All processes take part. Raises BadInput where the disk is full: earlier checkpoints are still there.
+        """
+        target, work = self.path(step), self.folder / f"writing-{step:08d}"
+        if self.world.first:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True, exist_ok=True)
+        self.world.wait()
+        failure = None
+        try:
+            _write(tensors, work, self.world)
+        except Exception as error:  # of a library in another language
+            reason = disk_full(error)
+            if reason is None:
+                raise
+            failure = BadInput(
+                f"no checkpoint of step {step}: {reason}; that of step {(self.steps() or [0])[-1]} stays"
+            )
+        if self.world.total(float(failure is not None))[0]:
+            if self.world.first:
+                shutil.rmtree(work, ignore_errors=True)
+            raise failure or BadInput(f"no checkpoint of step {step}: another process could not write")
+        if self.world.first:
+            (work / STATE).write_text(json.dumps({"format": FORMAT, "step": step, **plain}))
+            shutil.rmtree(target, ignore_errors=True)
+            work.rename(target)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old), ignore_errors=True)
+        self.world.wait()
+
+    def plain(self, step: int) -> dict[str, Any]:
+        """What `save` was given as `plain`, with `step`. Raises BadInput for a file that is not one of ours."""
+        path = self.path(step) / STATE
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{path} is corrupt: {error}") from error
+        if found.get("format") != FORMAT:
+            raise BadInput(f"{path} is in format {found.get('format')}, not the {FORMAT} read here")
+        return found
+
+    def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Read, in place, into tensors of the same names and shapes. Raises BadInput for files that do not match."""
+        path = self.path(step)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                load(
+                    dict(tensors),
+                    storage_reader=HuggingFaceStorageReader(str(path)),
+                    no_dist=self.world.size == 1,
+                )
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise BadInput(f"{path} does not load: {reason}; delete it to go on from the one before") from error
+
+
+def _write(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process only
+        save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+
+
+def tensors_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """All tensors of a run by name: parameters, buffers, and optimiser states (zeros where there are none yet)."""
+    found: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.named_parameters()}
+    found |= {f"buffer.{name}": tensor for name, tensor in model.named_buffers()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for index, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for key, tensor in _ready(optimizer, parameter).items():
+                    found[f"optimizer{index}.{key}.{names[id(parameter)]}"] = tensor
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _ready(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The parameter's state as the optimiser would begin it."""
+    state = optimizer.state[parameter]
+    if not state:
+        if isinstance(optimizer, torch.optim.AdamW):
+            # one number each, kept on the parameter's device by the fused form
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        else:
+            state["momentum"] = torch.zeros_like(parameter)
+    return {key: value for key, value in state.items() if torch.is_tensor(value)}
