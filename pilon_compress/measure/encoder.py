@@ -26,7 +26,7 @@ def embed(
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # alike lengths together: little padding
     rows: list[Tensor] = [torch.empty(0)] * len(texts)
     starts = range(0, len(order), batch_size)
-    limit = min(max_length, _positions(model) or max_length)
+    limit = min(max_length, positions(model) or max_length)
     for start in track(starts, "embedding", total=len(starts)):
         chosen = order[start : start + batch_size]
         batch = tokenizer(
@@ -43,7 +43,7 @@ def embed(
     return result
 
 
-def _positions(model: PreTrainedModel) -> int | None:
+def positions(model: PreTrainedModel) -> int | None:
     """The longest input that the model takes, in tokens; None if nothing limits it.
 
     RoBERTa and its kin count positions from the padding id + 1 on: their config promises more than they can take.
@@ -76,10 +76,9 @@ def measure(
         torch.nn.functional.normalize(embed(m, tokenizer, texts, batch_size=batch_size, max_length=max_length), dim=1)
         for m in (model, dense)
     )
-    shared = (_nearest(ours)[:, :, None] == _nearest(theirs)[:, None, :]).any(2)
     return {
         "cosine": float((ours * theirs).sum(1).mean()),
-        "neighbors10": float(shared.float().mean()),
+        "neighbors10": shared_neighbours(ours, theirs),
         "texts": len(texts),
     }
 
@@ -90,6 +89,12 @@ def check(texts: Sequence[str]) -> None:
         raise BadInput(
             f"{len(texts)} paragraphs are too few to compare {NEIGHBORS} neighbours: give at least {NEIGHBORS + 1}"
         )
+
+
+def shared_neighbours(ours: Tensor, theirs: Tensor) -> float:
+    """Mean share of a text's ten nearest texts that both embeddings (N, d) agree on, for N above ten."""
+    ours, theirs = (torch.nn.functional.normalize(embeddings, dim=1) for embeddings in (ours, theirs))
+    return float((_nearest(ours)[:, :, None] == _nearest(theirs)[:, None, :]).any(2).float().mean())
 
 
 def _nearest(embeddings: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Judging a model: the right figures for its kind, on text that it was not calibrated on."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress import checkpoint, recipe, text
 from pilon_compress.errors import BadInput
+from pilon_compress.lineage import lineage
 from pilon_compress.measure import encoder, language
 
 CAUSAL_DATA = "hub:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
@@ -65,14 +65,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate the model at `model` (PILON or dense), against the dense one it came from where that is known.
 
-    `against` defaults to the source named in the folder's recipe.yaml. `data` is a text source; where it overlaps the
-    calibration source of that recipe, only the part that calibration left out is used, and the figures say so.
+    `against` defaults to the dense model that the folder's recipe.yaml leads to. `data` is a text source; where it
+    overlaps a source of calibration or training, only the part that these leave out is used, and the figures say so.
     """
-    made_by = _recipe_of(model)
-    against = against or (made_by.model if made_by else None)
+    origin = lineage(checkpoint.resolve(model))
+    against = against or origin.dense
     pilon = checkpoint.load_model(model, dtype="float32", device=device)
     data = data or (CAUSAL_DATA if checkpoint.is_causal(pilon.config) else ENCODER_DATA)
-    seen = made_by is not None and _overlap(data, made_by.calibration.data or "")
+    seen = any(_overlap(data, source) for source in origin.texts)
     documents = list(text.open_text(data, part="held-out" if seen else "all"))
     dense = checkpoint.load_model(against, dtype="float32", device=device) if against else None
     figures = measure(
@@ -84,11 +84,6 @@ def evaluate(
         seed=seed,
     )
     return {**figures, "model": model, "against": against, "data": data + (" (held-out part)" if seen else "")}
-
-
-def _recipe_of(model: str) -> recipe.Recipe | None:
-    path = Path(checkpoint.resolve(model)) / "recipe.yaml"
-    return recipe.load(str(path)) if path.is_file() else None
 
 
 def _overlap(data: str, calibration: str) -> bool:

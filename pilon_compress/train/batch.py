@@ -16,32 +16,51 @@ class Batch:
     labels        the token AFTER each of `input_ids`, aligned already: no shift when scoring; -100 is not scored
     position_ids  from 0 at the start of every document if `document` is given, else of every row
     document      which document of its row a token belongs to, from 0; None where rows are one stretch of text
+    padding_mask  1, or 0 where a row is padding; None where nothing needs to be told
+    goal          what a teacher predicts, tensors (B, T, ...) by name: see `divergence.Goal`
+
+    Batches of separate texts, for encoders, have labels (B,), which only tell whether a text counts.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
     document: Tensor | None = None
+    padding_mask: Tensor | None = None
+    goal: dict[str, Tensor] | None = None
 
     @property
     def scored(self) -> int:
-        """How many tokens count in the loss."""
+        """How many tokens, or separate texts, count in the loss."""
         return int((self.labels != IGNORED).sum())
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are learnt from."""
+        if self.padding_mask is None:
+            return self.scored
+        return int(self.padding_mask[self.labels != IGNORED].sum())
 
     def unscored(self) -> "Batch":
         """The same without labels: for a process that has nothing to learn from but must take part."""
         return replace(self, labels=torch.full_like(self.labels, IGNORED))
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if value is not None}
-        return Batch(**moved)
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: moved(one) for name, one in value.items()}
+            return None if value is None else value.to(device, non_blocking=True)
+
+        return Batch(**{name: moved(value) for name, value in vars(self).items()})
 
     def inputs(self) -> dict[str, Any]:
-        """Keyword arguments for a causal model of transformers, eager or sdpa.
+        """Keyword arguments for a model of transformers, eager or sdpa.
 
         Without mask and cache, transformers takes positions that start again for packed documents and keeps them apart.
         OPT alone does not: it needs `attention_mask` besides.
         """
+        if self.padding_mask is not None:
+            return {"input_ids": self.input_ids, "attention_mask": self.padding_mask}
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
         if self.document is not None:
             inputs["position_ids"] = self.position_ids

@@ -7,12 +7,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pilon_compress.errors import BadInput
+from pilon_compress.measure.evaluate import ENCODER_DATA
 from pilon_compress.text import DEFAULT_LM
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.blocks import Blocks
 from pilon_compress.train.chat import tokenise_chat
 from pilon_compress.train.order import Loader, Rows
 from pilon_compress.train.packed import Packed
+from pilon_compress.train.paragraphs import ByLength, Spread, tokenise_paragraphs
 from pilon_compress.train.recipe import TrainRecipe
 from pilon_compress.train.streaming import StreamingBlocks
 from pilon_compress.train.tokens import Part, TokenFile, tokenise
@@ -51,11 +53,13 @@ class Slice:
 
 @dataclass(frozen=True)
 class Corpus:
-    """`tokens` of one pass over the text; None where nobody knows."""
+    """`tokens` of one pass over the text; None where nobody knows. `per_row`: tokens of a row, on average, where it is
+    not the sequence length."""
 
     batches: Loader | Streamed
     validation: Rows
     tokens: int | None
+    per_row: float | None = None
 
 
 def source_of(recipe: TrainRecipe) -> str:
@@ -92,3 +96,23 @@ def open_corpus(
     file: TokenFile = tokenise(source, tokenizer, part)
     rows = Blocks(file, length, asked.respect_documents)
     return Corpus(Loader(rows, batch, recipe.seed, micro_batches), validation, len(file))
+
+
+def open_paragraphs(
+    recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, micro_batches: int, longest: int | None
+) -> Corpus:
+    """Separate paragraphs, for an encoder that takes at most `longest` tokens. Raises BadInput as `open_corpus`."""
+    asked, source = recipe.data, recipe.data.source or ENCODER_DATA
+    if asked.streaming:
+        raise BadInput("data.streaming is for causal models: an encoder's paragraphs are stored")
+    length = min(asked.sequence_length, longest or asked.sequence_length)
+    part: Part = "train" if asked.validation is None else "all"
+    held: tuple[str, Part] = (asked.validation or source, "validation" if asked.validation is None else "all")
+    judged = tokenise_paragraphs(held[0], tokenizer, held[1], length)
+    rows = tokenise_paragraphs(source, tokenizer, part, length)
+    return Corpus(
+        ByLength(rows, recipe.run.batch_size, recipe.seed, micro_batches),
+        Spread(judged, asked.validation_sequences),
+        len(rows.tokens),
+        len(rows.tokens) / len(rows),
+    )

@@ -56,12 +56,25 @@ class Plugin(Protocol):
         """A context manager around the optimiser's step."""
 
 
+@dataclass(frozen=True)
+class Figure:
+    """What a run is judged by: a function of the mean loss on the validation text, the better the lower that is."""
+
+    name: str
+    words: str
+    of: Callable[[float], float]
+
+
+PERPLEXITY = Figure("val_perplexity", "validation perplexity", lambda nats: math.exp(min(700.0, nats)))
+
+
 @dataclass
 class Training:
     """All that a run consists of.
 
     `trainee`: a module that maps (inputs, labels) to a loss summed over the scored tokens. `run`: the same, wrapped for
-    several processes and compiled. `validate`: (nats, tokens) of this process's share of the validation text.
+    several processes and compiled. `validate`: (loss, tokens) of this process's share of the validation text. `before`
+    and `best`: means of that loss, over all processes, at the start (with `keep_best`) and the lowest so far.
     """
 
     recipe: TrainRecipe
@@ -82,6 +95,8 @@ class Training:
     health: Callable[[], dict[str, float]] | None = None
     sample: Callable[[], str] | None = None
     half: bool = False
+    figure: Figure = PERPLEXITY
+    before: float = math.nan
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -98,8 +113,8 @@ def train(job: Training, monitor: Monitor) -> None:
     clock, saved, mean = Clock(), time.monotonic(), math.nan
     if job.recipe.optimizer.ema and not job.ema:
         job.ema = {name: p.detach().clone() for name, p in job.trainee.named_parameters() if p.requires_grad}
-    if job.keep_best and not job.kept:
-        _judge(job, monitor)
+    if job.step == 0 and (job.keep_best or recipe.task == "heal"):
+        job.before = _judge(job, monitor)
     with _signals() as asked:
         while job.step < job.steps:
             share = job.step / job.steps
@@ -142,7 +157,8 @@ def _step(job: Training, share: float) -> tuple[tuple[float, int], dict[str, flo
     for plugin in job.plugins:
         plugin.before(job.step, share)
     batches = [job.batches.batch(job.step, micro, world.rank, world.size) for micro in range(job.micro_batches)]
-    scored = max(1, round(world.total(sum(batch.scored for batch in batches))[0]))
+    counts = world.total(sum(batch.scored for batch in batches), sum(batch.tokens for batch in batches))
+    scored, tokens = max(1, round(counts[0])), round(counts[1])
     total = 0.0
     for micro, batch in enumerate(batches):
         arguments = job.prepare(batch.to(world.device))
@@ -165,7 +181,7 @@ def _step(job: Training, share: float) -> tuple[tuple[float, int], dict[str, flo
         optimizer.zero_grad(set_to_none=True)
     if job.ema:
         _average(job)
-    return (world.total(total)[0], scored), norms
+    return (world.total(total)[0], tokens), norms
 
 
 @torch.no_grad()
@@ -214,33 +230,35 @@ def _flush(job: Training, clock: Clock) -> None:
     job.tokens, job.seconds = job.tokens + tokens, job.seconds + seconds
 
 
-def _judge(job: Training, monitor: Monitor) -> None:
-    """Validation on the fixed slice; remembers the weights if they are the best and that matters."""
+def _judge(job: Training, monitor: Monitor) -> float:
+    """The mean loss on the fixed slice; remembers the weights if they are the best and that matters."""
     with weights_in(job):
-        perplexity = validation_perplexity(job)
-        if job.keep_best and perplexity < job.best:
+        loss = validation_loss(job)
+        value = job.figure.of(loss)
+        if job.keep_best and (loss < job.best or not job.kept):
             job.kept = {name: p.detach().clone() for name, p in job.trainee.named_parameters() if p.requires_grad}
-        job.best = min(job.best, perplexity)
-        figures: dict[str, Any] = {"val_perplexity": perplexity, "tokens": job.tokens}
+        job.best = min(job.best, loss)
+        figures: dict[str, Any] = {job.figure.name: value, "tokens": job.tokens}
         if job.health is not None:
             figures |= job.health()
         if job.sample is not None:
             figures["sample"] = job.sample()
     if job.world.first:
         monitor.log(job.step, figures)
-        monitor.say(f"step {job.step}/{job.steps}  validation perplexity {perplexity:.4g}")
+        monitor.say(f"step {job.step}/{job.steps}  {job.figure.words} {value:.4g}")
         if "sample" in figures:
             monitor.say(f"  {figures['sample']}")
+    return loss
 
 
-def validation_perplexity(job: Training) -> float:
-    """exp of the mean loss over the validation text, of all processes."""
+def validation_loss(job: Training) -> float:
+    """The mean loss over the validation text, of all processes."""
     training = job.trainee.training
     job.wrapped.eval()
     with torch.no_grad(), torch.autocast(job.world.device.type, torch.bfloat16) if job.half else nullcontext():
-        nats, tokens = job.world.total(*map(float, job.validate()))
+        loss, tokens = job.world.total(*map(float, job.validate()))
     job.wrapped.train(training)
-    return math.exp(min(700.0, nats / max(1.0, tokens)))
+    return loss / max(1.0, tokens)
 
 
 @contextmanager
@@ -277,6 +295,7 @@ def save(job: Training) -> None:
         "tokens": job.tokens,
         "seconds": job.seconds,
         "best": job.best if math.isfinite(job.best) else None,
+        "before": job.before if math.isfinite(job.before) else None,
     }
     if isinstance(job.batches, Streamed):
         plain["data"] = job.world.each(job.batches.state_dict())
@@ -293,6 +312,7 @@ def restore(job: Training, step: int) -> None:
     job.checkpoints.load(step, _tensors(job))
     job.step, job.tokens, job.seconds = step, plain["tokens"], plain["seconds"]
     job.best = math.inf if plain["best"] is None else plain["best"]
+    job.before = math.nan if plain.get("before") is None else plain["before"]
     if isinstance(job.batches, Streamed):
         if len(plain["data"]) != job.world.size:
             raise BadInput(f"a streamed run goes on with as many processes as before, {len(plain['data'])}")

@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.kept import KeptLinear
+from pilon_compress.train.distributed import full
 from pilon_compress.train.recipe import Optimizer, Run
 
 GROUPS = ("banks", "compositions", "embeddings", "matrices", "vectors")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients and steps of Jordan et al., 2024
 NEWTON_SCHULZ_STEPS = 5
 MOMENTUM = 0.95
+LEAST = 1e-3  # root mean square that a tensor near zero is taken to have
 
 
 def group_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -64,6 +66,8 @@ def make_optimizers(model: nn.Module, asked: Optimizer) -> list[torch.optim.Opti
     """AdamW for everything, or Muon for matrices and banks with AdamW beside it.
 
     Each group of each optimiser holds `name` (see GROUPS) and `base_lr`, its learning rate at the top of the schedule.
+    With `relative`, AdamW has a group for each tensor, whose rate is a share of the tensor's root mean square: those of
+    a converted model differ by orders of magnitude.
     """
     groups = group_parameters(model)
     factors = {"banks": asked.banks, "compositions": asked.compositions, "embeddings": asked.embeddings}
@@ -85,11 +89,22 @@ def make_optimizers(model: nn.Module, asked: Optimizer) -> list[torch.optim.Opti
 
     made: list[torch.optim.Optimizer] = []
     plain = entries([name for name in GROUPS if name not in by_muon], asked.learning_rate)
+    if asked.relative:
+        plain = [one for group in plain for one in _one_each(group)]
     if plain:
-        made.append(torch.optim.AdamW(plain, betas=asked.betas, eps=1e-8, fused=True))
+        made.append(torch.optim.AdamW(plain, betas=asked.betas, eps=1e-12 if asked.relative else 1e-8, fused=True))
     if orthogonal := entries(by_muon, asked.muon_learning_rate):
         made.append(Muon(orthogonal))
     return made
+
+
+def _one_each(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group of many tensors as groups of one, with rates relative to their size."""
+    sizes = [max(LEAST, float(full(p.detach().square().mean()).sqrt())) for p in group["params"]]
+    return [
+        {**group, "params": [p], "lr": group["lr"] * size, "base_lr": group["base_lr"] * size}
+        for p, size in zip(group["params"], sizes, strict=True)
+    ]
 
 
 class Muon(torch.optim.Optimizer):

@@ -7,7 +7,6 @@ OUT holds the run while it goes on (recipe.yaml, metrics.jsonl, checkpoints/, to
 
 import copy
 import json
-import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,18 +21,20 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 import pilon_compress
 from pilon_compress import checkpoint, text
 from pilon_compress.convert.stream import blocks
-from pilon_compress.deploy.save import check_output, save_model
+from pilon_compress.deploy.save import check_output, copy_companions, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import find_sites
 from pilon_compress.form.fold import prune_unused
 from pilon_compress.form.layout import Layout, install, layout_of
+from pilon_compress.measure import encoder
 from pilon_compress.measure.size import ffn_size, linear_macs, model_size
 from pilon_compress.train import hosts
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.batch import Batch
-from pilon_compress.train.corpus import Corpus, open_corpus, source_of
+from pilon_compress.train.corpus import Corpus, open_corpus, open_paragraphs, source_of
 from pilon_compress.train.distributed import World, full, join, wrap
-from pilon_compress.train.loop import Training, put, restore, train, validation_perplexity, weights_in
+from pilon_compress.train.heal import Healing, open_healing, steps_of
+from pilon_compress.train.loop import PERPLEXITY, Training, put, restore, train, validation_loss, weights_in
 from pilon_compress.train.losses import NextToken
 from pilon_compress.train.monitor import Monitor
 from pilon_compress.train.optim import make_optimizers, restrict
@@ -77,9 +78,10 @@ def train_model(
         tokenizer = open_tokenizer(run)
         mine = -(-recipe.run.batch_size // world.size)
         micro = min(mine, recipe.run.micro_batch_size or mine)
-        corpus = open_corpus(recipe, tokenizer, -(-mine // micro), world.rank, world.size)
+        corpus = open_text(run, tokenizer, -(-mine // micro))
         model = open_model(run, tokenizer)
-        job = assemble(run, model, corpus, -(-mine // micro))
+        healing = open_healing(recipe, world, model, corpus, quiet) if recipe.task == "heal" else None
+        job = assemble(run, model, healing.corpus if healing else corpus, -(-mine // micro), healing)
         if resume and job.checkpoints.steps():
             restore(job, job.checkpoints.steps()[-1])
         if world.first:
@@ -87,7 +89,7 @@ def train_model(
                 train(job, monitor)
         else:
             train(job, _Silent())  # type: ignore[arg-type]
-        return finish(run, job, tokenizer)
+        return finish(run, job, tokenizer, healing)
 
 
 class _Silent:
@@ -186,6 +188,19 @@ def open_tokenizer(run: Run) -> PreTrainedTokenizerBase:
     return found
 
 
+def open_text(run: Run, tokenizer: PreTrainedTokenizerBase, micro_batches: int) -> Corpus:
+    """The text: one stretch of tokens, or separate paragraphs for an encoder that is healed."""
+    recipe, world = run.recipe, run.world
+    if recipe.start is not None:
+        config = checkpoint.load_config(recipe.start)
+        longest = encoder.positions(checkpoint.empty_model(config))
+        if recipe.task == "heal" and not checkpoint.is_causal(config):
+            return open_paragraphs(recipe, tokenizer, micro_batches, longest)
+        if longest is not None and recipe.data.sequence_length > longest:
+            raise BadInput(f"{recipe.start} takes {longest} tokens: --sequence-length {longest}, or less")
+    return open_corpus(recipe, tokenizer, micro_batches, world.rank, world.size)
+
+
 def open_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model to train, in float32, with what does not learn frozen."""
     recipe = run.recipe
@@ -203,11 +218,13 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return model.to(run.world.device).train()
 
 
-def assemble(run: Run, model: PreTrainedModel, corpus: Corpus, micro_batches: int) -> Training:
+def assemble(
+    run: Run, model: PreTrainedModel, corpus: Corpus, micro_batches: int, healing: Healing | None = None
+) -> Training:
     """Trainee, wrappers, optimisers and schedules."""
     recipe, world = run.recipe, run.world
     half = recipe.run.autocast == "bfloat16" or (recipe.run.autocast == "auto" and world.device.type == "cuda")
-    trainee: nn.Module = NextToken(model)
+    trainee: nn.Module = healing.trainee if healing else NextToken(model)
     layers = list(blocks(model).values())
     wrapped = wrap(trainee, layers, world, recipe.run.parallel, half)
     compiled: Callable[..., Any] = torch.compile(wrapped, dynamic=False) if recipe.run.compile else wrapped
@@ -220,9 +237,12 @@ def assemble(run: Run, model: PreTrainedModel, corpus: Corpus, micro_batches: in
         optimizers=make_optimizers(trainee, recipe.optimizer),
         batches=corpus.batches,
         steps=steps_of(recipe, corpus),
-        validate=lambda: judge(wrapped, corpus, run),
+        validate=lambda: healing.judge(wrapped) if healing else judge(wrapped, corpus, run),
         checkpoints=Checkpoints(run.output, world, recipe.run.keep),
-        prepare=prepared,
+        prepare=healing.prepared if healing else prepared,
+        plugins=[healing] if healing else [],
+        figure=healing.figure if healing else PERPLEXITY,
+        keep_best=healing is not None and recipe.distill.keep_best,
         micro_batches=micro_batches,
         flops_per_token=6.0 * macs_per_token(model),
         half=half,
@@ -244,31 +264,28 @@ def judge(wrapped: nn.Module, corpus: Corpus, run: Run) -> tuple[float, int]:
     return nats, tokens
 
 
-def steps_of(recipe: TrainRecipe, corpus: Corpus) -> int:
-    """Optimiser steps. Raises BadInput where nobody can know how many."""
-    tokens = recipe.schedule.tokens or corpus.tokens
-    if tokens is None:
-        raise BadInput("streamed text has no known length: say how many tokens to train on with --tokens")
-    return max(1, tokens // (recipe.run.batch_size * recipe.data.sequence_length))
-
-
 def macs_per_token(model: PreTrainedModel) -> float:
     """Multiply-accumulates of all products with weights."""
     layout = layout_of(model)
     return linear_macs(model) + (ffn_size(layout).macs if layout.projections else 0)
 
 
-def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def finish(
+    run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, healing: Healing | None = None
+) -> dict[str, Any]:
     """Judge the final weights, write the model folder, and say what came of it."""
     if job.kept:
-        put(job.trainee, job.kept)
+        put(job.trainee, job.kept)  # moving averages included: they are what was judged
+        job.ema = {}
     with weights_in(job):
-        perplexity = validation_perplexity(job)
+        loss = validation_loss(job)
         model = gathered(job)
     result: dict[str, Any] = {}
     if run.world.first:
         prune_unused(model)
-        result = describe(run, job, model, perplexity)
+        result = describe(run, job, model, loss)
+        if healing is not None:
+            result |= healing.told(model, loss, job.before)
         write(run, model, tokenizer, result)
     run.world.wait()
     return result
@@ -288,16 +305,16 @@ def gathered(job: Training) -> PreTrainedModel:
     return fresh.eval()
 
 
-def describe(run: Run, job: Training, model: PreTrainedModel, perplexity: float) -> dict[str, Any]:
-    """The contents of train.json."""
+def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> dict[str, Any]:
+    """The contents of train.json, for the mean `loss` on the validation text."""
     layout = layout_of(model)
     dense = checkpoint.empty_model(model.config)
     return {
         "format_version": 1,
         "pilon_compress": pilon_compress.__version__,
         "task": run.recipe.task,
-        "val_perplexity": perplexity,
-        "best_val_perplexity": job.best if math.isfinite(job.best) else perplexity,
+        job.figure.name: job.figure.of(loss),
+        f"best_{job.figure.name}": job.figure.of(min(job.best, loss)),
         "steps": job.step,
         "tokens": job.tokens,
         "seconds": job.seconds,
@@ -312,16 +329,29 @@ def describe(run: Run, job: Training, model: PreTrainedModel, perplexity: float)
     }
 
 
+def dtype_of(recipe: TrainRecipe) -> torch.dtype:
+    """Of the saved weights."""
+    if recipe.dtype != "auto":
+        named: torch.dtype = getattr(torch, recipe.dtype)
+        return named
+    start = checkpoint.load_config(recipe.start).dtype if recipe.start is not None else None
+    return start if isinstance(start, torch.dtype) else torch.float32
+
+
 def write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: dict[str, Any]) -> None:
     """Put the model into the output folder: all files are made aside first, config.json moves in last."""
     work = run.output / "checkpoints" / "model"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    dtype = torch.float32 if run.recipe.dtype == "auto" else getattr(torch, run.recipe.dtype)
+    start = run.recipe.start
     model.config.use_cache = True
-    save_model(model, tokenizer, work, dtype)
+    save_model(model, tokenizer, work, dtype_of(run.recipe))
+    if start is not None:
+        copy_companions(checkpoint.resolve(start), work)
     (work / "train.json").write_text(json.dumps(result, indent=2))
     for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir():
+            shutil.rmtree(run.output / path.name, ignore_errors=True)
         path.replace(run.output / path.name)
     work.rmdir()
     if not run.quiet:

@@ -55,6 +55,8 @@ class Ffn(Section):
     """Primitives that a layer selects; by default what mac_ratio pays for."""
     composition: Literal["component", "scalar", "softmax"] = "component"
     """Weights of a composition: one per component, one per primitive, or softmax over logits (the original's)."""
+    like: Text | None = None
+    """A converted model: train its layout and host from random weights instead, with its tokenizer, as a control."""
     latent_scale: Switch = False
     latent_bias: Switch = False
     """Options of the original PILON: a scale and a bias per component of rank, shared by all primitives of a bank."""
@@ -130,6 +132,9 @@ class Optimizer(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """muon: matrices and primitives by orthogonalised momentum, the rest by AdamW."""
     learning_rate: Above = 1e-3
+    """3e-3 where a model is healed."""
+    relative: Switch = False
+    """Learning rates of AdamW count in shares of each tensor's root mean square. Healing does so unless told not to."""
     muon_learning_rate: Above = 2e-2
     banks: Number = 1.0
     """Factor on the learning rate of banks."""
@@ -166,8 +171,8 @@ class Distill(Section):
     temperature: Above = 1.0
     next_token: Number = 0.0
     """Cross-entropy of the text itself."""
-    hidden: Number = 0.0
-    """Squared error of every layer's states over the teacher's variance."""
+    hidden: Number | None = None
+    """Squared error of every layer's states over the teacher's variance. Default: 0; 1 for encoders."""
     ffn: Number = 0.0
     """The same of what the feed-forward blocks put out."""
     pooled: Number = 1.0
@@ -213,6 +218,13 @@ class Run(Section):
     """Where metrics go besides metrics.jsonl."""
 
 
+HEALING: dict[str, dict[str, Any]] = {
+    "optimizer": {"relative": True, "learning_rate": 3e-3, "weight_decay": 0.0, "betas": [0.9, 0.99]},
+    "schedule": {"kind": "cosine"},
+}
+"""What healing takes for granted where nothing is said (docs/results/training.md has what was tried)."""
+
+
 class TrainRecipe(Section):
     """Everything that decides a training run."""
 
@@ -223,6 +235,9 @@ class TrainRecipe(Section):
     teacher: Text | None = None
     """The dense model that is followed; default: the one that `start` was converted from."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
+    shrink: list[Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]] = []
+    """heal: convert `start`, a dense model, to the first of these ratios of stored FFN parameters, heal it, convert
+    what came of it to the next, and so on; the tokens are shared out evenly."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the saved weights; auto: as `start`, or float32."""
     device: Text = "auto"
@@ -236,12 +251,32 @@ class TrainRecipe(Section):
     distill: Distill = Distill()
     run: Run = Run()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _healing(cls, data: Any) -> Any:
+        """Healing has defaults of its own; they are written into recipes like anything else that is not a default."""
+        if not isinstance(data, dict) or data.get("task") != "heal":
+            return data
+        filled = dict(data)
+        for section, defaults in HEALING.items():
+            given = filled.get(section, {})
+            if isinstance(given, dict):
+                filled[section] = {**defaults, **given}
+        return filled
+
     @model_validator(mode="after")
     def _start_fits_task(self) -> "TrainRecipe":
         if self.task != "pretrain" and self.start is None:
             raise ValueError(f"task {self.task} needs `start`, the model to begin with")
         if self.task == "pretrain" and self.start is not None:
             raise ValueError("task pretrain begins from scratch: leave `start` out, or heal or sft that model")
+        if self.shrink and (self.task != "heal" or self.shrink != sorted(set(self.shrink), reverse=True)):
+            raise ValueError("shrink is for task heal, and its ratios must fall")
+        asked = self.distill
+        if asked.cache_teacher and (asked.hidden or asked.ffn or asked.layerwise):
+            raise ValueError("cache_teacher keeps predictions only: leave it out, or hidden, ffn and layerwise at 0")
+        if asked.layerwise and self.run.compile or asked.ffn and self.run.compile:
+            raise ValueError("run.compile does not go with distill.ffn or layerwise, which look into blocks")
         return self
 
 

@@ -32,8 +32,8 @@ Part = Literal["train", "validation", "all"]
 class About:
     """The sidecar: what the files were made from, and what they must hold to be whole.
 
-    `kind` is text, or chat, whose tokens are scored or not. `largest` is the largest id, for a look at the model's
-    vocabulary.
+    `kind` is text, paragraphs, or chat, whose tokens are scored or not. `largest` is the largest id, for a look at the
+    model's vocabulary.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class About:
     def sizes(self) -> dict[str, int]:
         """The bytes of each file."""
         sizes = {"tokens.bin": self.tokens * np.dtype(self.dtype).itemsize, "starts.bin": 8 * self.documents}
-        return sizes if self.kind == "text" else sizes | {"scored.bin": self.tokens}
+        return sizes | {"scored.bin": self.tokens} if self.kind == "chat" else sizes
 
 
 class Item(NamedTuple):

@@ -1,0 +1,59 @@
+"""Where a model folder comes from, as its recipe tells: the dense model at the beginning, and the text that it saw."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pilon_compress import strict_yaml
+from pilon_compress.errors import BadInput
+
+RECIPE, REPORT = "recipe.yaml", "report.json"
+GENERATIONS = 20  # of healing and fine-tuning; more is a circle
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """`dense`: the dense model, as the folder's recipe names it. `texts`: text sources it was made or trained on."""
+
+    dense: str | None = None
+    texts: tuple[str, ...] = ()
+
+
+def lineage(folder: str | Path) -> Lineage:
+    """Of a converted or trained model; empty for anything else."""
+    dense: str | None = None
+    texts: list[str] = []
+    place: str | None = str(folder)
+    for _ in range(GENERATIONS):
+        found = _told(Path(place).expanduser()) if place is not None else {}
+        data = found.get("calibration") or found.get("data") or {}
+        texts += [data[key] for key in ("data", "source") if isinstance(data, dict) and data.get(key)]
+        dense = dense or _located(found.get("model") or found.get("teacher"), place)
+        if "task" not in found or found.get("start") is None:
+            break
+        place = _located(found["start"], place)
+    return Lineage(dense, tuple(texts))
+
+
+def _told(folder: Path) -> dict[str, object]:
+    """The fields of a folder's recipe; of a report, where there is no recipe."""
+    try:
+        if (folder / RECIPE).is_file():
+            found = strict_yaml.parse((folder / RECIPE).read_text("utf-8"), str(folder / RECIPE)).data
+        elif (folder / REPORT).is_file():
+            found = {"model": json.loads((folder / REPORT).read_text("utf-8")).get("source")}
+        else:
+            return {}
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder} does not tell where it comes from: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _located(reference: object, folder: str | None) -> str | None:
+    """A reference in a folder's recipe: a path counts from that folder, or else from the one that the user is in."""
+    if not isinstance(reference, str):
+        return None
+    path = Path(reference).expanduser()
+    if folder is not None and not path.is_absolute() and (Path(folder) / path).is_dir():
+        return str(Path(folder) / path)
+    return reference

@@ -1,0 +1,95 @@
+"""How far a student's predictions are from its teacher's: sums over rows, of which few exist as logits at a time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+from torch.utils.checkpoint import checkpoint
+
+from pilon_compress.train.batch import IGNORED
+from pilon_compress.train.losses import LOGITS, capped
+
+Goal = dict[str, Tensor]
+"""What the teacher predicts for N rows. Either of
+
+states (N, d), head (V, d), bias (V,) if there is one     its last hidden states and its language-model head
+values (N, k), tokens (N, k) int64, rest (N,)             its k largest log-probabilities at the temperature, whose
+                                                          they are, and the log of the mass of all others
+"""
+
+CONSTANT = ("head", "bias")  # of a goal: not one for each row
+LEAST_REST = 1e-6  # of the student's mass outside the teacher's k: float32 cannot tell less from nothing
+NOTHING = -100.0  # log of a mass that is none: finite, so that no 0 · ∞ arises
+
+
+def divergences(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    goal: Goal,
+    temperature: float,
+    cap: float | None,
+    next_token: bool,
+) -> Tensor:
+    """(2,): sums over rows of T² · KL(teacher ‖ student) at temperature T, and, if wanted, of -log p(label).
+
+    `hidden` (N, d) are the student's; rows whose label is -100 do not count. T² keeps gradients as large as at T = 1
+    (Hinton et al., 2015).
+    """
+    rows = max(1, LOGITS // 2 // _vocabulary(head))
+    if len(hidden) <= rows:
+        return _part(head, hidden, labels, goal, temperature, cap, next_token)
+    sums = []
+    for start in range(0, len(hidden), rows):
+        span = slice(start, start + rows)
+        part = {name: tensor if name in CONSTANT else tensor[span] for name, tensor in goal.items()}
+        arguments: tuple[Any, ...] = (head, hidden[span], labels[span], part, temperature, cap, next_token)
+        sums.append(checkpoint(_part, *arguments, use_reentrant=False))
+    return torch.stack(sums).sum(0)
+
+
+def _vocabulary(head: nn.Module) -> int:
+    assert isinstance(head, nn.Linear)
+    return head.out_features
+
+
+def _part(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    goal: Goal,
+    temperature: float,
+    cap: float | None,
+    next_token: bool,
+) -> Tensor:
+    logits = capped(head(hidden).float(), cap)
+    apart = (divergence(logits, goal, temperature, cap) * (labels != IGNORED)).sum() * temperature**2
+    if not next_token:
+        return torch.stack([apart, torch.zeros_like(apart)])
+    return torch.stack([apart, cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")])
+
+
+def divergence(logits: Tensor, goal: Goal, temperature: float, cap: float | None = None) -> Tensor:
+    """(N,) nats: KL(teacher ‖ student) of each row of the student's `logits` (N, V) float32, both at `temperature`.
+
+    Of a goal of k values, the other tokens count as one: a lower bound, equal for k = V.
+    """
+    ours = (logits / temperature).log_softmax(-1)
+    if "values" not in goal:
+        theirs = capped(linear(goal["states"], goal["head"], goal.get("bias")).float(), cap)
+        theirs = (theirs / temperature).log_softmax(-1)
+        return (theirs.exp() * (theirs - ours)).sum(-1)
+    top = ours.gather(-1, goal["tokens"])
+    least = torch.log1p(torch.tensor(-LEAST_REST))
+    ours = torch.cat([top, torch.log(-torch.expm1(top.logsumexp(-1, True).clamp(max=float(least))))], -1)
+    theirs = torch.cat([goal["values"].float(), goal["rest"].float()[:, None]], -1).log_softmax(-1)  # was rounded
+    return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+def largest(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, tokens, rest) of a goal, from the teacher's `logits` (N, V) float32."""
+    log = (logits / temperature).log_softmax(-1)
+    values, tokens = log.topk(count, dim=-1)
+    others = log.scatter(-1, tokens, -torch.inf).logsumexp(-1)
+    return values, tokens, others.clamp(min=NOTHING)

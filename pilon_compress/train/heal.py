@@ -1,0 +1,254 @@
+"""Healing: a converted model follows its dense teacher.
+
+share of the training    0 ........ layerwise ........................ 1
+what is learnt           block by block    predictions or embeddings, and states, whose weight fades
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pilon_compress import checkpoint
+from pilon_compress.errors import BadInput
+from pilon_compress.lineage import lineage
+from pilon_compress.measure import encoder
+from pilon_compress.train import schedule
+from pilon_compress.train.batch import Batch
+from pilon_compress.train.corpus import Corpus
+from pilon_compress.train.distill import Following, FollowingEmbeddings, Wanted, feed_forward_outputs
+from pilon_compress.train.distributed import World
+from pilon_compress.train.loop import PERPLEXITY, Figure
+from pilon_compress.train.order import Loader, Rows, in_order
+from pilon_compress.train.predictions import Taught, Wish, predictions
+from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.teacher import Teacher, fingerprint, open_teacher
+
+COSINE = Figure("val_cosine", "validation cosine", lambda apart: 1 - apart)
+JUDGED = "judged.json"
+
+
+@dataclass
+class Healing:
+    """What a run needs beside what every run needs: the trainee, and what it is given with each batch.
+
+    It is a plugin of the loop. `teacher` is None where its predictions are on disk. `of_teacher`: the teacher's own
+    mean loss on the validation text.
+    """
+
+    recipe: TrainRecipe
+    world: World
+    corpus: Corpus
+    trainee: nn.Module
+    figure: Figure
+    reference: str
+    teacher: Teacher | None
+    weights: tuple[float, ...]
+    of_teacher: float
+    share: float = 0.0
+
+    def before(self, step: int, share: float) -> None:
+        self.share = share
+
+    def penalty(self) -> Tensor | None:
+        return None
+
+    def around(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def prepared(self, batch: Batch) -> tuple[Any, ...]:
+        """What the trainee is called with, in training."""
+        kl, next_token, hidden, ffn, pooled = self.weights
+        faded = schedule.fade(self.share, self.recipe.distill.match_until)
+        terms = torch.tensor([kl, next_token, hidden * faded, ffn * faded, pooled], device=self.world.device)
+        return batch.inputs(), batch.labels, self._wanted(batch, faded), terms
+
+    def _wanted(self, batch: Batch, faded: float) -> Wanted:
+        if batch.goal is not None:
+            return {"goal": {name: tensor.flatten(0, 1) for name, tensor in batch.goal.items()}}
+        assert self.teacher is not None
+        if self.share < self.recipe.distill.layerwise:
+            return self.teacher.wanted(batch, block_by_block=True)
+        wanted = self.teacher.wanted(batch)
+        return wanted if faded else {name: one for name, one in wanted.items() if name not in ("hidden", "ffn")}
+
+    def judge(self, wrapped: nn.Module) -> tuple[float, int]:
+        """(loss, tokens or texts) of this process's share of the validation slice."""
+        loss, scored = 0.0, 0
+        for batch in in_order(self.corpus.validation, size_of(self.recipe), self.world.rank, self.world.size):
+            batch = batch.to(self.world.device)
+            if self.figure is PERPLEXITY:
+                loss += float(wrapped(batch.inputs(), batch.labels))
+            else:
+                assert self.teacher is not None
+                loss += float(wrapped(batch.inputs(), batch.labels, self.teacher.wanted(batch)))
+            scored += batch.scored
+        return loss, scored
+
+    def told(self, model: PreTrainedModel, loss: float, before: float) -> dict[str, Any]:
+        """What the result says besides: the figure before, the teacher's, and how they compare."""
+        name = self.figure.name
+        told: dict[str, Any] = {"before": self.figure.of(before), "teacher_model": self.reference}
+        told["teacher"] = self.figure.of(self.of_teacher)
+        if self.figure is PERPLEXITY:
+            return told | {"perplexity_ratio": self.figure.of(loss) / told["teacher"]}
+        assert name == COSINE.name and self.teacher is not None
+        return told | neighbours(model, self.teacher, self.corpus.validation, size_of(self.recipe))
+
+
+def size_of(recipe: TrainRecipe) -> int:
+    """Rows that are run at a time where no gradient is taken."""
+    return recipe.run.micro_batch_size or recipe.run.batch_size
+
+
+def teacher_of(recipe: TrainRecipe) -> str:
+    """The teacher's reference. Raises BadInput where none is named and the model does not tell where it comes from."""
+    assert recipe.start is not None
+    found = recipe.teacher or lineage(checkpoint.resolve(recipe.start)).dense
+    if found is None:
+        raise BadInput(f"{recipe.start} does not tell which dense model it was converted from: name it with --teacher")
+    try:
+        checkpoint.load_config(found)
+    except BadInput as error:
+        if recipe.teacher is not None:
+            raise
+        raise BadInput(f"the dense model that {recipe.start} was converted from, {error}; --teacher names it") from None
+    return found
+
+
+def open_healing(recipe: TrainRecipe, world: World, model: PreTrainedModel, corpus: Corpus, quiet: bool) -> Healing:
+    """Load the teacher, or have its predictions on disk, and make the trainee. Raises BadInput for what cannot be."""
+    asked, causal = recipe.distill, checkpoint.is_causal(model.config)
+    hidden = asked.hidden if asked.hidden is not None else 0.0 if causal else 1.0
+    match = tuple(name for name, weight in (("hidden", hidden), ("ffn", asked.ffn)) if weight)
+    reference = teacher_of(recipe)
+    teacher: Teacher | None = None
+
+    def opened() -> Teacher:
+        nonlocal teacher
+        teacher = teacher or open_teacher(reference, model, world.device, match, asked.layerwise > 0)
+        return teacher
+
+    kept: Path | None = None
+    if asked.cache_teacher:
+        taught, kept = remembered(recipe, world, model, corpus, reference, opened, quiet)
+        corpus = replace(corpus, batches=taught)
+    of_teacher = judged(corpus.validation, recipe, world, opened, kept) if causal else 0.0
+    variances: dict[str, Tensor] = {}
+    if match or asked.layerwise:
+        first = corpus.validation.rows(range(min(size_of(recipe), len(corpus.validation))))
+        variances = opened().variances(first.to(world.device), asked.layerwise > 0)
+    places = feed_forward_outputs(model) if asked.ffn else []
+    trainee: nn.Module
+    if causal:
+        trainee = Following(model, asked.temperature, asked.next_token != 0, places, variances)
+    else:
+        freeze_unused(model)
+        trainee = FollowingEmbeddings(model, places, variances)
+    if not recipe.run.gradient_checkpointing:
+        trainee.eval()  # no dropout: the teacher has none
+    return Healing(
+        recipe=recipe,
+        world=world,
+        corpus=corpus,
+        trainee=trainee,
+        figure=PERPLEXITY if causal else COSINE,
+        reference=reference,
+        teacher=None if kept is not None else opened(),
+        weights=(asked.kl, asked.next_token, hidden, asked.ffn, asked.pooled),
+        of_teacher=of_teacher,
+    )
+
+
+def remembered(
+    recipe: TrainRecipe,
+    world: World,
+    model: PreTrainedModel,
+    corpus: Corpus,
+    reference: str,
+    teacher: Callable[[], Teacher],
+    quiet: bool,
+) -> tuple[Loader, Path]:
+    """The training batches with the teacher's predictions from disk, and the folder that these are in."""
+    loader, asked = corpus.batches, recipe.distill
+    if not checkpoint.is_causal(model.config):
+        raise BadInput("distill.cache_teacher keeps a causal model's predictions: leave it out for an encoder")
+    if not isinstance(loader, Loader):
+        raise BadInput("distill.cache_teacher needs text that is stored: leave data.streaming out")
+    steps = steps_of(recipe, corpus)
+    seen = range(len(loader.rows))
+    if steps * recipe.run.batch_size < len(loader.rows):
+        seen = sorted({index for step in range(steps) for index in loader.indices(step)})  # type: ignore[assignment]
+    tokens: Any = loader.rows
+    wish = Wish(
+        rows=loader.rows,
+        indices=np.array(seen, np.int64),
+        length=recipe.data.sequence_length,
+        count=min(asked.cache_teacher, model.config.vocab_size),
+        vocabulary=model.config.vocab_size,
+        temperature=asked.temperature,
+        made_from=f"{fingerprint(reference)}\n{tokens.tokens.about.key}\n{recipe.data.respect_documents}",
+    )
+    taught: Taught = predictions(wish, teacher, world, size_of(recipe), quiet=quiet)
+    return Loader(taught, loader.batch_size, loader.seed, loader.micro_batches), taught.folder
+
+
+def judged(rows: Rows, recipe: TrainRecipe, world: World, teacher: Callable[[], Teacher], kept: Path | None) -> float:
+    """The teacher's mean loss on the validation text; it is remembered in `kept`, so that it is run once."""
+    batches = list(in_order(rows, size_of(recipe), world.rank, world.size))
+    state = blake2b(digest_size=16)
+    for batch in batches:
+        state.update(batch.labels.numpy().tobytes())
+    path = kept / JUDGED if kept is not None else None
+    known = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    key = state.hexdigest()
+    if world.total(float(key not in known))[0]:
+        nats = sum(teacher().nats(batch.to(world.device)) for batch in batches)
+        total, scored = world.total(nats, float(sum(batch.scored for batch in batches)))
+        known[key] = total / max(1.0, scored)
+        if path is not None and world.size == 1:
+            work = path.with_suffix(".part")
+            work.write_text(json.dumps(known))
+            work.replace(path)
+    return float(known[key])
+
+
+def steps_of(recipe: TrainRecipe, corpus: Corpus) -> int:
+    """Optimiser steps. Raises BadInput where nobody can know how many."""
+    tokens = recipe.schedule.tokens or corpus.tokens
+    if tokens is None:
+        raise BadInput("streamed text has no known length: say how many tokens to train on with --tokens")
+    return max(1, int(tokens // (recipe.run.batch_size * (corpus.per_row or recipe.data.sequence_length))))
+
+
+def freeze_unused(model: PreTrainedModel) -> None:
+    """What lies behind an encoder's last hidden states gets no gradient, which DDP would wait for."""
+    inside = {id(p) for p in model.base_model.parameters()}
+    pooler = getattr(model.base_model, "pooler", None)
+    behind = {id(p) for p in pooler.parameters()} if pooler is not None else set()
+    for parameter in model.parameters():
+        if id(parameter) not in inside or id(parameter) in behind:
+            parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def neighbours(model: PreTrainedModel, teacher: Teacher, rows: Rows, size: int) -> dict[str, Any]:
+    """neighbors10 on the validation texts, if they are enough: see `measure.encoder.measure`."""
+    if len(rows) <= encoder.NEIGHBORS:
+        return {}
+    pairs: list[tuple[Tensor, Tensor]] = []
+    student = Teacher(model.to(teacher.model.device))
+    for batch in in_order(rows, size):
+        batch = batch.to(teacher.model.device)
+        pairs.append((student.wanted(batch)["pooled"].cpu(), teacher.wanted(batch)["pooled"].cpu()))
+    model.to("cpu")
+    ours, theirs = (torch.cat([pair[i] for pair in pairs]) for i in range(2))
+    return {"neighbors10": encoder.shared_neighbours(ours, theirs)}
