@@ -27,6 +27,30 @@ def train(
             help="The dense model to follow; default: the one that was converted.", rich_help_panel=PANELS["what"]
         ),
     ] = None,
+    cache_teacher: Annotated[
+        int | None,
+        typer.Option(
+            help="Keep so many of the teacher's largest logits for each token on disk: it runs once.",
+            rich_help_panel=PANELS["what"],
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="At which the teacher is followed.", rich_help_panel=PANELS["what"])
+    ] = None,
+    shrink: Annotated[
+        str | None,
+        typer.Option(
+            help="With --heal DENSE: convert to these ratios in turn, as 0.6,0.4,0.2, and heal after each.",
+            rich_help_panel=PANELS["what"],
+        ),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="From scratch, as a control: the layout, host and tokenizer of this converted model, random weights.",
+            rich_help_panel=PANELS["what"],
+        ),
+    ] = None,
     sft: Annotated[
         str | None, typer.Option(help="A model, dense or PILON, to teach chats.", rich_help_panel=PANELS["what"])
     ] = None,
@@ -90,6 +114,10 @@ def train(
     options: dict[str, Any] = {
         "start": heal or sft,
         "teacher": teacher,
+        "distill.cache_teacher": cache_teacher,
+        "distill.temperature": temperature,
+        "shrink": None if shrink is None else _ratios(shrink),
+        "ffn.like": like,
         "ffn.kind": ffn,
         "data.source": data,
         "data.validation": validation,
@@ -101,7 +129,7 @@ def train(
         "seed": seed,
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
-    task = "heal" if heal is not None else "sft" if sft is not None else None
+    task = "heal" if heal is not None else "sft" if sft is not None else "pretrain" if like is not None else None
     settings = _read(recipe, task, [*overrides, *(set_ or [])])
     if output is None and not dry_run:
         raise BadInput("name the folder to write with -o")
@@ -144,8 +172,11 @@ def print_result(result: dict[str, Any]) -> None:
     """What came of it, and where it is."""
     from pilon_compress.readable import number, short_count
 
-    rows = [
-        ["validation perplexity", number(result["val_perplexity"])],
+    judged = next(name for name in ("val_perplexity", "val_cosine") if name in result)
+    rows = [[judged.replace("val_", "validation "), number(result[judged])]]
+    if "before" in result:
+        rows += [["before healing", number(result["before"])], ["the teacher's", number(result["teacher"])]]
+    rows += [
         ["tokens", short_count(result["tokens"])],
         ["tokens per second", number(round(result["tokens_per_second"]))],
         ["parameters", short_count(result["parameters"])],
@@ -154,6 +185,13 @@ def print_result(result: dict[str, Any]) -> None:
     ]
     print_table(f"{result['task']}, {number(result['seconds'])} s", ["", "measured"], rows)
     print(f"model   {result['output']}\nmetrics {result['output']}/metrics.jsonl")
+
+
+def _ratios(value: str) -> list[float]:
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise BadInput(f"--shrink {value}: ratios are numbers with commas between them, as in 0.6,0.4,0.2") from None
 
 
 def _read(name: str | None, task: str | None, overrides: list[str]) -> Any:

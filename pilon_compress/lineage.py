@@ -28,7 +28,8 @@ def lineage(folder: str | Path) -> Lineage:
         found = _told(Path(place).expanduser()) if place is not None else {}
         data = found.get("calibration") or found.get("data") or {}
         texts += [data[key] for key in ("data", "source") if isinstance(data, dict) and data.get(key)]
-        dense = dense or _located(found.get("model") or found.get("teacher"), place)
+        named = found.get("model") or found.get("teacher") or (found.get("start") if found.get("shrink") else None)
+        dense = dense or _located(named, place)
         if "task" not in found or found.get("start") is None:
             break
         place = _located(found["start"], place)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from pilon_compress import checkpoint
 from pilon_compress.convert.stream import blocks, hidden_of
 from pilon_compress.families import find_sites
-from pilon_compress.train.batch import IGNORED
+from pilon_compress.train.batch import IGNORED, Batch
 from pilon_compress.train.divergence import divergences
 from pilon_compress.train.losses import next_token_sum
 
@@ -134,6 +134,12 @@ def mismatch(ours: Sequence[Tensor], theirs: Sequence[Tensor], variances: Tensor
 def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
     """(B, d): the embedding of each text, from states (B, T, d) and `mask` (B, T) of 0 and 1."""
     return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+def embeddings(model: Any, batch: Batch) -> Tensor:
+    """(B, d): of the texts of a padded batch."""
+    assert batch.padding_mask is not None
+    return mean_of_tokens(model.base_model(**batch.inputs()).last_hidden_state, batch.padding_mask)
 
 
 def feed_forward_outputs(model: PreTrainedModel) -> list[str]:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pilon_compress import checkpoint
+from pilon_compress.errors import BadInput
 from pilon_compress.form.bank import PrimitiveBank
 
 
@@ -60,6 +61,13 @@ class World:
         """Until every process is here."""
         if self.size > 1:
             dist.barrier()
+
+
+def lone() -> World:
+    """This process alone, for work that is not shared out. Raises BadInput under torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("shrink converts and heals in turn on one process: start it without torchrun")
+    return World(0, 1, torch.device("cpu"))
 
 
 @contextmanager
@@ -109,8 +117,9 @@ def last_micro_batch(module: nn.Module, last: bool) -> Iterator[None]:
         with module.no_sync():
             yield
         return
-    if hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(last)
+    sharded: Any = module
+    if hasattr(sharded, "set_requires_gradient_sync"):
+        sharded.set_requires_gradient_sync(last)
     yield
 
 

@@ -24,7 +24,7 @@ from pilon_compress.measure import encoder
 from pilon_compress.train import schedule
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Corpus
-from pilon_compress.train.distill import Following, FollowingEmbeddings, Wanted, feed_forward_outputs
+from pilon_compress.train.distill import Following, FollowingEmbeddings, Wanted, embeddings, feed_forward_outputs
 from pilon_compress.train.distributed import World
 from pilon_compress.train.loop import PERPLEXITY, Figure
 from pilon_compress.train.order import Loader, Rows, in_order
@@ -93,15 +93,28 @@ class Healing:
             scored += batch.scored
         return loss, scored
 
-    def told(self, model: PreTrainedModel, loss: float, before: float) -> dict[str, Any]:
+    def told(self, loss: float, before: float) -> dict[str, Any]:
         """What the result says besides: the figure before, the teacher's, and how they compare."""
-        name = self.figure.name
         told: dict[str, Any] = {"before": self.figure.of(before), "teacher_model": self.reference}
         told["teacher"] = self.figure.of(self.of_teacher)
         if self.figure is PERPLEXITY:
             return told | {"perplexity_ratio": self.figure.of(loss) / told["teacher"]}
-        assert name == COSINE.name and self.teacher is not None
-        return told | neighbours(model, self.teacher, self.corpus.validation, size_of(self.recipe))
+        return told | (self.neighbours() if self.world.size == 1 else {})
+
+    @torch.no_grad()
+    def neighbours(self) -> dict[str, Any]:
+        """neighbors10 on the validation texts, if they are enough: see `measure.encoder.measure`."""
+        assert self.teacher is not None
+        rows, student = self.corpus.validation, self.trainee.get_submodule("model")
+        if len(rows) <= encoder.NEIGHBORS:
+            return {}
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
+        for batch in in_order(rows, size_of(self.recipe)):
+            batch = batch.to(self.world.device)
+            for model, found in ((student, ours), (self.teacher.model, theirs)):
+                found.append(embeddings(model, batch).float().cpu())
+        return {"neighbors10": encoder.shared_neighbours(torch.cat(ours), torch.cat(theirs))}
 
 
 def size_of(recipe: TrainRecipe) -> int:
@@ -179,10 +192,7 @@ def remembered(
 ) -> tuple[Loader, Path]:
     """The training batches with the teacher's predictions from disk, and the folder that these are in."""
     loader, asked = corpus.batches, recipe.distill
-    if not checkpoint.is_causal(model.config):
-        raise BadInput("distill.cache_teacher keeps a causal model's predictions: leave it out for an encoder")
-    if not isinstance(loader, Loader):
-        raise BadInput("distill.cache_teacher needs text that is stored: leave data.streaming out")
+    assert isinstance(loader, Loader)  # the recipe sees to it that the text is stored
     steps = steps_of(recipe, corpus)
     seen = range(len(loader.rows))
     if steps * recipe.run.batch_size < len(loader.rows):
@@ -237,18 +247,3 @@ def freeze_unused(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if id(parameter) not in inside or id(parameter) in behind:
             parameter.requires_grad_(False)
-
-
-@torch.no_grad()
-def neighbours(model: PreTrainedModel, teacher: Teacher, rows: Rows, size: int) -> dict[str, Any]:
-    """neighbors10 on the validation texts, if they are enough: see `measure.encoder.measure`."""
-    if len(rows) <= encoder.NEIGHBORS:
-        return {}
-    pairs: list[tuple[Tensor, Tensor]] = []
-    student = Teacher(model.to(teacher.model.device))
-    for batch in in_order(rows, size):
-        batch = batch.to(teacher.model.device)
-        pairs.append((student.wanted(batch)["pooled"].cpu(), teacher.wanted(batch)["pooled"].cpu()))
-    model.to("cpu")
-    ours, theirs = (torch.cat([pair[i] for pair in pairs]) for i in range(2))
-    return {"neighbors10": encoder.shared_neighbours(ours, theirs)}

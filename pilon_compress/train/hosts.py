@@ -70,15 +70,26 @@ def build(config: PretrainedConfig, ffn: Ffn, seed: int) -> PreTrainedModel:
 
     Weights outside the feed-forward part depend on the seed alone: twins start alike.
     """
+    layout = None if ffn.kind == "dense" else layout_for(find_sites(checkpoint.empty_model(config)), ffn)
+    return build_with(config, layout, seed)
+
+
+def build_with(config: PretrainedConfig, layout: Layout | None, seed: int) -> PreTrainedModel:
+    """As `build`, of any architecture and layout; `layout` None: dense."""
     torch.manual_seed(seed)
     model = checkpoint.build(config)
-    if ffn.kind != "dense":
-        layout = layout_for(find_sites(model), ffn)
+    if layout is not None:
         install(model, layout)
         generator = torch.Generator().manual_seed(seed)
-        initialise(model, config.initializer_range, generator)
+        initialise(model, getattr(config, "initializer_range", 0.02), generator)
         balance_selection(model, layout)
-    return model.train()
+    return model.float().train()
+
+
+def layout_in(config: PretrainedConfig) -> Layout | None:
+    """The layout of a PILON model by its config; None of a dense one."""
+    found = getattr(config, "quantization_config", None)
+    return Layout.from_dict(found["layout"]) if found else None
 
 
 def layout_for(sites: Sequence[Site], ffn: Ffn) -> Layout:

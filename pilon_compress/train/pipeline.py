@@ -27,19 +27,21 @@ from pilon_compress.families import find_sites
 from pilon_compress.form.fold import prune_unused
 from pilon_compress.form.layout import Layout, install, layout_of
 from pilon_compress.measure import encoder
+from pilon_compress.measure.evaluate import ENCODER_DATA
 from pilon_compress.measure.size import ffn_size, linear_macs, model_size
 from pilon_compress.train import hosts
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Corpus, open_corpus, open_paragraphs, source_of
-from pilon_compress.train.distributed import World, full, join, wrap
-from pilon_compress.train.heal import Healing, open_healing, steps_of
+from pilon_compress.train.distributed import World, full, join, lone, wrap
+from pilon_compress.train.heal import Healing, open_healing, steps_of, teacher_of
 from pilon_compress.train.loop import PERPLEXITY, Training, put, restore, train, validation_loss, weights_in
 from pilon_compress.train.losses import NextToken
 from pilon_compress.train.monitor import Monitor
 from pilon_compress.train.optim import make_optimizers, restrict
 from pilon_compress.train.order import in_order
 from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.shrink import shrink
 from pilon_compress.train.state import Checkpoints
 
 RECIPE, TOKENIZER = "recipe.yaml", "tokenizer"
@@ -71,6 +73,9 @@ def train_model(
     (bit for bit on a CPU); one that has none begins. Returns the contents of train.json: val_perplexity, tokens,
     tokens_per_second, ffn, output, ... Raises BadInput, and `loop.Stopped` after a signal.
     """
+    check(recipe)
+    if recipe.shrink:
+        return shrink_model(Run(recipe, Path(output), lone(), command, quiet), resume, overwrite)
     with join(recipe.device) as world:
         run = Run(recipe, Path(output), world, command, quiet)
         claim(run, resume, overwrite)
@@ -92,6 +97,16 @@ def train_model(
         return finish(run, job, tokenizer, healing)
 
 
+def shrink_model(run: Run, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """Convert and heal in turn, see `shrink.shrink`."""
+    claim(run, resume, overwrite)
+
+    def heal(stage: TrainRecipe, folder: Path) -> dict[str, Any]:
+        return train_model(stage, folder, resume=True, command=run.command, quiet=run.quiet)
+
+    return shrink(run.recipe, run.output, heal, command=run.command, quiet=run.quiet)
+
+
 class _Silent:
     """The monitor of every process but the first."""
 
@@ -102,25 +117,30 @@ class _Silent:
 
 def plan(recipe: TrainRecipe) -> dict[str, Any]:
     """What a run would train, from shapes alone. Raises BadInput."""
+    check(recipe)
     if recipe.start is not None:
         config = checkpoint.load_config(recipe.start)
+    elif recipe.ffn.like is not None:
+        config = checkpoint.load_config(recipe.ffn.like)
     else:
         config = hosts.config_for(recipe.host, recipe.data.sequence_length, None)
     dense = checkpoint.empty_model(config)
     layout = None
-    if recipe.start is not None:
-        found = getattr(config, "quantization_config", None)
-        layout = Layout.from_dict(found["layout"]) if found else None
+    if recipe.start is not None or recipe.ffn.like is not None:
+        layout = hosts.layout_in(config)
     elif recipe.ffn.kind != "dense":
         layout = hosts.layout_for(find_sites(dense), recipe.ffn)
     sizes = sized(layout, dense)
+    if recipe.shrink:
+        sizes = {"ffn": {"stored_ratio": recipe.shrink[-1], "mac_ratio": recipe.shrink[-1]}}
     parameters = sum(p.numel() for p in dense.parameters())
     if layout is not None:
         parameters = sizes["model"]["stored"]
+    separate = recipe.task == "heal" and not checkpoint.is_causal(config)
     return {
         "dry_run": True,
         "task": recipe.task,
-        "data": source_of(recipe),
+        "data": recipe.data.source or ENCODER_DATA if separate else source_of(recipe),
         "tokens": recipe.schedule.tokens,
         "batch_size": recipe.run.batch_size,
         "parameters": parameters,
@@ -176,6 +196,8 @@ def open_tokenizer(run: Run) -> PreTrainedTokenizerBase:
     recipe, folder = run.recipe, run.output / "checkpoints" / TOKENIZER
     if recipe.start is not None:
         return checkpoint.load_tokenizer(recipe.start)
+    if recipe.ffn.like is not None:
+        return checkpoint.load_tokenizer(recipe.ffn.like)
     if recipe.host.tokenizer != "bpe":
         return checkpoint.load_tokenizer(recipe.host.tokenizer)
     if run.world.first and not folder.is_dir():
@@ -191,14 +213,29 @@ def open_tokenizer(run: Run) -> PreTrainedTokenizerBase:
 def open_text(run: Run, tokenizer: PreTrainedTokenizerBase, micro_batches: int) -> Corpus:
     """The text: one stretch of tokens, or separate paragraphs for an encoder that is healed."""
     recipe, world = run.recipe, run.world
-    if recipe.start is not None:
-        config = checkpoint.load_config(recipe.start)
+    if recipe.start is not None and not checkpoint.is_causal(config := checkpoint.load_config(recipe.start)):
         longest = encoder.positions(checkpoint.empty_model(config))
-        if recipe.task == "heal" and not checkpoint.is_causal(config):
-            return open_paragraphs(recipe, tokenizer, micro_batches, longest)
-        if longest is not None and recipe.data.sequence_length > longest:
-            raise BadInput(f"{recipe.start} takes {longest} tokens: --sequence-length {longest}, or less")
+        return open_paragraphs(recipe, tokenizer, micro_batches, longest)
     return open_corpus(recipe, tokenizer, micro_batches, world.rank, world.size)
+
+
+def check(recipe: TrainRecipe) -> None:
+    """Raise BadInput for a recipe that does not go with the models it names: before anything is written."""
+    model = recipe.start or recipe.ffn.like
+    if model is None:
+        return
+    config = checkpoint.load_config(model)
+    if recipe.task == "heal" and not recipe.shrink:
+        teacher_of(recipe)
+    if not checkpoint.is_causal(config):
+        if recipe.task != "heal":
+            raise BadInput(f"{model} predicts no next token: an encoder can be healed, not trained otherwise")
+        if recipe.distill.cache_teacher:
+            raise BadInput("distill.cache_teacher keeps a causal model's predictions: leave it out for an encoder")
+        return
+    longest = encoder.positions(checkpoint.empty_model(config))
+    if longest is not None and recipe.data.sequence_length > longest:
+        raise BadInput(f"{model} takes {longest} tokens: --sequence-length {longest}, or less")
 
 
 def open_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -206,6 +243,9 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     recipe = run.recipe
     if recipe.start is not None:
         model = checkpoint.load_model(recipe.start, dtype=torch.float32)
+    elif recipe.ffn.like is not None:
+        config = checkpoint.load_config(recipe.ffn.like)
+        model = hosts.build_with(config, hosts.layout_in(config), recipe.seed)
     else:
         config = hosts.config_for(recipe.host, recipe.data.sequence_length, tokenizer.eos_token_id)
         if len(tokenizer) > config.vocab_size:
@@ -285,7 +325,7 @@ def finish(
         prune_unused(model)
         result = describe(run, job, model, loss)
         if healing is not None:
-            result |= healing.told(model, loss, job.before)
+            result |= healing.told(loss, job.before)
         write(run, model, tokenizer, result)
     run.world.wait()
     return result

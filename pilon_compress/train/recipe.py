@@ -275,6 +275,8 @@ class TrainRecipe(Section):
         asked = self.distill
         if asked.cache_teacher and (asked.hidden or asked.ffn or asked.layerwise):
             raise ValueError("cache_teacher keeps predictions only: leave it out, or hidden, ffn and layerwise at 0")
+        if asked.cache_teacher and self.data.streaming:
+            raise ValueError("distill.cache_teacher needs text that is stored: leave data.streaming out")
         if asked.layerwise and self.run.compile or asked.ffn and self.run.compile:
             raise ValueError("run.compile does not go with distill.ffn or layerwise, which look into blocks")
         return self

@@ -1,0 +1,211 @@
+"""Healing: what conversion lost comes back, it is never worse than before, and stopping changes nothing."""
+
+import json
+import pydoc_data.topics
+
+import pytest
+import torch
+
+from pilon_compress import checkpoint, recipe
+from pilon_compress.convert.pipeline import convert
+from pilon_compress.deploy.export import export_dense
+from pilon_compress.errors import BadInput
+from pilon_compress.lineage import lineage
+from pilon_compress.measure.evaluate import evaluate
+from pilon_compress.train import recipe as recipes
+from pilon_compress.train.batch import Batch
+from pilon_compress.train.distill import Following, mismatch
+from pilon_compress.train.loop import Stopped
+from pilon_compress.train.pipeline import plan, train_model
+from pilon_compress.train.teacher import Teacher
+
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with text, a small dense LM that was trained on it, and its conversion to a fifth."""
+    folder = tmp_path_factory.mktemp("heal")
+    topics = [topic for _, topic in sorted(pydoc_data.topics.topics.items())][:30]
+    lines = [json.dumps({"text": part}) for topic in topics for part in topic.split("\n\n") if len(part) > 60]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PILON_CACHE", str(folder / "cache"))
+        made = pretraining(folder, {"ffn": {"kind": "dense"}, "optimizer": {"learning_rate": 5e-3}})
+        train_model(made, folder / "dense", quiet=True)
+        convert(conversion(folder, 0.2), folder / "pilon")
+        yield folder
+
+
+def pretraining(folder, changes):
+    host = {"family": "llama", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    host |= {"intermediate_size": 96, "vocab_size": 300, "tokenizer": "bpe"}
+    data = {"source": str(folder / "text.jsonl"), "sequence_length": LENGTH, "validation_sequences": 12}
+    run = {"batch_size": 8, "evaluate_every": 1000}
+    return recipes.build(
+        {"task": "pretrain", "host": host, "data": data, "schedule": {"tokens": 512 * 250}, "run": run, **changes}
+    )
+
+
+def conversion(folder, ratio):
+    text = {"data": str(folder / "text.jsonl"), "samples": 24, "sequence_length": LENGTH, "batch_size": 8}
+    asked = {"model": str(folder / "dense"), "budget": {"ffn_ratio": ratio}, "calibration": text}
+    return recipe.build({**asked, "effort": "fast", "evaluation": {"data": "none"}})
+
+
+def healing(folder, steps=40, **changes):
+    data = {"source": str(folder / "text.jsonl"), "sequence_length": LENGTH, "validation_sequences": 12}
+    asked = {"task": "heal", "start": str(folder / "pilon"), "data": data, "run": {"batch_size": 8}}
+    asked |= {"schedule": {"tokens": steps * 8 * LENGTH}, "optimizer": {"learning_rate": 1e-2}}
+    return recipes.build(asked, [f"{name}={json.dumps(value)}" for name, value in changes.items()])
+
+
+def weights(folder):
+    return checkpoint.load_model(str(folder)).state_dict()
+
+
+def test_healing_brings_back_most_of_what_conversion_lost(home, tmp_path):
+    result = train_model(healing(home), tmp_path / "out", quiet=True)
+    assert result["teacher"] < result["val_perplexity"] < result["before"]
+    lost, left = result["before"] / result["teacher"], result["perplexity_ratio"]
+    assert left - 1 < 0.7 * (lost - 1), (lost, left)
+    assert result["ffn"]["stored_ratio"] < 0.21 and result["tokens"] > 0 and result["tokens_per_second"] > 0
+    assert result["teacher_model"] == str(home / "dense"), "the folder tells where it was converted from"
+    judged = evaluate(str(tmp_path / "out"), data=str(home / "text.jsonl"))
+    assert judged["against"] == str(home / "dense") and "held-out" in judged["data"]
+    assert judged["perplexity_ratio"] < lost
+    export_dense(str(tmp_path / "out"), tmp_path / "exported")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"distill.kl": 0.0, "distill.next_token": 1.0},
+        {"distill.hidden": 0.2, "distill.match_until": 0.5},
+        {"distill.kl": 0.0, "distill.hidden": 1.0},
+        {"distill.ffn": 0.2, "distill.temperature": 2.0},
+        {"distill.layerwise": 0.5},
+        {"distill.layerwise": 1.0},
+        {"run.train": "ffn", "run.micro_batch_size": 3},
+    ],
+)
+def test_each_term_alone_heals(home, tmp_path, changes):
+    result = train_model(healing(home, 20, **changes), tmp_path / "out", quiet=True)
+    assert result["val_perplexity"] < result["before"] * 0.995
+
+
+def test_the_best_weights_are_kept_and_are_never_worse_than_the_first(home, tmp_path):
+    ruinous = {"optimizer.learning_rate": 3.0, "run.evaluate_every": 2, "run.spike": None}
+    result = train_model(healing(home, 6, **ruinous), tmp_path / "out", quiet=True)
+    assert result["val_perplexity"] <= result["before"]
+    ours, before = weights(tmp_path / "out"), weights(home / "pilon")
+    assert all(torch.equal(ours[name], before[name]) for name in before), "nothing was better than the start"
+    last = train_model(healing(home, 6, **ruinous, **{"distill.keep_best": False}), tmp_path / "last", quiet=True)
+    assert last["val_perplexity"] > last["before"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"distill.cache_teacher": 16, "distill.temperature": 2.0}])
+def test_stopped_and_resumed_is_the_same_as_never_stopped(home, tmp_path, monkeypatch, changes):
+    asked = healing(home, 12, **changes, **{"run.evaluate_every": 4})
+    whole = train_model(asked, tmp_path / "whole", quiet=True)
+    stop_after(5, monkeypatch)
+    with pytest.raises(Stopped):
+        train_model(asked, tmp_path / "parts", quiet=True)
+    monkeypatch.undo()
+    assert not (tmp_path / "parts" / "config.json").exists()
+    parts = train_model(asked, tmp_path / "parts", resume=True, quiet=True)
+    assert parts["before"] == whole["before"] and parts["val_perplexity"] == whole["val_perplexity"]
+    ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def stop_after(steps, monkeypatch):
+    """Ask for an end as Ctrl-C does, after so many steps."""
+    import os
+    import signal
+
+    from pilon_compress.train import loop
+
+    taken, plain = [], loop._step
+
+    def step(job, share):
+        taken.append(share)
+        if len(taken) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(job, share)
+
+    monkeypatch.setattr(loop, "_step", step)
+
+
+def test_block_by_block_lowers_the_error_of_every_block_alone(home):
+    teacher = Teacher(checkpoint.load_model(str(home / "dense")))
+    student = checkpoint.load_model(str(home / "pilon"))
+    student.config.use_cache = False
+    ids = torch.randint(5, 290, (6, LENGTH), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, ids.roll(-1, 1), torch.arange(LENGTH).expand_as(ids))
+    trainee = Following(student, variances=teacher.variances(batch, True))
+    wanted = teacher.wanted(batch, block_by_block=True)
+    first = trainee(batch.inputs(), batch.labels, wanted, torch.ones(5))
+    first.backward()
+    for name, parameter in trainee.named_parameters():
+        if "embed" in name:
+            assert not parameter.grad.abs().sum(), "nothing passes from a block to what is before it"
+    optimizer = torch.optim.Adam(student.parameters(), 1e-3)
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = trainee(batch.inputs(), batch.labels, wanted, torch.ones(5))
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.8 * first
+    perfect = Following(teacher.model, variances=teacher.variances(batch, True))
+    assert perfect(batch.inputs(), batch.labels, wanted, torch.ones(5)) == 0
+
+
+def test_the_mismatch_of_states_is_a_mean_over_layers_and_a_sum_over_tokens():
+    ours, theirs = [torch.zeros(2, 3, 4)] * 2, [torch.ones(2, 3, 4), 2 * torch.ones(2, 3, 4)]
+    weights = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    found = mismatch(ours, theirs, torch.tensor([1.0, 2.0]), weights)
+    assert float(found) == pytest.approx(3 * (1 / 1 + 4 / 2) / 2)
+
+
+def test_the_same_layout_from_scratch_is_a_control(home, tmp_path):
+    asked = pretraining(home, {"ffn": {"like": str(home / "pilon")}, "schedule": {"tokens": 512 * 20}})
+    planned = plan(asked)
+    result = train_model(asked, tmp_path / "control", quiet=True)
+    theirs = checkpoint.load_config(str(home / "pilon"))
+    ours = checkpoint.load_config(str(tmp_path / "control"))
+    assert ours.quantization_config["layout"] == theirs.quantization_config["layout"]
+    assert result["ffn"]["stored_ratio"] == planned["ffn"]["stored_ratio"] < 0.21
+    assert ours.vocab_size == theirs.vocab_size and ours.hidden_size == theirs.hidden_size
+    healed = train_model(healing(home, 20), tmp_path / "healed", quiet=True)
+    assert result["val_perplexity"] > healed["val_perplexity"]
+
+
+def test_where_a_model_comes_from_is_found_from_its_own_folder(home, tmp_path, monkeypatch):
+    (tmp_path / "dense").symlink_to(home / "dense")
+    (tmp_path / "pilon").mkdir()
+    (tmp_path / "pilon" / "recipe.yaml").write_text("model: ../dense\ncalibration: {data: stdlib}\n")
+    (tmp_path / "healed").mkdir()
+    (tmp_path / "healed" / "recipe.yaml").write_text("task: heal\nstart: ../pilon\ndata: {source: a.txt}\n")
+    found = lineage(tmp_path / "healed")
+    assert found.dense is not None and checkpoint.load_config(found.dense).model_type == "llama"
+    assert set(found.texts) == {"a.txt", "stdlib"}
+    (tmp_path / "pilon" / "recipe.yaml").unlink()
+    (tmp_path / "pilon" / "report.json").write_text('{"source": "out/dense"}')
+    assert lineage(tmp_path / "healed").dense == "out/dense", "from the folder that the user is in"
+    assert lineage(home / "cache").dense is None
+
+
+def test_mistakes_are_told_in_one_line(home, tmp_path):
+    def refused(match, **changes):
+        with pytest.raises(BadInput, match=match) as caught:
+            train_model(healing(home, 5, **changes), tmp_path / "never", quiet=True)
+        assert "\n" not in str(caught.value) and not (tmp_path / "never").exists()
+
+    refused("takes 64 tokens", **{"data.sequence_length": 128})
+    refused("--teacher", start=str(home / "dense"))
+    refused("there is no folder", teacher="./nowhere")
+    refused("predictions only", **{"distill.cache_teacher": 8, "distill.hidden": 0.1})
+    refused("compile", **{"distill.layerwise": 0.1, "run.compile": True})
+    refused("must fall", shrink=[0.2, 0.4])
+    refused("stored", **{"distill.cache_teacher": 8, "data.streaming": True})

@@ -1,0 +1,155 @@
+"""What a teacher is asked for: divergences equal a reference, and predictions from disk equal live ones."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pilon_compress.train import divergence, predictions
+from pilon_compress.train.blocks import Blocks
+from pilon_compress.train.distributed import World
+from pilon_compress.train.divergence import divergences, largest
+from pilon_compress.train.predictions import Wish
+from pilon_compress.train.teacher import Teacher
+from pilon_compress.train.tokens import tokenise
+
+ALONE = World(0, 1, torch.device("cpu"))
+V, D, N = 40, 8, 30
+
+
+@pytest.fixture
+def rows():
+    torch.manual_seed(0)
+    head, theirs = nn.Linear(D, V, bias=False), nn.Linear(D, V)
+    labels = torch.randint(V, (N,)).masked_fill(torch.arange(N) % 5 == 0, -100)
+    hidden = torch.randn(N, D, requires_grad=True)
+    goal = {"states": 3 * torch.randn(N, D), "head": theirs.weight.detach(), "bias": theirs.bias.detach()}
+    return head, hidden, labels, goal
+
+
+def reference(head, hidden, labels, goal, temperature):
+    """T² · KL, in float64, term by term."""
+    ours = (hidden.double() @ head.weight.double().T / temperature).log_softmax(-1)
+    theirs = goal["states"].double() @ goal["head"].double().T + goal["bias"].double()
+    theirs = (theirs / temperature).log_softmax(-1)
+    each = (theirs.exp() * (theirs - ours)).sum(-1)
+    return temperature**2 * each[labels != -100].sum()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("at_once", [2**26, 2 * V * 7])
+def test_divergence_and_its_gradient_equal_a_reference_whole_and_in_parts(rows, monkeypatch, temperature, at_once):
+    monkeypatch.setattr(divergence, "LOGITS", at_once)
+    head, hidden, labels, goal = rows
+    found = divergences(head, hidden, labels, goal, temperature, None, next_token=True)
+    wanted = reference(head, hidden, labels, goal, temperature)
+    nats = nn.functional.cross_entropy(head(hidden), labels, ignore_index=-100, reduction="sum")
+    assert found[0].item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert found[1].item() == pytest.approx(nats.item(), rel=1e-5)
+    ours, theirs = (torch.autograd.grad(one, [hidden, head.weight])[:2] for one in (found[0], wanted))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_k_values_bound_the_divergence_from_below_and_all_of_them_give_it(rows, temperature):
+    head, hidden, labels, goal = rows
+    logits = goal["states"] @ goal["head"].T + goal["bias"]
+    exact = float(divergences(head, hidden, labels, goal, temperature, None, False)[0])
+    found = []
+    for k in (1, 4, 16, V):
+        values, tokens, rest = largest(logits, k, temperature)
+        kept = {"values": values, "tokens": tokens, "rest": rest}
+        total = divergences(head, hidden, labels, kept, temperature, None, False)[0]
+        assert all(torch.isfinite(g).all() for g in torch.autograd.grad(total, [hidden, head.weight]))
+        found.append(float(total))
+    assert found == sorted(found), "more tokens tell more"
+    assert found[-1] == pytest.approx(exact, rel=1e-5)
+
+
+def test_a_student_that_predicts_the_same_is_not_apart(rows):
+    _, _, labels, goal = rows
+    head = nn.Linear(D, V)
+    head.weight.data, head.bias.data = goal["head"].clone(), goal["bias"].clone()
+    logits = goal["states"] @ goal["head"].T + goal["bias"]
+    kept = dict(zip(("values", "tokens", "rest"), largest(logits, 8, 1.0), strict=True))
+    for one in (goal, kept):
+        assert abs(float(divergences(head, goal["states"], labels, one, 1.0, None, False)[0])) < 1e-4
+
+
+@pytest.fixture
+def asked(tiny, tmp_path):
+    texts = [f"{i}: the {i * i} of {i + 7} is " + "xyz"[i % 3] * (i % 11) for i in range(60)]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    blocks = Blocks(tokenise(str(tmp_path / "t.jsonl"), tiny.tiny_tokenizer(), "all", tmp_path / "tokens"), 16)
+    teacher = Teacher(tiny.tiny_model("llama"))
+    return teacher, Wish(blocks, np.arange(len(blocks)), 16, 8, tiny.VOCAB, 1.0, "this teacher, that text")
+
+
+def test_predictions_from_disk_are_what_the_teacher_says(asked, tmp_path):
+    teacher, wish = asked
+    taught = predictions.predictions(wish, lambda: teacher, ALONE, 5, tmp_path / "cache")
+    picked = [3, 0, 17, 3]
+    batch = taught.rows(picked)
+    plain = wish.rows.rows(picked)
+    assert torch.equal(batch.input_ids, plain.input_ids) and len(taught) == len(wish.rows)
+    values, tokens, rest = teacher.largest(plain, 8, 1.0)
+    assert torch.equal(batch.goal["tokens"], tokens)
+    assert torch.allclose(batch.goal["values"].float(), values, atol=4e-3)
+    assert torch.allclose(batch.goal["rest"].float(), rest, atol=4e-3)
+    assert torch.allclose(values.exp().sum(-1) + rest.exp(), torch.ones(4, 16), atol=1e-5)
+
+
+def test_a_teacher_runs_once_and_another_wish_is_another_folder(asked, tmp_path):
+    teacher, wish = asked
+    home = tmp_path / "cache"
+    predictions.predictions(wish, lambda: teacher, ALONE, 5, home)
+
+    def never():
+        raise AssertionError("asked again")
+
+    again = predictions.predictions(wish, never, ALONE, 5, home)
+    for change in ({"count": 4}, {"temperature": 2.0}, {"made_from": "another"}, {"indices": wish.indices[::2]}):
+        other = replace(wish, **change)
+        assert predictions.predictions(other, lambda: teacher, ALONE, 5, home).folder != again.folder
+    with pytest.raises(IndexError):
+        other = predictions.predictions(replace(wish, indices=wish.indices[::2]), never, ALONE, 5, home)
+        other.rows([1])
+
+
+def test_what_was_cut_short_is_made_again(asked, tmp_path):
+    teacher, wish = asked
+    home = tmp_path / "cache"
+    folder = predictions.predictions(wish, lambda: teacher, ALONE, 5, home).folder
+    whole = (folder / "values.bin").read_bytes()
+    (folder / "values.bin").write_bytes(whole[:-2])
+    predictions.predictions(wish, lambda: teacher, ALONE, 7, home)
+    assert (folder / "values.bin").read_bytes() == whole
+
+    def fails(batch, count, temperature):
+        raise KeyboardInterrupt
+
+    (folder / "about.json").unlink()
+    broken = Teacher(teacher.model)
+    broken.largest = fails
+    with pytest.raises(KeyboardInterrupt):
+        predictions.predictions(wish, lambda: broken, ALONE, 5, home)
+    assert not (folder / "about.json").exists(), "half a cache is none"
+    predictions.predictions(wish, lambda: teacher, ALONE, 5, home)
+    assert (folder / "values.bin").read_bytes() == whole
+
+
+def test_the_shares_of_several_processes_are_the_whole(asked, tmp_path):
+    teacher, wish = asked
+    folder = predictions.predictions(wish, lambda: teacher, ALONE, 5, tmp_path / "one").folder
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name in wish.files:
+        (parts / f"{name}.bin").touch()
+    for rank in (2, 0, 1):
+        predictions._write(parts, wish, teacher, World(rank, 3, torch.device("cpu")), 4)
+    for name in ("values", "tokens", "rest"):
+        assert (parts / f"{name}.bin").read_bytes() == (folder / f"{name}.bin").read_bytes()
