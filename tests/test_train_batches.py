@@ -132,8 +132,8 @@ def test_a_run_goes_on_exactly_from_its_step(file):
     for stop in (1, len(blocks) // 8, len(blocks) // 4 + 1, len(whole) - 1):
         resumed = Loader(Blocks(file, 16, respect_documents=True), 4, seed=9)
         for step in range(stop, len(whole)):
-            for name, value in vars(resumed.batch(step)).items():
-                assert torch.equal(value, getattr(whole[step], name))
+            for name in ("input_ids", "labels", "position_ids", "document"):
+                assert torch.equal(getattr(resumed.batch(step), name), getattr(whole[step], name))
     assert rows_of(Loader(blocks, 4, seed=10).batch(0)) != rows_of(whole[0])
 
 
