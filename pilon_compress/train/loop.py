@@ -20,7 +20,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.train import schedule
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Streamed
-from pilon_compress.train.distributed import World, full, last_micro_batch
+from pilon_compress.train.distributed import World, full, last_micro_batch, reshard
 from pilon_compress.train.monitor import Clock, Monitor, memory_gib, mfu
 from pilon_compress.train.recipe import TrainRecipe
 from pilon_compress.train.state import Checkpoints, tensors_of
@@ -239,6 +239,7 @@ def validation_perplexity(job: Training) -> float:
     job.wrapped.eval()
     with torch.no_grad(), torch.autocast(job.world.device.type, torch.bfloat16) if job.half else nullcontext():
         nats, tokens = job.world.total(*map(float, job.validate()))
+    reshard(job.wrapped)
     job.wrapped.train(training)
     return math.exp(min(700.0, nats / max(1.0, tokens)))
 
