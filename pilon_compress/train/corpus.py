@@ -1,9 +1,13 @@
 """The text of a run: what it learns from, in order, and the fixed slice that it is judged by."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from pilon_compress.errors import BadInput
@@ -29,11 +33,22 @@ class Streamed:
         share = micro * world + rank
         return self.blocks.batch((share + 1) * self.batch_size // shares - share * self.batch_size // shares)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.blocks.state_dict()
+    def save(self, path: Path) -> None:
+        """Where in the stream this rank is, as a safetensors file with plain values in its header."""
+        state = self.blocks.state_dict()
+        tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
+        plain = {name: value for name, value in state.items() if name not in tensors}
+        save_file(tensors, path, metadata={"plain": json.dumps(plain)})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.blocks.load_state_dict(state)
+    def load(self, path: Path) -> None:
+        """Go on from there. Raises BadInput for another stream, or another number of processes."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                plain = json.loads(file.metadata()["plain"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise BadInput(f"{path} is missing or corrupt: a streamed run goes on with as many processes") from error
+        self.blocks.load_state_dict(plain | tensors)
 
 
 class Slice:

@@ -48,14 +48,6 @@ class World:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor]
 
-    def each(self, value: Any) -> list[Any]:
-        """What every process has to say, by rank."""
-        if self.size == 1:
-            return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
-
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:

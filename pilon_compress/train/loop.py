@@ -279,9 +279,8 @@ def save(job: Training) -> None:
         "seconds": job.seconds,
         "best": job.best if math.isfinite(job.best) else None,
     }
-    if isinstance(job.batches, Streamed):
-        plain["data"] = job.world.each(job.batches.state_dict())
-    job.checkpoints.save(job.step, _tensors(job), plain | {"recipe": job.recipe.model_dump(mode="json")})
+    plain["recipe"] = job.recipe.model_dump(mode="json")
+    job.checkpoints.save(job.step, _tensors(job), plain, job.batches if isinstance(job.batches, Streamed) else None)
 
 
 def restore(job: Training, step: int) -> None:
@@ -295,9 +294,7 @@ def restore(job: Training, step: int) -> None:
     job.step, job.tokens, job.seconds = step, plain["tokens"], plain["seconds"]
     job.best = math.inf if plain["best"] is None else plain["best"]
     if isinstance(job.batches, Streamed):
-        if len(plain["data"]) != job.world.size:
-            raise BadInput(f"a streamed run goes on with as many processes as before, {len(plain['data'])}")
-        job.batches.load_state_dict(plain["data"][job.world.rank])
+        job.batches.load(job.checkpoints.stream(step))
 
 
 class _Asked:
