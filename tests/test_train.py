@@ -214,4 +214,4 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, words, message):
     )
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "x/config.json").exists()
+    assert not (tmp_path / "x").exists()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -66,11 +67,12 @@ class Slice:
 
 @dataclass(frozen=True)
 class Corpus:
-    """`tokens` of one pass over the text; None where nobody knows."""
+    """`tokens` of one pass over the text; None where nobody knows. `ends`: tokens that end an assistant's turn."""
 
     batches: Loader | Streamed
     validation: Rows
     tokens: int | None
+    ends: tuple[int, ...] = ()
 
 
 def source_of(recipe: TrainRecipe) -> str:
@@ -93,10 +95,8 @@ def open_corpus(
             raise BadInput("data.streaming is for plain text: conversations are packed, which needs all of them")
         chats = tokenise_chat(source, tokenizer, part)
         judged: Rows = Packed(tokenise_chat(held[0], tokenizer, held[1]), length)
-        rows: Rows = Packed(chats, length)
-        return Corpus(
-            Loader(rows, batch, recipe.seed, micro_batches), Slice(judged, asked.validation_sequences), len(chats)
-        )
+        loader = Loader(Packed(chats, length), batch, recipe.seed, micro_batches)
+        return Corpus(loader, Slice(judged, asked.validation_sequences), len(chats), turn_ends(chats))
     judged = Blocks(tokenise(held[0], tokenizer, held[1]), length, asked.respect_documents)
     validation = Slice(judged, asked.validation_sequences)
     if asked.streaming:
@@ -107,3 +107,11 @@ def open_corpus(
     file: TokenFile = tokenise(source, tokenizer, part)
     rows = Blocks(file, length, asked.respect_documents)
     return Corpus(Loader(rows, batch, recipe.seed, micro_batches), validation, len(file))
+
+
+def turn_ends(chats: TokenFile) -> tuple[int, ...]:
+    """The tokens at which generation must stop: the last one of every answer."""
+    assert chats.scored is not None
+    last = chats.scored & ~np.append(chats.scored[1:], False)
+    last[chats.starts[1:] - 1] |= chats.scored[chats.starts[1:] - 1]
+    return tuple(int(token) for token in np.unique(chats.ids[last]))

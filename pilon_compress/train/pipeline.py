@@ -72,22 +72,33 @@ def train_model(
     """
     with join(recipe.device) as world:
         run = Run(recipe, Path(output), world, command, quiet)
-        claim(run, resume, overwrite)
-        torch.manual_seed(recipe.seed)
-        tokenizer = open_tokenizer(run)
-        mine = -(-recipe.run.batch_size // world.size)
-        micro = min(mine, recipe.run.micro_batch_size or mine)
-        corpus = open_corpus(recipe, tokenizer, -(-mine // micro), world.rank, world.size)
-        model = open_model(run, tokenizer)
-        job = assemble(run, model, corpus, -(-mine // micro))
-        if resume and job.checkpoints.steps():
-            restore(job, job.checkpoints.steps()[-1])
+        fresh = claim(run, resume, overwrite)
+        try:
+            job, tokenizer, corpus = set_up(run, resume)
+        except BadInput:
+            if fresh and world.first:
+                shutil.rmtree(run.output, ignore_errors=True)
+            raise
         if world.first:
             with Monitor(run.output, job.steps, job.step, list(recipe.run.track), quiet) as monitor:
                 train(job, monitor)
         else:
             train(job, _Silent())  # type: ignore[arg-type]
-        return finish(run, job, tokenizer)
+        return finish(run, job, tokenizer, corpus)
+
+
+def set_up(run: Run, resume: bool) -> tuple[Training, PreTrainedTokenizerBase, Corpus]:
+    """Everything up to the first step, or up to where the last checkpoint was."""
+    recipe, world = run.recipe, run.world
+    torch.manual_seed(recipe.seed)
+    tokenizer = open_tokenizer(run)
+    mine = -(-recipe.run.batch_size // world.size)
+    micro_batches = -(-mine // min(mine, recipe.run.micro_batch_size or mine))
+    corpus = open_corpus(recipe, tokenizer, micro_batches, world.rank, world.size)
+    job = assemble(run, open_model(run, tokenizer), corpus, micro_batches)
+    if resume and job.checkpoints.steps():
+        restore(job, job.checkpoints.steps()[-1])
+    return job, tokenizer, corpus
 
 
 class _Silent:
@@ -133,8 +144,11 @@ def sized(layout: Layout | None, dense: PreTrainedModel) -> dict[str, Any]:
     return {"ffn": ffn_size(layout).to_dict(), "model": model_size(layout, dense).to_dict()}
 
 
-def claim(run: Run, resume: bool, overwrite: bool) -> None:
-    """Make the output folder ours, with the recipe in it; or find the run that it holds, if that is to go on."""
+def claim(run: Run, resume: bool, overwrite: bool) -> bool:
+    """Make the output folder ours, with the recipe in it; or find the run that it holds, if that is to go on.
+
+    Whether it is a new one.
+    """
     output, mark = run.output, run.output / RECIPE
     begun = resume and mark.is_file()
     if begun:
@@ -146,12 +160,13 @@ def claim(run: Run, resume: bool, overwrite: bool) -> None:
     run.world.wait()
     if begun or not run.world.first:
         run.world.wait()
-        return
+        return not begun
     if output.exists() and overwrite:
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     mark.write_text(recipes.dump(run.recipe))
     run.world.wait()
+    return True
 
 
 def changed(before: TrainRecipe, now: TrainRecipe) -> str | None:
@@ -173,7 +188,10 @@ def open_tokenizer(run: Run) -> PreTrainedTokenizerBase:
     """The tokenizer of the model to start from, of the recipe, or one trained on the text; kept in the output."""
     recipe, folder = run.recipe, run.output / "checkpoints" / TOKENIZER
     if recipe.start is not None:
-        return checkpoint.load_tokenizer(recipe.start)
+        tokenizer = checkpoint.load_tokenizer(recipe.start)
+        if recipe.data.chat_template is not None:
+            tokenizer.chat_template = read_template(recipe.data.chat_template)
+        return tokenizer
     if recipe.host.tokenizer != "bpe":
         return checkpoint.load_tokenizer(recipe.host.tokenizer)
     if run.world.first and not folder.is_dir():
@@ -184,6 +202,14 @@ def open_tokenizer(run: Run) -> PreTrainedTokenizerBase:
     run.world.wait()
     found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return found
+
+
+def read_template(file: str) -> str:
+    """A chat template. Raises BadInput where there is none."""
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"the chat template {file} cannot be read: {error}") from None
 
 
 def open_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -258,7 +284,7 @@ def macs_per_token(model: PreTrainedModel) -> float:
     return linear_macs(model) + (ffn_size(layout).macs if layout.projections else 0)
 
 
-def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> dict[str, Any]:
     """Judge the final weights, write the model folder, and say what came of it."""
     if job.kept:
         put(job.trainee, job.kept)
@@ -268,6 +294,8 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase) -> dict[
     result: dict[str, Any] = {}
     if run.world.first:
         prune_unused(model)
+        if corpus.ends and model.generation_config is not None:  # an answer ends where the chats' answers did
+            model.generation_config.eos_token_id = list(corpus.ends)
         result = describe(run, job, model, perplexity)
         write(run, model, tokenizer, result)
     run.world.wait()
@@ -285,6 +313,7 @@ def gathered(job: Training) -> PreTrainedModel:
         install(fresh, layout)
     fresh.load_state_dict(state, assign=True)
     fresh.tie_weights()
+    fresh.generation_config = model.generation_config
     return fresh.eval()
 
 
