@@ -171,7 +171,9 @@ def convert(
         print_plan({**job.describe(), "estimate": expected})
 
     from pilon_compress.convert.pipeline import convert as run
+    from pilon_compress.memory import give_back_freed
 
+    give_back_freed()
     assert output is not None
     report = run(settings, output, overwrite=overwrite, command=shlex.join(["pilon-compress", *sys.argv[1:]]), job=job)
     print_json(report) if as_json else print_result(report)

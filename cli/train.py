@@ -72,6 +72,13 @@ def train(
         str | None,
         typer.Option(help="Text to judge by; default: the held-out part of --data.", rich_help_panel=PANELS["data"]),
     ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="Jinja file, for a tokenizer without a template (sft).", rich_help_panel=PANELS["data"]),
+    ] = None,
+    learn: Annotated[
+        str | None, typer.Option(help="all, ffn, or compositions alone.", rich_help_panel=PANELS["what"])
+    ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens per sequence.", rich_help_panel=PANELS["data"])
     ] = None,
@@ -121,7 +128,9 @@ def train(
         "ffn.kind": ffn,
         "data.source": data,
         "data.validation": validation,
+        "data.chat_template": chat_template,
         "data.sequence_length": sequence_length,
+        "run.train": learn,
         "schedule.tokens": tokens,
         "run.batch_size": batch_size,
         "optimizer.learning_rate": learning_rate,

@@ -121,8 +121,9 @@ def compress(
         found = Allocation.unpack(known)
         plan, left = found.plan, found.left
     elif job.allocated:
-        sensitivity = Sensitivity(source, batches, job.causal)
-        sizings = size_layers(source, job.sites, moments, settings.budget.ratio, sensitivity, settings.budget.neurons)
+        truth = Sensitivity(source, batches, job.causal)
+        sizings = size_layers(source, job.sites, moments, settings.budget.ratio, truth, settings.budget.neurons)
+        del truth  # its reference outputs are large
         found = allocate(sizings, settings.budget.ratio, job.mac_ratio)
         if job.shares:
             bands = split_bands([sizing.layer for sizing in sizings], None)

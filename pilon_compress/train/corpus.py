@@ -1,9 +1,14 @@
 """The text of a run: what it learns from, in order, and the fixed slice that it is judged by."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from pilon_compress.errors import BadInput
@@ -31,11 +36,22 @@ class Streamed:
         share = micro * world + rank
         return self.blocks.batch((share + 1) * self.batch_size // shares - share * self.batch_size // shares)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.blocks.state_dict()
+    def save(self, path: Path) -> None:
+        """Where in the stream this rank is, as a safetensors file with plain values in its header."""
+        state = self.blocks.state_dict()
+        tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
+        plain = {name: value for name, value in state.items() if name not in tensors}
+        save_file(tensors, path, metadata={"plain": json.dumps(plain)})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.blocks.load_state_dict(state)
+    def load(self, path: Path) -> None:
+        """Go on from there. Raises BadInput for another stream, or another number of processes."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                plain = json.loads(file.metadata()["plain"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise BadInput(f"{path} is missing or corrupt: a streamed run goes on with as many processes") from error
+        self.blocks.load_state_dict(plain | tensors)
 
 
 class Slice:
@@ -54,12 +70,13 @@ class Slice:
 @dataclass(frozen=True)
 class Corpus:
     """`tokens` of one pass over the text; None where nobody knows. `per_row`: tokens of a row, on average, where it is
-    not the sequence length."""
+    not the sequence length. `ends`: tokens that end an assistant's turn."""
 
     batches: Loader | Streamed
     validation: Rows
     tokens: int | None
     per_row: float | None = None
+    ends: tuple[int, ...] = ()
 
 
 def source_of(recipe: TrainRecipe) -> str:
@@ -82,10 +99,8 @@ def open_corpus(
             raise BadInput("data.streaming is for plain text: conversations are packed, which needs all of them")
         chats = tokenise_chat(source, tokenizer, part)
         judged: Rows = Packed(tokenise_chat(held[0], tokenizer, held[1]), length)
-        rows: Rows = Packed(chats, length)
-        return Corpus(
-            Loader(rows, batch, recipe.seed, micro_batches), Slice(judged, asked.validation_sequences), len(chats)
-        )
+        loader = Loader(Packed(chats, length), batch, recipe.seed, micro_batches)
+        return Corpus(loader, Slice(judged, asked.validation_sequences), len(chats), ends=turn_ends(chats))
     judged = Blocks(tokenise(held[0], tokenizer, held[1]), length, asked.respect_documents)
     validation = Slice(judged, asked.validation_sequences)
     if asked.streaming:
@@ -116,3 +131,11 @@ def open_paragraphs(
         len(rows.tokens),
         len(rows.tokens) / len(rows),
     )
+
+
+def turn_ends(chats: TokenFile) -> tuple[int, ...]:
+    """The tokens at which generation must stop: the last one of every answer."""
+    assert chats.scored is not None
+    last = chats.scored & ~np.append(chats.scored[1:], False)
+    last[chats.starts[1:] - 1] |= chats.scored[chats.starts[1:] - 1]
+    return tuple(int(token) for token in np.unique(chats.ids[last]))

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,14 +48,6 @@ class World:
         tensor = tensor.to(self.device)
         dist.all_reduce(tensor)
         return [float(value) for value in tensor]
-
-    def each(self, value: Any) -> list[Any]:
-        """What every process has to say, by rank."""
-        if self.size == 1:
-            return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -117,9 +109,8 @@ def last_micro_batch(module: nn.Module, last: bool) -> Iterator[None]:
         with module.no_sync():
             yield
         return
-    sharded: Any = module
-    if hasattr(sharded, "set_requires_gradient_sync"):
-        sharded.set_requires_gradient_sync(last)
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
     yield
 
 
@@ -128,5 +119,8 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # type: ignore
 
 
-def is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+def reshard(module: nn.Module) -> None:
+    """After a forward pass without a backward one, FSDP units that stay gathered go back to their shards."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

@@ -162,7 +162,9 @@ def _solve(members: Sequence[Site], dense: Sequence[Site], ffn: Ffn) -> tuple[Ba
     for rank in (ffn.rank,) if ffn.rank else RANKS:
         k = ffn.top_k or min(int(macs // (pair * rank)), full // rank)
         width = 1 if ffn.composition != "component" else rank
-        n = ffn.n_primitives or int((stored - (0 if softmax else layers * k * (width + 1))) // (rank * pair))
+        per_layer, per_primitive = (0, rank * pair + layers) if softmax else (k * (width + 1), rank * pair)
+        n = ffn.n_primitives or int((stored - layers * per_layer) // per_primitive)
+        n = n if ffn.n_primitives or softmax else min(n, layers * k)  # more than the layers can use are of no use
         k = min(k, n)
         if k < 1:
             continue

@@ -20,7 +20,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.train import schedule
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Streamed
-from pilon_compress.train.distributed import World, full, last_micro_batch
+from pilon_compress.train.distributed import World, full, last_micro_batch, reshard
 from pilon_compress.train.monitor import Clock, Monitor, memory_gib, mfu
 from pilon_compress.train.recipe import TrainRecipe
 from pilon_compress.train.state import Checkpoints, tensors_of
@@ -74,7 +74,8 @@ class Training:
 
     `trainee`: a module that maps (inputs, labels) to a loss summed over the scored tokens. `run`: the same, wrapped for
     several processes and compiled. `validate`: (loss, tokens) of this process's share of the validation text. `before`
-    and `best`: means of that loss, over all processes, at the start (with `keep_best`) and the lowest so far.
+    and `best`: means of that loss, over all processes, at the start (with `keep_best`) and the lowest so far. `told`:
+    what the result says besides, from that loss at the end and at the start.
     """
 
     recipe: TrainRecipe
@@ -96,6 +97,7 @@ class Training:
     sample: Callable[[], str] | None = None
     half: bool = False
     figure: Figure = PERPLEXITY
+    told: Callable[[float, float], dict[str, Any]] | None = None
     before: float = math.nan
     step: int = 0
     tokens: int = 0
@@ -257,6 +259,7 @@ def validation_loss(job: Training) -> float:
     job.wrapped.eval()
     with torch.no_grad(), torch.autocast(job.world.device.type, torch.bfloat16) if job.half else nullcontext():
         loss, tokens = job.world.total(*map(float, job.validate()))
+    reshard(job.wrapped)
     job.wrapped.train(training)
     return loss / max(1.0, tokens)
 
@@ -297,9 +300,8 @@ def save(job: Training) -> None:
         "best": job.best if math.isfinite(job.best) else None,
         "before": job.before if math.isfinite(job.before) else None,
     }
-    if isinstance(job.batches, Streamed):
-        plain["data"] = job.world.each(job.batches.state_dict())
-    job.checkpoints.save(job.step, _tensors(job), plain | {"recipe": job.recipe.model_dump(mode="json")})
+    plain["recipe"] = job.recipe.model_dump(mode="json")
+    job.checkpoints.save(job.step, _tensors(job), plain, job.batches if isinstance(job.batches, Streamed) else None)
 
 
 def restore(job: Training, step: int) -> None:
@@ -314,9 +316,7 @@ def restore(job: Training, step: int) -> None:
     job.best = math.inf if plain["best"] is None else plain["best"]
     job.before = math.nan if plain.get("before") is None else plain["before"]
     if isinstance(job.batches, Streamed):
-        if len(plain["data"]) != job.world.size:
-            raise BadInput(f"a streamed run goes on with as many processes as before, {len(plain['data'])}")
-        job.batches.load_state_dict(plain["data"][job.world.rank])
+        job.batches.load(job.checkpoints.stream(step))
 
 
 class _Asked:

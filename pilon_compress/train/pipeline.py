@@ -23,26 +23,27 @@ from pilon_compress import checkpoint, text
 from pilon_compress.convert.stream import blocks
 from pilon_compress.deploy.save import check_output, copy_companions, save_model
 from pilon_compress.errors import BadInput
-from pilon_compress.families import find_sites
 from pilon_compress.form.fold import prune_unused
-from pilon_compress.form.layout import Layout, install, layout_of
+from pilon_compress.form.layout import install, layout_of
 from pilon_compress.measure import encoder
-from pilon_compress.measure.evaluate import ENCODER_DATA
-from pilon_compress.measure.size import ffn_size, linear_macs, model_size
+from pilon_compress.measure.size import ffn_size, linear_macs
 from pilon_compress.train import hosts
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Corpus, open_corpus, open_paragraphs, source_of
 from pilon_compress.train.distributed import World, full, join, lone, wrap
-from pilon_compress.train.heal import Healing, open_healing, steps_of, teacher_of
+from pilon_compress.train.heal import Healing, open_healing, steps_of
 from pilon_compress.train.loop import PERPLEXITY, Training, put, restore, train, validation_loss, weights_in
 from pilon_compress.train.losses import NextToken
 from pilon_compress.train.monitor import Monitor
 from pilon_compress.train.optim import make_optimizers, restrict
 from pilon_compress.train.order import in_order
+from pilon_compress.train.plan import check, plan, sized
 from pilon_compress.train.recipe import TrainRecipe
 from pilon_compress.train.shrink import shrink
 from pilon_compress.train.state import Checkpoints
+
+__all__ = ["plan", "train_model"]
 
 RECIPE, TOKENIZER = "recipe.yaml", "tokenizer"
 
@@ -78,23 +79,19 @@ def train_model(
         return shrink_model(Run(recipe, Path(output), lone(), command, quiet), resume, overwrite)
     with join(recipe.device) as world:
         run = Run(recipe, Path(output), world, command, quiet)
-        claim(run, resume, overwrite)
-        torch.manual_seed(recipe.seed)
-        tokenizer = open_tokenizer(run)
-        mine = -(-recipe.run.batch_size // world.size)
-        micro = min(mine, recipe.run.micro_batch_size or mine)
-        corpus = open_text(run, tokenizer, -(-mine // micro))
-        model = open_model(run, tokenizer)
-        healing = open_healing(recipe, world, model, corpus, quiet) if recipe.task == "heal" else None
-        job = assemble(run, model, healing.corpus if healing else corpus, -(-mine // micro), healing)
-        if resume and job.checkpoints.steps():
-            restore(job, job.checkpoints.steps()[-1])
+        fresh = claim(run, resume, overwrite)
+        try:
+            job, tokenizer, corpus = set_up(run, resume)
+        except BadInput:
+            if fresh and world.first:
+                shutil.rmtree(run.output, ignore_errors=True)
+            raise
         if world.first:
             with Monitor(run.output, job.steps, job.step, list(recipe.run.track), quiet) as monitor:
                 train(job, monitor)
         else:
             train(job, _Silent())  # type: ignore[arg-type]
-        return finish(run, job, tokenizer, healing)
+        return finish(run, job, tokenizer, corpus)
 
 
 def shrink_model(run: Run, resume: bool, overwrite: bool) -> dict[str, Any]:
@@ -107,6 +104,22 @@ def shrink_model(run: Run, resume: bool, overwrite: bool) -> dict[str, Any]:
     return shrink(run.recipe, run.output, heal, command=run.command, quiet=run.quiet)
 
 
+def set_up(run: Run, resume: bool) -> tuple[Training, PreTrainedTokenizerBase, Corpus]:
+    """Everything up to the first step, or up to where the last checkpoint was."""
+    recipe, world = run.recipe, run.world
+    torch.manual_seed(recipe.seed)
+    tokenizer = open_tokenizer(run)
+    mine = -(-recipe.run.batch_size // world.size)
+    micro_batches = -(-mine // min(mine, recipe.run.micro_batch_size or mine))
+    corpus = open_text(run, tokenizer, micro_batches)
+    model = open_model(run, tokenizer)
+    healing = open_healing(recipe, world, model, corpus, run.quiet) if recipe.task == "heal" else None
+    job = assemble(run, model, healing.corpus if healing else corpus, micro_batches, healing)
+    if resume and job.checkpoints.steps():
+        restore(job, job.checkpoints.steps()[-1])
+    return job, tokenizer, corpus
+
+
 class _Silent:
     """The monitor of every process but the first."""
 
@@ -115,48 +128,11 @@ class _Silent:
     def say(self, *_: Any) -> None: ...
 
 
-def plan(recipe: TrainRecipe) -> dict[str, Any]:
-    """What a run would train, from shapes alone. Raises BadInput."""
-    check(recipe)
-    if recipe.start is not None:
-        config = checkpoint.load_config(recipe.start)
-    elif recipe.ffn.like is not None:
-        config = checkpoint.load_config(recipe.ffn.like)
-    else:
-        config = hosts.config_for(recipe.host, recipe.data.sequence_length, None)
-    dense = checkpoint.empty_model(config)
-    layout = None
-    if recipe.start is not None or recipe.ffn.like is not None:
-        layout = hosts.layout_in(config)
-    elif recipe.ffn.kind != "dense":
-        layout = hosts.layout_for(find_sites(dense), recipe.ffn)
-    sizes = sized(layout, dense)
-    if recipe.shrink:
-        sizes = {"ffn": {"stored_ratio": recipe.shrink[-1], "mac_ratio": recipe.shrink[-1]}}
-    parameters = sum(p.numel() for p in dense.parameters())
-    if layout is not None:
-        parameters = sizes["model"]["stored"]
-    separate = recipe.task == "heal" and not checkpoint.is_causal(config)
-    return {
-        "dry_run": True,
-        "task": recipe.task,
-        "data": recipe.data.source or ENCODER_DATA if separate else source_of(recipe),
-        "tokens": recipe.schedule.tokens,
-        "batch_size": recipe.run.batch_size,
-        "parameters": parameters,
-        **sizes,
-    }
+def claim(run: Run, resume: bool, overwrite: bool) -> bool:
+    """Make the output folder ours, with the recipe in it; or find the run that it holds, if that is to go on.
 
-
-def sized(layout: Layout | None, dense: PreTrainedModel) -> dict[str, Any]:
-    """`ffn` and, of a PILON model, `model`: numbers stored, bytes, MACs, and their ratios over the dense model's."""
-    if layout is None or not (layout.projections or layout.kept):
-        return {"ffn": {"stored_ratio": 1.0, "bytes_ratio": 1.0, "mac_ratio": 1.0}}
-    return {"ffn": ffn_size(layout).to_dict(), "model": model_size(layout, dense).to_dict()}
-
-
-def claim(run: Run, resume: bool, overwrite: bool) -> None:
-    """Make the output folder ours, with the recipe in it; or find the run that it holds, if that is to go on."""
+    Whether it is a new one.
+    """
     output, mark = run.output, run.output / RECIPE
     begun = resume and mark.is_file()
     if begun:
@@ -168,12 +144,13 @@ def claim(run: Run, resume: bool, overwrite: bool) -> None:
     run.world.wait()
     if begun or not run.world.first:
         run.world.wait()
-        return
+        return not begun
     if output.exists() and overwrite:
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     mark.write_text(recipes.dump(run.recipe))
     run.world.wait()
+    return True
 
 
 def changed(before: TrainRecipe, now: TrainRecipe) -> str | None:
@@ -195,7 +172,10 @@ def open_tokenizer(run: Run) -> PreTrainedTokenizerBase:
     """The tokenizer of the model to start from, of the recipe, or one trained on the text; kept in the output."""
     recipe, folder = run.recipe, run.output / "checkpoints" / TOKENIZER
     if recipe.start is not None:
-        return checkpoint.load_tokenizer(recipe.start)
+        tokenizer = checkpoint.load_tokenizer(recipe.start)
+        if recipe.data.chat_template is not None:
+            tokenizer.chat_template = read_template(recipe.data.chat_template)
+        return tokenizer
     if recipe.ffn.like is not None:
         return checkpoint.load_tokenizer(recipe.ffn.like)
     if recipe.host.tokenizer != "bpe":
@@ -219,23 +199,12 @@ def open_text(run: Run, tokenizer: PreTrainedTokenizerBase, micro_batches: int) 
     return open_corpus(recipe, tokenizer, micro_batches, world.rank, world.size)
 
 
-def check(recipe: TrainRecipe) -> None:
-    """Raise BadInput for a recipe that does not go with the models it names: before anything is written."""
-    model = recipe.start or recipe.ffn.like
-    if model is None:
-        return
-    config = checkpoint.load_config(model)
-    if recipe.task == "heal" and not recipe.shrink:
-        teacher_of(recipe)
-    if not checkpoint.is_causal(config):
-        if recipe.task != "heal":
-            raise BadInput(f"{model} predicts no next token: an encoder can be healed, not trained otherwise")
-        if recipe.distill.cache_teacher:
-            raise BadInput("distill.cache_teacher keeps a causal model's predictions: leave it out for an encoder")
-        return
-    longest = encoder.positions(checkpoint.empty_model(config))
-    if longest is not None and recipe.data.sequence_length > longest:
-        raise BadInput(f"{model} takes {longest} tokens: --sequence-length {longest}, or less")
+def read_template(file: str) -> str:
+    """A chat template. Raises BadInput where there is none."""
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"the chat template {file} cannot be read: {error}") from None
 
 
 def open_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -282,6 +251,7 @@ def assemble(
         prepare=healing.prepared if healing else prepared,
         plugins=[healing] if healing else [],
         figure=healing.figure if healing else PERPLEXITY,
+        told=healing.told if healing else None,
         keep_best=healing is not None and recipe.distill.keep_best,
         micro_batches=micro_batches,
         flops_per_token=6.0 * macs_per_token(model),
@@ -310,9 +280,7 @@ def macs_per_token(model: PreTrainedModel) -> float:
     return linear_macs(model) + (ffn_size(layout).macs if layout.projections else 0)
 
 
-def finish(
-    run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, healing: Healing | None = None
-) -> dict[str, Any]:
+def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> dict[str, Any]:
     """Judge the final weights, write the model folder, and say what came of it."""
     if job.kept:
         put(job.trainee, job.kept)  # moving averages included: they are what was judged
@@ -323,9 +291,11 @@ def finish(
     result: dict[str, Any] = {}
     if run.world.first:
         prune_unused(model)
+        if corpus.ends and model.generation_config is not None:  # an answer ends where the chats' answers did
+            model.generation_config.eos_token_id = list(corpus.ends)
         result = describe(run, job, model, loss)
-        if healing is not None:
-            result |= healing.told(loss, job.before)
+        if job.told is not None:
+            result |= job.told(loss, job.before)
         write(run, model, tokenizer, result)
     run.world.wait()
     return result
@@ -342,6 +312,8 @@ def gathered(job: Training) -> PreTrainedModel:
         install(fresh, layout)
     fresh.load_state_dict(state, assign=True)
     fresh.tie_weights()
+    if hasattr(model, "generation_config"):  # not without a head
+        fresh.generation_config = model.generation_config
     return fresh.eval()
 
 

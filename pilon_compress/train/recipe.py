@@ -120,6 +120,8 @@ class Data(Section):
     sequence_length: Positive = 1024
     respect_documents: Switch = False
     """Documents that share a sequence do not see each other."""
+    chat_template: Text | None = None
+    """File with a Jinja template, for a tokenizer that has none (sft)."""
     streaming: Switch = False
     """Tokenise while training, for sources that are too large to store."""
     validation_sequences: Positive = 64

@@ -2,6 +2,7 @@
 
     OUT/checkpoints/step-00001200/
       *.safetensors    weights, moving averages and optimiser states; each process writes its own shards
+      *.stream         each process's place in streamed text
       state.json       step, recipe, best validation so far; written last: a folder without it is none
 
 A state depends on nothing but the step otherwise: data order, schedules and selections are functions of it. Files are
@@ -18,12 +19,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from pilon_compress.deploy.save import disk_full
 from pilon_compress.errors import BadInput
+from pilon_compress.train.corpus import Streamed
 from pilon_compress.train.distributed import World
 
 STATE = "state.json"
@@ -44,7 +47,13 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    def stream(self, step: int) -> Path:
+        """Where this process's place in streamed text is kept."""
+        return self.path(step) / f"rank{self.world.rank}.stream"
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], stream: Streamed | None = None
+    ) -> None:
         """Write a checkpoint; it appears whole or not at all, and only then are older ones removed.
 
         All processes take part. Raises BadInput where the disk is full: earlier checkpoints are still there.
@@ -57,8 +66,10 @@ class Checkpoints:
         failure = None
         try:
             _write(tensors, work, self.world)
-        except Exception as error:  # of a library in another language
-            reason = disk_full(error)
+            if stream is not None:
+                stream.save(work / self.stream(step).name)
+        except (OSError, SafetensorError, CheckpointException) as error:
+            reason = next(filter(None, map(disk_full, _causes(error))), None)
             if reason is None:
                 raise
             failure = BadInput(
@@ -98,9 +109,17 @@ class Checkpoints:
                     storage_reader=HuggingFaceStorageReader(str(path)),
                     no_dist=self.world.size == 1,
                 )
-        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, CheckpointException) as error:
+            cause = _causes(error)[0]
+            reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
             raise BadInput(f"{path} does not load: {reason}; delete it to go on from the one before") from error
+
+
+def _causes(error: BaseException) -> list[Exception]:
+    """What went wrong in each process."""
+    if isinstance(error, CheckpointException):
+        return [cause for cause, _ in error.failures.values() if isinstance(cause, Exception)]
+    return [error] if isinstance(error, Exception) else []
 
 
 def _write(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:

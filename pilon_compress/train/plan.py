@@ -1,0 +1,76 @@
+"""What can be told of a run before it starts: whether its recipe goes with its models, and what it would train."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pilon_compress import checkpoint
+from pilon_compress.errors import BadInput
+from pilon_compress.families import find_sites
+from pilon_compress.form.layout import Layout
+from pilon_compress.measure.encoder import positions
+from pilon_compress.measure.evaluate import ENCODER_DATA
+from pilon_compress.measure.size import ffn_size, model_size
+from pilon_compress.train import hosts
+from pilon_compress.train.corpus import source_of
+from pilon_compress.train.heal import teacher_of
+from pilon_compress.train.recipe import TrainRecipe
+
+
+def check(recipe: TrainRecipe) -> None:
+    """Raise BadInput for a recipe that does not go with the models it names: before anything is written."""
+    model = recipe.start or recipe.ffn.like
+    if model is None:
+        return
+    config = checkpoint.load_config(model)
+    if recipe.task == "heal" and not recipe.shrink:
+        teacher_of(recipe)
+    if not checkpoint.is_causal(config):
+        if recipe.task != "heal":
+            raise BadInput(f"{model} predicts no next token: an encoder can be healed, not trained otherwise")
+        if recipe.distill.cache_teacher:
+            raise BadInput("distill.cache_teacher keeps a causal model's predictions: leave it out for an encoder")
+        return
+    longest = positions(checkpoint.empty_model(config))
+    if longest is not None and recipe.data.sequence_length > longest:
+        raise BadInput(f"{model} takes {longest} tokens: --sequence-length {longest}, or less")
+
+
+def plan(recipe: TrainRecipe) -> dict[str, Any]:
+    """What a run would train, from shapes alone. Raises BadInput."""
+    check(recipe)
+    if recipe.start is not None:
+        config = checkpoint.load_config(recipe.start)
+    elif recipe.ffn.like is not None:
+        config = checkpoint.load_config(recipe.ffn.like)
+    else:
+        config = hosts.config_for(recipe.host, recipe.data.sequence_length, None)
+    dense = checkpoint.empty_model(config)
+    layout = None
+    if recipe.start is not None or recipe.ffn.like is not None:
+        layout = hosts.layout_in(config)
+    elif recipe.ffn.kind != "dense":
+        layout = hosts.layout_for(find_sites(dense), recipe.ffn)
+    sizes = sized(layout, dense)
+    if recipe.shrink:
+        sizes = {"ffn": {"stored_ratio": recipe.shrink[-1], "mac_ratio": recipe.shrink[-1]}}
+    parameters = sum(p.numel() for p in dense.parameters())
+    if layout is not None:
+        parameters = sizes["model"]["stored"]
+    separate = recipe.task == "heal" and not checkpoint.is_causal(config)
+    return {
+        "dry_run": True,
+        "task": recipe.task,
+        "data": recipe.data.source or ENCODER_DATA if separate else source_of(recipe),
+        "tokens": recipe.schedule.tokens,
+        "batch_size": recipe.run.batch_size,
+        "parameters": parameters,
+        **sizes,
+    }
+
+
+def sized(layout: Layout | None, dense: PreTrainedModel) -> dict[str, Any]:
+    """`ffn` and, of a PILON model, `model`: numbers stored, bytes, MACs, and their ratios over the dense model's."""
+    if layout is None or not (layout.projections or layout.kept):
+        return {"ffn": {"stored_ratio": 1.0, "bytes_ratio": 1.0, "mac_ratio": 1.0}}
+    return {"ffn": ffn_size(layout).to_dict(), "model": model_size(layout, dense).to_dict()}

@@ -1,0 +1,67 @@
+"""Two processes train what one would: DDP and FSDP2, under the real torchrun, and a run changes its number of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+WORDS = ("train", "--recipe", "smoke", "--json", "--set", "device=cpu", "--set", "run.micro_batch_size=5")
+TOLERANCE = 2e-4  # of weights around 0.1 after six steps: sums in another order
+
+
+def launch(folder: Path, output: str, processes: int, *words: str) -> dict:
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PILON_CACHE": str(folder / "tokens"), "HF_HUB_OFFLINE": "1"}
+    run = [sys.executable, "-m"]
+    if processes > 1:
+        run += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    done = subprocess.run(
+        [*run, "pilon_compress.cli", *WORDS, "-o", output, *words],
+        cwd=folder,
+        env=surroundings,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return folder, launch(folder, "one", 1, "--tokens", "6144")
+
+
+def difference(folder: Path, first: str, second: str) -> float:
+    a, b = (load_file(folder / name / "model.safetensors") for name in (first, second))
+    assert set(a) == set(b)
+    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_the_same_model_as_one(alone, parallel):
+    folder, expected = alone
+    result = launch(folder, parallel, 2, "--tokens", "6144", "--set", f"run.parallel={parallel}")
+    assert result["tokens"] == expected["tokens"] and result["processes"] == 2
+    assert result["val_perplexity"] == pytest.approx(expected["val_perplexity"], rel=1e-3)
+    assert difference(folder, "one", parallel) < TOLERANCE
+
+
+def test_a_sharded_run_goes_on_alone(alone):
+    folder, expected = alone
+    words = ("--tokens", "6144", "--set", "run.parallel=fsdp", "--set", "run.checkpoint_every=0.001")
+    launch(folder, "moved", 2, *words, "--set", "run.keep=100")
+    for path in sorted((folder / "moved/checkpoints").glob("step-*"))[3:]:  # as if it had been stopped after step 3
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    result = launch(folder, "moved", 1, "--tokens", "6144", "--resume")
+    assert result["val_perplexity"] == pytest.approx(expected["val_perplexity"], rel=1e-3)
+    assert difference(folder, "one", "moved") < TOLERANCE
+    assert {path.suffix for path in (folder / "moved/checkpoints").rglob("*") if path.is_file()} <= {
+        ".safetensors",
+        ".json",
+    }
