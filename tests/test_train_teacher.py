@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from pilon_compress.train import divergence, predictions
+from pilon_compress.train.batch import Batch
 from pilon_compress.train.blocks import Blocks
+from pilon_compress.train.distill import Following
 from pilon_compress.train.distributed import World
 from pilon_compress.train.divergence import divergences, largest
 from pilon_compress.train.predictions import Wish
@@ -153,3 +155,25 @@ def test_the_shares_of_several_processes_are_the_whole(asked, tmp_path):
         predictions._write(parts, wish, teacher, World(rank, 3, torch.device("cpu")), 4)
     for name in ("values", "tokens", "rest"):
         assert (parts / f"{name}.bin").read_bytes() == (folder / f"{name}.bin").read_bytes()
+
+
+def test_terms_whose_weights_change_are_compiled_once(tiny):
+    dense = tiny.tiny_model("llama")
+    dense.config.architectures = ["LlamaForCausalLM"]
+    teacher, student = Teacher(dense, ("hidden",)), tiny.tiny_model("llama", seed=1)
+    student.config.use_cache = False
+
+    def batch(seed):
+        ids = torch.randint(5, 200, (2, 16), generator=torch.Generator().manual_seed(seed))
+        return Batch(ids, ids.roll(-1, 1), torch.arange(16).expand_as(ids))
+
+    trainee = Following(student, 1.0, True, (), teacher.variances(batch(0), False)).eval()
+    compiled = torch.compile(trainee, dynamic=False, backend="eager")
+    graphs = []
+    for step in range(3):
+        one, terms = batch(step), torch.tensor([1.0, 0.5, 1 - 0.3 * step, 0.0, 0.0])
+        wanted = teacher.wanted(one)
+        found = compiled(one.inputs(), one.labels, wanted, terms)
+        assert found.item() == pytest.approx(trainee(one.inputs(), one.labels, wanted, terms).item(), rel=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1] > 0

@@ -34,6 +34,7 @@ from pilon_compress.train.teacher import Teacher, fingerprint, open_teacher
 
 COSINE = Figure("val_cosine", "validation cosine", lambda apart: 1 - apart)
 JUDGED = "judged.json"
+MEASURED = 8  # validation rows that the variances of the teacher's states are taken from
 
 
 @dataclass
@@ -157,7 +158,7 @@ def open_healing(recipe: TrainRecipe, world: World, model: PreTrainedModel, corp
     of_teacher = judged(corpus.validation, recipe, world, opened, kept) if causal else 0.0
     variances: dict[str, Tensor] = {}
     if match or asked.layerwise:
-        first = corpus.validation.rows(range(min(size_of(recipe), len(corpus.validation))))
+        first = corpus.validation.rows(range(min(MEASURED, len(corpus.validation))))
         variances = opened().variances(first.to(world.device), asked.layerwise > 0)
     places = feed_forward_outputs(model) if asked.ffn else []
     trainee: nn.Module

@@ -1,0 +1,58 @@
+"""Two processes heal what one would: every parameter has a part in every step, sharded or not."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from pilon_compress import recipe
+from pilon_compress.convert.pipeline import convert
+from pilon_compress.train import recipe as recipes
+from pilon_compress.train.pipeline import train_model
+
+TOLERANCE = 5e-4  # of weights around 0.1: sums in another order
+
+
+@pytest.fixture(scope="module")
+def home(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    texts = [f"{i}: the {i * i} of {i + 7} is " + "xyz"[i % 3] * (i % 23) + " as told" * (i % 9) for i in range(200)]
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    tiny.save_tiny("llama", folder / "dense")
+    text = {"data": str(folder / "text.jsonl"), "samples": 16, "sequence_length": 32, "batch_size": 8}
+    asked = {"model": str(folder / "dense"), "budget": {"ffn_ratio": 0.4}, "calibration": text, "effort": "fast"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PILON_CACHE", str(folder / "cache"))
+        convert(recipe.build({**asked, "evaluation": {"data": "none"}}), folder / "pilon")
+        yield folder
+
+
+@pytest.mark.parametrize(
+    ("parallel", "distill"),
+    [("ddp", {"layerwise": 0.5, "hidden": 0.1, "ffn": 0.1}), ("fsdp", {"cache_teacher": 16})],
+)
+def test_two_processes_heal_the_same_model_as_one(home, tmp_path, parallel, distill):
+    data = {"source": str(home / "text.jsonl"), "sequence_length": 32, "validation_sequences": 4}
+    asked = {"task": "heal", "start": str(home / "pilon"), "device": "cpu", "data": data, "distill": distill}
+    asked |= {"schedule": {"tokens": 6 * 8 * 32}, "run": {"batch_size": 8, "micro_batch_size": 3}}
+    settings = recipes.build(asked, [f"run.parallel={parallel}"])
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(settings))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    done = subprocess.run(
+        [*run, "pilon_compress.cli", "train", "--recipe", "recipe.yaml", "-o", "two", "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    one = train_model(recipes.build(asked), tmp_path / "one", quiet=True)
+    assert two["processes"] == 2 and two["tokens"] == one["tokens"]
+    for name in ("val_perplexity", "before", "teacher"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < TOLERANCE
