@@ -65,11 +65,22 @@ def test_the_last_ratio_is_what_comes_out_and_a_killed_run_goes_on(home, tmp_pat
     assert checkpoint.load_tokenizer(str(out)) and plan(asked(home))["ffn"]["stored_ratio"] == 0.3
 
 
+def pilon(home):
+    """A folder that says it is PILON."""
+    folder = home / "pilon"
+    folder.mkdir()
+    config = json.loads((home / "dense" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "pilon"}}))
+    return folder
+
+
 def test_what_cannot_be_shrunk_is_refused(home, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="must fall"):
         asked(home, shrink=[0.3, 0.6])
     with pytest.raises(BadInput, match="task heal"):
         recipes.build({"task": "pretrain", "shrink": [0.5]})
+    with pytest.raises(BadInput, match="PILON model already"):
+        plan(asked(home, start=str(pilon(home))))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match="torchrun"):
         train_model(asked(home), tmp_path / "out", quiet=True)

@@ -23,7 +23,9 @@ def check(recipe: TrainRecipe) -> None:
     if model is None:
         return
     config = checkpoint.load_config(model)
-    if recipe.task == "heal" and not recipe.shrink:
+    if recipe.shrink:
+        checkpoint.check_dense(model, config)
+    elif recipe.task == "heal":
         teacher_of(recipe)
     if not checkpoint.is_causal(config):
         if recipe.task != "heal":
@@ -52,10 +54,11 @@ def plan(recipe: TrainRecipe) -> dict[str, Any]:
     elif recipe.ffn.kind != "dense":
         layout = hosts.layout_for(find_sites(dense), recipe.ffn)
     sizes = sized(layout, dense)
-    if recipe.shrink:
-        sizes = {"ffn": {"stored_ratio": recipe.shrink[-1], "mac_ratio": recipe.shrink[-1]}}
     parameters = sum(p.numel() for p in dense.parameters())
-    if layout is not None:
+    if recipe.shrink:  # about: conversions find their layouts themselves
+        sizes = {"ffn": {"stored_ratio": recipe.shrink[-1], "mac_ratio": recipe.shrink[-1]}}
+        parameters -= round((1 - recipe.shrink[-1]) * sum(site.parameters for site in find_sites(dense)))
+    elif layout is not None:
         parameters = sizes["model"]["stored"]
     separate = recipe.task == "heal" and not checkpoint.is_causal(config)
     return {
