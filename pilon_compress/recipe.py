@@ -41,6 +41,8 @@ class Budget(Section):
     """Whether feed-forward blocks may lose neurons, the others making up for them."""
     sharing: Literal["auto", "none"] = "none"
     """auto: bands of layers share banks where a joint fit has the lower loss; costs time, and MACs where it does."""
+    banding: Literal["contiguous", "similar"] = "contiguous"
+    """Which layers sharing tries together: about three in a row, or two to four that use the same directions."""
     align: Switch = False
     """Match the neurons of layers that share before their banks are fitted."""
     optimize: Literal["storage", "compute"] = "storage"

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pilon_compress.convert.band import Band, Point
 from pilon_compress.convert.cluster import group
 from pilon_compress.convert.factorize import Target, balance
 from pilon_compress.convert.fit import fit_bank
@@ -29,6 +30,9 @@ def make_targets(layers, d_in, d_out, seed=0, kind="random", shared=0.0, two_sid
             X[:, d_in // 2 :] = 0
         if kind == "huge layer" and layer == 0:
             W, X = W * 1e3, X * 1e2
+        if kind == "same layers" and layer:
+            targets.append(Target(f"layer{layer}", layer, targets[0].weight, targets[0].metric, targets[0].gradient))
+            continue
         if kind == "rank one":
             W = torch.outer(W[:, 0], W[0])
         Y = draw(4 * d_out, d_out) * torch.logspace(0, -1, d_out, dtype=torch.float64)
@@ -103,7 +107,7 @@ def test_two_sided_factors_are_the_optimum_of_both_metrics(shape):
     r=st.integers(1, 3),
     k=st.integers(1, 9),
     composition=st.sampled_from(["component", "scalar"]),
-    kind=st.sampled_from(["random", "zero layer", "dead inputs", "huge layer", "rank one"]),
+    kind=st.sampled_from(["random", "zero layer", "dead inputs", "huge layer", "rank one", "same layers"]),
     seed=st.integers(0, 3),
     two_sided=st.booleans(),
 )
@@ -121,10 +125,45 @@ def test_never_worse_than_private_factors(layers, shape, n, r, k, composition, k
         assert len(fitted.selected[index].unique()) == k
 
 
-def test_sharing_earns_its_place_where_layers_have_something_in_common():
+@pytest.mark.parametrize("composition", ["component", "scalar"])
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_sharing_earns_its_place_where_layers_have_something_in_common(composition, two_sided):
+    targets = make_targets(3, 24, 24, shared=0.7, two_sided=two_sided)
+    fitted = fit_bank(targets, make_plan(targets, 9, 2, 9, composition))
+    assert sum(fitted.losses) < 0.6 * sum(fitted.private_losses)
+
+
+def test_some_shared_primitives_gain_much_of_what_sharing_all_does():
     targets = make_targets(3, 24, 24, shared=0.7)
-    fitted = fit_bank(targets, make_plan(targets, 9, 2, 9))
-    assert sum(fitted.losses) < 0.8 * sum(fitted.private_losses)
+    all_of_them, some = (fit_bank(targets, make_plan(targets, 12, 2, k)) for k in (12, 6))
+    assert sum(some.losses) < 0.75 * sum(some.private_losses)
+    assert sum(all_of_them.losses) < sum(some.losses)
+
+
+def test_layers_that_may_use_no_more_than_their_own_primitives_keep_the_optimum():
+    """At no more MACs per layer than private factors of that rank, nothing is better than those."""
+    targets = make_targets(3, 12, 20, shared=0.7, two_sided=True)
+    fitted = fit_bank(targets, make_plan(targets, 9, 2, 3))
+    for loss, target in zip(fitted.losses, targets, strict=True):
+        assert loss == pytest.approx(target.two_sided[2][6:].sum().item(), rel=1e-6)
+    assert sorted(fitted.selected.flatten().tolist()) == list(range(9))
+
+
+@pytest.mark.parametrize("composition", ["component", "scalar"])
+def test_gradient_is_that_of_the_loss(composition):
+    targets = make_targets(3, 7, 9, two_sided=True)
+    band = Band(targets, 2, composition == "scalar")
+    for metrics in (band.C, band.G, band.T):
+        metrics[:] = [metric.double() for metric in metrics]
+    active = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 1]], dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    x, step = (torch.randn(16, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    rise = (Point(band, x + 1e-5 * step, active).loss - Point(band, x - 1e-5 * step, active).loss) / 2e-5
+    point = Point(band, x, active)
+    assert float((point.gradient * step).sum()) == pytest.approx(rise, rel=1e-5)
+    A, B = band.original(x[:7], x[7:].T)
+    loss = band.scale * sum(band.losses(A, B, band.compose(A, B, active)))
+    assert point.loss == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("composition", ["component", "scalar"])

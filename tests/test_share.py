@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from pilon_compress.convert.align import align
 from pilon_compress.convert.allocate import allocate, size_layers
+from pilon_compress.convert.bands import similar_bands
 from pilon_compress.convert.calibration import Batch
 from pilon_compress.convert.moments import gather
 from pilon_compress.convert.pipeline import convert
@@ -56,14 +57,30 @@ def test_bands_share_where_that_lowers_the_loss_and_within_what_they_stored(tiny
     assert not none and apart.losses == alone.losses and apart.plan.layout() == alone.plan.layout()
 
 
-def test_shared_banks_are_saved_once(tiny, tmp_path):
+def test_similar_layers_are_banded_together(tiny):
+    """Layers 0 and 3, 1 and 2 are nearly the same."""
+    model = tiny.tiny_model("llama", num_hidden_layers=4)
+    with torch.no_grad():
+        for layer, first in ((3, 0), (2, 1)):
+            theirs = model.model.layers[first].mlp.parameters()
+            for mine, other in zip(model.model.layers[layer].mlp.parameters(), theirs, strict=True):
+                mine.copy_(other + 0.02 * mine)
+    source, sites = Source(model), find_sites(model)
+    ids = torch.randint(5, 250, (8, 32), generator=torch.Generator().manual_seed(0))
+    moments = gather(source, [Batch(ids, torch.ones_like(ids))], sites, causal=True)
+    spaces = similar_bands(source, size_layers(source, sites, moments, 0.4), moments, largest=2)
+    assert spaces == [[0, 3], [1, 2]]
+
+
+@pytest.mark.parametrize("banding", ["contiguous", "similar"])
+def test_shared_banks_are_saved_once(tiny, tmp_path, banding):
     model = alike(tiny)
     model.save_pretrained(tmp_path / "dense")
     tiny.tiny_tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("Some words about nothing, again and again. " * 400)
     asked = {
         "model": str(tmp_path / "dense"),
-        "budget": {"ffn_ratio": 0.4, "sharing": "auto"},
+        "budget": {"ffn_ratio": 0.4, "sharing": "auto", "banding": banding},
         "calibration": {"data": str(tmp_path / "text.txt"), "samples": 16, "sequence_length": 32, "batch_size": 8},
         "evaluation": {"data": str(tmp_path / "text.txt"), "window": 32, "samples": 8},
     }

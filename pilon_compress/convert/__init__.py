@@ -4,8 +4,10 @@ prepare, plan       what can be known before weights are loaded: sites, sizes, e
 calibration         text as batches; source, stream: the dense model's blocks and the states between them
 moments, shelf      what projections see, and what their outputs are worth: the two-sided metric
 neurons, blocks     what a layer may lose; sensitivity: what that really costs
-knapsack, allocate  where the budget goes; share, align: whether bands gain by sharing banks
-factorize, fit      best factors of one weight, and of a band's weights from one bank; cluster: which go together
+knapsack, allocate  where the budget goes; share, align: whether bands gain by sharing banks;
+                    bands: which layers those are
+factorize, fit      best factors of one weight, and of a band's weights from one bank; band, lbfgs: that problem,
+                    and what solves it; cluster: which components go together
 anchor, layers      one layer after another, behind the converted ones
 refine, descent     regression to the dense model, if asked for
 pipeline, journal   the whole road, and how it survives being cut off

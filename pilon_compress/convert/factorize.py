@@ -11,10 +11,12 @@ DAMPING = 1e-2  # of the mean diagonal: orients directions that the calibration 
 
 def damped(moment: Tensor) -> Tensor:
     """A second moment (d, d), lightly damped, in float64; an all-zero moment counts every direction alike."""
-    moment = moment.double()
+    moment = moment.to(torch.float64, copy=True)
     mean = moment.diagonal().mean()
-    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return moment + DAMPING * mean * eye if mean > 0 else eye
+    if not mean > 0:
+        return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    moment.diagonal().add_(DAMPING * mean)
+    return moment
 
 
 def square_root(metric: Tensor) -> tuple[Tensor, Tensor]:

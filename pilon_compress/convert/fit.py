@@ -4,26 +4,24 @@
     A (d_in, K)   B (K, d_out)   g (L, K), zero outside the primitives that layer l selects;   K = n·r
 
 It starts from the layers' own best factors side by side (g one-hot, the budget-matched private solution), a saddle
-that a little noise on g leaves quickly. Then in turn: g exactly (K × K systems), A and B by preconditioned conjugate
-gradients. In the end each layer keeps its top-k primitives, and the private start is returned instead if the fit is
-not better.
+that a little noise on g leaves quickly. L-BFGS over A and B, with g the best for them, goes on from there. Which
+primitives a layer may use is settled at the start; a layer that may use no more than its own is best as it is, by
+Eckart and Young. In the end the private start is returned instead if the fit is not better.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pilon_compress.convert.band import Band, Point
 from pilon_compress.convert.cluster import group
-from pilon_compress.convert.factorize import Target, balance, square_root
+from pilon_compress.convert.factorize import Target
+from pilon_compress.convert.lbfgs import minimise
 from pilon_compress.convert.plan import BankPlan
 
 NOISE = 0.3  # on g at the start; without it the first ten sweeps gain next to nothing (docs/log.md)
-RIDGE = {torch.float32: 1e-6, torch.float64: 1e-9}  # on Jacobi-scaled normal equations
-CG_STEPS = 3
-
-Operator = Callable[[Tensor], Tensor]
+EVALUATIONS = 4  # of loss and gradient per sweep: a little more than an alternation over A, B and g costs
 
 
 @dataclass
@@ -71,86 +69,6 @@ class State:
     active: Tensor
 
 
-class Band:
-    """The least-squares problem of one bank, in float32 and in coordinates where the mean metrics are the identity.
-
-    Losses and final weights are computed in float64, in the original coordinates.
-    """
-
-    def __init__(self, targets: list[Target], rank: int, scalar: bool) -> None:
-        self.targets, self.rank, self.scalar = targets, rank, scalar
-        self.inner = [target.gradient if target.gradient is not None else _eye(target.weight.T) for target in targets]
-        total = sum(target.total for target in targets)
-        self.scale = 1 / total if total > 0 else 0.0
-        if len(targets) > 1:
-            self._whiten()
-
-    def _whiten(self) -> None:
-        self.left, self.left_inverse = square_root(_damped(torch.stack([t.metric for t in self.targets]).mean(0), 1e-3))
-        self.right, self.right_inverse = square_root(_damped(torch.stack(self.inner).mean(0), 1e-3))
-        L, R = self.left_inverse, self.right_inverse
-        self.C = [(L @ t.metric @ L).float() for t in self.targets]
-        self.G = [(self.scale * R @ gradient @ R).float() for gradient in self.inner]
-        W = [(self.left @ t.weight @ self.right).float() for t in self.targets]
-        self.T = [C @ weight @ G for C, weight, G in zip(self.C, W, self.G, strict=True)]
-
-    def whitened(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """A (d_in, K) and B (K, d_out) in the coordinates of the fit."""
-        return balance((self.left @ A).float(), (B @ self.right).float())
-
-    def original(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """The way back, to float64."""
-        return balance(self.left_inverse @ A.double(), B.double() @ self.right_inverse)
-
-    def compose(self, A: Tensor, B: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Best g (L, K) for the active primitives, and the share of the band's loss that each component removes.
-
-        Both (L, K). A and B in float32 are in the coordinates of the fit, in float64 in the original ones.
-        """
-        rows, removed = [], []
-        for index, target in enumerate(self.targets):
-            if A.dtype == torch.float64:
-                C, G = target.metric, self.scale * self.inner[index]
-                T = C @ target.weight @ G
-            else:
-                C, G, T = self.C[index], self.G[index], self.T[index]
-            gram, right = (A.T @ C @ A) * (B @ G @ B.T), ((A.T @ T) * B).sum(1)
-            if self.scalar:
-                n = len(active[index])
-                tied = gram.reshape(n, self.rank, n, self.rank).sum((1, 3))
-                weight = _solve(tied, right.reshape(n, self.rank).sum(1), active[index]).repeat_interleave(self.rank)
-            else:
-                weight = _solve(gram, right, active[index].repeat_interleave(self.rank))
-            rows.append(weight)
-            removed.append(weight * right)
-        return torch.stack(rows), torch.stack(removed)
-
-    def losses(self, A: Tensor, B: Tensor, g: Tensor) -> list[float]:
-        return [t.loss((A * row) @ B) for t, row in zip(self.targets, g, strict=True)]
-
-    def update_A(self, A: Tensor, B: Tensor, g: Tensor) -> Tensor:
-        """Conjugate gradients on Σ_l C_l A H_l = Σ_l T_l Bᵀ diag(g), with H_l = diag(g) B G_l Bᵀ diag(g)."""
-        H = [row[:, None] * (B @ G @ B.T) * row for row, G in zip(g, self.G, strict=True)]
-        right = sum((T @ (B.T * row) for row, T in zip(g, self.T, strict=True)), torch.zeros_like(A))
-        inverse = torch.linalg.inv(_damped(sum(H, torch.zeros_like(H[0])), 1e-5))
-
-        def operator(X: Tensor) -> Tensor:
-            return sum((C @ (X @ h) for C, h in zip(self.C, H, strict=True)), torch.zeros_like(X))
-
-        return _conjugate_gradients(operator, right, A, lambda X: X @ inverse)
-
-    def update_B(self, A: Tensor, B: Tensor, g: Tensor) -> Tensor:
-        """The same for Σ_l H_l B G_l = Σ_l diag(g) Aᵀ T_l, with H_l = diag(g) Aᵀ C_l A diag(g)."""
-        H = [row[:, None] * (A.T @ C @ A) * row for row, C in zip(g, self.C, strict=True)]
-        right = sum(((A * row).T @ T for row, T in zip(g, self.T, strict=True)), torch.zeros_like(B))
-        inverse = torch.linalg.inv(_damped(self.scale * sum(H, torch.zeros_like(H[0])), 1e-5))
-
-        def operator(X: Tensor) -> Tensor:
-            return sum((h @ X @ G for h, G in zip(H, self.G, strict=True)), torch.zeros_like(X))
-
-        return _conjugate_gradients(operator, right, B, lambda X: inverse @ X)
-
-
 def fit_bank(
     targets: list[Target],
     plan: BankPlan,
@@ -161,13 +79,14 @@ def fit_bank(
 ) -> BankFit:
     """Fit one bank to the `targets` of a band. Deterministic for a seed; never worse than the private start.
 
-    `sweeps` bounds the alternations before and after the selection of primitives; a stage ends early once a sweep
-    lowers the loss by less than `tolerance` of it. `method`: whose factors a bank of one layer gets.
+    `sweeps` bounds its length, one being EVALUATIONS of the band's loss; it ends early once two of them lower the loss
+    by less than `tolerance` of it. `method`: whose factors a bank of one layer gets.
     """
     band = Band(targets, plan.rank, plan.composition == "scalar")
     start, private_losses = private_start(band, plan, method)
     best, best_losses = start, band.losses(start.A, start.B, start.g)
-    if len(targets) > 1 and band.scale * sum(private_losses) > 1e-12:
+    shares = bool((start.active.sum(0) > 1).any())
+    if shares and band.scale * sum(private_losses) > 1e-12:
         fitted = _joint(band, start, plan, seed, sweeps, tolerance)
         losses = band.losses(fitted.A, fitted.B, fitted.g)
         if sum(losses) < sum(best_losses):
@@ -181,7 +100,7 @@ def recompose(fit: BankFit, place: int, target: Target, plan: BankPlan) -> None:
     n, d_in, r = fit.A.shape
     active = torch.zeros(1, n, dtype=torch.bool, device=fit.A.device)
     active[0, fit.selected[place]] = True
-    g, _ = band.compose(fit.A.permute(1, 0, 2).reshape(d_in, n * r), fit.B.reshape(n * r, -1), active)
+    g = band.compose(fit.A.permute(1, 0, 2).reshape(d_in, n * r), fit.B.reshape(n * r, -1), active)
     weight = g.reshape(n, r)[fit.selected[place]]
     fit.weight[place] = weight[:, :1] if plan.composition == "scalar" else weight
 
@@ -189,7 +108,8 @@ def recompose(fit: BankFit, place: int, target: Target, plan: BankPlan) -> None:
 def private_start(band: Band, plan: BankPlan, method: str = "pilon") -> tuple[State, list[float]]:
     """The layers' whitened SVDs side by side, each layer composing its own primitives; and their losses.
 
-    Spare top-k slots take the primitives after a layer's own, which least squares may use or leave.
+    Spare top-k slots take primitives of the layers after, in a ring, the weakest first: those have least to lose by
+    becoming something else, and serve two layers best (docs/log.md). Least squares may use or leave them.
     """
     layers, n, r = len(band.targets), plan.n_primitives, plan.rank
     owned = [n // layers + (index < n % layers) for index in range(layers)]
@@ -205,9 +125,9 @@ def private_start(band: Band, plan: BankPlan, method: str = "pilon") -> tuple[St
     private_losses = band.losses(A, B, onehot)
     active = torch.zeros_like(own)
     for index in range(layers):
-        first = int(own[index].nonzero()[0, 0]) if own[index].any() else 0
-        active[index, (first + torch.arange(plan.top_k, device=A.device)) % n] = True
-    g, _ = band.compose(A, B, active)
+        others = [own[(index + step) % layers].nonzero()[:, 0].flip(0) for step in range(1, layers)]
+        active[index, torch.cat([own[index].nonzero()[:, 0], *others])[: plan.top_k]] = True
+    g = band.compose(A, B, active)
     composed = band.losses(A, B, g)
     for index in range(layers):  # rounding in least squares must not spoil an exact private solution
         if composed[index] > private_losses[index] and bool((own[index] <= active[index]).all()):
@@ -217,48 +137,25 @@ def private_start(band: Band, plan: BankPlan, method: str = "pilon") -> tuple[St
 
 def _joint(band: Band, start: State, plan: BankPlan, seed: int, sweeps: int, tolerance: float) -> State:
     generator = torch.Generator().manual_seed(seed)
-    everything = torch.ones_like(start.active)
     noise = NOISE * torch.randn(start.g.shape, generator=generator).to(start.g.device)
     if band.scalar:
         noise = noise[:, :: plan.rank].repeat_interleave(plan.rank, dim=1)
     A, B = band.whitened(start.A, start.B)
-    g, _ = band.compose(A, B, everything)
-    state = State(A, B, g + noise.float(), everything)
-    state = _alternate(band, state, sweeps, tolerance)
-    if not band.scalar:  # scalar primitives are tied already
-        order = group(_usage(band, state), plan.rank, seed)
-        state = State(state.A[:, order], state.B[order], state.g[:, order], everything)
-    if plan.top_k < plan.n_primitives:
-        _, removed = band.compose(state.A, state.B, everything)
-        strength = removed.reshape(-1, plan.n_primitives, plan.rank).sum(2)
-        active = torch.zeros_like(everything).scatter_(1, strength.topk(plan.top_k, dim=1).indices, True)
-        g, _ = band.compose(state.A, state.B, active)
-        state = _alternate(band, State(state.A, state.B, g, active), sweeps // 2, tolerance)
-    A, B = band.original(state.A, state.B)
-    return State(A, B, band.compose(A, B, state.active)[0], state.active)
-
-
-def _alternate(band: Band, state: State, sweeps: int, tolerance: float) -> State:
-    A, B, g = state.A, state.B, state.g
-    previous, kept = float("inf"), state
-    for _ in range(sweeps):
-        B = band.update_B(A, B, g)
-        A, B = balance(band.update_A(A, B, g), B)
-        g, removed = band.compose(A, B, state.active)
-        loss = 1 - float(removed.double().sum())  # at the least-squares optimum, of the whole band
-        if loss < previous:
-            kept = State(A, B, g, state.active)
-        if not loss < previous * (1 - tolerance):
-            break
-        previous = loss
-    return kept
+    g = band.compose(A, B, start.active)
+    A, B = band.alternate(A, B, g + noise.float() * start.active.repeat_interleave(plan.rank, dim=1))
+    x = minimise(lambda x: Point(band, x, start.active), torch.cat([A, B.T]), EVALUATIONS * max(1, sweeps), tolerance)
+    A, B = band.original(x[: len(A)], x[len(A) :].T)
+    state = State(A, B, band.compose(A, B, start.active), start.active)
+    if plan.top_k < plan.n_primitives or band.scalar:
+        return state
+    order = group(_usage(band, state), plan.rank, seed)  # all are active, so they may be primitives in any way
+    return State(A[:, order], B[order], state.g[:, order], start.active)
 
 
 def _usage(band: Band, state: State) -> Tensor:
     """(L, K): power of each component in each layer's output, in units of the dense output's."""
-    A, B = (state.A, state.B) if state.A.dtype == torch.float64 else band.original(state.A, state.B)
-    rows = []
-    for target, row in zip(band.targets, state.g.double(), strict=True):
+    A, B, rows = state.A, state.B, []
+    for target, row in zip(band.targets, state.g, strict=True):
         power = float(((target.metric @ target.weight) * target.weight).sum())
         rows.append(row.square() * ((target.metric @ A) * A).sum(0) * B.square().sum(1) / max(power, 1e-300))
     return torch.stack(rows)
@@ -273,42 +170,3 @@ def _pack(state: State, plan: BankPlan, usage: Tensor, losses: list[float], priv
     A = state.A.reshape(-1, n, r).permute(1, 0, 2).contiguous()
     energy = usage.reshape(layers, n, r).sum(2)
     return BankFit(A, state.B.reshape(n, r, -1), selected, weight, energy, losses, private_losses)
-
-
-def _solve(gram: Tensor, right: Tensor, chosen: Tensor) -> Tensor:
-    """Least squares over the chosen unknowns, the others zero; after Jacobi scaling one ridge fits strong and weak."""
-    gram, rhs = gram[chosen][:, chosen], right[chosen]
-    scale = gram.diagonal().clamp_min(0).sqrt()
-    inverse = torch.where(scale > 0, 1 / scale.clamp_min(1e-30), torch.zeros_like(scale))
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    scaled = inverse[:, None] * gram * inverse + RIDGE[gram.dtype] * eye
-    solution = torch.zeros_like(right)
-    solution[chosen] = inverse * torch.linalg.solve(scaled, inverse * rhs)
-    return solution
-
-
-def _eye(like: Tensor) -> Tensor:
-    return torch.eye(len(like), dtype=like.dtype, device=like.device)
-
-
-def _damped(gram: Tensor, share: float) -> Tensor:
-    """Add `share` of the mean diagonal; never exactly singular."""
-    shift = share * gram.diagonal().mean().clamp_min(1e-30)
-    return gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-
-
-def _conjugate_gradients(operator: Operator, right: Tensor, x: Tensor, precondition: Operator) -> Tensor:
-    residual = right - operator(x)
-    z = precondition(residual)
-    direction, power = z, (residual * z).sum()
-    for _ in range(CG_STEPS):
-        image = operator(direction)
-        curvature = (direction * image).sum()
-        if not curvature > 0:
-            break
-        step = power / curvature
-        x, residual = x + step * direction, residual - step * image
-        z = precondition(residual)
-        renewed = (residual * z).sum()
-        direction, power = z + (renewed / power.clamp_min(1e-30)) * direction, renewed
-    return x

@@ -41,7 +41,7 @@ def eliminate(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Elimination:
     Both metrics must be positive definite. A few per cent of the neurons go at a time, those of the least cost each.
     Cost grows as f³.
     """
-    W, C = weight, torch.linalg.inv(inputs)
+    W, C = weight, torch.cholesky_inverse(torch.linalg.cholesky(inputs))
     alive = torch.arange(len(W), device=W.device)
     order: list[Tensor] = []
     costs: list[float] = []
@@ -51,8 +51,9 @@ def eliminate(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Elimination:
         single = ((W @ gradients) * W).sum(1) / C.diagonal().clamp_min(1e-300)
         gone = single.topk(size, largest=False).indices
         stay = torch.ones(len(alive), dtype=torch.bool, device=W.device).index_fill(0, gone, False)
-        rows, side = W[gone], C[stay][:, gone]
-        lift = torch.linalg.solve(C[gone][:, gone], torch.cat([rows, side.T], 1))
+        kept = stay.nonzero()[:, 0]
+        rows, side = W[gone], C[kept[:, None], gone]
+        lift = torch.linalg.solve(C[gone[:, None], gone], torch.cat([rows, side.T], 1))
         joint = float(((lift[:, : W.shape[1]] @ gradients) * rows).sum())
         steps = single[gone].clamp_min(0).cumsum(0)
         share = steps / steps[-1] if steps[-1] > 0 else torch.ones_like(steps)
@@ -61,7 +62,7 @@ def eliminate(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Elimination:
         order.append(alive[gone])
         alive = alive[stay]
         W = torch.addmm(W[stay], side, lift[:, : W.shape[1]], alpha=-1)
-        C = C[stay][:, stay].addmm_(side, lift[:, W.shape[1] :], alpha=-1)
+        C = C[kept[:, None], kept].addmm_(side, lift[:, W.shape[1] :], alpha=-1)
     return Elimination(torch.cat(order), torch.tensor(costs, dtype=torch.float64))
 
 

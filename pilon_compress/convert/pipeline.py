@@ -24,6 +24,7 @@ import pilon_compress
 from pilon_compress import checkpoint, recipe, text
 from pilon_compress.convert import calibration
 from pilon_compress.convert.allocate import Allocation, allocate, size_layers
+from pilon_compress.convert.bands import similar_bands
 from pilon_compress.convert.fit import BankFit
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
@@ -126,7 +127,10 @@ def compress(
         del truth  # its reference outputs are large
         found = allocate(sizings, settings.budget.ratio, job.mac_ratio)
         if job.shares:
-            bands = split_bands([sizing.layer for sizing in sizings], None)
+            if settings.budget.banding == "similar":
+                bands = similar_bands(source, sizings, moments)
+            else:
+                bands = split_bands([sizing.layer for sizing in sizings], None)
             sharing = Sharing(source, moments, effort.sweeps, settings.seed, settings.budget.align)
             found, fits = sharing.apply(sizings, found, bands)
             for name, fit in fits.items():

@@ -23,7 +23,7 @@ PARAGRAPH = 0.42  # of an encoder's sequence length that a docstring's paragraph
 PASSES = 4  # forward; forward and backward; half again for hooks and padding
 ANCHOR_PASSES = 4
 SIZINGS = 9  # times that an allocation decomposes every weight
-SWEEPS = 36
+EVALUATIONS = 100  # of a joint fit's loss and gradient
 PROCESS_BYTES = 700 * 2**20  # Python with torch and transformers, measured
 
 
@@ -162,10 +162,11 @@ def estimate(job: Job) -> dict[str, float]:
     for bank in job.plan.banks:
         inner = bank.n_primitives * bank.rank
         if len(bank.sites) > 1:
-            square = bank.d_in**2 + bank.d_out**2
-            flops += 2 * SWEEPS * len(bank.sites) * inner * (4 * square + 8 * inner * (bank.d_in + bank.d_out))
+            width = bank.d_in + bank.d_out
+            flops += 2 * EVALUATIONS * len(bank.sites) * inner * width * (width + 3 * inner)
         sides = bank.d_in**2 + bank.d_out**2 + 2 * bank.d_in * bank.d_out
-        work = max(work, 12 * len(bank.sites) * sides + 40 * inner * inner)
+        steps = 4 * inner * (bank.d_in + bank.d_out) * (4 * len(bank.sites) + 20) if len(bank.sites) > 1 else 0
+        work = max(work, 12 * len(bank.sites) * sides + 40 * inner * inner + steps)
     block = max(6 * 8 * (site.d_in + site.d_out) * max(site.d_in, site.d_out) for site in job.sites)
     states = 4 * tokens * (getattr(job.config, "hidden_size", None) or 0) * (len(inputs) // 2 + 3)
     held = 4 * (parameters + moments) + 2 * 4 * sum(bank.stored() for bank in job.plan.banks)

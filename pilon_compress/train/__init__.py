@@ -1,1 +1,15 @@
-"""Learning: text and conversations as batches of tokens."""
+"""Training: from scratch, healing a converted model, chats. In reading order:
+
+recipe         what a run may say
+pipeline       the road from a recipe to a model folder
+tokens, blocks, packed, chat, streaming, batch, order, corpus
+               text: tokenised once, cut into sequences, and in which order a run sees them
+hosts          models that are trained from scratch, within a budget
+losses         what is minimised
+optim, schedule
+               which parameters move how fast, and when
+loop           steps, validation, checkpoints
+state          checkpoints, read back by any number of processes
+distributed    several processes: DDP, FSDP2
+monitor        what a run tells while it goes on
+"""

@@ -1,0 +1,74 @@
+"""Train one arm of a comparison on text that is installed on this machine; prints a short table last.
+
+PYTHONPATH=. python3 benchmarks/train.py pilon out/gpu/48m-pilon            stopped, the same command goes on
+PYTHONPATH=. python3 benchmarks/train.py pilon /tmp/smoke --smoke           seconds, on a CPU
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import corpus
+import settings
+import torch
+import transformers
+
+ARMS = {
+    "dense": {"ffn__kind": "dense"},
+    "lowrank": {"ffn__kind": "lowrank"},
+    "pilon": {},
+    "pilon-matrices": {"ffn__matrices": True},
+    "pilon-adamw": {"optimizer__name": "adamw"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arm", choices=ARMS)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--recipe", default="48m")
+    parser.add_argument("--tokens", type=int, default=100_000_000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--megabytes", type=float, default=420)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="a very small model on little text")
+    asked = parser.parse_args()
+    os.environ.setdefault("PILON_CACHE", str(asked.output.parent / "tokens"))
+    text = corpus.write(asked.output.parent / f"text-{asked.megabytes:g}.jsonl", 2 if asked.smoke else asked.megabytes)
+    common = {"data__source": str(text), "data__streaming": False, "host__tokenizer": "bpe", "seed": asked.seed}
+    common |= {"run__checkpoint_every": 120.0, "run__sample": None}
+    if asked.smoke:
+        common |= {"schedule__tokens": 8192, "device": "cpu"}
+    else:
+        common |= {"schedule__tokens": asked.tokens, "run__batch_size": asked.batch_size, "host__vocab_size": 32768}
+    recipe = settings.load("smoke" if asked.smoke else asked.recipe, **common, **ARMS[asked.arm])
+
+    from pilon_compress.train.pipeline import train_model
+
+    started = time.time()
+    result = train_model(recipe, asked.output, resume=True)
+    rows = {
+        "arm": asked.arm,
+        "recipe": "smoke" if asked.smoke else asked.recipe,
+        "parameters": result["parameters"],
+        "FFN stored ÷ dense": round(result["ffn"]["stored_ratio"], 3),
+        "FFN MACs ÷ dense": round(result["ffn"]["mac_ratio"], 3),
+        "tokens": result["tokens"],
+        "validation perplexity": round(result["val_perplexity"], 3),
+        "tokens per second": round(result["tokens_per_second"]),
+        "seconds, all of it": round(time.time() - started),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    print(json.dumps(rows))
+    for name, value in rows.items():
+        print(f"{name:<24}{value}")
+
+
+if __name__ == "__main__":
+    main()
