@@ -209,3 +209,13 @@ def test_mistakes_are_told_in_one_line(home, tmp_path):
     refused("compile", **{"distill.layerwise": 0.1, "run.compile": True})
     refused("must fall", shrink=[0.2, 0.4])
     refused("stored", **{"distill.cache_teacher": 8, "data.streaming": True})
+
+
+def test_what_is_judged_is_what_is_saved(home, tmp_path):
+    result = train_model(healing(home, 8, dtype="bfloat16"), tmp_path / "out", quiet=True)
+    model = checkpoint.load_model(str(tmp_path / "out"))
+    assert model.dtype == torch.bfloat16
+    again = healing(home, 1, start=str(tmp_path / "out"), teacher=str(home / "dense"), dtype="float32")
+    assert train_model(again, tmp_path / "again", quiet=True)["before"] == pytest.approx(
+        result["val_perplexity"], rel=1e-5
+    )

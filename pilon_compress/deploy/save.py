@@ -104,9 +104,10 @@ def save_model(
     layout = layout_of(model)
     if layout.projections or layout.kept:
         model.config.quantization_config = PilonConfig(layout.to_dict())
-    model.config.dtype = dtype
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    model.config.dtype = dtype  # save_pretrained notes the dtype of the module, not of the state that it was given
+    model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner only

@@ -1,11 +1,17 @@
 """Training: from scratch, healing a converted model, chats. In reading order:
 
 recipe         what a run may say
+plan           what can be told before a run starts
 pipeline       the road from a recipe to a model folder
-tokens, blocks, packed, chat, streaming, batch, order, corpus
+tokens, blocks, packed, chat, paragraphs, streaming, batch, order, corpus
                text: tokenised once, cut into sequences, and in which order a run sees them
 hosts          models that are trained from scratch, within a budget
 losses         what is minimised
+heal           a converted model follows its teacher:
+  teacher, divergence, distill
+               what it is shown, how far apart they are, the trainees
+  predictions  the teacher's, on disk
+  shrink       converting and healing in turn
 optim, schedule
                which parameters move how fast, and when
 loop           steps, validation, checkpoints

@@ -19,7 +19,7 @@ values (N, k), tokens (N, k) int64, rest (N,)             its k largest log-prob
 """
 
 CONSTANT = ("head", "bias")  # of a goal: not one for each row
-LEAST_REST = 1e-6  # of the student's mass outside the teacher's k: float32 cannot tell less from nothing
+MOST_TOP = -1e-6  # log of the student's mass on the teacher's k: nearer to 1 float32 cannot tell what is left from 0
 NOTHING = -100.0  # log of a mass that is none: finite, so that no 0 · ∞ arises
 
 
@@ -81,8 +81,7 @@ def divergence(logits: Tensor, goal: Goal, temperature: float, cap: float | None
         theirs = (theirs / temperature).log_softmax(-1)
         return (theirs.exp() * (theirs - ours)).sum(-1)
     top = ours.gather(-1, goal["tokens"])
-    least = torch.log1p(torch.tensor(-LEAST_REST))
-    ours = torch.cat([top, torch.log(-torch.expm1(top.logsumexp(-1, True).clamp(max=float(least))))], -1)
+    ours = torch.cat([top, torch.log(-torch.expm1(top.logsumexp(-1, True).clamp(max=MOST_TOP)))], -1)
     theirs = torch.cat([goal["values"].float(), goal["rest"].float()[:, None]], -1).log_softmax(-1)  # was rounded
     return (theirs.exp() * (theirs - ours)).sum(-1)
 

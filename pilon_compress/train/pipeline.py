@@ -286,6 +286,7 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
         put(job.trainee, job.kept)  # moving averages included: they are what was judged
         job.ema = {}
     with weights_in(job):
+        round_to(job.trainee, dtype_of(run.recipe))
         loss = validation_loss(job)
         model = gathered(job)
     result: dict[str, Any] = {}
@@ -299,6 +300,14 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
         write(run, model, tokenizer, result)
     run.world.wait()
     return result
+
+
+@torch.no_grad()
+def round_to(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give weights the values that they are saved with, so that those are what is judged."""
+    if dtype != torch.float32:
+        for parameter in module.parameters():
+            parameter.copy_(parameter.to(dtype))
 
 
 def gathered(job: Training) -> PreTrainedModel:
