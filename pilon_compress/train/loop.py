@@ -48,12 +48,15 @@ class Plugin(Protocol):
 
     def before(self, step: int, share: float) -> None:
         """Before the forward pass of a step, at `share` of the training."""
+        return None
 
     def penalty(self) -> Tensor | None:
         """A term added to the loss, once per step."""
+        return None
 
     def around(self) -> Any:
         """A context manager around the optimiser's step."""
+        return nullcontext()
 
 
 @dataclass

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,23 @@ from pilon_compress.deploy.save import check_output, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import find_sites
 from pilon_compress.form.fold import prune_unused
-from pilon_compress.form.layout import Layout, install, layout_of
+from pilon_compress.form.layout import Layout, install, layout_of, projections
 from pilon_compress.measure.size import ffn_size, linear_macs, model_size
 from pilon_compress.train import hosts
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Corpus, open_corpus, source_of
 from pilon_compress.train.distributed import World, full, join, wrap
-from pilon_compress.train.loop import Training, put, restore, train, validation_perplexity, weights_in
+from pilon_compress.train.loop import Plugin, Training, put, restore, train, validation_perplexity, weights_in
 from pilon_compress.train.losses import NextToken
+from pilon_compress.train.masking import UnusedStay
 from pilon_compress.train.monitor import Monitor
 from pilon_compress.train.optim import make_optimizers, restrict
 from pilon_compress.train.order import in_order
-from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.recipe import Staged, TrainRecipe
+from pilon_compress.train.selection import Choosing, stage
+from pilon_compress.train.staged import Stages
+from pilon_compress.train.staged_linear import StagedLinear, finalise, settled_state, staged
 from pilon_compress.train.state import Checkpoints
 
 RECIPE, TOKENIZER = "recipe.yaml", "tokenizer"
@@ -222,6 +226,7 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         if len(tokenizer) > config.vocab_size:
             raise BadInput(f"the tokenizer has {len(tokenizer)} tokens, host.vocab_size is {config.vocab_size}")
         model = hosts.build(config, recipe.ffn, recipe.seed)
+    stage(model, recipe)
     model.config.use_cache = False
     restrict(model, recipe.run.train)
     if recipe.run.gradient_checkpointing:
@@ -237,22 +242,38 @@ def assemble(run: Run, model: PreTrainedModel, corpus: Corpus, micro_batches: in
     layers = list(blocks(model).values())
     wrapped = wrap(trainee, layers, world, recipe.run.parallel, half)
     compiled: Callable[..., Any] = torch.compile(wrapped, dynamic=False) if recipe.run.compile else wrapped
+    optimizers, steps = make_optimizers(trainee, recipe.optimizer), steps_of(recipe, corpus)
     return Training(
         recipe=recipe,
         world=world,
         trainee=trainee,
         run=compiled,
         wrapped=wrapped,
-        optimizers=make_optimizers(trainee, recipe.optimizer),
+        optimizers=optimizers,
         batches=corpus.batches,
-        steps=steps_of(recipe, corpus),
+        steps=steps,
         validate=lambda: judge(wrapped, corpus, run),
         checkpoints=Checkpoints(run.output, world, recipe.run.keep),
         prepare=prepared,
+        plugins=schedules(recipe, model, optimizers, steps),
         micro_batches=micro_batches,
         flops_per_token=6.0 * macs_per_token(model),
         half=half,
     )
+
+
+def schedules(
+    recipe: TrainRecipe, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], steps: int
+) -> list[Plugin]:
+    """What changes over the training, in the order in which it is done before each step."""
+    found: list[Plugin] = []
+    if any(staged(model)):
+        found.append(Choosing(model, recipe, steps))
+    if recipe.staged != Staged():
+        found.append(Stages(model, recipe.staged, optimizers))
+    if any(isinstance(layer, StagedLinear) or layer.composition == "softmax" for _, layer in projections(model)):
+        found.append(UnusedStay(model))
+    return found
 
 
 def prepared(batch: Batch) -> tuple[Any, ...]:
@@ -289,6 +310,7 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
     if job.kept:
         put(job.trainee, job.kept)
     with weights_in(job):
+        finalise(job.trainee.model)
         perplexity = validation_perplexity(job)
         model = gathered(job)
     result: dict[str, Any] = {}
@@ -306,6 +328,7 @@ def gathered(job: Training) -> PreTrainedModel:
     """The model on the CPU, whole: on every process, since sharded tensors are gathered by all."""
     model: Any = job.trainee.model
     state = {name: full(tensor).detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    state = settled_state(model, state)
     plain = copy.copy(model.config)
     fresh = checkpoint.build(plain).to("meta")
     layout = layout_of(model)

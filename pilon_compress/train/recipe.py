@@ -83,13 +83,14 @@ class Staged(Section):
     base: list[Number] = []
     """Factor on everything else's."""
     top_k: list[Positive] = []
-    """Primitives in use at the ends of the phases; softmax and explored selections only."""
+    """Primitives that a layer selects at the ends of the phases; softmax and explored selections only. As in the next
+    two, the first value holds from the start, it moves in straight lines between ends, and ends at the model's own."""
     rank: list[Positive] = []
     """Components of each primitive in use at the ends of the phases."""
     n_primitives: list[Positive] = []
-    """Primitives of each bank in use at the ends of the phases."""
+    """Primitives of each bank in use at the ends of the phases; softmax and explored selections only."""
     unfreeze: list[Share] = []
-    """Share of the training at which each band, first to last, begins to learn."""
+    """Share of the training at which each band, first to last, begins to learn: its banks and compositions."""
     cache_top_k: Positive = 1
     """Steps for which a softmax selection is kept."""
     entropy: Number = 0.0
@@ -244,6 +245,8 @@ class TrainRecipe(Section):
             raise ValueError(f"task {self.task} needs `start`, the model to begin with")
         if self.task == "pretrain" and self.start is not None:
             raise ValueError("task pretrain begins from scratch: leave `start` out, or heal or sft that model")
+        if self.task != "pretrain" and self.selection.explore != "none":
+            raise ValueError("selection.explore is for models from scratch (task pretrain)")
         return self
 
 
