@@ -8,7 +8,7 @@ from pilon_compress.form.layout import banks, projections
 from pilon_compress.train import hosts, recipe
 from pilon_compress.train.masking import UnusedStay, used_by
 from pilon_compress.train.optim import make_optimizers
-from pilon_compress.train.pipeline import schedules
+from pilon_compress.train.plugins import plugins_for
 from pilon_compress.train.selection import ramp, stage
 from pilon_compress.train.staged import entropy, similarity, use_of
 from pilon_compress.train.staged_linear import settle, staged
@@ -31,7 +31,7 @@ class Twin:
         self.model = hosts.build(hosts.config_for(self.recipe.host, 32, 0), self.recipe.ffn, 0)
         stage(self.model, self.recipe)
         self.optimizers = make_optimizers(self.model, self.recipe.optimizer)
-        self.plugins = schedules(self.recipe, self.model, self.optimizers, STEPS)
+        self.plugins = plugins_for(self.recipe, self.model, self.optimizers, STEPS)
         self.layers = [layer for _, layer in projections(self.model)]
 
     def before(self, step):

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,23 @@ from pilon_compress.deploy.save import check_output, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import find_sites
 from pilon_compress.form.fold import prune_unused
-from pilon_compress.form.layout import Layout, install, layout_of, projections
+from pilon_compress.form.layout import Layout, install, layout_of
 from pilon_compress.measure.size import ffn_size, linear_macs, model_size
 from pilon_compress.train import hosts
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Corpus, open_corpus, source_of
 from pilon_compress.train.distributed import World, full, join, wrap
-from pilon_compress.train.loop import Plugin, Training, put, restore, train, validation_perplexity, weights_in
+from pilon_compress.train.health import Health
+from pilon_compress.train.loop import Training, put, restore, train, validation_perplexity, weights_in
 from pilon_compress.train.losses import NextToken
-from pilon_compress.train.masking import UnusedStay
 from pilon_compress.train.monitor import Monitor
 from pilon_compress.train.optim import make_optimizers, restrict
 from pilon_compress.train.order import in_order
-from pilon_compress.train.recipe import Staged, TrainRecipe
-from pilon_compress.train.selection import Choosing, stage
-from pilon_compress.train.staged import Stages
-from pilon_compress.train.staged_linear import StagedLinear, finalise, settled_state, staged
+from pilon_compress.train.plugins import plugins_for
+from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.selection import stage
+from pilon_compress.train.staged_linear import finalise, settled_state
 from pilon_compress.train.state import Checkpoints
 
 RECIPE, TOKENIZER = "recipe.yaml", "tokenizer"
@@ -242,6 +242,7 @@ def assemble(run: Run, model: PreTrainedModel, corpus: Corpus, micro_batches: in
     layers = list(blocks(model).values())
     wrapped = wrap(trainee, layers, world, recipe.run.parallel, half)
     compiled: Callable[..., Any] = torch.compile(wrapped, dynamic=False) if recipe.run.compile else wrapped
+    health = Health(model)
     optimizers, steps = make_optimizers(trainee, recipe.optimizer), steps_of(recipe, corpus)
     return Training(
         recipe=recipe,
@@ -255,25 +256,12 @@ def assemble(run: Run, model: PreTrainedModel, corpus: Corpus, micro_batches: in
         validate=lambda: judge(wrapped, corpus, run),
         checkpoints=Checkpoints(run.output, world, recipe.run.keep),
         prepare=prepared,
-        plugins=schedules(recipe, model, optimizers, steps),
+        plugins=[*plugins_for(recipe, model, optimizers, steps), health],
+        health=health,
         micro_batches=micro_batches,
         flops_per_token=6.0 * macs_per_token(model),
         half=half,
     )
-
-
-def schedules(
-    recipe: TrainRecipe, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], steps: int
-) -> list[Plugin]:
-    """What changes over the training, in the order in which it is done before each step."""
-    found: list[Plugin] = []
-    if any(staged(model)):
-        found.append(Choosing(model, recipe, steps))
-    if recipe.staged != Staged():
-        found.append(Stages(model, recipe.staged, optimizers))
-    if any(isinstance(layer, StagedLinear) or layer.composition == "softmax" for _, layer in projections(model)):
-        found.append(UnusedStay(model))
-    return found
 
 
 def prepared(batch: Batch) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.layout import projections
 from pilon_compress.train.distributed import full
@@ -89,8 +90,7 @@ class StagedLinear(ComposedLinear):
         weight = full(self.weight).detach()
         if self.composition == "softmax":
             return weight[:, 0]
-        sizes = full(self.bank.A.detach().norm(dim=1)) * full(self.bank.B.detach().norm(dim=2))
-        return (weight * sizes).norm(dim=1)
+        return (weight * sizes_of(self.bank)).norm(dim=1)
 
     def scores(self) -> Tensor:
         """What the choice goes by, undisturbed: (n,)."""
@@ -102,6 +102,11 @@ class StagedLinear(ComposedLinear):
         if self.composition == "softmax" or (self.explored and int((self.mask > 0).sum()) != self.top_k):
             self.choose(self.scores(), self.top_k, self.bank.n_primitives)
         self.mask.copy_(self.mask > 0)
+
+
+def sizes_of(bank: PrimitiveBank) -> Tensor:
+    """‖a‖ · ‖b‖ of every component (n, r), on every process."""
+    return full(bank.A.detach().norm(dim=1)) * full(bank.B.detach().norm(dim=2))
 
 
 def staged(model: Any) -> Iterator[tuple[str, StagedLinear]]:
