@@ -123,6 +123,7 @@ def train(job: Training, monitor: Monitor) -> None:
             elif job.world.first:
                 monitor.show(job.step, {})
             if job.step % every == 0 or job.step == job.steps:
+                _flush(job, clock)
                 _judge(job, monitor)
                 clock.began = time.perf_counter()
             code = int(job.world.total(float(asked.code))[0]) if job.world.size > 1 else asked.code

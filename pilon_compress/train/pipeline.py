@@ -31,16 +31,18 @@ from pilon_compress.measure.size import ffn_size, linear_macs, model_size
 from pilon_compress.train import hosts
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.batch import Batch
+from pilon_compress.train.card import model_card
 from pilon_compress.train.corpus import Corpus, open_corpus, source_of
 from pilon_compress.train.distributed import World, full, join, wrap
 from pilon_compress.train.health import Health
 from pilon_compress.train.loop import Training, put, restore, train, validation_perplexity, weights_in
 from pilon_compress.train.losses import NextToken
-from pilon_compress.train.monitor import Monitor
+from pilon_compress.train.monitor import Monitor, read_metrics
 from pilon_compress.train.optim import make_optimizers, restrict
 from pilon_compress.train.order import in_order
 from pilon_compress.train.plugins import plugins_for
 from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.report import write_pages
 from pilon_compress.train.selection import stage
 from pilon_compress.train.staged_linear import finalise, settled_state
 from pilon_compress.train.state import Checkpoints
@@ -336,6 +338,7 @@ def describe(run: Run, job: Training, model: PreTrainedModel, perplexity: float)
         "format_version": 1,
         "pilon_compress": pilon_compress.__version__,
         "task": run.recipe.task,
+        "data": source_of(run.recipe),
         "val_perplexity": perplexity,
         "best_val_perplexity": job.best if math.isfinite(job.best) else perplexity,
         "steps": job.step,
@@ -361,6 +364,8 @@ def write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     model.config.use_cache = True
     save_model(model, tokenizer, work, dtype)
     (work / "train.json").write_text(json.dumps(result, indent=2))
+    write_pages(result, run.recipe, read_metrics(run.output), work)
+    (work / "README.md").write_text(model_card(result, run.recipe, model.can_generate()), encoding="utf-8")
     for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
         path.replace(run.output / path.name)
     work.rmdir()
