@@ -256,7 +256,9 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> TrainRecipe:
     Raises BadInput as `pilon_compress.recipe.load` does.
     """
     origin, text = settings.find(name_or_path)
-    return settings.checked(TrainRecipe, strict_yaml.parse(text, origin), overrides)
+    document = strict_yaml.parse(text, origin)
+    settings.refuse(document, name_or_path, "convert")
+    return settings.checked(TrainRecipe, document, overrides)
 
 
 def build(data: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "command line") -> TrainRecipe:
