@@ -73,9 +73,8 @@ class Choosing(Plugin):
     def before(self, step: int, share: float) -> None:
         noise = torch.Generator().manual_seed((self.recipe.seed << 31) ^ step)
         for layer in self.layers:
-            disturbance = self._disturbance(layer, share, noise)
             if layer.explored and step <= self.final:
-                self._choose(layer, share, disturbance)
+                self._choose(layer, share, self._disturbance(layer, share, noise))
             if layer.explored:
                 layer.open.fill_(float(step < self.final))
                 layer.width = len(layer.selected) if step < self.final else layer.top_k
