@@ -17,13 +17,13 @@ def list_(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """List the recipes that ship with the package."""
-    known = recipe.names()
+    known = [(name, recipe.kind(name), description) for name, description in recipe.names()]
     if as_json:
-        print_json({"recipes": [{"name": name, "description": description} for name, description in known]})
+        print_json({"recipes": [dict(zip(("name", "kind", "description"), row, strict=True)) for row in known]})
     else:
-        width = max(len(name) for name, _ in known)
-        for name, description in known:
-            print(f"{name:<{width}}  {description}")
+        width = max(len(name) for name, _, _ in known)
+        for name, kind, description in sorted(known, key=lambda row: (row[1], row[0])):
+            print(f"{kind:<7}  {name:<{width}}  {description}")
 
 
 @app.command()
@@ -41,6 +41,10 @@ def check(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field: a.b=value.")] = None,
 ) -> None:
     """Check a recipe, with overrides applied; print it with its main settings spelled out."""
-    settings = recipe.load(file, set_ or [])
-    sys.stdout.write(recipe.dump(settings))
+    if recipe.kind(file) == "train":
+        from pilon_compress.train import recipe as training
+
+        sys.stdout.write(training.dump(training.load(file, set_ or [])))
+    else:
+        sys.stdout.write(recipe.dump(recipe.load(file, set_ or [])))
     print(f"{file}: ok")

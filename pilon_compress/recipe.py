@@ -200,7 +200,9 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     `file.yaml:LINE: dotted.field: what is wrong`, or `--set a.b: ...` where an override is to blame.
     """
     origin, text = settings.find(name_or_path)
-    return settings.checked(Recipe, strict_yaml.parse(text, origin), overrides)
+    document = strict_yaml.parse(text, origin)
+    settings.refuse(document, name_or_path, "train")
+    return settings.checked(Recipe, document, overrides)
 
 
 def build(data: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "command line") -> Recipe:
@@ -225,6 +227,12 @@ def dump(recipe: Recipe) -> str:
 def names() -> list[tuple[str, str]]:
     """The bundled recipes: (name, one-line description from the file's first comment)."""
     return [(name, source(name).partition("\n")[0].lstrip("# ")) for name in settings.bundled()]
+
+
+def kind(name_or_path: str) -> str:
+    """Which command a recipe is for: `train` or `convert`. Raises BadInput for a file that cannot be read."""
+    origin, text = settings.find(name_or_path)
+    return settings.kind(strict_yaml.parse(text, origin)) or "convert"
 
 
 def source(name_or_path: str) -> str:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -63,6 +63,20 @@ def find(name_or_path: str) -> tuple[str, str]:
         raise BadInput(f"{name_or_path}: not a text file in UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise BadInput(f"{name_or_path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def kind(document: Document) -> Literal["train", "convert"] | None:
+    """Which command a recipe is for: a training has a `task`, a conversion a `model`; None where there is neither."""
+    if not isinstance(document.data, Mapping):
+        return None
+    return "train" if "task" in document.data else "convert" if "model" in document.data else None
+
+
+def refuse(document: Document, name: str, other: Literal["train", "convert"]) -> None:
+    """Raise BadInput where a recipe is for the `other` command."""
+    if kind(document) == other:
+        what = {"train": "trains a model", "convert": "converts a model"}[other]
+        raise BadInput(f"{document.origin} {what}: pilon-compress {other} --recipe {name}")
 
 
 _Model = TypeVar("_Model", bound=Section)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pilon_compress import recipe
 from pilon_compress.errors import BadInput
+from pilon_compress.train import recipe as training
 
 
 @pytest.fixture
@@ -35,13 +36,34 @@ def complaint(call, *arguments) -> str:
 
 def test_every_bundled_recipe_is_valid_and_shows_its_own_command():
     known = recipe.names()
-    assert {name for name, _ in known} >= {"quickstart", "gpt2-half", "llama-half", "bert-half"}
+    assert {name for name, _ in known} >= {"quickstart", "gpt2-half", "llama-half", "bert-half", "smoke", "tiny"}
     for name, description in known:
         assert description.endswith(".") and len(description) > 20
-        assert recipe.load(name).budget.ratio == 0.5
-        lines = recipe.source(name).splitlines()
-        assert lines[1] == "# yaml-language-server: $schema=./recipe.schema.json"
-        assert any(f"pilon-compress convert --recipe {name} -o out/" in line for line in lines)
+        lines, kind = recipe.source(name).splitlines(), recipe.kind(name)
+        schema = "train" if kind == "train" else "recipe"
+        assert lines[1] == f"# yaml-language-server: $schema=./{schema}.schema.json"
+        assert any(f"pilon-compress {kind} --recipe {name} -o out/" in line for line in lines)
+        if kind == "train":
+            assert training.load(name).task == "pretrain"
+        else:
+            assert recipe.load(name).budget.ratio == 0.5
+
+
+def test_a_recipe_of_the_other_kind_is_told_in_one_line_that_names_its_command(write):
+    assert complaint(recipe.load, "tiny") == "tiny.yaml trains a model: pilon-compress train --recipe tiny"
+    told = complaint(training.load, "quickstart")
+    assert told == "quickstart.yaml converts a model: pilon-compress convert --recipe quickstart"
+    path = write("task: pretrain\nbudget: {ffn_ratio: 0.5}\n")
+    assert f"pilon-compress train --recipe {path}" in complaint(recipe.load, path, ["seed=1"])
+    assert (recipe.kind("tiny"), recipe.kind("quickstart"), recipe.kind(path)) == ("train", "convert", "train")
+
+
+def test_the_originals_training_differs_from_tiny_in_its_own_ways_alone():
+    tiny, original = (training.load(name).model_dump() for name in ("tiny", "original"))
+    assert {section for section in tiny if tiny[section] != original[section]} == {"ffn", "staged"}
+    assert original["staged"]["banks"][1:] == [0, 0] and original["staged"]["phases"][0] == 0.2
+    for size in ("ffn_ratio", "mac_ratio"):
+        assert original["ffn"][size] == tiny["ffn"][size] == 0.5
 
 
 def test_quickstart_needs_no_network():
@@ -51,15 +73,22 @@ def test_quickstart_needs_no_network():
     assert settings.evaluation.data is None  # the held-out part of the calibration source
 
 
-def test_schema_file_is_in_step_with_the_code():
-    stored = files("pilon_compress.recipes").joinpath("recipe.schema.json").read_text("utf-8")
-    assert json.loads(stored) == recipe.schema(), "run `make fix`"
+@pytest.mark.parametrize(("name", "kind"), [("recipe", recipe), ("train", training)])
+def test_schema_file_is_in_step_with_the_code(name, kind):
+    stored = files("pilon_compress.recipes").joinpath(f"{name}.schema.json").read_text("utf-8")
+    assert json.loads(stored) == kind.schema(), "run `make fix`"
+
+
+@pytest.mark.parametrize("kind", [recipe, training])
+def test_schema_closes_every_section(kind):
+    schema = kind.schema()
+    for section in (schema, *schema["$defs"].values()):
+        assert section["additionalProperties"] is False
 
 
 def test_schema_describes_every_field():
     schema = recipe.schema()
     for section in (schema, *schema["$defs"].values()):
-        assert section["additionalProperties"] is False
         for name, field in section["properties"].items():
             assert field.get("description") or "$ref" in field, name
 

@@ -65,3 +65,14 @@ def test_a_sharded_run_goes_on_alone(alone):
         ".safetensors",
         ".json",
     }
+
+
+def test_two_processes_choose_alike_and_a_sharded_bank_keeps_what_was_not_used(alone):
+    folder, _ = alone
+    words = ["--tokens", "4096", "--set", "selection.explore=gumbel", "--set", "staged.entropy=0.01"]
+    words += ["--set", "ffn.rank=4", "--set", "ffn.n_primitives=12", "--set", "ffn.top_k=3"]
+    expected = launch(folder, "explored", 1, *words)
+    result = launch(folder, "explored-fsdp", 2, *words, "--set", "run.parallel=fsdp")
+    assert result["val_perplexity"] == pytest.approx(expected["val_perplexity"], rel=1e-3)
+    assert result["parameters"] == expected["parameters"]
+    assert difference(folder, "explored", "explored-fsdp") < TOLERANCE

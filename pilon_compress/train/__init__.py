@@ -14,8 +14,15 @@ heal           a converted model follows its teacher:
   shrink       converting and healing in turn
 optim, schedule
                which parameters move how fast, and when
+selection, staged_linear, masking
+               which primitives take part in a step, and that the others keep their values
+staged         the original's schedules: rates by phase, bands in turn, regularisers
+plugins        which of these a recipe asks for
 loop           steps, validation, checkpoints
 state          checkpoints, read back by any number of processes
 distributed    several processes: DDP, FSDP2
 monitor        what a run tells while it goes on
+health         how the banks fare
+report, curves, card
+               what it leaves for people
 """

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from pilon_compress.errors import BadInput
 from pilon_compress.train import schedule
@@ -22,6 +22,7 @@ from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Streamed
 from pilon_compress.train.distributed import World, full, last_micro_batch, reshard
 from pilon_compress.train.monitor import Clock, Monitor, memory_gib, mfu
+from pilon_compress.train.optim import learning
 from pilon_compress.train.recipe import TrainRecipe
 from pilon_compress.train.state import Checkpoints, tensors_of
 
@@ -48,12 +49,15 @@ class Plugin(Protocol):
 
     def before(self, step: int, share: float) -> None:
         """Before the forward pass of a step, at `share` of the training."""
+        return None
 
     def penalty(self) -> Tensor | None:
         """A term added to the loss, once per step."""
+        return None
 
     def around(self) -> Any:
         """A context manager around the optimiser's step."""
+        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def train(job: Training, monitor: Monitor) -> None:
             loss, norms = _step(job, share)
             job.step += 1
             clock.tokens += loss[1]
-            logged = job.step % recipe.run.log_every == 0 or job.step == job.steps or job.step == 1
+            logged = _logs(job, job.step)
             value = float(loss[0])
             mean = _check(value, mean, job)
             if logged:
@@ -136,6 +140,7 @@ def train(job: Training, monitor: Monitor) -> None:
             elif job.world.first:
                 monitor.show(job.step, {})
             if job.step % every == 0 or job.step == job.steps:
+                _flush(job, clock)
                 _judge(job, monitor)
                 clock.began = time.perf_counter()
             code = int(job.world.total(float(asked.code))[0]) if job.world.size > 1 else asked.code
@@ -172,10 +177,7 @@ def _step(job: Training, share: float) -> tuple[tuple[float, int], dict[str, flo
             # processes average their gradients: times their number, so that it is the mean over all tokens
             (loss * world.size + sum(extra)).backward()
         total += float(loss.detach())
-    parameters = [p for p in job.trainee.parameters() if p.grad is not None]
-    norms = {"gradient_norm": 0.0}
-    if recipe.optimizer.clip is not None:
-        norms["gradient_norm"] = float(full(clip_grad_norm_(parameters, recipe.optimizer.clip)))
+    norms = _clip(job)
     with _all(plugin.around() for plugin in job.plugins):
         for optimizer in job.optimizers:
             optimizer.step()
@@ -184,6 +186,24 @@ def _step(job: Training, share: float) -> tuple[tuple[float, int], dict[str, flo
     if job.ema:
         _average(job)
     return (world.total(total)[0], tokens), norms
+
+
+def _logs(job: Training, step: int) -> bool:
+    """Whether the figures of a step, counted from 1, are written down."""
+    return step % job.recipe.run.log_every == 0 or step in (1, job.steps)
+
+
+def _clip(job: Training) -> dict[str, float]:
+    """Clip the gradients of all that learns; their norm, and where it will be written down that of each group."""
+    groups, limit = learning(job.optimizers), job.recipe.optimizer.clip
+    norms = {}
+    if _logs(job, job.step + 1):
+        gradients = {name: [p.grad for p in group if p.grad is not None] for name, group in groups.items()}
+        norms = {f"gradient_norm_{name}": float(full(get_total_norm(found))) for name, found in gradients.items()}
+    norms["gradient_norm"] = 0.0
+    if limit is not None:
+        norms["gradient_norm"] = float(full(clip_grad_norm_([p for group in groups.values() for p in group], limit)))
+    return norms
 
 
 @torch.no_grad()

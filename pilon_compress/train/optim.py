@@ -107,6 +107,15 @@ def _one_each(group: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def learning(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, list[Tensor]]:
+    """By group, the parameters that have a gradient and a learning rate: frozen ones must not scale the others down."""
+    found: dict[str, list[Tensor]] = {}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        moving = [p for p in group["params"] if p.grad is not None] if group["lr"] else []
+        found.setdefault(group["name"], []).extend(moving)
+    return {name: parameters for name, parameters in found.items() if parameters}
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: for matrices (m, n), and for banks (n, d, r) primitive by primitive.
 

@@ -30,17 +30,23 @@ from pilon_compress.measure.size import ffn_size, linear_macs
 from pilon_compress.train import hosts
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.batch import Batch
+from pilon_compress.train.card import model_card
 from pilon_compress.train.corpus import Corpus, open_corpus, open_paragraphs, source_of
 from pilon_compress.train.distributed import World, full, join, lone, wrap
 from pilon_compress.train.heal import Healing, open_healing, steps_of
+from pilon_compress.train.health import Health
 from pilon_compress.train.loop import PERPLEXITY, Training, put, restore, train, validation_loss, weights_in
 from pilon_compress.train.losses import NextToken
-from pilon_compress.train.monitor import Monitor
+from pilon_compress.train.monitor import Monitor, read_metrics
 from pilon_compress.train.optim import make_optimizers, restrict
 from pilon_compress.train.order import in_order
 from pilon_compress.train.plan import check, plan, sized
+from pilon_compress.train.plugins import plugins_for
 from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.report import write_pages
+from pilon_compress.train.selection import stage
 from pilon_compress.train.shrink import shrink
+from pilon_compress.train.staged_linear import finalise, settled_state
 from pilon_compress.train.state import Checkpoints
 
 __all__ = ["plan", "train_model"]
@@ -220,6 +226,7 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         if len(tokenizer) > config.vocab_size:
             raise BadInput(f"the tokenizer has {len(tokenizer)} tokens, host.vocab_size is {config.vocab_size}")
         model = hosts.build(config, recipe.ffn, recipe.seed)
+    stage(model, recipe)
     model.config.use_cache = False
     restrict(model, recipe.run.train)
     if recipe.run.gradient_checkpointing:
@@ -237,22 +244,25 @@ def assemble(
     layers = list(blocks(model).values())
     wrapped = wrap(trainee, layers, world, recipe.run.parallel, half)
     compiled: Callable[..., Any] = torch.compile(wrapped, dynamic=False) if recipe.run.compile else wrapped
+    health = Health(model)
+    optimizers, steps = make_optimizers(trainee, recipe.optimizer), steps_of(recipe, corpus)
     return Training(
         recipe=recipe,
         world=world,
         trainee=trainee,
         run=compiled,
         wrapped=wrapped,
-        optimizers=make_optimizers(trainee, recipe.optimizer),
+        optimizers=optimizers,
         batches=corpus.batches,
-        steps=steps_of(recipe, corpus),
+        steps=steps,
         validate=lambda: healing.judge(wrapped) if healing else judge(wrapped, corpus, run),
         checkpoints=Checkpoints(run.output, world, recipe.run.keep),
         prepare=healing.prepared if healing else prepared,
-        plugins=[healing] if healing else [],
+        plugins=[*([healing] if healing else []), *plugins_for(recipe, model, optimizers, steps), health],
         figure=healing.figure if healing else PERPLEXITY,
         told=healing.told if healing else None,
         keep_best=healing is not None and recipe.distill.keep_best,
+        health=health,
         micro_batches=micro_batches,
         flops_per_token=6.0 * macs_per_token(model),
         half=half,
@@ -286,6 +296,7 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
         put(job.trainee, job.kept)  # moving averages included: they are what was judged
         job.ema = {}
     with weights_in(job):
+        finalise(job.trainee.model)
         round_to(job.trainee, dtype_of(run.recipe))
         loss = validation_loss(job)
         model = gathered(job)
@@ -314,6 +325,7 @@ def gathered(job: Training) -> PreTrainedModel:
     """The model on the CPU, whole: on every process, since sharded tensors are gathered by all."""
     model: Any = job.trainee.model
     state = {name: full(tensor).detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    state = settled_state(model, state)
     plain = copy.copy(model.config)
     fresh = checkpoint.build(plain).to("meta")
     layout = layout_of(model)
@@ -334,6 +346,7 @@ def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> di
         "format_version": 1,
         "pilon_compress": pilon_compress.__version__,
         "task": run.recipe.task,
+        "data": source_of(run.recipe),
         job.figure.name: job.figure.of(loss),
         f"best_{job.figure.name}": job.figure.of(min(job.best, loss)),
         "steps": job.step,
@@ -370,6 +383,8 @@ def write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if start is not None:
         copy_companions(checkpoint.resolve(start), work)
     (work / "train.json").write_text(json.dumps(result, indent=2))
+    write_pages(result, run.recipe, read_metrics(run.output), work)
+    (work / "README.md").write_text(model_card(result, run.recipe, model.can_generate()), encoding="utf-8")
     for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
         if path.is_dir():
             shutil.rmtree(run.output / path.name, ignore_errors=True)

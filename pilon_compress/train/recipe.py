@@ -85,13 +85,14 @@ class Staged(Section):
     base: list[Number] = []
     """Factor on everything else's."""
     top_k: list[Positive] = []
-    """Primitives in use at the ends of the phases; softmax and explored selections only."""
+    """Primitives that a layer selects at the ends of the phases; softmax and explored selections only. As in the next
+    two, the first value holds from the start, it moves in straight lines between ends, and ends at the model's own."""
     rank: list[Positive] = []
     """Components of each primitive in use at the ends of the phases."""
     n_primitives: list[Positive] = []
-    """Primitives of each bank in use at the ends of the phases."""
+    """Primitives of each bank in use at the ends of the phases; softmax and explored selections only."""
     unfreeze: list[Share] = []
-    """Share of the training at which each band, first to last, begins to learn."""
+    """Share of the training at which each band, first to last, begins to learn: its banks and compositions."""
     cache_top_k: Positive = 1
     """Steps for which a softmax selection is kept."""
     entropy: Number = 0.0
@@ -281,6 +282,8 @@ class TrainRecipe(Section):
             raise ValueError("distill.cache_teacher needs text that is stored: leave data.streaming out")
         if asked.layerwise and self.run.compile or asked.ffn and self.run.compile:
             raise ValueError("run.compile does not go with distill.ffn or layerwise, which look into blocks")
+        if self.task != "pretrain" and self.selection.explore != "none":
+            raise ValueError("selection.explore is for models from scratch (task pretrain)")
         return self
 
 
@@ -290,7 +293,9 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> TrainRecipe:
     Raises BadInput as `pilon_compress.recipe.load` does.
     """
     origin, text = settings.find(name_or_path)
-    return settings.checked(TrainRecipe, strict_yaml.parse(text, origin), overrides)
+    document = strict_yaml.parse(text, origin)
+    settings.refuse(document, name_or_path, "convert")
+    return settings.checked(TrainRecipe, document, overrides)
 
 
 def build(data: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "command line") -> TrainRecipe:
