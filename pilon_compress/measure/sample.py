@@ -1,6 +1,9 @@
 """Text from a causal LM, for a first look at what a conversion left."""
 
+from typing import Any
+
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress import checkpoint
 from pilon_compress.errors import BadInput
@@ -28,17 +31,26 @@ def continue_text(
     network = checkpoint.load_model(model, dtype="float32" if where.type == "cpu" else "auto", device=str(where))
     if hasattr(network.base_model, BANKS):
         fold(network)
-    encoded = tokenizer(prompt, return_tensors="pt").to(where)
     torch.manual_seed(seed)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    )
+    sampling: dict[str, Any] = {}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    return continued(network, tokenizer, prompt, max_new_tokens, **sampling)
+
+
+@torch.no_grad()
+def continued(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, **sampling: Any
+) -> str:
+    """What a causal LM adds to `prompt`, greedily unless `sampling` says otherwise."""
+    encoded = tokenizer(prompt, return_tensors="pt").to(network.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = network.generate(
+    model: Any = network
+    out = model.generate(
         encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
-        **sampling,
+        **({"do_sample": False} | sampling),
     )
     return str(tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -9,7 +9,7 @@ import yaml
 from pilon_compress import readable
 from pilon_compress.deploy.card import _HUB_ID, _code, _fence, _table
 from pilon_compress.train.recipe import TrainRecipe
-from pilon_compress.train.report import PAGE, PICTURE, title, what
+from pilon_compress.train.report import PAGE, PICTURE, judged, title, what
 
 Result = Mapping[str, Any]
 RATIOS = {"stored_ratio": "Stored parameters", "bytes_ratio": "Bytes", "mac_ratio": "MACs per token"}
@@ -51,8 +51,9 @@ def _front_matter(result: Result, recipe: TrainRecipe, causal: bool) -> str:
 
 def _figures(result: Result, recipe: TrainRecipe) -> str:
     ffn, model = result["ffn"], result.get("model", {})
+    figure = judged(result)
     rows = [
-        ["Validation perplexity", f"**{readable.number(result['val_perplexity'])}**", "exp of the mean loss per token"],
+        [figure.label, f"**{figure.value}**", figure.meaning],
         ["Trained on", f"{readable.short_count(result['tokens'])} tokens", f"{readable.number(result['steps'])} steps"],
         ["Parameters", readable.short_count(result["parameters"]), "of the whole model"],
     ]
@@ -64,8 +65,8 @@ def _figures(result: Result, recipe: TrainRecipe) -> str:
         whole = f", of the whole model {readable.number(model[key])}" if model.get(key) is not None else ""
         rows.append([f"{label} ÷ dense", f"**{readable.number(ffn[key])}**", f"of the FFN{whole}"])
     held = recipe.data.validation
-    judged = _code(held) if held else "documents of the same source that were not trained on"
-    return f"{_table(['', 'This model', ''], rows)}\n\nJudged on {judged}."
+    text = _code(held) if held else "documents of the same source that were not trained on"
+    return f"{_table(['', 'This model', ''], rows)}\n\nJudged on {text}."
 
 
 def _loading(result: Result, causal: bool) -> str:

@@ -22,6 +22,7 @@ COLOURS = {
     "matrices": "#CC79A7",
     "vectors": "#56B4E9",
 }
+JUDGED = {"val_perplexity": "validation perplexity", "val_cosine": "cosine to the teacher"}
 USE = {
     "utilisation": ("selected by a layer", "#0072B2"),
     "dead_share": ("dead", "#D55E00"),
@@ -49,7 +50,7 @@ def png(lines: Sequence[Line], marks: Sequence[Mark] = ()) -> bytes:
 
 
 def _figure(lines: Sequence[Line], marks: Sequence[Mark]) -> Figure:
-    drawn = [draw for draw in (_loss, _perplexity, _use, _norms, _rate, _speed) if _has(draw, lines)]
+    drawn = [draw for draw in (_loss, _judged, _use, _norms, _rate, _speed) if _has(draw, lines)]
     figure, axes = plots._panels(max(1, len(drawn)), 2.7 * math.ceil(max(1, len(drawn)) / 2), 2)
     figure.set_layout_engine("constrained", h_pad=0.11, w_pad=0.12)
     for axis, draw in zip(axes, drawn, strict=False):
@@ -79,7 +80,7 @@ def _points(lines: Sequence[Line], key: str) -> tuple[list[float], list[float]]:
 def _has(draw: Callable[[Axes, Sequence[Line]], None], lines: Sequence[Line]) -> bool:
     keys: dict[Any, list[str]] = {
         _loss: ["loss"],
-        _perplexity: ["val_perplexity"],
+        _judged: list(JUDGED),
         _rate: ["rate"],
         _speed: ["tokens_per_second"],
     }
@@ -107,9 +108,10 @@ def smoothed(values: Sequence[float], width: int) -> list[float]:
     return found
 
 
-def _perplexity(axis: Axes, lines: Sequence[Line]) -> None:
-    axis.set_title("validation perplexity")
-    places, values = _points(lines, "val_perplexity")
+def _judged(axis: Axes, lines: Sequence[Line]) -> None:
+    key = next(key for key in JUDGED if any(key in line for line in lines))
+    axis.set_title(JUDGED[key])
+    places, values = _points(lines, key)
     axis.plot(places, values, color=MAIN, linewidth=1.6, marker="o" if len(values) <= SMOOTHED else "", markersize=3.5)
     if values and max(values) > 4 * min(values):
         plots._log_axis(axis, min(values), max(values))

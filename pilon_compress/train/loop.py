@@ -269,7 +269,7 @@ def _judge(job: Training, monitor: Monitor) -> float:
         monitor.log(job.step, figures)
         monitor.say(f"step {job.step}/{job.steps}  {job.figure.words} {value:.4g}")
         if "sample" in figures:
-            monitor.say(f"  {figures['sample']}")
+            monitor.say(f"  {' '.join(figures['sample'].split())}")
     return loss
 
 

@@ -25,7 +25,7 @@ from pilon_compress.deploy.save import check_output, copy_companions, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.form.fold import prune_unused
 from pilon_compress.form.layout import install, layout_of
-from pilon_compress.measure import encoder
+from pilon_compress.measure import encoder, sample
 from pilon_compress.measure.size import ffn_size, linear_macs
 from pilon_compress.train import hosts
 from pilon_compress.train import recipe as recipes
@@ -52,6 +52,7 @@ from pilon_compress.train.state import Checkpoints
 __all__ = ["plan", "train_model"]
 
 RECIPE, TOKENIZER = "recipe.yaml", "tokenizer"
+SAMPLE = 32  # tokens of text at every evaluation
 
 
 @dataclass
@@ -121,6 +122,9 @@ def set_up(run: Run, resume: bool) -> tuple[Training, PreTrainedTokenizerBase, C
     model = open_model(run, tokenizer)
     healing = open_healing(recipe, world, model, corpus, run.quiet) if recipe.task == "heal" else None
     job = assemble(run, model, healing.corpus if healing else corpus, micro_batches, healing)
+    prompt = recipe.run.sample
+    if prompt is not None and world.size == 1 and model.can_generate():
+        job.sample = lambda: prompt + sample.continued(model, tokenizer, prompt, SAMPLE)
     if resume and job.checkpoints.steps():
         restore(job, job.checkpoints.steps()[-1])
     return job, tokenizer, corpus

@@ -86,11 +86,20 @@ def marks(recipe: TrainRecipe, lines: Sequence[Mapping[str, Any]]) -> list[tuple
     return [(share * total, label) for share, label in sorted(found)]
 
 
+def judged(result: Result) -> readable.Figure:
+    """What the run is judged by: perplexity, or an encoder's likeness to its teacher."""
+    if "val_cosine" in result:
+        return readable.Figure("Cosine to the teacher", readable.number(result["val_cosine"]), "mean over paragraphs")
+    return readable.Figure(
+        "Validation perplexity", readable.number(result["val_perplexity"]), "exp of the mean loss per token"
+    )
+
+
 def cards(result: Result) -> list[readable.Figure]:
     """The figures that matter most."""
     ffn = result["ffn"]
     return [
-        readable.Figure("Validation perplexity", readable.number(result["val_perplexity"]), "exp of the mean loss"),
+        judged(result),
         readable.Figure("Tokens", readable.short_count(result["tokens"]), f"{readable.number(result['steps'])} steps"),
         readable.Figure(
             "Tokens per second",
