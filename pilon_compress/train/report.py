@@ -47,6 +47,8 @@ def page(result: Result, recipe: TrainRecipe, lines: Sequence[Mapping[str, Any]]
         what=what(recipe),
         plot=Markup(curves.svg(lines, marks(recipe, lines))),
         marks=[label for _, label in marks(recipe, lines)],
+        judged=judged(result),
+        best=readable.number(result["best_val_perplexity"]) if "best_val_perplexity" in result else "",
         cards=cards(result),
         health=[(word, health[0].get(key), health[-1].get(key)) for key, word in WORDS.items()] if health else [],
         samples=samples(lines),
