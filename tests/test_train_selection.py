@@ -12,6 +12,7 @@ from pilon_compress.form.fold import prune_unused
 from pilon_compress.form.layout import banks, layout_of, projections
 from pilon_compress.train import hosts, recipe
 from pilon_compress.train.masking import UnusedStay, used_by
+from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.optim import group_parameters, make_optimizers
 from pilon_compress.train.pipeline import train_model
 from pilon_compress.train.selection import Choosing, stage
@@ -280,6 +281,11 @@ def test_trained_to_a_plain_model_without_unused_primitives(tmp_path, explore):
     used = {bank.n_primitives for _, bank in banks(model)}
     assert max(used) <= 6, "two layers a band select three each"
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
+    last = [line for line in read_metrics(tmp_path / "out") if "val_perplexity" in line][-1]
+    assert last["tokens"] == result["tokens"] and 0 < last["utilisation"] <= 0.5
+    assert last["val_perplexity"] == pytest.approx(result["val_perplexity"])
+    for name in ("README.md", "train.html", "curves.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
 
 
 def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path):
