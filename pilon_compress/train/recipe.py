@@ -135,7 +135,7 @@ class Optimizer(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """muon: matrices and primitives by orthogonalised momentum, the rest by AdamW."""
     learning_rate: Above = 1e-3
-    """3e-3 where a model is healed."""
+    """Default for healing: 1e-2, relative; encoders want less, 3e-3."""
     relative: Switch = False
     """Learning rates of AdamW count in shares of each tensor's root mean square. Healing does so unless told not to."""
     muon_learning_rate: Above = 2e-2
@@ -222,7 +222,7 @@ class Run(Section):
 
 
 HEALING: dict[str, dict[str, Any]] = {
-    "optimizer": {"relative": True, "learning_rate": 3e-3, "weight_decay": 0.0, "betas": [0.9, 0.99]},
+    "optimizer": {"relative": True, "learning_rate": 1e-2, "weight_decay": 0.0, "betas": [0.9, 0.99]},
     "schedule": {"kind": "cosine"},
 }
 """What healing takes for granted where nothing is said (docs/results/training.md has what was tried)."""
