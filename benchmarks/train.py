@@ -14,20 +14,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import corpus
-import settings
 import torch
 import transformers
 
 ARMS = {
-    "dense": {"ffn__kind": "dense"},
-    "lowrank": {"ffn__kind": "lowrank"},
-    "pilon": {},
-    "pilon-matrices": {"ffn__matrices": True},
-    "pilon-adamw": {"optimizer__name": "adamw"},
+    "dense": ["ffn.kind=dense"],
+    "lowrank": ["ffn.kind=lowrank"],
+    "pilon": [],
+    "narrow": ["ffn.matrices=true"],  # a dense block of as many neurons as the budget pays for
+    "pilon-anneal": ["selection.explore=anneal"],
+    "pilon-adamw": ["optimizer.name=adamw"],
 }
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("arm", choices=ARMS)
     parser.add_argument("output", type=Path)
@@ -37,21 +37,22 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=420)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a very small model on little text")
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     os.environ.setdefault("PILON_CACHE", str(asked.output.parent / "tokens"))
     text = corpus.write(asked.output.parent / f"text-{asked.megabytes:g}.jsonl", 2 if asked.smoke else asked.megabytes)
-    common = {"data__source": str(text), "data__streaming": False, "host__tokenizer": "bpe", "seed": asked.seed}
-    common |= {"run__checkpoint_every": 120.0, "run__sample": None}
+    overrides = [f"data.source={text}", "data.streaming=false", "host.tokenizer=bpe", f"seed={asked.seed}"]
+    overrides += ["run.checkpoint_every=120", "run.sample=null", *ARMS[asked.arm]]
     if asked.smoke:
-        common |= {"schedule__tokens": 8192, "device": "cpu"}
+        overrides += ["schedule.tokens=8192", "device=cpu"]
     else:
-        common |= {"schedule__tokens": asked.tokens, "run__batch_size": asked.batch_size, "host__vocab_size": 32768}
-    recipe = settings.load("smoke" if asked.smoke else asked.recipe, **common, **ARMS[asked.arm])
+        overrides += [f"schedule.tokens={asked.tokens}", f"run.batch_size={asked.batch_size}", "host.vocab_size=32768"]
 
+    from pilon_compress.train import recipe
     from pilon_compress.train.pipeline import train_model
 
     started = time.time()
-    result = train_model(recipe, asked.output, resume=True)
+    settings = recipe.load("smoke" if asked.smoke else asked.recipe, overrides)
+    result = train_model(settings, asked.output, resume=True)
     rows = {
         "arm": asked.arm,
         "recipe": "smoke" if asked.smoke else asked.recipe,

@@ -46,15 +46,23 @@ class Section(BaseModel):
 
 def bundled() -> list[str]:
     """Names of the recipes that ship with the package."""
-    entries = files("pilon_compress.recipes").iterdir()
+    entries = _home().iterdir()
     return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+def _home() -> Any:
+    """Where recipes are: installed below the package, or beside it in a checkout that is not installed."""
+    try:
+        return files("pilon_compress.recipes")
+    except ModuleNotFoundError:
+        return Path(__file__).parents[1] / "recipes"
 
 
 def find(name_or_path: str) -> tuple[str, str]:
     """The bundled recipe of that name, else the file: (what messages call it, its text). Raises BadInput."""
     path = Path(name_or_path)
     if name_or_path in bundled():
-        return f"{name_or_path}.yaml", (files("pilon_compress.recipes") / f"{name_or_path}.yaml").read_text("utf-8")
+        return f"{name_or_path}.yaml", (_home() / f"{name_or_path}.yaml").read_text("utf-8")
     try:
         return name_or_path, path.read_text("utf-8-sig")
     except FileNotFoundError:

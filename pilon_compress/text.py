@@ -192,7 +192,7 @@ def _file(path: Path, column: str) -> Iterator[str]:
         except OSError as error:
             raise BadInput(f"{path} cannot be read: {error.strerror}") from None
         return
-    yield from _column(_file_rows(path), column, str(path))
+    yield from _column(_lines(path) if path.suffix == ".jsonl" else _file_rows(path), column, str(path))
 
 
 def _file_rows(path: Path) -> Iterator[Any]:
