@@ -20,7 +20,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; the first column is text, the others are right-aligned figures. Empty columns are left out."""
     used = [index for index in range(len(columns)) if any(row[index] for row in rows)]
     columns, rows = [columns[index] for index in used], [[row[index] for index in used] for row in rows]
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = WIDTH  # a pipe has no width; do not cut figures short
     widest = [max((len(row[index]) for row in rows), default=0) for index in range(len(columns))]

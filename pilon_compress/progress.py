@@ -14,7 +14,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
     `total` is needed only for items without a length. On a stderr that is not a terminal nothing is drawn.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),

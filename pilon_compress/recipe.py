@@ -126,7 +126,8 @@ class Calibration(Section):
     """Text source: hub:REPO:CONFIG:SPLIT:COLUMN, a txt / jsonl / parquet file or glob (from the working directory),
     stdlib, stdin. Default: WikiText-2 for causal LMs, stdlib for encoders."""
     samples: Positive | None = None
-    """Sequences to read: paragraphs for encoders, blocks of sequence_length tokens for causal LMs."""
+    """Sequences to read: paragraphs for encoders, blocks of sequence_length tokens for causal LMs. Default: 800 and
+    128, fewer or more by effort."""
     sequence_length: Positive | None = None
     """Tokens per sequence, at most."""
     batch_size: Positive = 16
@@ -184,7 +185,8 @@ class Recipe(Section):
     """GiB that the conversion may use; a model that is large against it is read block by block. Default: what is
     free."""
     effort: Literal["fast", "balanced", "best"] = "balanced"
-    """fast: every layer on its own. balanced: each layer makes up for those before it. best: longer joint fits."""
+    """fast: every layer on its own, on a third of the text. balanced: each layer makes up for those before it. best:
+    twice the text, longer joint fits."""
     budget: Budget = Budget()
     form: Form = Form()
     scope: Scope = Scope()

@@ -161,3 +161,10 @@ def test_debug_shows_the_traceback(failing):
 def test_success_and_chosen_exit_codes_pass_through(failing):
     assert failing("pass").returncode == 0
     assert failing("sys.exit(3)").returncode == 3
+
+
+def test_a_text_source_is_printed_as_it_was_given(capsys):
+    from pilon_compress.cli.output import print_table
+
+    print_table("hub:a/b::train:text", ["x", "y"], [["hub:a/b::train:text", "1"]])
+    assert capsys.readouterr().out.count("hub:a/b::train:text") == 2

@@ -15,8 +15,7 @@ from pilon_compress.measure.size import Size, bank_size, ffn_size, kept_size, mo
 from pilon_compress.recipe import Recipe
 from pilon_compress.text import DEFAULT_LM
 
-ENCODER_SAMPLES = 800  # paragraphs
-CAUSAL_SAMPLES = 128  # blocks
+SAMPLES = {"fast": (256, 32), "balanced": (800, 128), "best": (1600, 256)}  # paragraphs, blocks
 ENCODER_LENGTH = 128
 CAUSAL_LENGTH = 512
 PARAGRAPH = 0.42  # of an encoder's sequence length that a docstring's paragraph fills, measured
@@ -129,7 +128,7 @@ def prepare(recipe: Recipe) -> Job:
     longest = getattr(config, "max_position_embeddings", None) or CAUSAL_LENGTH
     calibration = Calibration(
         data=asked.data or (DEFAULT_LM if causal else "stdlib"),
-        samples=asked.samples or (CAUSAL_SAMPLES if causal else ENCODER_SAMPLES),
+        samples=asked.samples or SAMPLES[recipe.effort][causal],
         sequence_length=asked.sequence_length or min(longest, CAUSAL_LENGTH if causal else ENCODER_LENGTH),
         batch_size=asked.batch_size,
     )

@@ -36,7 +36,7 @@ class Monitor:
         lines = [line for line in _lines(self.path) if line.get("step", 0) <= start] if start else []
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.trackers = [_tracker(name, output) for name in trackers]
-        console = Console(stderr=True)
+        console = Console(stderr=True, emoji=False)
         self.live = console.is_terminal and not quiet
         self.quiet = quiet
         columns = (
