@@ -84,12 +84,11 @@ def attention_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
 def from_windows(windows: Tensor, starts: Tensor, sizes: Tensor, respect_documents: bool) -> Batch:
     """Rows of T + 1 consecutive tokens as T inputs and the T tokens after them.
 
-    windows (B, T + 1) int64 · starts (B, T + 1) bool: a document begins here · sizes (B,): tokens that are not padding.
+    windows (B, T + 1) int64 · starts (B, T + 1) bool: a document begins here · sizes (B,): tokens before the padding.
     With `respect_documents` the last token of a document does not predict the first one of the next.
     """
     length = windows.shape[1] - 1
     column = torch.arange(length + 1)
-    starts = starts | (column == sizes[:, None])  # padding is a document of its own
     labels = windows[:, 1:].masked_fill(column[1:] >= sizes[:, None], IGNORED)
     positions = column[:length].expand(len(windows), length)
     if not respect_documents:
