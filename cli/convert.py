@@ -173,7 +173,7 @@ def convert(
     from pilon_compress.convert.pipeline import convert as run
     from pilon_compress.memory import give_back_freed
 
-    give_back_freed()
+    give_back_freed(scarce=settings.max_memory is not None)
     assert output is not None
     report = run(settings, output, overwrite=overwrite, command=shlex.join(["pilon-compress", *sys.argv[1:]]), job=job)
     print_json(report) if as_json else print_result(report)

@@ -4,17 +4,17 @@ import ctypes
 import sys
 
 TRIM, MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)
-LARGE = 2**20
+LARGE, SCARCE = 2**24, 2**20
 
 
-def give_back_freed() -> None:
-    """Let glibc map allocations above 1 MiB each on its own; elsewhere nothing happens.
+def give_back_freed(scarce: bool) -> None:
+    """Let glibc map allocations above 16 MiB each on its own, or where memory is `scarce` above 1 MiB.
 
-    Its threshold grows with what is freed, up to 32 MiB; matrices of many sizes then leave holes in the heap. A
-    conversion of GPT-2 peaked a quarter higher (docs/results/scale.md).
+    Its own threshold grows with what is freed, up to 32 MiB; matrices of many sizes then leave holes in the heap. The
+    lower one costs a fifth of the time on small models (docs/results/scale.md). On other systems nothing happens.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(MMAP, LARGE)
-            mallopt(TRIM, LARGE)
+            mallopt(MMAP, SCARCE if scarce else LARGE)
+            mallopt(TRIM, SCARCE if scarce else LARGE)

@@ -176,7 +176,7 @@ def test_loss_in_parts_is_the_loss(monkeypatch):
     parts = next_token_sum(head, hidden, labels, None)
     assert torch.allclose(whole, parts) and torch.allclose(gradient, torch.autograd.grad(parts, hidden)[0], atol=1e-6)
     expected = -head(hidden).double().log_softmax(-1)[torch.arange(30), labels.clamp_min(0)][labels >= 0].sum()
-    assert math.isclose(float(whole), float(expected), rel_tol=1e-5)
+    assert math.isclose(whole.item(), expected.item(), rel_tol=1e-5)
 
 
 def test_layout_of_a_new_model_is_its_plan():

@@ -60,7 +60,7 @@ def test_divergence_and_its_gradient_equal_a_reference_whole_and_in_parts(rows, 
 def test_k_values_bound_the_divergence_from_below_and_all_of_them_give_it(rows, temperature):
     head, hidden, labels, goal = rows
     logits = goal["states"] @ goal["head"].T + goal["bias"]
-    exact = float(divergences(head, hidden, labels, goal, temperature, None, False)[0])
+    exact = divergences(head, hidden, labels, goal, temperature, None, False)[0].item()
     found = []
     for k in (1, 4, 16, V):
         values, tokens, rest = largest(logits, k, temperature)
