@@ -47,7 +47,7 @@ def convert(place, *words, model="dense", out="out", **options):
     return command(*base, *words, cwd=place, **options)
 
 
-def refused(done, *expected):
+def assert_refused(done, *expected):
     """Exit code 2 and one line on stderr that holds every expected word."""
     assert done.returncode == 2, done.stderr + done.stdout
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -64,83 +64,83 @@ def nothing_left_behind(place):
 
 
 def test_missing_path(place):
-    refused(convert(place, model="./nowhere/model"), "./nowhere/model")
+    assert_refused(convert(place, model="./nowhere/model"), "./nowhere/model")
 
 
 def test_hub_unreachable(place):
     # a port where nobody listens stands for a hub that is out of reach
     done = convert(place, model="somebody/some-model", HF_ENDPOINT="http://127.0.0.1:9")
-    refused(done, "somebody/some-model", "hub")
+    assert_refused(done, "somebody/some-model", "hub")
 
 
 def test_text_hub_unreachable_names_the_alternatives(place):
     source = "hub:Salesforce/wikitext:wikitext-2-raw-v1:train:text"
     done = convert(place, "--calibration", source, HF_ENDPOINT="http://127.0.0.1:9")
-    refused(done, "Salesforce/wikitext", "stdlib", "stdin")
+    assert_refused(done, "Salesforce/wikitext", "stdlib", "stdin")
 
 
 def test_not_a_transformers_model(place, tmp_path):
     (tmp_path / "config.json").write_text('{"hello": "world"}')
-    refused(convert(place, model=tmp_path), str(tmp_path))
+    assert_refused(convert(place, model=tmp_path), str(tmp_path))
 
 
 def test_no_feed_forward_found(place, tmp_path):
     config = {"model_type": "resnet", "architectures": ["ResNetModel"], "depths": [1], "hidden_sizes": [8]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused(convert(place, model=tmp_path), "no feed-forward projections", "--targets")
+    assert_refused(convert(place, model=tmp_path), "no feed-forward projections", "--targets")
 
 
 @pytest.mark.parametrize("ratio", ["0", "1.5", "nan", "-1", "huge"])
 def test_ratio(place, ratio):
-    refused(convert(place, "--ffn-ratio", ratio), "budget")
+    assert_refused(convert(place, "--ffn-ratio", ratio), "budget")
 
 
 def test_plan_larger_than_dense(place):
     done = convert(place, "--rank", "16", "--n-primitives", "12")
-    refused(done, "more than the dense model", "--allow-larger")
+    assert_refused(done, "more than the dense model", "--allow-larger")
 
 
 def test_output_that_is_not_empty(place, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    refused(convert(place, out=tmp_path), "not empty", "--overwrite")
-    refused(convert(place, "--overwrite", out=tmp_path), "holds no model")
+    assert_refused(convert(place, out=tmp_path), "not empty", "--overwrite")
+    assert_refused(convert(place, "--overwrite", out=tmp_path), "holds no model")
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
 def test_the_source_is_never_overwritten(place):
     before = (place / "dense" / "model.safetensors").read_bytes()
-    refused(convert(place, "--overwrite", out="dense"), "holds the model that is read")
+    assert_refused(convert(place, "--overwrite", out="dense"), "holds the model that is read")
     assert (place / "dense" / "model.safetensors").read_bytes() == before
 
 
 def test_a_model_whose_weights_are_not_plain_matrices(place, tmp_path):
     assert convert(place, "--ffn-ratio", "0.6", out=tmp_path / "p").returncode == 0
-    refused(convert(place, model=tmp_path / "p"), "PILON model already")
+    assert_refused(convert(place, model=tmp_path / "p"), "PILON model already")
     copy(place / "causal", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused(convert(place, model=tmp_path), "quantised (gptq)")
+    assert_refused(convert(place, model=tmp_path), "quantised (gptq)")
 
 
 @pytest.mark.parametrize("words", [("convert", "-o", "out"), ("generate", "-p", "a")])
 def test_a_device_that_is_not_there(place, words):
     name, *rest = words
-    refused(command(name, "causal", *rest, "--device", "cuda:99", cwd=place), "cuda:99")
+    assert_refused(command(name, "causal", *rest, "--device", "cuda:99", cwd=place), "cuda:99")
 
 
 def test_unknown_recipe_key_with_file_and_line(place, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model: dense\nbudget:\n  ffn_ratio: 0.5\n  rnak: 3\n")
     done = command("convert", "--recipe", recipe, "-o", "out", cwd=place)
-    refused(done, f"{recipe}:4:", "rnak", "rank")
+    assert_refused(done, f"{recipe}:4:", "rnak", "rank")
 
 
 def test_truncated_weights(place, tmp_path):
     copy(place / "dense", tmp_path)
     data = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
-    refused(convert(place, model=tmp_path), "model.safetensors")
+    assert_refused(convert(place, model=tmp_path), "model.safetensors")
 
 
 def test_missing_pilon_tensor(place, tmp_path):
@@ -149,17 +149,17 @@ def test_missing_pilon_tensor(place, tmp_path):
     tensors = load_file(path)
     lost = next(key for key in tensors if key.endswith("up.A"))
     save_file({k: v for k, v in tensors.items() if k != lost}, path, metadata={"format": "pt"})
-    refused(command("eval", tmp_path / "p", "--data", "prose.txt", cwd=place), lost)
+    assert_refused(command("eval", tmp_path / "p", "--data", "prose.txt", cwd=place), lost)
 
 
 def test_calibration_shorter_than_one_batch(place, tmp_path):
     (tmp_path / "short.txt").write_text("\n\n".join(PROSE.split("\n\n")[:6]))
-    refused(convert(place, "--calibration", tmp_path / "short.txt"), "one batch needs")
+    assert_refused(convert(place, "--calibration", tmp_path / "short.txt"), "one batch needs")
 
 
 def test_empty_calibration(place, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
-    refused(convert(place, "--calibration", tmp_path / "empty.txt"), "empty.txt")
+    assert_refused(convert(place, "--calibration", tmp_path / "empty.txt"), "empty.txt")
 
 
 @pytest.mark.parametrize("key", ["encoder.layer.1.intermediate.dense.weight", "embeddings.word_embeddings.weight"])
@@ -170,7 +170,7 @@ def test_nan_in_weights(place, tmp_path, key):
     name = next(k for k in tensors if k.endswith(key))
     tensors[name].view(-1)[3] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
-    refused(convert(place, model=tmp_path), name)
+    assert_refused(convert(place, model=tmp_path), name)
 
 
 def test_activations_that_overflow(place, tmp_path):
@@ -181,17 +181,17 @@ def test_activations_that_overflow(place, tmp_path):
         if "c_attn.weight" in name or "ln_" in name:
             tensors[name] = torch.full_like(tensors[name], 1e38)
     save_file(tensors, path, metadata={"format": "pt"})
-    refused(convert(place, "--sequence-length", "16", model=tmp_path), "NaN or infinite")
+    assert_refused(convert(place, "--sequence-length", "16", model=tmp_path), "NaN or infinite")
 
 
 def test_disk_full(place):
-    refused(convert(place, limit=20_000, out="new/folders/out"), "cannot write", "nothing was kept")
+    assert_refused(convert(place, limit=20_000, out="new/folders/out"), "cannot write", "nothing was kept")
 
 
 def test_overwriting_with_a_failure_keeps_the_old_model(place, tmp_path):
     assert convert(place, out=tmp_path / "m").returncode == 0
     old = (tmp_path / "m" / "model.safetensors").read_bytes()
-    refused(convert(place, "--overwrite", out=tmp_path / "m", limit=20_000), "cannot write")
+    assert_refused(convert(place, "--overwrite", out=tmp_path / "m", limit=20_000), "cannot write")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 

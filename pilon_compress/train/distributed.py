@@ -116,7 +116,7 @@ def last_micro_batch(module: nn.Module, last: bool) -> Iterator[None]:
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every process."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # type: ignore
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(module: nn.Module) -> None:
