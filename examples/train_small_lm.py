@@ -10,23 +10,16 @@ import sys
 import time
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pilon_compress.text import open_text
+from pilon_compress.train.hosts import train_tokenizer
 
 shape, output = sys.argv[1:]
 VOCAB, LENGTH, BATCH, TOKENS, RATE = 2048, 256, 16, 3_500_000, 2e-3
 
 documents = list(open_text("stdlib", part="calibration"))
-core = Tokenizer(models.BPE())
-core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-core.decoder = decoders.ByteLevel()
-alphabet = pre_tokenizers.ByteLevel.alphabet()
-core.train_from_iterator(
-    documents, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<eos>"], initial_alphabet=alphabet)
-)
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
+tokenizer = train_tokenizer(documents, VOCAB)
 ids = torch.tensor([i for text in documents for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
 
 torch.manual_seed(0)

@@ -201,10 +201,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     An override of ffn_ratio replaces the file's preset, and the other way round. Raises BadInput:
     `file.yaml:LINE: dotted.field: what is wrong`, or `--set a.b: ...` where an override is to blame.
     """
-    origin, text = settings.find(name_or_path)
-    document = strict_yaml.parse(text, origin)
-    settings.refuse(document, name_or_path, "train")
-    return settings.checked(Recipe, document, overrides)
+    return settings.load(Recipe, name_or_path, overrides, "train")
 
 
 def build(data: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "command line") -> Recipe:

@@ -90,6 +90,16 @@ def refuse(document: Document, name: str, other: Literal["train", "convert"]) ->
 _Model = TypeVar("_Model", bound=Section)
 
 
+def load(
+    model: type[_Model], name_or_path: str, overrides: Sequence[str], rival: Literal["train", "convert"]
+) -> _Model:
+    """The recipe of that name or in that file, with `overrides`; `rival`: the command whose recipes it must not be."""
+    origin, text = find(name_or_path)
+    document = strict_yaml.parse(text, origin)
+    refuse(document, name_or_path, rival)
+    return checked(model, document, overrides)
+
+
 def checked(model: type[_Model], document: Document, overrides: Sequence[str] = ()) -> _Model:
     """Validate `document` with the overrides applied, or raise BadInput for the first error by line."""
     given = {} if document.data is None else document.data

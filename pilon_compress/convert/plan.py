@@ -170,7 +170,7 @@ def split_bands(layers: list[int], bands: int | list[list[int]] | None) -> list[
     if isinstance(bands, list):
         named = sorted(layer for band in bands for layer in band)
         if named != layers:
-            raise BadInput(f"the bands name layers {named}, but the converted layers are {layers}")
+            raise BadInput(f"the bands name layers {named}, but the layers are {layers}")
         return bands
     count = bands if bands is not None else -(-len(layers) // LAYERS_PER_BAND)
     if not 1 <= count <= len(layers):

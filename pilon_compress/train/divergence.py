@@ -1,14 +1,11 @@
 """How far a student's predictions are from its teacher's: sums over rows, of which few exist as logits at a time."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
-from torch.utils.checkpoint import checkpoint
 
 from pilon_compress.train.batch import IGNORED
-from pilon_compress.train.losses import LOGITS, capped
+from pilon_compress.train.losses import LOGITS, capped, in_parts
 
 Goal = dict[str, Tensor]
 """What the teacher predicts for N rows. Either of
@@ -37,37 +34,18 @@ def divergences(
     `hidden` (N, d) are the student's; rows whose label is -100 do not count. T² keeps gradients as large as at T = 1
     (Hinton et al., 2015).
     """
-    rows = max(1, LOGITS // 2 // _vocabulary(head))
-    if len(hidden) <= rows:
-        return _part(head, hidden, labels, goal, temperature, cap, next_token)
-    sums = []
-    for start in range(0, len(hidden), rows):
-        span = slice(start, start + rows)
-        part = {name: tensor if name in CONSTANT else tensor[span] for name, tensor in goal.items()}
-        arguments: tuple[Any, ...] = (head, hidden[span], labels[span], part, temperature, cap, next_token)
-        sums.append(checkpoint(_part, *arguments, use_reentrant=False))
-    return torch.stack(sums).sum(0)
-
-
-def _vocabulary(head: nn.Module) -> int:
     assert isinstance(head, nn.Linear)
-    return head.out_features
 
+    def part(span: slice) -> Tensor:
+        logits = capped(head(hidden[span]).float(), cap)
+        wanted = {name: tensor if name in CONSTANT else tensor[span] for name, tensor in goal.items()}
+        apart = divergence(logits, wanted, temperature, cap) * (labels[span] != IGNORED)
+        apart = apart.sum() * temperature**2
+        if not next_token:
+            return torch.stack([apart, torch.zeros_like(apart)])
+        return torch.stack([apart, cross_entropy(logits, labels[span], ignore_index=IGNORED, reduction="sum")])
 
-def _part(
-    head: nn.Module,
-    hidden: Tensor,
-    labels: Tensor,
-    goal: Goal,
-    temperature: float,
-    cap: float | None,
-    next_token: bool,
-) -> Tensor:
-    logits = capped(head(hidden).float(), cap)
-    apart = (divergence(logits, goal, temperature, cap) * (labels != IGNORED)).sum() * temperature**2
-    if not next_token:
-        return torch.stack([apart, torch.zeros_like(apart)])
-    return torch.stack([apart, cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")])
+    return in_parts(part, len(hidden), LOGITS // 2 // head.out_features)
 
 
 def divergence(logits: Tensor, goal: Goal, temperature: float, cap: float | None = None) -> Tensor:

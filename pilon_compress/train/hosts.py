@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ArceeConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pilon_compress import checkpoint
+from pilon_compress.convert.plan import split_bands
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site, find_sites
 from pilon_compress.form.initialise import initialise
@@ -21,7 +22,6 @@ from pilon_compress.train.recipe import Ffn, Host
 
 RANKS = (64, 32, 16, 8, 4, 2, 1)  # of a primitive; multiples of 16 suit the kernels, small models need finer steps
 WASTE = 0.04  # of the budget that rounding to whole primitives may leave
-LAYERS_PER_BAND = 3
 EOS = "<eos>"
 
 
@@ -102,7 +102,7 @@ def layout_for(sites: Sequence[Site], ffn: Ffn) -> Layout:
     if ffn.matrices:
         return _narrowed(sites, ffn)
     layers = sorted({site.layer for site in sites})
-    bands = [[layer] for layer in layers] if ffn.kind == "lowrank" else _bands(layers, ffn.bands)
+    bands = [[layer] for layer in layers] if ffn.kind == "lowrank" else split_bands(layers, ffn.bands)
     banks: dict[str, BankSpec] = {}
     projections: dict[str, ProjectionSpec] = {}
     for index, band in enumerate(bands):
@@ -175,18 +175,6 @@ def _solve(members: Sequence[Site], dense: Sequence[Site], ffn: Ffn) -> tuple[Ba
     if best is None:
         raise BadInput(f"the budget pays for no primitive in the {site.role} projections: raise ffn_ratio or mac_ratio")
     return best
-
-
-def _bands(layers: list[int], asked: int | list[list[int]] | None) -> list[list[int]]:
-    if isinstance(asked, list):
-        if sorted(layer for band in asked for layer in band) != layers:
-            raise BadInput(f"the bands do not name each of the layers {layers[0]} to {layers[-1]} once")
-        return asked
-    count = asked or -(-len(layers) // LAYERS_PER_BAND)
-    if count > len(layers):
-        raise BadInput(f"{count} bands do not fit {len(layers)} layers")
-    edges = [round(i * len(layers) / count) for i in range(count + 1)]
-    return [layers[a:b] for a, b in zip(edges, edges[1:], strict=False)]
 
 
 @torch.no_grad()

@@ -107,7 +107,6 @@ class Training:
     tokens: int = 0
     seconds: float = 0.0
     best: float = math.inf
-    history: list[dict[str, Any]] = field(default_factory=list)
     ema: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
 
@@ -118,7 +117,7 @@ def train(job: Training, monitor: Monitor) -> None:
     recipe, every = job.recipe, job.recipe.run.evaluate_every or max(1, job.steps // 20)
     clock, saved, mean = Clock(), time.monotonic(), math.nan
     if job.recipe.optimizer.ema and not job.ema:
-        job.ema = {name: p.detach().clone() for name, p in job.trainee.named_parameters() if p.requires_grad}
+        job.ema = _weights(job)
     if job.step == 0 and (job.keep_best or recipe.task == "heal"):
         job.before = _judge(job, monitor)
     with _signals() as asked:
@@ -131,8 +130,7 @@ def train(job: Training, monitor: Monitor) -> None:
             value = float(loss[0])
             mean = _check(value, mean, job)
             if logged:
-                seconds, tokens = clock.look()
-                job.tokens, job.seconds = job.tokens + tokens, job.seconds + seconds
+                seconds, tokens = _flush(job, clock)
                 figures = _figures(job, value, norms, seconds, tokens, share)
                 if job.world.first:
                     monitor.log(job.step, figures)
@@ -178,7 +176,9 @@ def _step(job: Training, share: float) -> tuple[tuple[float, int], dict[str, flo
             (loss * world.size + sum(extra)).backward()
         total += float(loss.detach())
     norms = _clip(job)
-    with _all(plugin.around() for plugin in job.plugins):
+    with ExitStack() as stack:
+        for plugin in job.plugins:
+            stack.enter_context(plugin.around())
         for optimizer in job.optimizers:
             optimizer.step()
     for optimizer in job.optimizers:
@@ -217,16 +217,20 @@ def _average(job: Training) -> None:
 
 def _check(loss: float, mean: float, job: Training) -> float:
     """The running mean with this loss. Raises BadInput for a loss that is not finite or far above it."""
-    limit = job.recipe.run.spike
-    steps = job.checkpoints.steps()
-    kept = f"the checkpoint of step {steps[-1]} stands, --resume goes on from it" if steps else "there is no checkpoint"
+    limit, what = job.recipe.run.spike, ""
     if not math.isfinite(loss):
-        raise BadInput(f"the loss is {loss} at step {job.step}: lower optimizer.learning_rate; {kept}")
-    if limit is not None and job.step > SETTLED and loss > mean + limit:
-        raise BadInput(
-            f"the loss jumped from {mean:.3g} to {loss:.3g} at step {job.step}: lower optimizer.learning_rate, "
-            f"or raise run.spike; {kept}"
+        what = f"the loss is {loss} at step {job.step}: lower optimizer.learning_rate"
+    elif limit is not None and job.step > SETTLED and loss > mean + limit:
+        what = f"the loss jumped from {mean:.3g} to {loss:.3g} at step {job.step}: lower optimizer.learning_rate, "
+        what += "or raise run.spike"
+    if what:
+        steps = job.checkpoints.steps()
+        kept = (
+            f"the checkpoint of step {steps[-1]} stands, --resume goes on from it"
+            if steps
+            else "there is no checkpoint"
         )
+        raise BadInput(f"{what}; {kept}")
     return loss if math.isnan(mean) else SMOOTHING * mean + (1 - SMOOTHING) * loss
 
 
@@ -247,9 +251,11 @@ def _figures(
     return figures | ({"mfu": used} if used is not None else {})
 
 
-def _flush(job: Training, clock: Clock) -> None:
+def _flush(job: Training, clock: Clock) -> tuple[float, int]:
+    """Add what the clock has counted to the run's totals: (seconds, tokens)."""
     seconds, tokens = clock.look()
     job.tokens, job.seconds = job.tokens + tokens, job.seconds + seconds
+    return seconds, tokens
 
 
 def _judge(job: Training, monitor: Monitor) -> float:
@@ -258,7 +264,7 @@ def _judge(job: Training, monitor: Monitor) -> float:
         loss = validation_loss(job)
         value = job.figure.of(loss)
         if job.keep_best and (loss < job.best or not job.kept):
-            job.kept = {name: p.detach().clone() for name, p in job.trainee.named_parameters() if p.requires_grad}
+            job.kept = _weights(job)
         job.best = min(job.best, loss)
         figures: dict[str, Any] = {job.figure.name: value, "tokens": job.tokens}
         if job.health is not None:
@@ -306,6 +312,11 @@ def put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
+def _weights(job: Training) -> dict[str, Tensor]:
+    """Copies of what learns, by name."""
+    return {name: p.detach().clone() for name, p in job.trainee.named_parameters() if p.requires_grad}
+
+
 def _tensors(job: Training) -> dict[str, Tensor]:
     found = tensors_of(job.trainee, job.optimizers)
     found |= {f"ema.{name}": tensor for name, tensor in job.ema.items()}
@@ -328,9 +339,9 @@ def restore(job: Training, step: int) -> None:
     """Continue from the checkpoint of `step`."""
     plain = job.checkpoints.plain(step)
     if job.recipe.optimizer.ema:
-        job.ema = {name: p.detach().clone() for name, p in job.trainee.named_parameters() if p.requires_grad}
+        job.ema = _weights(job)
     if job.keep_best:
-        job.kept = {name: p.detach().clone() for name, p in job.trainee.named_parameters() if p.requires_grad}
+        job.kept = _weights(job)
     job.checkpoints.load(step, _tensors(job))
     job.step, job.tokens, job.seconds = step, plain["tokens"], plain["seconds"]
     job.best = math.inf if plain["best"] is None else plain["best"]
@@ -363,11 +374,3 @@ def _signals() -> Iterator[_Asked]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _all(contexts: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield

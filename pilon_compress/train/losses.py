@@ -1,6 +1,7 @@
 """What is minimised. A trainee holds the model and computes its loss within `forward`, so that DDP, FSDP and
 `torch.compile` see one module and one graph."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,17 +32,21 @@ class NextToken(nn.Module):
 
 def next_token_sum(head: nn.Linear, hidden: Tensor, labels: Tensor, cap: float | None) -> Tensor:
     """Sum of -log p(label) over rows: `hidden` (N, d), `labels` (N,); rows of label -100 do not count."""
-    rows = max(1, LOGITS // head.weight.shape[0])
-    if len(hidden) <= rows:
-        return _cross_entropy(head, hidden, labels, cap)
-    parts = zip(hidden.split(rows), labels.split(rows), strict=True)
-    sums = [checkpoint(_cross_entropy, head, h, wanted, cap, use_reentrant=False) for h, wanted in parts]
-    return torch.stack(sums).sum()
+
+    def part(span: slice) -> Tensor:
+        logits = capped(head(hidden[span]).float(), cap)
+        return cross_entropy(logits, labels[span], ignore_index=IGNORED, reduction="sum")
+
+    return in_parts(part, len(hidden), LOGITS // head.out_features)
 
 
-def _cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor, cap: float | None) -> Tensor:
-    logits = capped(head(hidden).float(), cap)
-    return cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+def in_parts(part: Callable[[slice], Tensor], count: int, rows: int) -> Tensor:
+    """The sum of `part(span)` over `count` rows, so many `rows` at a time; parts are computed again going backward."""
+    rows = max(1, rows)
+    if count <= rows:
+        return part(slice(None))
+    spans = [slice(start, start + rows) for start in range(0, count, rows)]
+    return torch.stack([checkpoint(part, span, use_reentrant=False) for span in spans]).sum(0)
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:

@@ -18,7 +18,7 @@ from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.kept import KeptLinear
 from pilon_compress.train.distributed import full
-from pilon_compress.train.recipe import Optimizer, Run
+from pilon_compress.train.recipe import Optimizer
 
 GROUPS = ("banks", "compositions", "embeddings", "matrices", "vectors")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients and steps of Jordan et al., 2024
@@ -153,9 +153,3 @@ def orthogonalised(matrix: Tensor) -> Tensor:
         square = X @ X.mT
         X = a * X + (b * square + c * square @ square) @ X
     return (X.mT if tall else X).to(matrix.dtype)
-
-
-def trained_sequences(run: Run, world: int) -> tuple[int, int]:
-    """(sequences of one process per step, sequences of one forward pass), for a batch split over `world` processes."""
-    mine = -(-run.batch_size // world)
-    return mine, min(mine, run.micro_batch_size or mine)

@@ -292,10 +292,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> TrainRecipe:
 
     Raises BadInput as `pilon_compress.recipe.load` does.
     """
-    origin, text = settings.find(name_or_path)
-    document = strict_yaml.parse(text, origin)
-    settings.refuse(document, name_or_path, "convert")
-    return settings.checked(TrainRecipe, document, overrides)
+    return settings.load(TrainRecipe, name_or_path, overrides, "convert")
 
 
 def build(data: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "command line") -> TrainRecipe:
