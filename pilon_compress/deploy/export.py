@@ -16,12 +16,12 @@ from pilon_compress.deploy import loader
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import FAMILIES, detect
-from pilon_compress.form import bank, composed, kept, layout
+from pilon_compress.form import bank, composed, kept, layout, ternary, ternary_bank
 from pilon_compress.form.fold import dense
 from pilon_compress.form.layout import BANKS, kept_matrices, linear_shape, projections
 
 MODELING_FILE = "modeling_pilon.py"
-BUNDLED = (bank, composed, kept, layout, loader)  # in this order one file can hold them
+BUNDLED = (ternary, bank, composed, kept, ternary_bank, layout, loader)  # in this order one file can hold them
 HEADER = '''"""PILON for transformers, bundled by pilon-compress so that this folder loads without the package:
 
     AutoModel...from_pretrained(folder, trust_remote_code=True)
@@ -52,7 +52,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     family = FAMILIES.get(model.config.model_type) or detect(skeleton)
     fused = family.projections.get("gate_up", "") if family else ""
     found = [(name, *dense(one)) for name, one in projections(model)]
-    found += [(name, one.weight.T, one.bias) for name, one in kept_matrices(model)]
+    found += [(name, one.matrix(), one.bias) for name, one in kept_matrices(model)]
+    if any(one.norm is not None for _, one in (*projections(model), *kept_matrices(model))):
+        raise BadInput("this model normalises the inputs of feed-forward projections, which its host has no place for")
     for name, weight, bias in found:
         host = skeleton.get_submodule(name)
         d_in, d_out = linear_shape(host)

@@ -47,8 +47,11 @@ class PrimitiveBank(nn.Module):
     def d_out(self) -> int:
         return self.B.shape[2]
 
-    def forward(self, x: Tensor, selected: Tensor, weight: Tensor) -> Tensor:
-        """Compose the `selected` (k,) primitives with `weight` (k, r) or (k, 1) on `x` (..., d_in): two GEMMs."""
+    def forward(self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0) -> Tensor:
+        """Compose the `selected` (k,) primitives with `weight` (k, r) or (k, 1) on `x` (..., d_in): two GEMMs.
+
+        `group` matters to banks that quantise their inputs.
+        """
         k, r = selected.shape[0], self.rank
         A = self.A.index_select(0, selected).permute(1, 0, 2).reshape(self.d_in, k * r)
         B = self.B.index_select(0, selected).reshape(k * r, self.d_out)
@@ -58,6 +61,16 @@ class PrimitiveBank(nn.Module):
         if self.latent_bias is not None:
             u = u + self.latent_bias.repeat(k)
         return (u * weight.to(u.dtype).expand(k, r).reshape(k * r)) @ B
+
+    def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """The selected A (k, d_in, r) and B (k, r, d_out) as they count in the forward pass."""
+        return self.A[selected], self.B[selected]
+
+    @torch.no_grad()
+    def keep(self, used: Tensor) -> None:
+        """Drop, in place, the primitives for which `used` (n,) is False."""
+        self.A = nn.Parameter(self.A[used].clone())
+        self.B = nn.Parameter(self.B[used].clone())
 
     def extra_repr(self) -> str:
         return f"n_primitives={self.n_primitives}, rank={self.rank}, d_in={self.d_in}, d_out={self.d_out}"

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from pilon_compress.form.bank import PrimitiveBank
 
 COMPOSITIONS = ("component", "scalar", "softmax")
+NORM_EPS = 1e-6
 
 
 class ComposedLinear(nn.Module):
@@ -15,6 +16,9 @@ class ComposedLinear(nn.Module):
     component     (k, r)    a signed coefficient for every component of every selected primitive (default)
     scalar        (k, 1)    one signed coefficient per selected primitive
     softmax       (n, 1)    logits over the whole bank; the k largest are selected and renormalised (original PILON)
+
+    `norm`: RMSNorm of the input, where a quantiser follows (SubLN as BitNet has it before `down`). `group`: inputs that
+    share a scale of that quantiser, 0 for all of a token's.
 
     The composition tensor is called `weight` on purpose: a checkpoint that is loaded without this package meets a
     stock layer with another shape and fails, instead of running on random weights.
@@ -30,6 +34,8 @@ class ComposedLinear(nn.Module):
         bias: bool,
         composition: str = "component",
         host_shape: tuple[int, int] | None = None,
+        group: int = 0,
+        norm: bool = False,
     ) -> None:
         super().__init__()
         if composition not in COMPOSITIONS:
@@ -38,13 +44,14 @@ class ComposedLinear(nn.Module):
             raise ValueError(f"top_k {top_k} is not between 1 and the bank's {bank.n_primitives} primitives")
         # borrowed, not registered: one owner, one key in the checkpoint, one storage, one optimiser entry
         object.__setattr__(self, "bank", bank)
-        self.composition, self.top_k = composition, top_k
+        self.composition, self.top_k, self.group = composition, top_k, group
         self.host_shape = host_shape or (bank.d_in, bank.d_out)
         shape = {"component": (top_k, bank.rank), "scalar": (top_k, 1), "softmax": (bank.n_primitives, 1)}[composition]
         self.weight = nn.Parameter(torch.empty(shape))
         if composition != "softmax":
             self.register_buffer("selected", torch.arange(top_k))
         self.bias = nn.Parameter(torch.zeros(bank.d_out)) if bias else None
+        self.norm = nn.RMSNorm(bank.d_in, eps=NORM_EPS) if norm else None
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """`selected` (k,) int64 and the weight (k, r) or (k, 1) that each selected primitive gets."""
@@ -55,7 +62,9 @@ class ComposedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         selected, weight = self.coefficients()
-        y = self.bank(x, selected, weight)
+        if self.norm is not None:
+            x = self.norm(x)
+        y = self.bank(x, selected, weight, self.group)
         if y.device != x.device:  # a bank shared by layers on several devices lives on one of them
             y = y.to(x.device)
         return y if self.bias is None else y + self.bias

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.layout import BANKS, Host, banks, projections
+from pilon_compress.form.ternary_bank import TernaryBank
 
 
 def pair_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
@@ -20,8 +21,9 @@ def factors(composed: ComposedLinear) -> tuple[Tensor, Tensor, Tensor | None]:
     dtype.
     """
     bank, (selected, weight) = composed.bank, composed.coefficients()
-    A = bank.A[selected].double().permute(1, 0, 2).reshape(bank.d_in, -1)
-    scaled = bank.B[selected].double() * weight.double()[:, :, None]
+    A, B = (factor.double() for factor in bank.primitives(selected))
+    A = A.permute(1, 0, 2).reshape(bank.d_in, -1)
+    scaled = B * weight.double()[:, :, None]
     bias = None if composed.bias is None else composed.bias.double()
     if bank.latent_bias is not None:
         shift = torch.einsum("r,kro->o", bank.latent_bias.double(), scaled)
@@ -44,8 +46,11 @@ def fold(model: Host) -> Host:
     """Replace, in place, every composed projection by plain nn.Linear layers and drop the banks: for inference only.
 
     A projection becomes two Linears, or one where k·r > d_in·d_out / (d_in + d_out). The result runs faster, holds more
-    memory than the shared banks, and is no longer a PILON model that could be saved as one.
+    memory than the shared banks, and is no longer a PILON model that could be saved as one. Raises ValueError for
+    ternary banks: their products are of whole numbers, which folding would lose.
     """
+    if any(isinstance(bank, TernaryBank) for _, bank in banks(model)):
+        raise ValueError("ternary banks do not fold: export them packed")
     base = model.base_model
     for name, composed in list(projections(model)):
         parent_name, _, leaf = name.rpartition(".")
@@ -55,7 +60,8 @@ def fold(model: Host) -> Host:
             plain: nn.Module = nn.Sequential(_linear(A, None), _linear(B, bias))
         else:
             plain = _linear(*dense(composed))
-        setattr(base.get_submodule(parent_name), leaf, plain)
+        whole = plain if composed.norm is None else nn.Sequential(composed.norm, plain)
+        setattr(base.get_submodule(parent_name), leaf, whole)
     delattr(base, BANKS)
     return model
 
@@ -92,6 +98,5 @@ def prune_unused(model: Host) -> int:
         for layer in layers:
             layer.selected.copy_(renumbered[layer.selected])
         gone += int((~used).sum())
-        bank.A = nn.Parameter(bank.A[used].clone())
-        bank.B = nn.Parameter(bank.B[used].clone())
+        bank.keep(used)
     return gone

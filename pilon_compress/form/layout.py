@@ -1,7 +1,7 @@
 """The layout: which projection composes from which bank, which stays one matrix, and all sizes; kept in config.json."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.kept import KeptLinear
+from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
 
 Host = Any  # a transformers PreTrainedModel; transformers imports this file while that class is being made
 BANKS = "pilon_banks"  # where the base model owns its banks
@@ -16,7 +17,7 @@ BANKS = "pilon_banks"  # where the base model owns its banks
 
 @dataclass(frozen=True)
 class BankSpec:
-    """Shape of one `PrimitiveBank`."""
+    """Shape of one bank, and what its numbers are: `quantization` none, or ternary, with scales learned or not."""
 
     d_in: int
     d_out: int
@@ -24,16 +25,23 @@ class BankSpec:
     rank: int
     latent_scale: bool = False
     latent_bias: bool = False
+    quantization: str = "none"
+    learned_scale: bool = False
 
 
 @dataclass(frozen=True)
 class ProjectionSpec:
-    """How one projection composes: the bank's name (`band0.up`), how many primitives, whether it adds a bias."""
+    """How one projection composes: the bank's name (`band0.up`), how many primitives, whether it adds a bias.
+
+    `group` and `norm`: see `ComposedLinear`.
+    """
 
     bank: str
     top_k: int
     bias: bool
     composition: str = "component"
+    group: int = 0
+    norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,10 @@ class KeptSpec:
     d_in: int
     d_out: int
     bias: bool
+    quantization: str = "none"
+    learned_scale: bool = False
+    group: int = 0
+    norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,11 @@ class Layout:
     host: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        plain = asdict(self)
+        """Plain dictionaries, without what is at its default: older versions read what they can compute."""
+        plain: dict[str, Any] = {
+            part: {name: _written(spec) for name, spec in getattr(self, part).items()}
+            for part in ("banks", "projections", "kept")
+        }
         plain["host"] = {name: list(shape) for name, shape in self.host.items()}
         return plain
 
@@ -91,6 +107,11 @@ class Layout:
         return [name for name, spec in self.projections.items() if spec.bank == bank]
 
 
+def _written(spec: Any) -> dict[str, Any]:
+    values = {one.name: (getattr(spec, one.name), one.default) for one in fields(spec)}
+    return {name: value for name, (value, default) in values.items() if default is MISSING or value != default}
+
+
 def _read(kind: type, entry: dict[str, Any], where: str) -> Any:
     known = {one.name for one in fields(kind)}
     if unknown := set(entry) - known:
@@ -109,10 +130,7 @@ def install(model: Host, layout: Layout) -> Host:
     head class reads the same keys. Raises ValueError if the model has no such projection or its shape differs.
     """
     base = model.base_model
-    banks = {
-        name: PrimitiveBank(s.d_in, s.d_out, s.n_primitives, s.rank, s.latent_scale, s.latent_bias)
-        for name, s in layout.banks.items()
-    }
+    banks = {name: make_bank(spec) for name, spec in layout.banks.items()}
     for name in (*layout.projections, *layout.kept):
         parent_name, _, leaf = name.rpartition(".")
         try:
@@ -142,12 +160,31 @@ def install(model: Host, layout: Layout) -> Host:
     return model
 
 
+def make_bank(spec: BankSpec) -> PrimitiveBank:
+    """An uninitialised bank. Raises ValueError for a quantization that is not known."""
+    shape = (spec.d_in, spec.d_out, spec.n_primitives, spec.rank, spec.latent_scale, spec.latent_bias)
+    if spec.quantization == "ternary":
+        return TernaryBank(*shape, learned_scale=spec.learned_scale)
+    if spec.quantization != "none":
+        raise ValueError(f"quantization {spec.quantization!r} is not known: written by a newer pilon-compress?")
+    return PrimitiveBank(*shape)
+
+
+def make_kept(spec: KeptSpec, host_shape: tuple[int, int]) -> KeptLinear:
+    """An uninitialised kept matrix. Raises ValueError for a quantization that is not known."""
+    if spec.quantization == "ternary":
+        return TernaryLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.group, spec.norm, spec.learned_scale)
+    if spec.quantization != "none":
+        raise ValueError(f"quantization {spec.quantization!r} is not known: written by a newer pilon-compress?")
+    return KeptLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.norm)
+
+
 def _module(layout: Layout, name: str, banks: dict[str, PrimitiveBank]) -> nn.Module:
+    host_shape = layout.host_shape(name)
     if name in layout.kept:
-        kept = layout.kept[name]
-        return KeptLinear(kept.d_in, kept.d_out, kept.bias, layout.host_shape(name))
+        return make_kept(layout.kept[name], host_shape)
     spec = layout.projections[name]
-    return ComposedLinear(banks[spec.bank], spec.top_k, spec.bias, spec.composition, layout.host_shape(name))
+    return ComposedLinear(banks[spec.bank], spec.top_k, spec.bias, spec.composition, host_shape, spec.group, spec.norm)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -186,16 +223,28 @@ def banks(model: Host) -> Iterator[tuple[str, PrimitiveBank]]:
 def layout_of(model: Host) -> Layout:
     """Read the layout back from an installed model."""
     names = {id(bank): name for name, bank in banks(model)}
-    specs = {
-        name: BankSpec(b.d_in, b.d_out, b.n_primitives, b.rank, b.latent_scale is not None, b.latent_bias is not None)
-        for name, b in banks(model)
-    }
+    specs = {name: _bank_spec(bank) for name, bank in banks(model)}
     composed = {
-        name: ProjectionSpec(names[id(p.bank)], p.top_k, p.bias is not None, p.composition)
+        name: ProjectionSpec(names[id(p.bank)], p.top_k, p.bias is not None, p.composition, p.group, p.norm is not None)
         for name, p in projections(model)
     }
-    kept = {name: KeptSpec(m.in_features, m.out_features, m.bias is not None) for name, m in kept_matrices(model)}
+    kept = {name: _kept_spec(matrix) for name, matrix in kept_matrices(model)}
     shapes = {name: (m.host_shape, linear_shape(m)) for name, m in projections(model)}
     shapes |= {name: (m.host_shape, linear_shape(m)) for name, m in kept_matrices(model)}
     host = {name: whole for name, (whole, own) in shapes.items() if whole != own}
     return Layout(specs, composed, kept, host)
+
+
+def _bank_spec(bank: PrimitiveBank) -> BankSpec:
+    options = bank.latent_scale is not None, bank.latent_bias is not None
+    shape = (bank.d_in, bank.d_out, bank.n_primitives, bank.rank)
+    if isinstance(bank, TernaryBank):
+        return BankSpec(*shape, *options, "ternary", bank.A_scale is not None)
+    return BankSpec(*shape, *options)
+
+
+def _kept_spec(matrix: KeptLinear) -> KeptSpec:
+    shape = (matrix.in_features, matrix.out_features, matrix.bias is not None)
+    if isinstance(matrix, TernaryLinear):
+        return KeptSpec(*shape, "ternary", matrix.scale is not None, matrix.group, matrix.norm is not None)
+    return KeptSpec(*shape, norm=matrix.norm is not None)

@@ -1,0 +1,101 @@
+"""The ternary quantiser: the one arithmetic of training, evaluation, export and kernels.
+
+    weights      digits t in {-1, 0, 1} and a scale: absmean per primitive (BitNet b1.58, Ma et al., 2024), or learned
+                 per component (LSQ, Esser et al., 2020)
+    activations  8 bits, -127 .. 127, a scale per token, or per token and group of consecutive values
+
+A projection on x, all in float32:
+
+    (q, s) = quantise(x)            u = (q · A) s · scale + shift        scale (k·r) holds everything that folds:
+    (q, s) = quantise(u)            y = (q · B) s + bias                 both weight scales, the composition's weight
+
+Products of digits and codes are whole numbers below 2^24, so float32 matrix products compute them exactly, in any
+order; each is scaled once. That is why packed weights and kernels reproduce the same outputs bit for bit.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEVELS = 127  # symmetric: -128 is not used
+GROUP = 128  # hidden activations: values that share a scale, so that a kernel can quantise a slice of them
+LEAST = 1e-20  # magnitude that zeros are taken to have
+
+
+class _Round(torch.autograd.Function):
+    """Round half to even, within ±limit; the gradient passes straight through (Bengio et al., 2013), beyond it too."""
+
+    @staticmethod
+    def forward(x: Tensor, limit: int) -> Tensor:
+        return x.round().clamp(-limit, limit)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+def rounded(x: Tensor, limit: int, strength: Tensor | None = None) -> Tensor:
+    """`x` rounded, with the gradient of `x`; with `strength` (scalar, 0 to 1) only that far along the way."""
+    whole: Tensor = _Round.apply(x, limit)
+    return whole if strength is None else torch.lerp(x, whole, strength.to(x.dtype))
+
+
+def quantise(x: Tensor, group: int = 0, strength: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes (..., d) of `x` (..., d), whole numbers in float32, and their scales: (..., 1), or (..., ceil(d / group)).
+
+    The scale is a token's own largest magnitude over 127, so that neither other tokens nor the batch matter.
+    """
+    x = x.float()
+    if not group:
+        largest = x.detach().abs().amax(-1, keepdim=True).clamp_min(LEAST)
+        return rounded(x * (LEVELS / largest), LEVELS, strength), largest / LEVELS
+    d = x.shape[-1]
+    parts = _grouped(x, group)
+    largest = parts.detach().abs().amax(-1, keepdim=True).clamp_min(LEAST)
+    codes = rounded(parts * (LEVELS / largest), LEVELS, strength)
+    return codes.flatten(-2)[..., :d], largest[..., 0] / LEVELS
+
+
+def _grouped(x: Tensor, group: int) -> Tensor:
+    """(..., d) as (..., ceil(d / group), group), the last one filled up with zeros."""
+    missing = -x.shape[-1] % group
+    return torch.nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, group))
+
+
+def product(codes: Tensor, scales: Tensor, matrix: Tensor, group: int = 0) -> Tensor:
+    """`codes` (..., d) times the digits `matrix` (d, m), scaled: (..., m). Groups are added up in their order."""
+    if not group or scales.shape[-1] == 1:
+        return (codes @ matrix) * scales
+    total = (codes[..., :group] @ matrix[:group]) * scales[..., :1]
+    for index in range(1, scales.shape[-1]):
+        part = slice(index * group, (index + 1) * group)
+        total = total + (codes[..., part] @ matrix[part]) * scales[..., index : index + 1]
+    return total
+
+
+def restored(codes: Tensor, scales: Tensor, group: int = 0) -> Tensor:
+    """The values (..., d) that `codes` stand for."""
+    if not group or scales.shape[-1] == 1:
+        return codes * scales
+    return (_grouped(codes, group) * scales[..., None]).flatten(-2)[..., : codes.shape[-1]]
+
+
+def absmean(weight: Tensor) -> Tensor:
+    """The scale (n, 1, 1) of each primitive of `weight` (n, d, r): its mean magnitude, whoever selects it."""
+    return weight.detach().float().abs().mean((-2, -1), keepdim=True).clamp_min(LEAST)
+
+
+def digits(weight: Tensor, scale: Tensor, strength: Tensor | None = None) -> Tensor:
+    """-1, 0 or 1 for every number of `weight`, in float32; `scale` broadcasts over it.
+
+    The gradient passes straight through, with a learned scale only where the weight is within its reach: that is LSQ's.
+    """
+    ratio = weight.float() / scale
+    if scale.requires_grad:
+        ratio = ratio.clamp(-1, 1)
+    return rounded(ratio, 1, strength)

@@ -1,0 +1,179 @@
+"""Banks and kept matrices whose numbers count as ternary digits and whose inputs count as 8-bit codes."""
+
+import torch
+from torch import Tensor, nn
+
+from pilon_compress.form.bank import PrimitiveBank
+from pilon_compress.form.kept import KeptLinear
+from pilon_compress.form.ternary import absmean, digits, product, quantise, restored
+
+
+class TernaryBank(PrimitiveBank):
+    """A bank of latent numbers, of which the forward pass sees digits and scales only (see `form.ternary`).
+
+    `A_scale`, `B_scale` (n, r): learned scales; without them a primitive's scale is the mean magnitude of its numbers.
+    In training, `strength` (scalar) rounds only that far along the way, and `A_digits`, `B_digits` are the digits of
+    this step, where they are held so that they are made once and not in every layer and micro batch.
+    """
+
+    strength: Tensor | None
+    A_digits: Tensor | None
+    B_digits: Tensor | None
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        n_primitives: int,
+        rank: int,
+        latent_scale: bool = False,
+        latent_bias: bool = False,
+        learned_scale: bool = False,
+    ) -> None:
+        super().__init__(d_in, d_out, n_primitives, rank, latent_scale, latent_bias)
+        shape = (n_primitives, rank)
+        self.A_scale = nn.Parameter(torch.empty(shape)) if learned_scale else None
+        self.B_scale = nn.Parameter(torch.empty(shape)) if learned_scale else None
+        for name in ("strength", "A_digits", "B_digits"):
+            self.register_buffer(name, None, persistent=False)
+
+    def forward(self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0) -> Tensor:
+        """As `PrimitiveBank.forward`; `group`: inputs that share a scale, 0 for all of a token's."""
+        if self.training:
+            return self._compose(x, selected, weight, group)
+        with torch.autocast(x.device.type, enabled=False):  # half precision would round whole numbers
+            return self._compose(x, selected, weight, group)
+
+    def _compose(self, x: Tensor, selected: Tensor, weight: Tensor, group: int) -> Tensor:
+        width = selected.shape[0] * self.rank
+        strength = self.strength if self.training else None
+        A, B = self.digits(selected)
+        A, B = A.permute(1, 0, 2).reshape(self.d_in, width), B.reshape(width, self.d_out)
+        scale, shift = self.folded(selected, weight)
+        codes, scales = quantise(x, group, strength)
+        # one product where rounding does not matter; one for each group where kernels must agree
+        u = restored(codes, scales, group) @ A if self.training and group else product(codes, scales, A, group)
+        u = u * scale if shift is None else u * scale + shift
+        codes, scales = quantise(u, 0, strength)
+        return product(codes, scales, B).to(x.dtype)
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Of A and B: (n, 1, r) and (n, r, 1) learned, or (n, 1, 1)."""
+        if self.A_scale is None or self.B_scale is None:
+            return absmean(self.A), absmean(self.B)
+        return self.A_scale.float()[:, None, :], self.B_scale.float()[:, :, None]
+
+    def digits(self, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the selected primitives: (k, d_in, r) and (k, r, d_out), float32."""
+        A_scale, B_scale = self.scales()
+        if self.training and self.A_digits is not None and self.B_digits is not None:
+            A, B = _Held.apply(self.A, self.A_digits, A_scale), _Held.apply(self.B, self.B_digits, B_scale)
+            return A.index_select(0, selected), B.index_select(0, selected)
+        strength = self.strength if self.training else None
+        A = digits(self.A.index_select(0, selected), A_scale.index_select(0, selected), strength)
+        return A, digits(self.B.index_select(0, selected), B_scale.index_select(0, selected), strength)
+
+    def folded(self, selected: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale (k·r,) and shift (k·r,) or None of the latent: weight scales, composition weight, latent options."""
+        A_scale, B_scale = (
+            one.index_select(0, selected).squeeze(axis) for one, axis in zip(self.scales(), (1, 2), strict=True)
+        )
+        shape = (selected.shape[0], self.rank)
+        weight, B_scale = weight.float().expand(shape), B_scale.expand(shape)
+        scale = A_scale.expand(shape) * weight
+        if self.latent_scale is not None:
+            scale = scale * self.latent_scale.float()
+        shift = None
+        if self.latent_bias is not None:
+            shift = (self.latent_bias.float() * weight * B_scale).reshape(-1)
+        return (scale * B_scale).reshape(-1), shift
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Make the digits that the next training steps use, until they are made again."""
+        A_scale, B_scale = (one.detach() for one in self.scales())
+        self.A_digits = digits(self.A.detach(), A_scale, self.strength)
+        self.B_digits = digits(self.B.detach(), B_scale, self.strength)
+
+    def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
+        A, B = self.digits(selected)
+        A_scale, B_scale = (one.index_select(0, selected) for one in self.scales())
+        return A * A_scale, B * B_scale
+
+    def keep(self, used: Tensor) -> None:
+        super().keep(used)
+        if self.A_scale is not None and self.B_scale is not None:
+            self.A_scale = nn.Parameter(self.A_scale[used].clone())
+            self.B_scale = nn.Parameter(self.B_scale[used].clone())
+
+
+class _Held(torch.autograd.Function):
+    """Digits that were made before, with the straight-through gradient to the numbers they were made from."""
+
+    @staticmethod
+    def forward(latent: Tensor, held: Tensor, scale: Tensor) -> Tensor:
+        return held.view_as(held)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        latent, _, scale = inputs
+        ctx.save_for_backward(scale)
+        ctx.dtype = latent.dtype  # type: ignore[attr-defined]
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return (gradient / scale).to(ctx.dtype), None, None  # type: ignore[attr-defined]
+
+
+class TernaryLinear(KeptLinear):
+    """A kept matrix of ternary digits: one scale, the mean magnitude, or with `learned_scale` one per output."""
+
+    strength: Tensor | None
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        bias: bool,
+        host_shape: tuple[int, int],
+        group: int = 0,
+        norm: bool = False,
+        learned_scale: bool = False,
+    ) -> None:
+        super().__init__(d_in, d_out, bias, host_shape, norm)
+        self.group = group
+        self.scale = nn.Parameter(torch.empty(d_out)) if learned_scale else None
+        self.register_buffer("strength", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (..., d_in) -> (..., d_out)."""
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.training:
+            y = self._multiply(x)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                y = self._multiply(x)
+        return y if self.bias is None else y + self.bias
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        strength = self.strength if self.training else None
+        scale = self.scales()
+        matrix = digits(self.weight, scale, strength).T
+        codes, scales = quantise(x, self.group, strength)
+        if self.training and self.group:
+            y = restored(codes, scales, self.group) @ matrix
+        else:
+            y = product(codes, scales, matrix, self.group)
+        return (y * scale.squeeze(-1)).to(x.dtype)
+
+    def scales(self) -> Tensor:
+        """(d_out, 1) learned, or (1, 1)."""
+        return absmean(self.weight) if self.scale is None else self.scale.float()[:, None]
+
+    def matrix(self) -> Tensor:
+        scale = self.scales()
+        return (digits(self.weight, scale) * scale).to(self.weight.dtype).T

@@ -1,0 +1,160 @@
+"""The ternary quantiser and banks: exact whole-number arithmetic, independent of other tokens, with gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilon_compress.form.composed import ComposedLinear
+from pilon_compress.form.ternary import LEVELS, digits, quantise, restored
+from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
+
+
+def composed(d_in=48, d_out=40, n=5, r=8, k=3, seed=0, group=0, norm=False, **options) -> ComposedLinear:
+    torch.manual_seed(seed)
+    bank = TernaryBank(d_in, d_out, n, r, **options)
+    layer = ComposedLinear(bank, k, bias=True, group=group, norm=norm)
+    for parameter in [*bank.parameters(), *layer.parameters()]:
+        torch.nn.init.normal_(parameter)
+    if bank.A_scale is not None:
+        bank.A_scale.data.abs_().add_(0.1)
+        bank.B_scale.data.abs_().add_(0.1)
+    layer.selected.copy_(torch.randperm(n)[:k].sort().values)
+    return mode(layer, False)
+
+
+def mode(layer: ComposedLinear, training: bool) -> ComposedLinear:
+    layer.bank.train(training)
+    return layer.train(training)
+
+
+def by_whole_numbers(layer: ComposedLinear, x: torch.Tensor) -> torch.Tensor:
+    """The definition in int64 and float32, token by token and primitive by primitive."""
+    bank, group = layer.bank, layer.group or layer.bank.d_in
+    A_scale, B_scale = bank.scales()
+    rows = []
+    for token in x:
+        u = []
+        for index, p in enumerate(layer.selected.tolist()):
+            t = (bank.A[p] / A_scale[p]).round().clamp(-1, 1).long()
+            total = None
+            for start in range(0, bank.d_in, group):
+                codes, scale = codes_of(token[start : start + group])
+                part = (codes[:, None] * t[start : start + group]).sum(0).float() * scale
+                total = part if total is None else total + part
+            c = A_scale[p].expand(1, bank.rank)[0] * layer.weight[index]
+            c = c * bank.latent_scale if bank.latent_scale is not None else c
+            b = B_scale[p].expand(bank.rank, 1)[:, 0]
+            value = total * (c * b)
+            u.append(value if bank.latent_bias is None else value + bank.latent_bias * layer.weight[index] * b)
+        codes, scale = codes_of(torch.cat(u))
+        t = torch.cat([(bank.B[p] / B_scale[p]).round().clamp(-1, 1).long() for p in layer.selected.tolist()])
+        rows.append((codes[:, None] * t).sum(0).float() * scale)
+    return torch.stack(rows) + layer.bias
+
+
+def codes_of(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    largest = v.abs().max().clamp_min(1e-20)
+    return (v * (LEVELS / largest)).round().long(), largest / LEVELS
+
+
+@pytest.mark.parametrize("group", [0, 16])
+@pytest.mark.parametrize("options", [{}, {"learned_scale": True}, {"latent_scale": True, "latent_bias": True}])
+@torch.no_grad()
+def test_the_forward_pass_is_the_definition_bit_for_bit(options, group):
+    layer = composed(group=group, **options)
+    x = torch.randn(7, 48) * torch.logspace(-3, 3, 7)[:, None]
+    assert torch.equal(layer(x), by_whole_numbers(layer, x))
+
+
+@given(st.integers(1, 70), st.integers(0, 40), st.integers(0, 2**16))
+@settings(max_examples=40, deadline=None)
+def test_codes_stay_within_half_a_step_and_know_no_other_token(d, group, seed):
+    x = torch.randn(3, d, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed % 9 - 4)
+    codes, scales = quantise(x, group)
+    assert codes.abs().max() <= LEVELS and torch.equal(codes, codes.round())
+    steps = scales.repeat_interleave(group or d, -1)[:, :d]
+    assert ((restored(codes, scales, group) - x).abs() <= steps * 0.5001).all()
+    alone, its_scale = quantise(x[1], group)
+    assert torch.equal(alone, codes[1]) and torch.equal(its_scale, scales[1])
+
+
+@torch.no_grad()
+def test_zeros_and_extremes():
+    codes, scales = quantise(torch.tensor([[0.0, 0.0], [1e30, -1e30], [1e-30, 0.0]]))
+    assert codes[:2].tolist() == [[0, 0], [127, -127]] and torch.isfinite(scales).all()
+    layer = composed()
+    assert torch.equal(layer(torch.zeros(2, 48)), layer.bias.expand(2, -1))
+
+
+@torch.no_grad()
+def test_batches_prefixes_and_selections_do_not_matter():
+    layer, x = composed(group=16), torch.randn(4, 9, 48)
+    whole = layer(x)
+    assert torch.equal(layer(x[2:3, :5]), whole[2:3, :5])
+    other = ComposedLinear(layer.bank, 1, bias=False)
+    other.selected.copy_(layer.selected[:1])
+    assert torch.equal(layer.bank.digits(other.selected)[0], layer.bank.digits(layer.selected)[0][:1])
+
+
+@pytest.mark.parametrize("group", [0, 16])
+def test_training_computes_what_evaluation_does(group):
+    layer, x = composed(group=group), torch.randn(6, 48)
+    expected = layer(x)
+    assert torch.allclose(mode(layer, True)(x), expected, rtol=1e-4, atol=1e-4)
+    layer.bank.hold()
+    assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_held_digits_give_the_same_gradients(learned):
+    x, found = torch.randn(6, 48), []
+    for held in (False, True) if not learned else (False,):
+        layer = mode(composed(learned_scale=learned), True)
+        if held:
+            layer.bank.hold()
+        layer(x).square().sum().backward()
+        found.append(layer.bank.A.grad)
+        used = torch.zeros(5, dtype=torch.bool)
+        used[layer.selected] = True
+        assert (layer.bank.A.grad[used] != 0).any() and not layer.bank.A.grad[~used].any()
+        assert layer.weight.grad.abs().min() > 0
+        assert layer.bank.A_scale is None or layer.bank.A_scale.grad[used].abs().min() > 0
+    assert len(found) == 1 or torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_digits_is_straight_through_and_a_learned_scale_has_lsqs():
+    weight = torch.tensor([[-2.0, -0.2, 0.3, 0.7]], requires_grad=True)
+    (digits(weight, torch.tensor(0.5)) * 0.5).sum().backward()
+    assert torch.allclose(weight.grad, torch.ones(1, 4))
+    scale, weight = torch.tensor(0.5, requires_grad=True), weight.detach().requires_grad_()
+    (digits(weight, scale) * scale).sum().backward()
+    assert torch.allclose(weight.grad, torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
+    # beyond reach: the digit; within: digit - weight / scale  (0 + .4) and (1 - .6)
+    assert torch.allclose(scale.grad, torch.tensor(-1.0 + 0.4 + 0.4 + 1.0))
+
+
+def test_strength_leads_from_the_latent_numbers_to_the_digits():
+    layer, x = mode(composed(), True), torch.randn(6, 48)
+    exact = layer(x)
+    layer.bank.strength = torch.tensor(0.0)
+    A, B = (layer.bank.A[layer.selected], layer.bank.B[layer.selected])
+    plain = torch.einsum("td,kdr,kr,kro->to", x, A, layer.weight, B) + layer.bias
+    assert torch.allclose(layer(x), plain, rtol=1e-4, atol=1e-3)
+    layer.bank.strength = torch.tensor(1.0)
+    assert torch.allclose(layer(x), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@torch.no_grad()
+def test_kept_matrices(learned):
+    torch.manual_seed(0)
+    layer = TernaryLinear(40, 24, True, (40, 32), group=16, norm=True, learned_scale=learned).eval()
+    if learned:
+        layer.scale.uniform_(0.1, 0.3)
+    x = torch.randn(5, 40)
+    t = (layer.weight / layer.scales()).round().clamp(-1, 1)
+    assert torch.allclose(layer.matrix(), (t * layer.scales()).T)
+    approximate = layer.norm(x) @ layer.matrix() + layer.bias
+    assert (layer(x) - approximate).norm() < 0.02 * approximate.norm()
+    assert torch.allclose(layer.train()(x), layer.eval()(x), rtol=1e-4, atol=1e-5)
