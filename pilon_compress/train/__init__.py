@@ -21,7 +21,8 @@ plugins        which of these a recipe asks for
 loop           steps, validation, checkpoints
 state          checkpoints, read back by any number of processes
 distributed    several processes: DDP, FSDP2
-monitor        what a run tells while it goes on
+monitor, trackers
+               what a run tells while it goes on, and to whom besides
 health         how the banks fare
 report, curves, card
                what it leaves for people

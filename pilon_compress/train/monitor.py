@@ -1,6 +1,5 @@
 """What a run tells while it goes on: a live line on stderr, metrics.jsonl, and the trackers that were asked for."""
 
-import importlib
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pilon_compress.errors import BadInput
+from pilon_compress.train.trackers import open_tracker
 
 METRICS = "metrics.jsonl"
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
@@ -35,7 +34,7 @@ class Monitor:
         self.path, self.start = output / METRICS, start
         lines = [line for line in _lines(self.path) if line.get("step", 0) <= start] if start else []
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self.trackers = [_tracker(name, output) for name in trackers]
+        self.trackers = [open_tracker(name, output) for name in trackers]
         console = Console(stderr=True, emoji=False)
         self.live = console.is_terminal and not quiet
         self.quiet = quiet
@@ -143,40 +142,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return found
-
-
-class _Tensorboard:
-    def __init__(self, folder: Path) -> None:
-        self.writer = _module("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
-
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class _WandbLike:
-    """wandb, and trackio, which has its interface."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.module = _module(name, name)
-        self.module.init(project="pilon-compress", name=folder.name)
-
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        self.module.log(figures, step=step)
-
-    def close(self) -> None:
-        self.module.finish()
-
-
-def _tracker(name: str, output: Path) -> Any:
-    return _Tensorboard(output) if name == "tensorboard" else _WandbLike(name, output)
-
-
-def _module(name: str, package: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise BadInput(f"run.track names {package}, which is not installed: pip install {package}") from None

@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,15 +90,13 @@ def train_model(
         fresh = claim(run, resume, overwrite)
         try:
             job, tokenizer, corpus = set_up(run, resume)
+            told = Monitor(run.output, job.steps, job.step, list(recipe.run.track), quiet) if world.first else _Silent()
         except BadInput:
             if fresh and world.first:
                 shutil.rmtree(run.output, ignore_errors=True)
             raise
-        if world.first:
-            with Monitor(run.output, job.steps, job.step, list(recipe.run.track), quiet) as monitor:
-                train(job, monitor)
-        else:
-            train(job, _Silent())  # type: ignore[arg-type]
+        with told as monitor:
+            train(job, monitor)  # type: ignore[arg-type]
         return finish(run, job, tokenizer, corpus)
 
 
@@ -130,8 +129,11 @@ def set_up(run: Run, resume: bool) -> tuple[Training, PreTrainedTokenizerBase, C
     return job, tokenizer, corpus
 
 
-class _Silent:
+class _Silent(nullcontext["_Silent"]):
     """The monitor of every process but the first."""
+
+    def __enter__(self) -> "_Silent":
+        return self
 
     def log(self, *_: Any) -> None: ...
     def show(self, *_: Any) -> None: ...

@@ -15,10 +15,12 @@ from pilon_compress.train import hosts
 from pilon_compress.train.corpus import source_of
 from pilon_compress.train.heal import teacher_of
 from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.trackers import check_trackers
 
 
 def check(recipe: TrainRecipe) -> None:
     """Raise BadInput for a recipe that does not go with the models it names: before anything is written."""
+    check_trackers(recipe.run.track)
     model = recipe.start or recipe.ffn.like
     if model is None:
         return
