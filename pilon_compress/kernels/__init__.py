@@ -1,0 +1,10 @@
+"""Kernels: fast ternary and 8-bit products. They know digits and scales, nothing of models.
+
+Reading order:
+
+    reference.py   the arithmetic in plain torch: what every kernel must reproduce, bit for bit
+    tiles.py       how digits are packed: two bits each, in blocks of 16 outputs by 8 inputs
+    cpu.py         what others call: compose, ternary_linear, ffn, int8_linear; the kernel where it can be had
+    build.py       one library for every CPU, compiled on first use, or made beforehand for a wheel
+    ternary.cpp    the kernel itself; loops.h is its inner part, isa_*.h the instruction sets, operators.h what torch sees
+"""

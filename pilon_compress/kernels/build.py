@@ -1,0 +1,94 @@
+"""The kernel library: compiled on first use into a cache, or beforehand for a wheel.
+
+`python -m pilon_compress.kernels.build [FOLDER]` compiles it into FOLDER, by default beside this file, where `library`
+finds it first. One file serves every CPU of an architecture: the instruction set is chosen when it is loaded.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+HOME = Path(__file__).parent
+SOURCES = tuple(sorted(HOME.glob("*.cpp")) + sorted(HOME.glob("*.h")))
+OLDEST = (2, 10)  # torch whose stable ABI has all that the kernel needs
+# No fused multiply-add: float32 operations must be torch's own.
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
+
+
+class NoKernel(Exception):
+    """Why there is no library, in one line."""
+
+
+def library() -> Path:
+    """The library for this torch and machine: one that is there, or compiled now. Raises NoKernel.
+
+    Processes that ask at once wait for the first. The cache is $PILON_CACHE/kernels or ~/.cache/pilon-compress/kernels.
+    """
+    name = f"ternary-{key()}.so"
+    for folder in (HOME, cache_folder()):
+        if (folder / name).is_file():
+            return folder / name
+    home = cache_folder()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / f".{name}.lock"):
+            if not (home / name).is_file():
+                compile_to(home / name)
+    except OSError as error:
+        raise NoKernel(f"cannot write {home}: {error.strerror or error}; PILON_CACHE can name another folder") from error
+    return home / name
+
+
+def key() -> str:
+    """Changes with the source, torch, the architecture and the flags."""
+    about = blake2b(digest_size=8)
+    for part in (torch.__version__, sys.platform, platform.machine(), *FLAGS):
+        about.update(part.encode() + b"\0")
+    for source in SOURCES:
+        about.update(source.read_bytes())
+    return about.hexdigest()
+
+
+def cache_folder() -> Path:
+    named = os.environ.get("PILON_CACHE")
+    return (Path(named).expanduser() if named else Path.home() / ".cache" / "pilon-compress") / "kernels"
+
+
+def compile_to(path: Path) -> None:
+    """Compile the library; `path` appears whole or not at all. Raises NoKernel."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST:
+        raise NoKernel(f"it needs torch {OLDEST[0]}.{OLDEST[1]} or newer")
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        raise NoKernel("there is no C++ compiler (g++ or clang++) on this machine")
+    root = Path(torch.__file__).parent
+    torch_flags = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    target = f"-DTORCH_TARGET_VERSION=(((0ULL+{OLDEST[0]})<<56)|((0ULL+{OLDEST[1]})<<48))"
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        for threads in (["-fopenmp"], []):  # a compiler without OpenMP still makes a kernel for one thread
+            command = [compiler, *FLAGS, *threads, target, str(HOME / "ternary.cpp"), "-o", str(made), *torch_flags]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True)
+            except OSError as error:
+                raise NoKernel(f"cannot run {compiler}: {error.strerror or error}") from error
+            if done.returncode == 0:
+                os.replace(made, path)
+                return
+    errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
+    raise NoKernel(f"{compiler} failed: {errors[0]}")
+
+
+if __name__ == "__main__":
+    target_folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HOME
+    target_folder.mkdir(parents=True, exist_ok=True)
+    compile_to(target_folder / f"ternary-{key()}.so")
+    print(target_folder / f"ternary-{key()}.so")

@@ -1,0 +1,69 @@
+// NEON with or without the dot product instructions of ARMv8.2. Layout of a block: isa_vnni.h.
+constexpr int ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 4;
+constexpr int64_t WIDEN = int64_t(1) << 40;
+
+struct Sum { int32x4_t v[4]; };  // four outputs each
+struct Digits { int8x16_t field[4][2]; };
+
+static inline Sum zero() {
+  const int32x4_t none = vdupq_n_s32(0);
+  return {{none, none, none, none}};
+}
+
+static inline Digits unpack(const uint8_t* from) {
+  const uint8x16_t low = vdupq_n_u8(3);
+  Digits digits;
+  UNROLL for (int half = 0; half < 2; half++) {
+    const uint8x16_t packed = vld1q_u8(from + 16 * half);
+    digits.field[0][half] = vreinterpretq_s8_u8(vandq_u8(packed, low));
+    digits.field[1][half] = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(packed, 2), low));
+    digits.field[2][half] = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(packed, 4), low));
+    digits.field[3][half] = vreinterpretq_s8_u8(vshrq_n_u8(packed, 6));
+  }
+  return digits;
+}
+
+// Adds the products of four neighbours to each int32.
+static inline int32x4_t dot4(int32x4_t sum, int8x16_t a, int8x16_t b) {
+#ifdef __ARM_FEATURE_DOTPROD
+  return vdotq_s32(sum, a, b);
+#else
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_s8(vget_high_s8(a), vget_high_s8(b));
+  return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#endif
+}
+
+static inline void add(Sum& sum, const Digits& digits, const int8_t* q) {
+  int32_t quad[2];
+  std::memcpy(quad, q, 8);
+  const int8x16_t even = vreinterpretq_s8_s32(vdupq_n_s32(quad[0])), odd = vreinterpretq_s8_s32(vdupq_n_s32(quad[1]));
+  UNROLL for (int four = 0; four < 4; four++) {
+    const int field = four / 2 * 2, half = four % 2;
+    sum.v[four] = dot4(dot4(sum.v[four], digits.field[field][half], even), digits.field[field + 1][half], odd);
+  }
+}
+
+static inline void widen(Sum&) {}
+
+static inline void value(const Sum& sum, int32_t codes, float scale, float* y, bool further) {
+  UNROLL for (int four = 0; four < 4; four++) {
+    float32x4_t v = vmulq_n_f32(vcvtq_f32_s32(vsubq_s32(sum.v[four], vdupq_n_s32(codes))), scale);
+    if (further) v = vaddq_f32(vld1q_f32(y + 4 * four), v);
+    vst1q_f32(y + 4 * four, v);
+  }
+}
+
+template <int R>
+static inline void dot_int8(const int8_t* w, const int8_t* q, int64_t d, int32_t* out) {
+  int32x4_t sum[R];
+  UNROLL for (int r = 0; r < R; r++) sum[r] = vdupq_n_s32(0);
+  int64_t k = 0;
+  for (; k + 16 <= d; k += 16) {
+    const int8x16_t codes = vld1q_s8(q + k);
+    UNROLL for (int r = 0; r < R; r++) sum[r] = dot4(sum[r], vld1q_s8(w + r * d + k), codes);
+  }
+  UNROLL for (int r = 0; r < R; r++) {
+    out[r] = vaddvq_s32(sum[r]);
+    for (int64_t i = k; i < d; i++) out[r] += int32_t(w[r * d + i]) * q[i];
+  }
+}

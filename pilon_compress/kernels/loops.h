@@ -1,0 +1,156 @@
+// The loops that every instruction set runs, compiled once for each inside its namespace: no include guard on purpose.
+//
+// Before it comes isa_*.h with `struct Sum` (16 exact sums, one per output of a tile), `struct Digits` (a block,
+// unpacked), unpack(), add(), widen(), value(), dot_int8(), and the strip sizes that fill its registers.
+
+// Codes of `groups` groups of one token x (d), from `first` on. Rounds half to even by adding and taking away 1.5·2^23:
+// plain arithmetic that compilers vectorise. Magnitudes are compared as integers: NaN is the largest.
+static void quantise(const float* x, int64_t d, int64_t token, int64_t first, int64_t groups, Codes& codes) {
+  constexpr float MAGIC = 12582912.0f;
+  constexpr int32_t MAGIC_BITS = 0x4B400000, INFINITE = 0x7F800000;
+  int8_t* row = codes.q.data() + token * codes.stride;
+  for (int64_t g = first; g < first + groups; g++) {
+    const int64_t begin = g * codes.group, n = std::min(codes.group, d - begin);
+    const float* from = x + begin;
+    int8_t* q = row + begin;
+    int32_t bits = 0;
+    for (int64_t i = 0; i < n; i++) {
+      int32_t one;
+      std::memcpy(&one, from + i, 4);
+      bits = std::max(bits, one & 0x7FFFFFFF);
+    }
+    float largest;
+    std::memcpy(&largest, &bits, 4);
+    const bool finite = bits < INFINITE;
+    largest = finite ? std::max(largest, 1e-20f) : 1.0f;
+    const float inverse = finite ? 1.0f / largest * 127.0f : 0.0f;  // torch computes 127 / tensor in these two steps
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+      const float shifted = (finite ? from[i] * inverse : 0.0f) + MAGIC;
+      int32_t code;
+      std::memcpy(&code, &shifted, 4);
+      code -= MAGIC_BITS;
+      sum += code;
+      q[i] = int8_t(code);
+    }
+    codes.sums[token * codes.groups + g] = sum;
+    codes.scales[token * codes.groups + g] = finite ? largest / 127.0f : __builtin_nanf("");
+  }
+  if (first + groups == codes.groups) std::memset(row + d, 0, codes.stride - d);
+}
+
+// T tiles x M tokens: a block is unpacked once for all tokens.
+template <int T, int M>
+static void strip(const Job& job, int64_t tile, int64_t token) {
+  const Codes& in = *job.in;
+  const uint8_t* w[T];
+  UNROLL for (int t = 0; t < T; t++) w[t] = job.base + job.starts[tile + t];
+  const int8_t* q[M];
+  UNROLL for (int m = 0; m < M; m++) q[m] = in.q.data() + (token + m) * in.stride;
+  Sum sum[T][M];
+  UNROLL for (int t = 0; t < T; t++) UNROLL for (int m = 0; m < M; m++) sum[t][m] = zero();
+  alignas(64) float y[T][M][TILE];
+  const bool grouped = in.groups > 1;
+  for (int64_t i = 0; i < job.segments; i++) {
+    const int64_t n = i + 1 < job.segments ? job.blocks : job.last, at = job.offsets[i];
+    for (int64_t done = 0; done < n; done += WIDEN) {
+      const int64_t stop = std::min(n, done + WIDEN);
+      for (int64_t b = done; b < stop; b++) {
+        UNROLL for (int t = 0; t < T; t++) {
+          const uint8_t* from = w[t] + at + b * BYTES;
+          if (M == 1) __builtin_prefetch(from + AHEAD);
+          const Digits digits = unpack(from);
+          UNROLL for (int m = 0; m < M; m++) add(sum[t][m], digits, q[m] + b * BLOCK);
+        }
+      }
+      UNROLL for (int t = 0; t < T; t++) UNROLL for (int m = 0; m < M; m++) widen(sum[t][m]);
+    }
+    UNROLL for (int m = 0; m < M; m++) q[m] += n * BLOCK;
+    if (!grouped && i + 1 < job.segments) continue;
+    const int64_t g = grouped ? i : 0;
+    UNROLL for (int m = 0; m < M; m++) {
+      const int64_t index = (token + m) * in.groups + g;
+      UNROLL for (int t = 0; t < T; t++) {
+        value(sum[t][m], in.sums[index], in.scales[index], y[t][m], g > 0);
+        sum[t][m] = zero();
+      }
+    }
+  }
+  UNROLL for (int t = 0; t < T; t++) {
+    const int64_t first = (tile + t) * TILE, n = std::min(TILE, job.width - first);
+    UNROLL for (int m = 0; m < M; m++) {
+      float *from = y[t][m], *to = job.out + (token + m) * job.stride + first;
+      if (n < TILE) {
+        for (int64_t j = 0; j < n; j++) {
+          float v = from[j];
+          if (job.multiply) v = v * job.multiply[first + j];
+          if (job.add) v = v + job.add[first + j];
+          to[j] = v;
+        }
+        continue;
+      }
+      if (job.multiply)
+        for (int64_t j = 0; j < TILE; j++) from[j] = from[j] * job.multiply[first + j];
+      if (job.add)
+        for (int64_t j = 0; j < TILE; j++) from[j] = from[j] + job.add[first + j];
+      std::memcpy(to, from, TILE * sizeof(float));
+    }
+  }
+}
+
+static void tiles(const Job& job, int64_t begin, int64_t end) {
+  int64_t tile = begin;
+  if (job.tokens > 1) {
+    for (; tile < end; tile += std::min<int64_t>(MANY_TILES, end - tile)) {
+      const bool full = tile + MANY_TILES <= end;
+      int64_t m = 0;
+      for (; m + MANY_TOKENS <= job.tokens; m += MANY_TOKENS)
+        if (full) {
+          strip<MANY_TILES, MANY_TOKENS>(job, tile, m);
+        } else {
+          for (int64_t t = tile; t < end; t++) strip<1, MANY_TOKENS>(job, t, m);
+        }
+      for (; m < job.tokens; m++)
+        if (full) {
+          strip<MANY_TILES, 1>(job, tile, m);
+        } else {
+          for (int64_t t = tile; t < end; t++) strip<1, 1>(job, t, m);
+        }
+    }
+    return;
+  }
+  for (; tile + ONE_TILES <= end; tile += ONE_TILES) strip<ONE_TILES, 1>(job, tile, 0);
+  for (; tile < end; tile++) strip<1, 1>(job, tile, 0);
+}
+
+// h = act(h), or act(gate)·h. Written so that NaN stays NaN, as in torch.
+static void activate(float* h, const float* gate, int64_t n, int64_t activation) {
+  for (int64_t i = 0; i < n; i++) {
+    float v = gate ? gate[i] : h[i];
+    v = v < 0.0f ? 0.0f : v;
+    if (activation == RELU2) v = v * v;
+    h[i] = gate ? v * h[i] : v;
+  }
+}
+
+static void int8_rows(const Int8Job& job, int64_t begin, int64_t end) {
+  const Codes& in = *job.in;
+  for (int64_t row = begin; row < end; row += ROWS) {
+    const int64_t rows = std::min<int64_t>(ROWS, end - row);
+    for (int64_t m = 0; m < job.tokens; m++) {
+      int32_t sums[ROWS];
+      const int8_t *w = job.weight + row * job.d, *q = in.q.data() + m * in.stride;
+      if (rows == ROWS) {
+        dot_int8<ROWS>(w, q, job.d, sums);
+      } else {
+        for (int64_t r = 0; r < rows; r++) dot_int8<1>(w + r * job.d, q, job.d, sums + r);
+      }
+      for (int64_t r = 0; r < rows; r++) {
+        const float y = float(sums[r]) * in.scales[m] * job.scale[row + r];
+        job.out[m * job.stride + row + r] = job.bias ? y + job.bias[row + r] : y;
+      }
+    }
+  }
+}
+
+static const Table table = {quantise, tiles, activate, int8_rows};

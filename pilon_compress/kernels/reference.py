@@ -1,0 +1,92 @@
+"""The arithmetic of ternary projections in plain torch: what kernels must reproduce, and what runs without them.
+
+Products of codes (at most 127) and digits are whole numbers below 2^24, so float32 matrix products are exact in any
+order. Everything else is one float32 operation after another, in the order written here.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LEVELS = 127
+LEAST = 1e-20  # magnitude that zeros are taken to have
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x).square(),
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+def quantise(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes (..., d) of `x` (..., d), whole numbers in float32, and their scales (..., 1) or (..., ceil(d / group))."""
+    x = x.float()
+    d = x.shape[-1]
+    group = group or d
+    parts = functional.pad(x, (0, -d % group)).unflatten(-1, (-1, group))
+    largest = parts.abs().amax(-1, keepdim=True).clamp_min(LEAST)
+    codes = (parts * (largest.reciprocal() * LEVELS)).round()  # what LEVELS / largest is in torch
+    return codes.flatten(-2)[..., :d], largest[..., 0] / LEVELS
+
+
+def product(codes: Tensor, scales: Tensor, matrix: Tensor, group: int = 0) -> Tensor:
+    """`codes` (..., d) times the digits `matrix` (d, m), scaled: (..., m). Groups are added up in their order."""
+    if scales.shape[-1] == 1:
+        return (codes @ matrix) * scales
+    parts = zip(codes.split(group, -1), matrix.split(group, 0), scales.unbind(-1), strict=True)
+    total: Tensor | None = None
+    for part, rows, scale in parts:
+        term = (part @ rows) * scale[..., None]
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def compose(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    selected: Tensor,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    group: int = 0,
+) -> Tensor:
+    """A composed projection: `x` (..., d_in) -> (..., d_out) float32.
+
+    Digits A (n, d_in, r) and B (n, r, d_out) of the bank; `selected` (k,); `scale`, `shift` (k·r,); `bias` (d_out,).
+    """
+    A, B = A[selected].float(), B[selected].float()
+    u = product(*quantise(x, group), A.permute(1, 0, 2).flatten(1), group) * scale
+    if shift is not None:
+        u = u + shift
+    y = product(*quantise(u), B.flatten(0, 1))
+    return y if bias is None else y + bias
+
+
+def ternary_linear(x: Tensor, matrix: Tensor, scale: Tensor, bias: Tensor | None = None, group: int = 0) -> Tensor:
+    """A dense ternary projection: digits `matrix` (d_in, d_out), `scale` (d_out,), `bias` (d_out,) -> float32."""
+    y = product(*quantise(x, group), matrix.float(), group) * scale
+    return y if bias is None else y + bias
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x` (..., d_in) in 8 bits per token times int8 `weight` (d_out, d_in); `scale` (d_out,) -> (..., d_out) float32.
+
+    These sums pass 2^24, so they are made of integers and rounded to float32 once.
+    """
+    codes, scales = quantise(x)
+    rows = codes.flatten(0, -2).to(torch.int8)
+    whole = torch._int_mm(rows, weight.t()).unflatten(0, codes.shape[:-1] or (1,))
+    y = whole.reshape(*codes.shape[:-1], weight.shape[0]).float() * scales * scale
+    return y if bias is None else y + bias
+
+
+def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` (d_out, d_in) rounded to int8 by row, and the scales (d_out,) that restore it."""
+    largest = weight.float().abs().amax(-1, keepdim=True).clamp_min(LEAST)
+    return (weight.float() * (LEVELS / largest)).round().to(torch.int8), largest[:, 0] / LEVELS

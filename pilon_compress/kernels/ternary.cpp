@@ -1,0 +1,326 @@
+// PILON's ternary projections on the CPU: operators on torch's stable ABI, so one library serves every Python.
+//
+//   x --quantise--> (q, s) --A--> u = int·s·scale + shift --quantise--> (q', s') --B--> y = int·s' + bias
+//
+// `int` are exact sums of whole numbers, and every float32 operation stands in the order of reference.py, without fused
+// multiply-adds (-ffp-contract=off): the results are equal bit for bit, on every instruction set.
+//
+// A team of threads shares the output tiles of one call; with many tokens each thread takes tokens of its own instead.
+// Reading order: this file down to `Table`, loops.h (what every instruction set runs), isa_vnni.h, then the rest here.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+constexpr int64_t TILE = 16;    // outputs of a tile
+constexpr int64_t BLOCK = 8;    // inputs of a block
+constexpr int64_t BYTES = 32;   // of a block: TILE x BLOCK digits of two bits
+constexpr int64_t CHUNK = 16;   // tokens that are carried through a whole FFN together: their hidden values fit the L2
+constexpr int64_t PADDED = 64;  // codes of a token are filled up with zeros to a multiple of it: the widest vector
+constexpr int64_t AHEAD = 1024; // bytes to fetch ahead in every stream of weights; found by measurement
+
+int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Codes of some tokens: q (tokens, stride), and for each group of a token the scale and the sum of its codes.
+// Digits are stored as 0, 1, 2, so that a product is  sum(stored * q) - sum(q).
+struct Codes {
+  std::vector<int8_t> q;
+  std::vector<int32_t> sums;
+  std::vector<float> scales;
+  int64_t stride = 0, groups = 1, group = 0;
+
+  void reserve(int64_t tokens, int64_t d, int64_t per_scale) {
+    stride = up_to(d, PADDED);
+    group = per_scale > 0 && per_scale < d ? per_scale : d;
+    groups = (d + group - 1) / group;
+    if (int64_t(q.size()) < tokens * stride) q.resize(tokens * stride);
+    if (int64_t(sums.size()) < tokens * groups) sums.resize(tokens * groups), scales.resize(tokens * groups);
+  }
+};
+
+// One product of codes and digits. A tile's blocks lie in segments: one for each group of inputs that share a scale
+// (A), or one for each selected primitive (B), whose bytes are read where the shared bank has them.
+struct Job {
+  const uint8_t* base;
+  const int64_t *starts, *offsets;    // bytes: of each tile, and of each segment from a tile's start
+  int64_t segments, blocks, last;     // blocks of a segment, and of the last one
+  const Codes* in;
+  int64_t tokens;
+  float* out;
+  int64_t stride, width;              // of `out`: floats from token to token, and those that exist
+  const float *multiply, *add;        // by output, or null
+};
+
+struct Int8Job {
+  const int8_t* weight;               // (rows, d)
+  int64_t d;
+  const Codes* in;
+  int64_t tokens;
+  float* out;
+  int64_t stride;
+  const float *scale, *bias;          // by row; bias or null
+};
+
+enum Activation : int64_t { RELU = 0, RELU2 = 1 };
+
+// What one instruction set offers.
+struct Table {
+  void (*quantise)(const float* x, int64_t d, int64_t token, int64_t first_group, int64_t groups, Codes& codes);
+  void (*tiles)(const Job& job, int64_t begin, int64_t end);
+  void (*activate)(float* h, const float* gate, int64_t n, int64_t activation);
+  void (*int8_rows)(const Int8Job& job, int64_t begin, int64_t end);
+};
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace portable {
+#include "isa_portable.h"
+#include "loops.h"
+}  // namespace portable
+
+#if defined(__x86_64__)
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#endif
+namespace avx2 {
+#include "isa_avx2.h"
+#include "loops.h"
+}  // namespace avx2
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+#endif
+namespace vnni {
+#include "isa_vnni.h"
+#include "loops.h"
+}  // namespace vnni
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#elif defined(__ARM_NEON)
+namespace neon {
+#include "isa_neon.h"
+#include "loops.h"
+}  // namespace neon
+#endif
+
+struct Named { const char* name; const Table* table; };
+
+// The instruction sets this machine has, best first. PILON_ISA names another one of them.
+const Named& isa() {
+  static const Named chosen = [] {
+    std::vector<Named> found;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+      found.push_back({"vnni", &vnni::table});
+    if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", &avx2::table});
+#elif defined(__ARM_NEON)
+    found.push_back({"neon", &neon::table});
+#endif
+    found.push_back({"portable", &portable::table});
+    const char* wanted = std::getenv("PILON_ISA");
+    if (!wanted || !*wanted) return found[0];
+    for (const Named& one : found)
+      if (!std::strcmp(one.name, wanted)) return one;
+    STD_TORCH_CHECK(false, "PILON_ISA=", wanted, " is not one of the instruction sets of this machine");
+    return found[0];
+  }();
+  return chosen;
+}
+
+struct Team {
+  int64_t rank = 0, size = 1;
+  void wait() const {
+#ifdef _OPENMP
+    if (size > 1) {
+#pragma omp barrier
+    }
+#endif
+  }
+  // This member's share of n things that are dealt out `unit` at a time.
+  int64_t begin(int64_t n, int64_t unit = 1) const { return std::min(n, (n + unit - 1) / unit * rank / size * unit); }
+  int64_t end(int64_t n, int64_t unit = 1) const { return Team{rank + 1, size}.begin(n, unit); }
+};
+
+void quantise(const float* x, int64_t stride, int64_t tokens, int64_t d, int64_t group, Codes& codes) {
+  codes.reserve(tokens, d, group);
+  for (int64_t m = 0; m < tokens; m++) isa().table->quantise(x + m * stride, d, m, 0, codes.groups, codes);
+}
+
+// One projection: two products through the bank, or (B null) one with the matrix A.
+struct Projection {
+  const uint8_t *A = nullptr, *B = nullptr;
+  const float *scale = nullptr, *shift = nullptr, *bias = nullptr;
+  int64_t d_in = 0, d_out = 0, latent = 0, group = 0;
+  std::vector<int64_t> starts, offsets, B_starts, B_offsets;
+  int64_t rank_blocks = 0;
+
+  int64_t d_out_tiles() const { return up_to(d_out, TILE) / TILE; }
+
+  Job first(const Codes& in, int64_t tokens) const {  // the product with A
+    const int64_t total = up_to(d_in, BLOCK) / BLOCK, blocks = in.groups == 1 ? total : in.group / BLOCK;
+    return {A, starts.data(), offsets.data(), in.groups, blocks, total - (in.groups - 1) * blocks, &in, tokens};
+  }
+  void into_latent(const Codes& in, int64_t tokens, float* u, Team team) const {
+    if (!B) return;
+    Job job = first(in, tokens);
+    job.out = u, job.stride = job.width = latent, job.multiply = scale, job.add = shift;
+    isa().table->tiles(job, team.begin(latent / TILE), team.end(latent / TILE));
+  }
+  // Outputs of tiles begin to end, from the codes of the latent (or of the input, where there is no latent).
+  void out_of(const Codes& in, int64_t tokens, float* y, int64_t stride, int64_t begin, int64_t end) const {
+    Job job = B ? Job{B, B_starts.data(), B_offsets.data(), int64_t(B_offsets.size()), rank_blocks, rank_blocks, &in,
+                      tokens}
+                : first(in, tokens);
+    job.out = y, job.stride = stride, job.width = std::min(d_out, stride), job.multiply = B ? nullptr : scale;
+    job.add = bias;
+    isa().table->tiles(job, begin, end);
+  }
+};
+
+struct Buffers {  // of one thread, kept from call to call
+  Codes x, up, gate, hidden, down;
+  std::vector<float> u_up, u_gate, u_down, h_up, h_gate;
+};
+thread_local Buffers own;
+
+float* grown(std::vector<float>& buffer, int64_t n) {
+  if (int64_t(buffer.size()) < n) buffer.resize(n);
+  return buffer.data();
+}
+
+// Codes of the latent; every member of a team makes its own, which costs less than to wait for another's.
+const Codes& latent_codes(const Projection& p, const Codes& in, const float* u, int64_t tokens, Codes& codes) {
+  if (!p.B) return in;
+  quantise(u, p.latent, tokens, p.latent, 0, codes);
+  return codes;
+}
+
+struct Ffn {
+  Projection up, gate, down;
+  bool gated = false;
+  int64_t activation = RELU2;
+};
+
+void project(const Projection& p, const float* x, float* y, int64_t tokens, Team team, Buffers& shared) {
+  Buffers& mine = own;
+  quantise(x, p.d_in, tokens, p.d_in, p.group, mine.x);
+  p.into_latent(mine.x, tokens, shared.u_up.data(), team);
+  team.wait();
+  const Codes& codes = latent_codes(p, mine.x, shared.u_up.data(), tokens, mine.up);
+  p.out_of(codes, tokens, y, p.d_out, team.begin(p.d_out_tiles()), team.end(p.d_out_tiles()));
+}
+
+void feed_forward(const Ffn& f, const float* x, float* y, int64_t tokens, Team team, Buffers& shared) {
+  Buffers& mine = own;
+  const int64_t tiles = f.up.d_out_tiles(), width = tiles * TILE, hidden = f.up.d_out;
+  float *h = shared.h_up.data(), *g = f.gated ? shared.h_gate.data() : nullptr;
+
+  quantise(x, f.up.d_in, tokens, f.up.d_in, f.up.group, mine.x);
+  f.up.into_latent(mine.x, tokens, shared.u_up.data(), team);
+  if (f.gated) f.gate.into_latent(mine.x, tokens, shared.u_gate.data(), team);
+  team.wait();
+
+  // A member owns whole groups of hidden values, so that it can quantise what it has made.
+  const int64_t unit = f.down.group ? f.down.group / TILE : 1;
+  const int64_t begin = team.begin(tiles, unit), end = team.end(tiles, unit);
+  f.up.out_of(latent_codes(f.up, mine.x, shared.u_up.data(), tokens, mine.up), tokens, h, width, begin, end);
+  if (f.gated)
+    f.gate.out_of(latent_codes(f.gate, mine.x, shared.u_gate.data(), tokens, mine.gate), tokens, g, width, begin, end);
+  const int64_t first = begin * TILE, count = (end - begin) * TILE;
+  for (int64_t m = 0; m < tokens && count > 0; m++) {
+    isa().table->activate(h + m * width + first, g ? g + m * width + first : nullptr, count, f.activation);
+    if (f.down.group)
+      isa().table->quantise(h + m * width, hidden, m, begin / unit, (end - begin + unit - 1) / unit, shared.hidden);
+  }
+  team.wait();
+
+  const Codes* codes = &shared.hidden;
+  if (!f.down.group) quantise(h, width, tokens, hidden, 0, mine.hidden), codes = &mine.hidden;
+  f.down.into_latent(*codes, tokens, shared.u_down.data(), team);
+  team.wait();
+  const Codes& last = latent_codes(f.down, *codes, shared.u_down.data(), tokens, mine.down);
+  f.down.out_of(last, tokens, y, f.down.d_out, team.begin(f.down.d_out_tiles()), team.end(f.down.d_out_tiles()));
+  team.wait();  // the next tokens reuse these buffers
+}
+
+// Room for `tokens` at a time, in the buffers of this thread.
+Buffers& prepared(const Ffn& f, int64_t tokens) {
+  grown(own.u_up, tokens * f.up.latent), grown(own.u_gate, tokens * f.gate.latent);
+  grown(own.u_down, tokens * f.down.latent), grown(own.h_up, tokens * f.up.d_out_tiles() * TILE);
+  if (f.gated) grown(own.h_gate, tokens * f.up.d_out_tiles() * TILE);
+  if (f.down.group) own.hidden.reserve(tokens, f.up.d_out, f.down.group);
+  return own;
+}
+Buffers& prepared(const Projection& p, int64_t tokens) {
+  grown(own.u_up, tokens * p.latent);
+  return own;
+}
+void run(const Ffn& f, const float* x, float* y, int64_t n, Team t, Buffers& b) { feed_forward(f, x, y, n, t, b); }
+void run(const Projection& p, const float* x, float* y, int64_t n, Team t, Buffers& b) { project(p, x, y, n, t, b); }
+
+int threads() {
+#ifdef _OPENMP
+  return omp_in_parallel() ? 1 : int(torch::stable::get_num_threads());
+#else
+  return 1;
+#endif
+}
+
+// All tokens, CHUNK at a time: a team on each chunk, or, where there are enough chunks, one thread on each.
+template <class Work>
+void in_chunks(const Work& work, const float* x, int64_t d_in, float* y, int64_t d_out, int64_t tokens) {
+  const int64_t chunks = (tokens + CHUNK - 1) / CHUNK;
+  const int size = threads();
+  if (size == 1 || chunks >= size) {
+#pragma omp parallel for num_threads(size) if (size > 1)
+    for (int64_t c = 0; c < chunks; c++) {
+      const int64_t done = c * CHUNK, count = std::min(CHUNK, tokens - done);
+      run(work, x + done * d_in, y + done * d_out, count, Team{}, prepared(work, count));
+    }
+    return;
+  }
+  Buffers& shared = prepared(work, std::min(CHUNK, tokens));
+#pragma omp parallel num_threads(size)
+  {
+    Team team;
+#ifdef _OPENMP
+    team = Team{omp_get_thread_num(), omp_get_num_threads()};
+#endif
+    for (int64_t done = 0; done < tokens; done += CHUNK) {
+      run(work, x + done * d_in, y + done * d_out, std::min(CHUNK, tokens - done), team, shared);
+      team.wait();
+    }
+  }
+}
+
+#include "operators.h"
+
+}  // namespace
