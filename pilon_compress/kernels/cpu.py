@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 _FUSED = {"relu": 0, "relu2": 1}  # activations inside the kernel; others need torch's own exponential to be exact
-_WIDEST = 2**24 // 127  # inputs whose products are sure to stay below 2^24
 _loaded: bool | None = None
 
 
@@ -103,10 +102,9 @@ def project(x: Tensor, p: Projection) -> Tensor:
 
 
 def _projected(x: Tensor, p: Projection, bias: Tensor | None) -> Tensor:
-    bank = p.tiles if isinstance(p.tiles, BankTiles) else None
-    if _takes(x, p):
-        B, d_out = (None if bank is None else bank.B), p.tiles.d_out
-        return torch.ops.pilon.project(x, p.tiles.A, B, p.selected, p.scale, p.shift, bias, d_out, p.group)
+    if x.device.type == "cpu" and p.fits() and available():
+        A, B, selected, scale, shift, _ = p.tensors()
+        return torch.ops.pilon.project(x, A, B, selected, scale, shift, bias, p.tiles.d_out, p.group)
     if isinstance(p.tiles, MatrixTiles):
         return reference.ternary_linear(x, p.tiles.digits(), p.scale, bias, p.group)
     assert p.selected is not None
@@ -125,49 +123,22 @@ def ffn(
     One call of the kernel where the activation is relu or relu2 and there is no norm inside; otherwise one for each
     projection, with torch's activation between them, so that the result is the same as of the layers one by one.
     """
-    same_input = gate is None or gate.group == up.group
-    plain = all(p is None or p.norm is None for p in (up, gate, down))
-    if (
-        isinstance(activation, str)
-        and activation in _FUSED
-        and plain
-        and same_input
-        and x.dtype == torch.float32  # a narrower type rounds the hidden values between the layers
-        and _takes(x, up, down, *(() if gate is None else (gate,)))
-    ):
-        return _fused(x, up, down, gate, _FUSED[activation])
+    if isinstance(activation, str) and activation in _FUSED and _fuses(x, up, down, gate):
+        gate_tensors = (None,) * 6 if gate is None else gate.tensors()
+        sizes = up.tiles.d_out, down.tiles.d_out, up.group, down.group
+        return torch.ops.pilon.ffn(x, *up.tensors(), *gate_tensors, *down.tensors(), *sizes, _FUSED[activation])
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     hidden = act(project(x, up)) if gate is None else act(project(x, gate)) * project(x, up)
     return project(hidden, down)
 
 
-def _fused(x: Tensor, up: Projection, down: Projection, gate: Projection | None, activation: int) -> Tensor:
-    none = (None,) * 6
-    return torch.ops.pilon.ffn(
-        x,
-        *_tensors(up),
-        *(none if gate is None else _tensors(gate)),
-        *_tensors(down),
-        up.tiles.d_out,
-        down.tiles.d_out,
-        up.group,
-        down.group,
-        activation,
-    )
-
-
-def _tensors(p: Projection) -> tuple[Tensor | None, ...]:
-    B = p.tiles.B if isinstance(p.tiles, BankTiles) else None
-    return p.tiles.A, B, p.selected, p.scale, p.shift, p.bias
-
-
-def _takes(x: Tensor, *projections: Projection) -> bool:
-    """Whether the kernel computes all of these."""
-    return (
-        x.device.type == "cpu"
-        and available()
-        and all(p.group % 16 == 0 and (p.group or p.tiles.d_in) <= _WIDEST for p in projections)
-    )
+def _fuses(x: Tensor, up: Projection, down: Projection, gate: Projection | None) -> bool:
+    """Whether one call may compute the block: a type narrower than float32 rounds the hidden values in between."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or up.norm is not None or down.norm is not None:
+        return False
+    if gate is not None and not (gate.norm is None and gate.group == up.group and gate.fits()):
+        return False
+    return up.fits() and down.fits() and available()
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

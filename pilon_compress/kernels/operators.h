@@ -62,9 +62,14 @@ struct Rows {  // x as (tokens, d_in), and an output to fill
 Rows rows(const Tensor& x, int64_t d_out) {
   const int64_t d_in = x.size(-1);
   expect(x, ScalarType::Float, "x");
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end()), strides(shape.size(), 1);
   shape.back() = d_out;
-  return {x, torch::stable::new_empty(x, shape), d_in, d_in ? x.numel() / d_in : 0};
+  for (size_t i = shape.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * shape[i];
+  AtenTensorHandle out;  // half the cost of torch::stable::new_empty, which goes through the dispatcher
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
+                                                         aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
+                                                         &out));
+  return {x, Tensor(out), d_in, d_in ? x.numel() / d_in : 0};
 }
 template <class Work>
 Tensor computed(const Work& work, const Rows& io, int64_t d_out) {

@@ -80,9 +80,11 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     These sums pass 2^24, so they are made of integers and rounded to float32 once.
     """
     codes, scales = quantise(x)
-    rows = codes.flatten(0, -2).to(torch.int8)
-    whole = torch._int_mm(rows, weight.t()).unflatten(0, codes.shape[:-1] or (1,))
-    y = whole.reshape(*codes.shape[:-1], weight.shape[0]).float() * scales * scale
+    if weight.shape[1] % 16 == 0:
+        whole = torch._int_mm(codes.flatten(0, -2).to(torch.int8), weight.t()).reshape(*x.shape[:-1], weight.shape[0])
+    else:  # it is wrong for some narrow matrices
+        whole = codes.double() @ weight.t().double()
+    y = whole.float() * scales * scale
     return y if bias is None else y + bias
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 OUTPUTS, INPUTS, BYTES = 16, 8, 32
 _SHIFTS = (0, 2, 4, 6)
+_WIDEST = 2**24 // 127  # inputs whose products with digits are sure to stay below 2^24
 
 
 @dataclass
@@ -67,6 +68,15 @@ class Projection:
     group: int = 0
     norm: Tensor | None = None
     eps: float = 1e-6
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """As the kernel's operators take them."""
+        B = self.tiles.B if isinstance(self.tiles, BankTiles) else None
+        return self.tiles.A, B, self.selected, self.scale, self.shift, self.bias
+
+    def fits(self) -> bool:
+        """Whether the kernel computes it exactly: sums of codes below 2^24, groups that are whole tiles."""
+        return self.group % OUTPUTS == 0 and (self.group or self.tiles.d_in) <= _WIDEST
 
 
 def tiles(A: Tensor, B: Tensor) -> BankTiles:
