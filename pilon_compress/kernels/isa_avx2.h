@@ -6,11 +6,12 @@ constexpr int ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 4;
 constexpr int64_t WIDEN = 32;
 
 struct Sum { __m256i low16, high16, low, high; };  // outputs 0-7 and 8-15
+using Slim = Sum;
 struct Digits { __m256i field[4]; };
 
-static inline Sum zero() {
+static inline void clear(Sum& sum) {
   const __m256i none = _mm256_setzero_si256();
-  return {none, none, none, none};
+  sum = {none, none, none, none};
 }
 
 static inline Digits unpack(const uint8_t* from) {

@@ -3,11 +3,12 @@ constexpr int ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 4;
 constexpr int64_t WIDEN = int64_t(1) << 40;
 
 struct Sum { int32x4_t v[4]; };  // four outputs each
+using Slim = Sum;
 struct Digits { int8x16_t field[4][2]; };
 
-static inline Sum zero() {
+static inline void clear(Sum& sum) {
   const int32x4_t none = vdupq_n_s32(0);
-  return {{none, none, none, none}};
+  sum = {{none, none, none, none}};
 }
 
 static inline Digits unpack(const uint8_t* from) {

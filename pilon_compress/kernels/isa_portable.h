@@ -3,9 +3,10 @@ constexpr int ONE_TILES = 1, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 1;
 constexpr int64_t WIDEN = int64_t(1) << 40;
 
 struct Sum { int32_t v[TILE]; };
+using Slim = Sum;
 struct Digits { uint8_t v[TILE][BLOCK]; };
 
-static inline Sum zero() { return {}; }
+static inline void clear(Sum& sum) { sum = {}; }
 
 static inline Digits unpack(const uint8_t* from) {
   Digits digits;

@@ -2,13 +2,15 @@
 //
 // A block of 32 bytes, bits 2f and 2f+1 of byte j: field f = 0, 1 holds outputs 0-7 and inputs 0-3, 4-7; fields 2, 3
 // the same for outputs 8-15. Output = j / 4, input = j % 4 within a field.
-constexpr int ONE_TILES = 4, MANY_TILES = 2, MANY_TOKENS = 4, ROWS = 4;
+constexpr int ONE_TILES = 4, MANY_TILES = 2, MANY_TOKENS = 8, ROWS = 4;
 constexpr int64_t WIDEN = int64_t(1) << 40;  // never: the sums are int32 from the start
 
 struct Sum { __m512i even, odd; };  // two chains, because dpbusd takes several cycles
+struct Slim { __m512i all; };       // one, where many tokens keep it busy
 struct Digits { __m512i even, odd; };
 
-static inline Sum zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+static inline void clear(Sum& sum) { sum.even = sum.odd = _mm512_setzero_si512(); }
+static inline void clear(Slim& sum) { sum.all = _mm512_setzero_si512(); }
 
 static inline Digits unpack(const uint8_t* from) {
   const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)from));
@@ -24,14 +26,24 @@ static inline void add(Sum& sum, const Digits& digits, const int8_t* q) {
   sum.even = _mm512_dpbusd_epi32(sum.even, digits.even, _mm512_set1_epi32(quad[0]));
   sum.odd = _mm512_dpbusd_epi32(sum.odd, digits.odd, _mm512_set1_epi32(quad[1]));
 }
+static inline void add(Slim& sum, const Digits& digits, const int8_t* q) {
+  int32_t quad[2];
+  std::memcpy(quad, q, 8);
+  sum.all = _mm512_dpbusd_epi32(sum.all, digits.even, _mm512_set1_epi32(quad[0]));
+  sum.all = _mm512_dpbusd_epi32(sum.all, digits.odd, _mm512_set1_epi32(quad[1]));
+}
 
-static inline void widen(Sum&) {}
+template <class S>
+static inline void widen(S&) {}
 
-static inline void value(const Sum& sum, int32_t codes, float scale, float* y, bool further) {
-  const __m512i whole = _mm512_sub_epi32(_mm512_add_epi32(sum.even, sum.odd), _mm512_set1_epi32(codes));
+static inline void value(const Slim& sum, int32_t codes, float scale, float* y, bool further) {
+  const __m512i whole = _mm512_sub_epi32(sum.all, _mm512_set1_epi32(codes));
   __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(scale));
   if (further) v = _mm512_add_ps(_mm512_loadu_ps(y), v);
   _mm512_storeu_ps(y, v);
+}
+static inline void value(const Sum& sum, int32_t codes, float scale, float* y, bool further) {
+  value(Slim{_mm512_add_epi32(sum.even, sum.odd)}, codes, scale, y, further);
 }
 
 // R rows of int8 weights with one token. Codes are moved to 1..255 for dpbusd; what that adds is summed and taken away.

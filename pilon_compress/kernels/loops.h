@@ -1,7 +1,8 @@
 // The loops that every instruction set runs, compiled once for each inside its namespace: no include guard on purpose.
 //
-// Before it comes isa_*.h with `struct Sum` (16 exact sums, one per output of a tile), `struct Digits` (a block,
-// unpacked), unpack(), add(), widen(), value(), dot_int8(), and the strip sizes that fill its registers.
+// Before it comes isa_*.h with `Sum` and `Slim` (16 exact sums, one per output of a tile; Slim takes fewer registers),
+// `Digits` (a block, unpacked), unpack(), clear(), add(), widen(), value(), dot_int8(), and the strip sizes that fill its
+// registers.
 
 // Codes of `groups` groups of one token x (d), from `first` on. Rounds half to even by adding and taking away 1.5·2^23:
 // plain arithmetic that compilers vectorise. Magnitudes are compared as integers: NaN is the largest.
@@ -47,15 +48,17 @@ static void strip(const Job& job, int64_t tile, int64_t token) {
   UNROLL for (int t = 0; t < T; t++) w[t] = job.base + job.starts[tile + t];
   const int8_t* q[M];
   UNROLL for (int m = 0; m < M; m++) q[m] = in.q.data() + (token + m) * in.stride;
-  Sum sum[T][M];
-  UNROLL for (int t = 0; t < T; t++) UNROLL for (int m = 0; m < M; m++) sum[t][m] = zero();
+  std::conditional_t<M == 1, Sum, Slim> sum[T][M];
+  UNROLL for (int t = 0; t < T; t++) UNROLL for (int m = 0; m < M; m++) clear(sum[t][m]);
   alignas(64) float y[T][M][TILE];
   const bool grouped = in.groups > 1;
+  int64_t narrow = 0;  // blocks since sums were widened
   for (int64_t i = 0; i < job.segments; i++) {
     const int64_t n = i + 1 < job.segments ? job.blocks : job.last, at = job.offsets[i];
-    for (int64_t done = 0; done < n; done += WIDEN) {
-      const int64_t stop = std::min(n, done + WIDEN);
-      for (int64_t b = done; b < stop; b++) {
+    for (int64_t b = 0; b < n;) {
+      const int64_t stop = std::min(n, b + WIDEN - narrow);
+      narrow += stop - b;
+      for (; b < stop; b++) {
         UNROLL for (int t = 0; t < T; t++) {
           const uint8_t* from = w[t] + at + b * BYTES;
           if (M == 1) __builtin_prefetch(from + AHEAD);
@@ -63,16 +66,20 @@ static void strip(const Job& job, int64_t tile, int64_t token) {
           UNROLL for (int m = 0; m < M; m++) add(sum[t][m], digits, q[m] + b * BLOCK);
         }
       }
+      if (narrow < WIDEN) continue;
       UNROLL for (int t = 0; t < T; t++) UNROLL for (int m = 0; m < M; m++) widen(sum[t][m]);
+      narrow = 0;
     }
     UNROLL for (int m = 0; m < M; m++) q[m] += n * BLOCK;
     if (!grouped && i + 1 < job.segments) continue;
     const int64_t g = grouped ? i : 0;
+    UNROLL for (int t = 0; t < T; t++) UNROLL for (int m = 0; m < M; m++) widen(sum[t][m]);
+    narrow = 0;
     UNROLL for (int m = 0; m < M; m++) {
       const int64_t index = (token + m) * in.groups + g;
       UNROLL for (int t = 0; t < T; t++) {
         value(sum[t][m], in.sums[index], in.scales[index], y[t][m], g > 0);
-        sum[t][m] = zero();
+        clear(sum[t][m]);
       }
     }
   }
@@ -98,29 +105,22 @@ static void strip(const Job& job, int64_t tile, int64_t token) {
   }
 }
 
+// Tokens from `token` on for T tiles, M at a time, the rest by halves.
+template <int T, int M>
+static void strips(const Job& job, int64_t tile, int64_t token) {
+  for (; token + M <= job.tokens; token += M) strip<T, M>(job, tile, token);
+  if constexpr (M > 1) strips<T, M / 2>(job, tile, token);
+}
+
 static void tiles(const Job& job, int64_t begin, int64_t end) {
   int64_t tile = begin;
   if (job.tokens > 1) {
-    for (; tile < end; tile += std::min<int64_t>(MANY_TILES, end - tile)) {
-      const bool full = tile + MANY_TILES <= end;
-      int64_t m = 0;
-      for (; m + MANY_TOKENS <= job.tokens; m += MANY_TOKENS)
-        if (full) {
-          strip<MANY_TILES, MANY_TOKENS>(job, tile, m);
-        } else {
-          for (int64_t t = tile; t < end; t++) strip<1, MANY_TOKENS>(job, t, m);
-        }
-      for (; m < job.tokens; m++)
-        if (full) {
-          strip<MANY_TILES, 1>(job, tile, m);
-        } else {
-          for (int64_t t = tile; t < end; t++) strip<1, 1>(job, t, m);
-        }
-    }
-    return;
+    for (; tile + MANY_TILES <= end; tile += MANY_TILES) strips<MANY_TILES, MANY_TOKENS>(job, tile, 0);
+    for (; tile < end; tile++) strips<1, MANY_TOKENS>(job, tile, 0);
+  } else {
+    for (; tile + ONE_TILES <= end; tile += ONE_TILES) strip<ONE_TILES, 1>(job, tile, 0);
+    for (; tile < end; tile++) strip<1, 1>(job, tile, 0);
   }
-  for (; tile + ONE_TILES <= end; tile += ONE_TILES) strip<ONE_TILES, 1>(job, tile, 0);
-  for (; tile < end; tile++) strip<1, 1>(job, tile, 0);
 }
 
 // h = act(h), or act(gate)·h. Written so that NaN stays NaN, as in torch.
