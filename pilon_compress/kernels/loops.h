@@ -34,8 +34,8 @@ static void quantise(const float* x, int64_t d, int64_t token, int64_t first, in
       sum += code;
       q[i] = int8_t(code);
     }
-    codes.sums[token * codes.groups + g] = sum;
-    codes.scales[token * codes.groups + g] = finite ? largest / 127.0f : __builtin_nanf("");
+    codes.sums.data()[codes.index(token, g)] = sum;
+    codes.scales.data()[codes.index(token, g)] = finite ? largest / 127.0f : __builtin_nanf("");
   }
   if (first + groups == codes.groups) std::memset(row + d, 0, codes.stride - d);
 }
@@ -76,9 +76,9 @@ static void strip(const Job& job, int64_t tile, int64_t token) {
     UNROLL for (int t = 0; t < T; t++) UNROLL for (int m = 0; m < M; m++) widen(sum[t][m]);
     narrow = 0;
     UNROLL for (int m = 0; m < M; m++) {
-      const int64_t index = (token + m) * in.groups + g;
+      const int64_t index = in.index(token + m, g);
       UNROLL for (int t = 0; t < T; t++) {
-        value(sum[t][m], in.sums[index], in.scales[index], y[t][m], g > 0);
+        value(sum[t][m], in.sums.data()[index], in.scales.data()[index], y[t][m], g > 0);
         clear(sum[t][m]);
       }
     }
@@ -152,7 +152,7 @@ static void int8_rows(const Int8Job& job, int64_t begin, int64_t end) {
         for (int64_t r = 0; r < rows; r++) dot_int8<1>(w + r * job.d, q, job.d, sums + r);
       }
       for (int64_t r = 0; r < rows; r++) {
-        const float y = float(sums[r]) * in.scales[m] * job.scale[row + r];
+        const float y = float(sums[r]) * in.scales.data()[m] * job.scale[row + r];
         job.out[m * job.stride + row + r] = job.bias ? y + job.bias[row + r] : y;
       }
     }

@@ -40,20 +40,33 @@ constexpr int64_t AHEAD = 1024; // bytes to fetch ahead in every stream of weigh
 
 int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// Memory that is kept from call to call. It starts at a cache line, so that threads with shares of it do not fight.
+template <class T>
+struct Buffer {
+  struct alignas(64) Line { T v[64 / sizeof(T)]; };
+  std::vector<Line> lines;
+  void reserve(int64_t n) {
+    const size_t needed = (n * sizeof(T) + 63) / 64;
+    if (lines.size() < needed) lines.resize(needed);
+  }
+  T* data() { return reinterpret_cast<T*>(lines.data()); }
+  const T* data() const { return reinterpret_cast<const T*>(lines.data()); }
+};
+
 // Codes of some tokens: q (tokens, stride), and for each group of a token the scale and the sum of its codes.
 // Digits are stored as 0, 1, 2, so that a product is  sum(stored * q) - sum(q).
 struct Codes {
-  std::vector<int8_t> q;
-  std::vector<int32_t> sums;
-  std::vector<float> scales;
-  int64_t stride = 0, groups = 1, group = 0;
+  Buffer<int8_t> q;
+  Buffer<int32_t> sums;   // by group and token: a group, hence a cache line, is made by one thread
+  Buffer<float> scales;
+  int64_t stride = 0, groups = 1, group = 0, tokens = 0;
 
-  void reserve(int64_t tokens, int64_t d, int64_t per_scale) {
-    stride = up_to(d, PADDED);
+  int64_t index(int64_t token, int64_t g) const { return g * tokens + token; }
+  void reserve(int64_t count, int64_t d, int64_t per_scale) {
+    stride = up_to(d, PADDED), tokens = up_to(count, 16);
     group = per_scale > 0 && per_scale < d ? per_scale : d;
     groups = (d + group - 1) / group;
-    if (int64_t(q.size()) < tokens * stride) q.resize(tokens * stride);
-    if (int64_t(sums.size()) < tokens * groups) sums.resize(tokens * groups), scales.resize(tokens * groups);
+    q.reserve(count * stride), sums.reserve(tokens * groups), scales.reserve(tokens * groups);
   }
 };
 
@@ -208,14 +221,9 @@ struct Projection {
 
 struct Buffers {  // of one thread, kept from call to call
   Codes x, up, gate, hidden, down;
-  std::vector<float> u_up, u_gate, u_down, h_up, h_gate;
+  Buffer<float> u_up, u_gate, u_down, h_up, h_gate;
 };
 thread_local Buffers own;
-
-float* grown(std::vector<float>& buffer, int64_t n) {
-  if (int64_t(buffer.size()) < n) buffer.resize(n);
-  return buffer.data();
-}
 
 // Codes of the latent; every member of a team makes its own, which costs less than to wait for another's.
 const Codes& latent_codes(const Projection& p, const Codes& in, const float* u, int64_t tokens, Codes& codes) {
@@ -274,14 +282,14 @@ void feed_forward(const Ffn& f, const float* x, float* y, int64_t tokens, Team t
 
 // Room for `tokens` at a time, in the buffers of this thread.
 Buffers& prepared(const Ffn& f, int64_t tokens) {
-  grown(own.u_up, tokens * f.up.latent), grown(own.u_gate, tokens * f.gate.latent);
-  grown(own.u_down, tokens * f.down.latent), grown(own.h_up, tokens * f.up.d_out_tiles() * TILE);
-  if (f.gated) grown(own.h_gate, tokens * f.up.d_out_tiles() * TILE);
+  own.u_up.reserve(tokens * f.up.latent), own.u_gate.reserve(f.gated ? tokens * f.gate.latent : 0);
+  own.u_down.reserve(tokens * f.down.latent);
+  for (Buffer<float>* h : {&own.h_up, &own.h_gate}) h->reserve(tokens * f.up.d_out_tiles() * TILE);
   if (f.down.group) own.hidden.reserve(tokens, f.up.d_out, f.down.group);
   return own;
 }
 Buffers& prepared(const Projection& p, int64_t tokens) {
-  grown(own.u_up, tokens * p.latent);
+  own.u_up.reserve(tokens * p.latent);
   return own;
 }
 void run(const Ffn& f, const float* x, float* y, int64_t n, Team t, Buffers& b) { feed_forward(f, x, y, n, t, b); }
