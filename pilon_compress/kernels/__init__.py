@@ -6,5 +6,5 @@ Reading order:
     tiles.py       how digits are packed: two bits each, in blocks of 16 outputs by 8 inputs
     cpu.py         what others call: compose, ternary_linear, ffn, int8_linear; the kernel where it can be had
     build.py       one library for every CPU, compiled on first use, or made beforehand for a wheel
-    ternary.cpp    the kernel itself; loops.h is its inner part, isa_*.h the instruction sets, operators.h what torch sees
+    ternary.cpp    the kernel: loops.h is its inner part, isa_*.h the instruction sets, operators.h what torch sees
 """

@@ -6,6 +6,7 @@ finds it first. One file serves every CPU of an architecture: the instruction se
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def library() -> Path:
             if not (home / name).is_file():
                 compile_to(home / name)
     except OSError as error:
-        raise NoKernel(f"cannot write {home}: {error.strerror or error}; PILON_CACHE can name another folder") from error
+        raise NoKernel(
+            f"cannot write {home}: {error.strerror or error}; PILON_CACHE can name another folder"
+        ) from error
     return home / name
 
 
@@ -75,7 +78,16 @@ def compile_to(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         for threads in (["-fopenmp"], []):  # a compiler without OpenMP still makes a kernel for one thread
-            command = [compiler, *FLAGS, *threads, target, str(HOME / "ternary.cpp"), "-o", str(made), *torch_flags]
+            command = [
+                *shlex.split(compiler),
+                *FLAGS,
+                *threads,
+                target,
+                str(HOME / "ternary.cpp"),
+                "-o",
+                str(made),
+                *torch_flags,
+            ]
             try:
                 done = subprocess.run(command, capture_output=True, text=True)
             except OSError as error:
@@ -83,7 +95,9 @@ def compile_to(path: Path) -> None:
             if done.returncode == 0:
                 os.replace(made, path)
                 return
-    errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
+    errors = (
+        [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
+    )
     raise NoKernel(f"{compiler} failed: {errors[0]}")
 
 

@@ -5,7 +5,7 @@ plain torch, and one warning says why. That fallback multiplies whole numbers in
 int8 product would not do: `_weight_int8pack_mm` rounds its results to bfloat16 where it is fast (u would be off by 2^-9,
 and its codes with it), and with float32 inputs it is no faster than the plain product.
 
-PILON_KERNELS=0 asks for the fallback; PILON_ISA=portable, avx2, vnni or neon for one instruction set.
+PILON_KERNELS=0 asks for the fallback; PILON_ISA=portable, avx2, vnni, neon or dotprod for one instruction set.
 """
 
 import logging
@@ -29,7 +29,7 @@ __all__ = [
     "ffn",
     "int8_linear",
     "int8_rows",
-    "isa",
+    "isas",
     "load",
     "matrix_tiles",
     "project",
@@ -65,9 +65,9 @@ def available() -> bool:
     return load()
 
 
-def isa() -> str:
-    """The instruction set in use: vnni, avx2, neon or portable; "torch" without the kernel."""
-    return str(torch.ops.pilon.isa()) if available() else "torch"
+def isas() -> list[str]:
+    """The instruction set in use, then all that this machine has, best first; empty without the kernel."""
+    return str(torch.ops.pilon.isa()).split() if available() else []
 
 
 def compose(
@@ -156,7 +156,17 @@ def _register_shapes() -> None:
     """What torch.compile and torch.export need to know of the operators."""
 
     @torch.library.register_fake("pilon::project")
-    def project(x: Tensor, A: Tensor, B: Tensor, selected: Tensor, scale: Tensor, shift: Tensor, bias: Tensor, d_out: int, group: int) -> Tensor:  # noqa: E501
+    def project(
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        selected: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        bias: Tensor,
+        d_out: int,
+        group: int,
+    ) -> Tensor:  # noqa: E501
         return x.new_empty(*x.shape[:-1], d_out)
 
     @torch.library.register_fake("pilon::ffn")

@@ -1,4 +1,4 @@
-// NEON with or without the dot product instructions of ARMv8.2. Layout of a block: isa_vnni.h.
+// NEON, with the dot product instructions of ARMv8.2 where PILON_DOT is 1. Layout of a block: isa_vnni.h.
 constexpr int ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 4;
 constexpr int64_t WIDEN = int64_t(1) << 40;
 
@@ -26,7 +26,7 @@ static inline Digits unpack(const uint8_t* from) {
 
 // Adds the products of four neighbours to each int32.
 static inline int32x4_t dot4(int32x4_t sum, int8x16_t a, int8x16_t b) {
-#ifdef __ARM_FEATURE_DOTPROD
+#if PILON_DOT
   return vdotq_s32(sum, a, b);
 #else
   const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_s8(vget_high_s8(a), vget_high_s8(b));

@@ -117,7 +117,7 @@ Tensor op_int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale
   const Int8Job job = {static_cast<const int8_t*>(weight.data_ptr()), d, &codes, io.tokens,
                        static_cast<float*>(io.out.data_ptr()), d_out, floats(scale, d_out, "scale"),
                        floats(bias, d_out, "bias")};
-  const int size = threads();
+  [[maybe_unused]] const int size = threads();
 #pragma omp parallel num_threads(size) if (size > 1)
   {
     Team team;
@@ -129,7 +129,12 @@ Tensor op_int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale
   return io.out;
 }
 
-std::string op_isa() { return isa().name; }
+// The instruction set in use, then all that this machine has.
+std::string op_isa() {
+  std::string names = isa().name;
+  for (const Named& one : isas()) names += std::string(" ") + one.name;
+  return names;
+}
 
 STABLE_TORCH_LIBRARY(pilon, m) {
   m.def("project(Tensor x, Tensor A, Tensor? B, Tensor? selected, Tensor scale, Tensor? shift, Tensor? bias, int d_out, "

@@ -24,6 +24,10 @@
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
+#ifdef __linux__
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -139,32 +143,68 @@ namespace vnni {
 #pragma GCC pop_options
 #endif
 #elif defined(__ARM_NEON)
+#ifdef __ARM_FEATURE_DOTPROD
+#define PILON_DOT 1
+#else
+#define PILON_DOT 0
+#endif
 namespace neon {
 #include "isa_neon.h"
 #include "loops.h"
 }  // namespace neon
+#if defined(__linux__) && !PILON_DOT  // most have it, but compilers do not count on it
+#undef PILON_DOT
+#define PILON_DOT 1
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+namespace dotprod {
+#include "isa_neon.h"
+#include "loops.h"
+}  // namespace dotprod
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#define PILON_DOT_AT_RUN_TIME 1
+#endif
 #endif
 
 struct Named { const char* name; const Table* table; };
 
-// The instruction sets this machine has, best first. PILON_ISA names another one of them.
-const Named& isa() {
-  static const Named chosen = [] {
+// The instruction sets this machine has, best first.
+const std::vector<Named>& isas() {
+  static const std::vector<Named> all = [] {
     std::vector<Named> found;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
       found.push_back({"vnni", &vnni::table});
     if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", &avx2::table});
 #elif defined(__ARM_NEON)
+#ifdef PILON_DOT_AT_RUN_TIME
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back({"dotprod", &dotprod::table});
+#endif
     found.push_back({"neon", &neon::table});
 #endif
     found.push_back({"portable", &portable::table});
+    return found;
+  }();
+  return all;
+}
+
+// The one in use: PILON_ISA names it.
+const Named& isa() {
+  static const Named chosen = [] {
     const char* wanted = std::getenv("PILON_ISA");
-    if (!wanted || !*wanted) return found[0];
-    for (const Named& one : found)
+    if (!wanted || !*wanted) return isas()[0];
+    for (const Named& one : isas())
       if (!std::strcmp(one.name, wanted)) return one;
-    STD_TORCH_CHECK(false, "PILON_ISA=", wanted, " is not one of the instruction sets of this machine");
-    return found[0];
+    STD_TORCH_CHECK(false, "PILON_ISA=", wanted, " is not an instruction set of this machine");
+    return isas()[0];
   }();
   return chosen;
 }

@@ -1,0 +1,286 @@
+"""Kernels equal the reference bit for bit: every instruction set, shape and batch; and without a compiler, too."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pilon_compress.form import ternary
+from pilon_compress.kernels import build, cpu, reference
+from pilon_compress.kernels.cpu import MatrixTiles, Projection
+from pilon_compress.kernels.tiles import pack, unpack
+
+few = settings(max_examples=40, deadline=None, derandomize=True)
+needs_kernel = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
+
+
+def trits(*shape: int) -> Tensor:
+    return torch.randint(-1, 2, shape, dtype=torch.int8)
+
+
+def bank(n, k, rank, d_in, d_out, group=0, shift=True, bias=True, norm=False) -> Projection:
+    return Projection(
+        cpu.tiles(trits(n, d_in, rank), trits(n, rank, d_out)),
+        torch.randn(k * rank) * 0.01,
+        torch.randperm(n)[:k],
+        torch.randn(k * rank) * 0.1 if shift else None,
+        torch.randn(d_out) if bias else None,
+        group,
+        torch.rand(d_in) + 0.5 if norm else None,
+    )
+
+
+def matrix(d_in, d_out, group=0) -> Projection:
+    return Projection(cpu.matrix_tiles(trits(d_in, d_out)), torch.randn(d_out), bias=torch.randn(d_out), group=group)
+
+
+def integers(codes: Tensor, digits: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Sums in whole numbers, scaled and added up in float32."""
+    group = group or codes.shape[-1]
+    total = None
+    for g in range(scales.shape[-1]):
+        part = slice(g * group, (g + 1) * group)
+        term = (codes[..., part].long() @ digits[part].long()).float() * scales[..., g : g + 1]
+        total = term if total is None else total + term
+    return total
+
+
+def expected(x: Tensor, p: Projection) -> Tensor:
+    """What a projection is, with integer sums and the quantiser of the models."""
+    if p.norm is not None:
+        x = torch.nn.functional.rms_norm(x, x.shape[-1:], p.norm, p.eps)
+    codes, scales = ternary.quantise(x, p.group)
+    if isinstance(p.tiles, MatrixTiles):
+        y = integers(codes, p.tiles.digits(), scales, p.group) * p.scale
+    else:
+        A, B = (one[p.selected] for one in p.tiles.digits())
+        u = integers(codes, A.permute(1, 0, 2).flatten(1), scales, p.group) * p.scale
+        codes, scales = ternary.quantise(u if p.shift is None else u + p.shift)
+        y = integers(codes, B.flatten(0, 1), scales, 0)
+    return y if p.bias is None else y + p.bias
+
+
+@few
+@given(n=st.integers(1, 3), d=st.integers(1, 40), m=st.integers(1, 40))
+def test_packing_is_undone_by_unpacking(n, d, m):
+    digits = trits(n, d, m)
+    assert torch.equal(unpack(pack(digits), d, m), digits)
+    assert pack(digits).numel() == n * -(-m // 16) * -(-d // 8) * 32
+
+
+@few
+@given(
+    tokens=st.integers(1, 9),
+    n=st.integers(1, 5),
+    rank=st.sampled_from([16, 32, 48]),
+    d_in=st.integers(1, 300),
+    d_out=st.integers(1, 80),
+    group=st.sampled_from([0, 16, 128]),
+    shift=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@example(tokens=40, n=5, rank=16, d_in=768, d_out=320, group=128, shift=True, seed=0)
+@example(tokens=1, n=4, rank=48, d_in=3072, d_out=768, group=128, shift=False, seed=1)
+def test_exact_projections(tokens, n, rank, d_in, d_out, group, shift, seed):
+    torch.manual_seed(seed)
+    k = int(torch.randint(1, n + 1, ()))
+    x = torch.randn(tokens, d_in)
+    for p in (bank(n, k, rank, d_in, d_out, group, shift), matrix(d_in, d_out, group)):
+        assert torch.equal(cpu.project(x, p), expected(x, p))
+
+
+@few
+@given(
+    shape=st.sampled_from([(1,), (1, 1), (2, 3), (9,), (33,)]),
+    gated=st.booleans(),
+    group=st.sampled_from([0, 16, 32, 128]),
+    activation=st.sampled_from(sorted(reference.ACTIVATIONS)),
+    kinds=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    norm=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_exact_feed_forward(shape, gated, group, activation, kinds, norm, seed):
+    torch.manual_seed(seed)
+    d, hidden = 72, int(torch.randint(1, 400, ()))
+    up, gate = (bank(4, 3, 16, d, hidden) if kind else matrix(d, hidden) for kind in kinds[:2])
+    down = bank(5, 2, 32, hidden, d, group, norm=norm) if kinds[2] else matrix(hidden, d, group)
+    x = torch.randn(*shape, d)
+    act = reference.ACTIVATIONS[activation]
+    h = act(expected(x, gate)) * expected(x, up) if gated else act(expected(x, up))
+    assert torch.equal(cpu.ffn(x, up, down, gate if gated else None, activation), expected(h, down))
+
+
+@pytest.mark.parametrize("digit", [-1, 1])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_exact_at_the_largest_sums(digit, tokens):
+    """Every code at ±127 and every digit alike: sums of int16 would overflow many times over."""
+    x = torch.full((tokens, 20_000), 3.0)
+    x[1::2] = -3.0
+    p = bank(2, 2, 16, 20_000, 24)
+    p.tiles = cpu.tiles(torch.full((2, 20_000, 16), digit), torch.full((2, 16, 24), digit))
+    for group in (0, 4096):
+        p.group = group
+        assert torch.equal(cpu.project(x, p), expected(x, p))
+    whole = Projection(cpu.matrix_tiles(torch.full((20_000, 16), digit)), torch.ones(16))
+    assert torch.equal(cpu.project(x, whole), expected(x, whole))
+    assert float(cpu.project(x, whole)[0, 0]) == pytest.approx(60_000 * digit, rel=1e-6)
+
+
+def test_exact_for_odd_numbers():
+    """Zeros, denormals and huge values; NaN and infinity stay in their token."""
+    x = torch.randn(6, 64)
+    x[0], x[1], x[2], x[3, 7], x[4, 9] = 0.0, 1e-42, 3e38, torch.nan, torch.inf
+    up, down = bank(2, 1, 16, 64, 64, shift=False), bank(2, 1, 16, 64, 64, group=32, shift=False)
+    y = cpu.ffn(x, up, down)
+    alone = expected(torch.relu(expected(x, up)).square(), down)
+    assert torch.equal(y.isnan(), alone.isnan()) and y[3:5].isnan().all() and not y[[0, 1, 5]].isnan().any()
+    assert torch.equal(y.nan_to_num(), alone.nan_to_num())
+
+
+@few
+@given(tokens=st.integers(1, 4), d_in=st.integers(1, 200), d_out=st.integers(1, 70), bias=st.booleans())
+def test_exact_int8_linear(tokens, d_in, d_out, bias):
+    weight = torch.randint(-128, 128, (d_out, d_in), dtype=torch.int8)
+    scale, offset, x = torch.rand(d_out), torch.randn(d_out) if bias else None, torch.randn(tokens, d_in)
+    codes, scales = ternary.quantise(x)
+    y = (codes.long() @ weight.long().T).float() * scales * scale
+    y = y if offset is None else y + offset
+    assert torch.equal(cpu.int8_linear(x, weight, scale, offset), y)
+    assert torch.equal(reference.int8_linear(x, weight, scale, offset), y)
+
+
+def test_int8_rows_restore_a_weight_to_half_a_step():
+    weight = torch.randn(30, 50)
+    whole, scale = cpu.int8_rows(weight)
+    assert ((whole.float() * scale[:, None] - weight).abs() <= 0.501 * scale[:, None]).all()
+
+
+@needs_kernel
+def test_exact_with_more_threads():
+    p, wide = bank(3, 2, 32, 200, 300), bank(3, 3, 16, 300, 200, group=128)
+    before = torch.get_num_threads()
+    try:
+        for tokens in (1, 5, 50):
+            x = torch.randn(tokens, 200)
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(cpu.ffn(x, p, wide))
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("isa", cpu.isas()[2:])
+def test_every_instruction_set_is_exact(isa):
+    """The tests above, once more for each set that is not the one in use."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "exact and not every", __file__]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    done = subprocess.run(command, env={**environment, "PILON_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+def test_narrower_types_round_between_layers_as_layers_do():
+    up, down = bank(3, 2, 16, 64, 96), bank(3, 2, 16, 96, 64, group=32)
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+
+    def layer(x: Tensor, p: Projection) -> Tensor:
+        plain = Projection(p.tiles, p.scale, p.selected, p.shift, None, p.group)
+        return expected(x, plain).to(x.dtype) + p.bias.to(x.dtype)
+
+    y = cpu.ffn(x, up, down)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, layer(torch.relu(layer(x, up)).square(), down))
+
+
+@needs_kernel
+def test_export_sees_one_operator_and_its_shape():
+    up, down = bank(3, 2, 16, 64, 96), bank(3, 2, 16, 96, 64, group=32)
+
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return cpu.ffn(x, up, down)
+
+    x = torch.randn(2, 5, 64)
+    program = torch.export.export(Block(), (x,), dynamic_shapes=({1: torch.export.Dim("tokens")},))
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert calls == [torch.ops.pilon.ffn.default]
+    longer = torch.randn(2, 9, 64)
+    assert torch.equal(program.module()(longer), cpu.ffn(longer, up, down))
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"selected": torch.tensor([0, 7])}, "primitive 7 of 3"),
+        ({"scale": torch.ones(8)}, "scale has 8 numbers instead of 32"),
+        ({"bias": torch.ones(5)}, "bias has 5"),
+        ({"shift": torch.ones(32, dtype=torch.float64)}, "shift must be"),
+    ],
+)
+def test_wrong_tensors_are_refused_before_memory_is_read(change, says):
+    p = bank(3, 2, 16, 64, 96)
+    for name, value in change.items():
+        setattr(p, name, value)
+    with pytest.raises(RuntimeError, match=says):
+        cpu.project(torch.randn(1, 64), p)
+
+
+def test_ranks_that_are_no_whole_tiles_are_refused():
+    with pytest.raises(ValueError, match="rank 24 is not a multiple of 16"):
+        cpu.tiles(trits(2, 8, 24), trits(2, 24, 8))
+
+
+CHILD = """
+import json, sys, torch
+from pilon_compress.kernels import cpu
+torch.manual_seed(0)
+digits = torch.randint(-1, 2, (2, 64, 32), dtype=torch.int8)
+p = cpu.Projection(cpu.tiles(digits, digits.mT.contiguous()), torch.rand(64), torch.tensor([1, 0]), group=16)
+x = torch.randn(3, 64)
+ys = [cpu.ffn(x, p, p), cpu.ffn(x, p, p, p, "silu"), cpu.int8_linear(x, digits[0].T.contiguous(), torch.rand(32))]
+print(json.dumps([cpu.available(), [y.tolist() for y in ys]]))
+"""
+
+
+def child(**environment: str) -> tuple[bool, list[object], str]:
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return *json.loads(done.stdout), done.stderr
+
+
+def test_without_a_compiler_the_same_numbers_come_and_one_warning_says_why(tmp_path):
+    with_kernel = child()[1]
+    for environment, reason in (
+        ({"CXX": "/nowhere/c++", "PILON_CACHE": str(tmp_path / "cache")}, "cannot run /nowhere/c++"),
+        ({"CXX": "false", "PILON_CACHE": str(tmp_path / "cache")}, "false failed"),
+        ({"PILON_KERNELS": "0"}, "PILON_KERNELS=0"),
+    ):
+        available, numbers, said = child(**environment)
+        assert not available and numbers == with_kernel
+        assert said.count("plain torch") == 1 and reason in said, said
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@needs_kernel
+def test_a_library_in_the_cache_is_used_and_a_changed_source_asks_for_another(tmp_path, monkeypatch):
+    made = build.library()
+    (tmp_path / "kernels").mkdir()
+    shutil.copy(made, tmp_path / "kernels")
+    assert child(PILON_CACHE=str(tmp_path), CXX="false")[0], "compiled again instead of taken from the cache"
+    before = build.key()
+    changed = tmp_path / "ternary.cpp"
+    changed.write_text(Path(build.SOURCES[0]).read_text() + "\n")
+    monkeypatch.setattr(build, "SOURCES", (changed, *build.SOURCES[1:]))
+    assert build.key() != before
