@@ -2,8 +2,8 @@
 
 The kernel is compiled when it is first asked for. Where it cannot be had the same functions compute the same numbers in
 plain torch, and one warning says why. That fallback multiplies whole numbers in float32, which is exact. torch's own
-int8 product would not do: `_weight_int8pack_mm` rounds its results to bfloat16 where it is fast (u would be off by 2^-9,
-and its codes with it), and with float32 inputs it is no faster than the plain product.
+int8 product, `_weight_int8pack_mm`, would not do: with bfloat16 inputs it rounds its results to bfloat16, so that the
+latent is off by up to 2^-9 and its codes with it; with float32 inputs it is slower than the plain product.
 
 PILON_KERNELS=0 asks for the fallback; PILON_ISA=portable, avx2, vnni, neon or dotprod for one instruction set.
 """
@@ -11,6 +11,7 @@ PILON_KERNELS=0 asks for the fallback; PILON_ISA=portable, avx2, vnni, neon or d
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,11 +167,11 @@ def _register_shapes() -> None:
         bias: Tensor,
         d_out: int,
         group: int,
-    ) -> Tensor:  # noqa: E501
+    ) -> Tensor:
         return x.new_empty(*x.shape[:-1], d_out)
 
     @torch.library.register_fake("pilon::ffn")
-    def ffn(x: Tensor, *rest: object) -> Tensor:
+    def ffn(x: Tensor, *rest: Any) -> Tensor:
         return x.new_empty(*x.shape[:-1], rest[-4])
 
     @torch.library.register_fake("pilon::int8_linear")
