@@ -15,6 +15,7 @@ from pilon_compress import __version__
 from pilon_compress.errors import BadInput
 
 from . import recipes
+from .bench import bench
 from .compare import compare
 from .convert import convert
 from .evaluate import evaluate
@@ -43,6 +44,7 @@ app.command("convert")(convert)
 app.command("compare")(compare)
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("bench")(bench)
 app.command("inspect")(inspect)
 app.command("generate")(generate)
 app.command("export")(export)

@@ -9,7 +9,7 @@ import pytest
 
 import pilon_compress
 
-COMMANDS = ["convert", "eval", "inspect", "generate", "export", "recipes"]
+COMMANDS = ["convert", "eval", "bench", "inspect", "generate", "export", "recipes"]
 
 
 def shell(*arguments: str, module: str = "pilon_compress.cli", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from pilon_compress.readable import METHOD_NAMES, ROLE_ORDER, in_order, layer_list, method_name
+from pilon_compress.readable import METHOD_NAMES, ROLE_ORDER, in_order, layer_list, method_name, number
 
 Projection = Mapping[str, Any]
 Bank = Mapping[str, Any]
@@ -185,6 +185,27 @@ def _share_scale(maps: Iterable[NDArray[np.float64]]) -> tuple[Colormap, Normali
     end = float(np.quantile(shares, 0.99)) if shares.size else 1.0
     colours = LinearSegmentedColormap.from_list("share", ["#ffffff", "#d3e5f2", "#6aaed6", "#0072B2", "#002f4d"])
     return colours, PowerNorm(0.5, vmin=0, vmax=end), "max" if (shares > end).any() else "neither"
+
+
+def speedups(parts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Speedup over dense fp32 of every variant, with its spread: one panel per title of `parts`."""
+    count = max(len(entries) for entries in parts.values())
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _panels(len(parts), (0.34 * count + 0.9) * len(parts), 1)
+        for axis, (title, entries) in zip(axes, parts.items(), strict=True):
+            names, values = list(entries), [entry["speedup"] for entry in entries.values()]
+            low, high = zip(*(entry["spread"] for entry in entries.values()), strict=True)
+            errors = [np.subtract(values, low).clip(0), np.subtract(high, values).clip(0)]
+            colours = [METHOD_COLOURS["pilon"] if name.startswith("pilon") else _RULE for name in names]
+            axis.barh(names, values, xerr=errors, color=colours, ecolor=_INK, capsize=3, height=0.7)
+            for row, (value, end) in enumerate(zip(values, high, strict=True)):
+                axis.text(max(value, end), row, f"  {number(value)}x", va="center")
+            axis.axvline(1, color=_QUIET, linewidth=0.8)
+            axis.invert_yaxis()
+            axis.set_title(title)
+            axis.margins(x=0.1)
+        axes[-1].set_xlabel("speedup over dense fp32 torch")
+        return _svg(figure, "speedups", "Speedup of every variant over the dense model in float32")
 
 
 def _usable(value: float | None) -> bool:

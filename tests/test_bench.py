@@ -1,0 +1,154 @@
+"""The benchmark as a shell sees it: which figures there are, that they hang together, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pilon_compress.deploy.save import save_model
+from pilon_compress.errors import BadInput
+from pilon_compress.form.initialise import initialise
+from pilon_compress.form.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install, projections
+from pilon_compress.kernels import cpu
+from pilon_compress.measure import contenders
+from pilon_compress.measure.model_forms import FORMS
+from pilon_compress.measure.timing import Times
+
+BLOCK = {"dense_bf16", "dense_int8", "dense_ternary", "pilon_fp32", "pilon_bf16", "pilon_int8", "pilon_ternary"}
+
+
+def shell(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pilon_compress.cli", "bench", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "120", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == code, done.stderr + done.stdout
+    return done
+
+
+def hang_together(variants: Mapping[str, Mapping[str, float]]) -> None:
+    for name, entry in variants.items():
+        low, high = entry["spread"]
+        assert 0 < low <= entry["speedup"] <= high, name
+        assert 0 < entry["least_seconds"] <= entry["seconds"], name
+    assert variants["dense_fp32"]["speedup"] == 1
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """A tiny Llama whose first two layers share banks of rank 16, with a kept matrix among them."""
+    model = tiny.tiny_model("llama")
+    names = [f"layers.{layer}.mlp.{role}_proj" for layer in (0, 1) for role in ("gate", "up", "down")]
+    banks = {f"band0.{role}": BankSpec(32, 64, 3, 16) for role in ("gate", "up")}
+    banks["band0.down"] = BankSpec(64, 32, 3, 16)
+    taken = {name: ProjectionSpec(f"band0.{name.split('.')[3][:-5]}", 2, False) for name in names[:-1]}
+    layout = Layout(banks, taken, {names[-1]: KeptSpec(64, 32, False)})
+    initialise(install(model, layout), 0.05, torch.Generator().manual_seed(0))
+    path = tmp_path_factory.mktemp("bench") / "pilon"
+    path.mkdir()
+    save_model(model, tiny.tiny_tokenizer(), path, torch.float32)
+    return path
+
+
+def test_a_block_is_timed_in_every_form_without_a_model(tmp_path):
+    plot = tmp_path / "speedups.svg"
+    words = ["--ffn", "64x128", "--active-rank", "32", "--batch", "2", "--threads", "1", "--rounds", "3", "--json", "--plot"]
+    result = json.loads(shell(*words, plot).stdout)
+    assert result["skipped"] == {}
+    assert result["speedup"].keys() == result["spread"].keys() == BLOCK
+    assert result["ffn"] == {
+        **{"d": 64, "hidden": 128, "active": 32, "rank": 16, "top_k": 2},
+        **{"gated": False, "activation": "relu2", "batch": 2},
+    }
+    assert result["threads"] == 1 and result["kernel"] == cpu.isas()[0]
+    hang_together(result["variants"])
+    sizes = {name: entry["bytes"] for name, entry in result["variants"].items()}
+    assert sizes["dense_fp32"] == 2 * 64 * 128 * 4 == 2 * sizes["dense_bf16"]
+    assert sizes["pilon_fp32"] == 2 * 32 * (64 + 128) * 4
+    assert sizes["pilon_ternary"] < sizes["pilon_int8"] < sizes["pilon_bf16"]
+    drawn = plot.read_text()
+    assert drawn.startswith("<svg") and "Speedup" in drawn
+
+
+def test_a_gated_block_and_a_choice_of_variants_as_a_table():
+    words = "--ffn 64x128 --gated --top-k 3 --variants pilon_ternary --variants pilon_fp32 --rounds 2 --threads 1"
+    printed = shell(*words.split()).stdout
+    assert "FFN 64→128 gated, k·r 48, batch 1" in printed
+    assert "pilon_ternary" in printed and "pilon_fp32" in printed and "dense_fp32" in printed
+    assert "dense_bf16" not in printed
+
+
+def test_a_model_is_timed_reading_and_decoding(folder):
+    result = json.loads(shell(folder, "--context", 12, "--rounds", 2, "--threads", 1, "--json").stdout)
+    assert result["skipped"] == {}
+    for part in ("prefill", "decode"):
+        assert result[part].keys() == FORMS.keys()
+        hang_together(result[part])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "one of the two"),
+        ("{folder} --ffn 64x128", "one of the two"),
+        ("--ffn 64", "no shape like 768x3072"),
+        ("--ffn 64x128 --active-rank 20", "a multiple of --rank 16"),
+        ("--ffn 64x128 --active-rank 48 --top-k 2", "leave one out"),
+        ("--ffn 64x128 --activation tanh", "none of relu, relu2"),
+        ("--ffn 64x128 --variants fastest", "no variant; there are dense_fp32"),
+        ("--ffn 64x128 --plot speed.png", "does not end in .svg"),
+        ("{folder} --context 256", "between 1 and 255"),
+        ("{dense}", "a dense model"),
+    ],
+)
+def test_bad_input_is_refused(words, says, folder, tiny, tmp_path):
+    from pilon_compress.cli.main import app
+
+    tiny.save_tiny("gpt2", tmp_path / "dense")
+    line = words.format(folder=folder, dense=tmp_path / "dense")
+    refused = CliRunner().invoke(app, ["bench", *line.split()]).exception
+    assert isinstance(refused, BadInput) and says in str(refused)
+
+
+def test_ratios_are_taken_within_rounds():
+    """A machine that slows down half-way does not change them."""
+    times = Times({"dense_fp32": [2.0, 2.0, 20.0, 20.0], "pilon": [1.0, 1.0, 10.0, 8.0]})
+    entry = times.summary("pilon", "dense_fp32")
+    assert entry["speedup"] == 2 and entry["spread"] == [2, pytest.approx(2.35)]
+    assert entry["least_seconds"] == 1 and entry["seconds"] == 4.5
+
+
+def test_folded_and_loaded_forms_compute_what_the_model_computes(folder):
+    from pilon_compress.checkpoint import load_model
+
+    pilon = load_model(str(folder), dtype="float32")
+    ids = torch.arange(5, 25).reshape(2, 10)
+    with torch.no_grad():
+        expected = pilon(ids).logits
+        assert torch.equal(FORMS["pilon_loaded"](pilon)(ids).logits, expected)
+        assert torch.allclose(FORMS["pilon_fp32"](pilon)(ids).logits, expected, atol=1e-4)
+        for name in ("dense_ternary", "pilon_ternary", "pilon_ternary_int8"):
+            assert FORMS[name](pilon)(ids).logits.shape == expected.shape
+    assert len(list(projections(pilon))) == 5, "forms are copies"
+
+
+def test_int8_contenders_compute_the_block():
+    weight, x = torch.randn(48, 64), torch.randn(3, 64)
+    exact = x @ weight.T
+    for make, dtype in ((contenders.weight_only_int8, torch.bfloat16), (contenders.dynamic_int8, torch.float32)):
+        close = make(weight)(x.to(dtype)).float()
+        assert (close - exact).norm() < 0.02 * exact.norm()
+
+
+def test_what_a_device_lacks_is_left_out_and_said(monkeypatch):
+    monkeypatch.setattr(cpu, "_loaded", False)
+    shape = contenders.Shape(64, 128, 32, 16, False, "relu2", 1)
+    with pytest.raises(contenders.NotHere, match="could not be had"):
+        contenders.pilon_ternary(shape, torch.device("cpu"))
