@@ -61,6 +61,14 @@ def train(
             rich_help_panel=PANELS["what"],
         ),
     ] = None,
+    ternary: Annotated[
+        bool,
+        typer.Option(
+            "--ternary",
+            help="Weights of the feed-forward part as digits -1, 0, 1; with --heal after factors have healed.",
+            rich_help_panel=PANELS["what"],
+        ),
+    ] = False,
     data: Annotated[
         str | None,
         typer.Option(
@@ -126,6 +134,7 @@ def train(
         "shrink": None if shrink is None else _ratios(shrink),
         "ffn.like": like,
         "ffn.kind": ffn,
+        "ternary.enabled": ternary or None,
         "data.source": data,
         "data.validation": validation,
         "data.chat_template": chat_template,

@@ -3,6 +3,7 @@
 import torch
 
 from pilon_compress.form.layout import Host, kept_matrices, projections
+from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
 
 
 @torch.no_grad()
@@ -12,6 +13,7 @@ def initialise(model: Host, std: float, generator: torch.Generator | None = None
     A composed weight is a sum of k·r products a·g·b, so Var W = k·r · Var a · E[g²] · Var b, which is set to std².
     Component and scalar weights start as random signs, so that layers which share a bank start apart; softmax logits
     near zero, hence weights near 1/k. A and B get the same scale. Kept matrices are drawn as the dense ones are.
+    Ternary ones are scaled so that the variance is right as their digits have it, which is less than the numbers' own.
     """
     done: set[int] = set()
     for _, composed in projections(model):
@@ -32,8 +34,18 @@ def initialise(model: Host, std: float, generator: torch.Generator | None = None
         factor_std = (std**2 / (k * bank.rank * weight_square)) ** 0.25
         bank.A.normal_(0, factor_std, generator=generator)
         bank.B.normal_(0, factor_std, generator=generator)
+        if isinstance(bank, TernaryBank):
+            bank.fit_scales()
+            everything = torch.arange(bank.n_primitives, device=bank.A.device)
+            for latent, counted in zip((bank.A, bank.B), bank.primitives(everything), strict=True):
+                latent.mul_(factor_std / counted.square().mean().sqrt())
+            bank.fit_scales()
     for _, matrix in kept_matrices(model):
         matrix.weight.normal_(0, std, generator=generator)
+        if isinstance(matrix, TernaryLinear):
+            matrix.fit_scales()
+            matrix.weight.mul_(std / matrix.matrix().square().mean().sqrt())
+            matrix.fit_scales()
         if matrix.bias is not None:
             matrix.bias.zero_()
     return model

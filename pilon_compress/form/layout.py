@@ -1,7 +1,7 @@
 """The layout: which projection composes from which bank, which stays one matrix, and all sizes; kept in config.json."""
 
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Collection, Iterator
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
@@ -102,6 +102,25 @@ class Layout:
         host = {name: (int(d_in), int(d_out)) for name, (d_in, d_out) in data.get("host", {}).items()}
         return cls(banks, projections, kept, host)
 
+    def normed(self, places: Collection[str]) -> "Layout":
+        """The same with an RMSNorm before the projections of those names."""
+        projections, kept = (
+            {name: replace(spec, norm=spec.norm or name in places) for name, spec in part.items()}
+            for part in (self.projections, self.kept)
+        )
+        return replace(self, projections=projections, kept=kept)
+
+    def ternary(self, learned_scale: bool, grouped: Collection[str], group: int) -> "Layout":
+        """The same in digits; inputs of the projections `grouped` share scales by `group`."""
+        options = {"quantization": "ternary", "learned_scale": learned_scale}
+        banks = {name: replace(spec, **options) for name, spec in self.banks.items()}
+        kept = {name: replace(spec, **options) for name, spec in self.kept.items()}
+        projections, kept = (
+            {name: replace(spec, group=group if name in grouped else 0) for name, spec in part.items()}
+            for part in (self.projections, kept)
+        )
+        return replace(self, banks=banks, projections=projections, kept=kept)
+
     def users(self, bank: str) -> list[str]:
         """Names of the projections that compose from `bank`."""
         return [name for name, spec in self.projections.items() if spec.bank == bank]
@@ -156,7 +175,7 @@ def install(model: Host, layout: Layout) -> Host:
     setattr(base, BANKS, tree)
     no_split = getattr(base, "_no_split_modules", None)
     if no_split is not None:  # device_map="auto" must keep a bank on one device
-        base._no_split_modules = [*no_split, "PrimitiveBank"]
+        base._no_split_modules = [*no_split, "PrimitiveBank", "TernaryBank"]
     return model
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.kept import KeptLinear
-from pilon_compress.form.ternary import absmean, digits, product, quantise, restored
+from pilon_compress.form.ternary import absmean, digits, fitted, held_digits, product, quantise, restored
 
 
 class TernaryBank(PrimitiveBank):
@@ -37,6 +37,10 @@ class TernaryBank(PrimitiveBank):
         for name in ("strength", "A_digits", "B_digits"):
             self.register_buffer(name, None, persistent=False)
 
+    @property
+    def learned(self) -> bool:
+        return self.A_scale is not None
+
     def forward(self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0) -> Tensor:
         """As `PrimitiveBank.forward`; `group`: inputs that share a scale, 0 for all of a token's."""
         if self.training:
@@ -67,11 +71,12 @@ class TernaryBank(PrimitiveBank):
         """Of the selected primitives: (k, d_in, r) and (k, r, d_out), float32."""
         A_scale, B_scale = self.scales()
         if self.training and self.A_digits is not None and self.B_digits is not None:
-            A, B = _Held.apply(self.A, self.A_digits, A_scale), _Held.apply(self.B, self.B_digits, B_scale)
+            A = held_digits(self.A, self.A_digits, A_scale, self.learned)
+            B = held_digits(self.B, self.B_digits, B_scale, self.learned)
             return A.index_select(0, selected), B.index_select(0, selected)
-        strength = self.strength if self.training else None
-        A = digits(self.A.index_select(0, selected), A_scale.index_select(0, selected), strength)
-        return A, digits(self.B.index_select(0, selected), B_scale.index_select(0, selected), strength)
+        rest = self.strength if self.training else None, self.learned
+        A = digits(self.A.index_select(0, selected), A_scale.index_select(0, selected), *rest)
+        return A, digits(self.B.index_select(0, selected), B_scale.index_select(0, selected), *rest)
 
     def folded(self, selected: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale (k·r,) and shift (k·r,) or None of the latent: weight scales, composition weight, latent options."""
@@ -91,9 +96,16 @@ class TernaryBank(PrimitiveBank):
     @torch.no_grad()
     def hold(self) -> None:
         """Make the digits that the next training steps use, until they are made again."""
-        A_scale, B_scale = (one.detach() for one in self.scales())
-        self.A_digits = digits(self.A.detach(), A_scale, self.strength)
-        self.B_digits = digits(self.B.detach(), B_scale, self.strength)
+        A_scale, B_scale = self.scales()
+        self.A_digits = _kept(self.A_digits, digits(self.A, A_scale, self.strength, self.learned))
+        self.B_digits = _kept(self.B_digits, digits(self.B, B_scale, self.strength, self.learned))
+
+    @torch.no_grad()
+    def fit_scales(self) -> None:
+        """Set learned scales, where there are any, to those with the least error."""
+        if self.A_scale is not None and self.B_scale is not None:
+            self.A_scale.copy_(fitted(self.A, 1).squeeze(1))
+            self.B_scale.copy_(fitted(self.B, 2).squeeze(2))
 
     def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         A, B = self.digits(selected)
@@ -107,31 +119,14 @@ class TernaryBank(PrimitiveBank):
             self.B_scale = nn.Parameter(self.B_scale[used].clone())
 
 
-class _Held(torch.autograd.Function):
-    """Digits that were made before, with the straight-through gradient to the numbers they were made from."""
-
-    @staticmethod
-    def forward(latent: Tensor, held: Tensor, scale: Tensor) -> Tensor:
-        return held.view_as(held)
-
-    @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        latent, _, scale = inputs
-        ctx.save_for_backward(scale)
-        ctx.dtype = latent.dtype  # type: ignore[attr-defined]
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-    ) -> tuple[Tensor, None, None]:
-        (scale,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return (gradient / scale).to(ctx.dtype), None, None  # type: ignore[attr-defined]
-
-
 class TernaryLinear(KeptLinear):
-    """A kept matrix of ternary digits: one scale, the mean magnitude, or with `learned_scale` one per output."""
+    """A kept matrix of ternary digits: one scale, the mean magnitude, or with `learned_scale` one per output.
+
+    `strength` and `weight_digits` (d_out, d_in) are for training, as in `TernaryBank`.
+    """
 
     strength: Tensor | None
+    weight_digits: Tensor | None
 
     def __init__(
         self,
@@ -146,7 +141,12 @@ class TernaryLinear(KeptLinear):
         super().__init__(d_in, d_out, bias, host_shape, norm)
         self.group = group
         self.scale = nn.Parameter(torch.empty(d_out)) if learned_scale else None
-        self.register_buffer("strength", None, persistent=False)
+        for name in ("strength", "weight_digits"):
+            self.register_buffer(name, None, persistent=False)
+
+    @property
+    def learned(self) -> bool:
+        return self.scale is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., d_in) -> (..., d_out)."""
@@ -162,7 +162,10 @@ class TernaryLinear(KeptLinear):
     def _multiply(self, x: Tensor) -> Tensor:
         strength = self.strength if self.training else None
         scale = self.scales()
-        matrix = digits(self.weight, scale, strength).T
+        if self.training and self.weight_digits is not None:
+            matrix = held_digits(self.weight, self.weight_digits, scale, self.learned).T
+        else:
+            matrix = digits(self.weight, scale, strength, self.learned).T
         codes, scales = quantise(x, self.group, strength)
         if self.training and self.group:
             y = restored(codes, scales, self.group) @ matrix
@@ -177,3 +180,20 @@ class TernaryLinear(KeptLinear):
     def matrix(self) -> Tensor:
         scale = self.scales()
         return (digits(self.weight, scale) * scale).to(self.weight.dtype).T
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """As `TernaryBank.hold`."""
+        made = digits(self.weight, self.scales(), self.strength, self.learned)
+        self.weight_digits = _kept(self.weight_digits, made)
+
+    @torch.no_grad()
+    def fit_scales(self) -> None:
+        """As `TernaryBank.fit_scales`."""
+        if self.scale is not None:
+            self.scale.copy_(fitted(self.weight, 1).squeeze(1))
+
+
+def _kept(place: Tensor | None, made: Tensor) -> Tensor:
+    """`made`, in the place of what was held before: the same tensor for all steps, so that graphs stay valid."""
+    return made if place is None or place.device != made.device else place.copy_(made)

@@ -18,6 +18,7 @@ Mark = tuple[float, str]
 COLOURS = {
     "banks": "#0072B2",
     "compositions": "#E69F00",
+    "scales": "#D55E00",
     "embeddings": "#009E73",
     "matrices": "#CC79A7",
     "vectors": "#56B4E9",

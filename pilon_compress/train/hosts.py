@@ -18,7 +18,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.families import Site, find_sites
 from pilon_compress.form.initialise import initialise
 from pilon_compress.form.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install
-from pilon_compress.train.recipe import Ffn, Host
+from pilon_compress.train.recipe import Ffn, Host, Ternary
 
 RANKS = (64, 32, 16, 8, 4, 2, 1)  # of a primitive; multiples of 16 suit the kernels, small models need finer steps
 WASTE = 0.04  # of the budget that rounding to whole primitives may leave
@@ -65,13 +65,12 @@ def config_for(host: Host, sequence_length: int, eos: int | None) -> PretrainedC
     return config
 
 
-def build(config: PretrainedConfig, ffn: Ffn, seed: int) -> PreTrainedModel:
-    """A model with random weights, dense or with its feed-forward projections replaced as `ffn` says. Float32, CPU.
+def build(config: PretrainedConfig, ffn: Ffn, seed: int, ternary: Ternary = Ternary()) -> PreTrainedModel:  # noqa: B008
+    """A model with random weights, dense or with its feed-forward projections replaced as `ffn` and `ternary` say.
 
-    Weights outside the feed-forward part depend on the seed alone: twins start alike.
+    Float32, CPU. Weights outside the feed-forward part depend on the seed alone: twins start alike.
     """
-    layout = None if ffn.kind == "dense" else layout_for(find_sites(checkpoint.empty_model(config)), ffn)
-    return build_with(config, layout, seed)
+    return build_with(config, layout_for(find_sites(checkpoint.empty_model(config)), ffn, ternary), seed)
 
 
 def build_with(config: PretrainedConfig, layout: Layout | None, seed: int) -> PreTrainedModel:
@@ -92,15 +91,32 @@ def layout_in(config: PretrainedConfig) -> Layout | None:
     return Layout.from_dict(found["layout"]) if found else None
 
 
-def layout_for(sites: Sequence[Site], ffn: Ffn) -> Layout:
+def layout_for(sites: Sequence[Site], ffn: Ffn, ternary: Ternary = Ternary()) -> Layout | None:  # noqa: B008
     """Banks and projections that store at most `ffn_ratio` and compute at most `mac_ratio` of what `sites` do.
 
-    lowrank: one primitive for each projection. Raises BadInput where the budget pays for no primitive, and for bands
-    that are none.
+    lowrank: one primitive for each projection. dense: the matrices as they are, None where nothing about them changes.
+    Raises BadInput where the budget pays for no primitive, and for bands that are none.
     """
+    if ffn.kind == "dense" and not ffn.matrices:
+        if not (ternary.enabled or ternary.sub_norm):
+            return None
+        layout = Layout({}, {}, {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in sites})
+    else:
+        layout = _narrowed(sites, ffn) if ffn.matrices else _composed(sites, ffn)
+    return with_ternary(layout, sites, ternary)
+
+
+def with_ternary(layout: Layout, sites: Sequence[Site], ternary: Ternary) -> Layout:
+    """The layout in digits, and with norms, as far as `ternary` asks for them."""
+    down = [site.name for site in sites if site.role == "down"]
+    if ternary.sub_norm:
+        layout = layout.normed(down)
+    return layout.ternary(ternary.learned_scale, down, ternary.group) if ternary.enabled else layout
+
+
+def _composed(sites: Sequence[Site], ffn: Ffn) -> Layout:
+    """Layers that share banks, or each have their own (lowrank)."""
     wide = _widened(sites, ffn.neurons)
-    if ffn.matrices:
-        return _narrowed(sites, ffn)
     layers = sorted({site.layer for site in sites})
     bands = [[layer] for layer in layers] if ffn.kind == "lowrank" else split_bands(layers, ffn.bands)
     banks: dict[str, BankSpec] = {}

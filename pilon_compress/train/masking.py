@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.layout import banks, projections
+from pilon_compress.form.ternary_bank import TernaryBank
 from pilon_compress.train.distributed import full
 from pilon_compress.train.loop import Plugin
 from pilon_compress.train.staged_linear import StagedLinear
@@ -47,6 +48,9 @@ class UnusedStay(Plugin):
         parts = first.components > 0 if isinstance(first, StagedLinear) else rows.new_ones(bank.rank)
         yield bank.A, rows[:, None, None] & parts[None, None, :]
         yield bank.B, rows[:, None, None] & parts[None, :, None]
+        if isinstance(bank, TernaryBank) and bank.A_scale is not None and bank.B_scale is not None:
+            yield bank.A_scale, rows[:, None] & parts[None, :]
+            yield bank.B_scale, rows[:, None] & parts[None, :]
         for layer, used in zip(layers, each, strict=True):
             if layer.weight.shape[0] == bank.n_primitives:
                 yield layer.weight, used[:, None].expand(layer.weight.shape)

@@ -2,6 +2,7 @@
 
 banks           primitives: (n, d_in, r) and (n, r, d_out)
 compositions    weights of compositions, latent scales and biases
+scales          learned scales of digits: they move as fast as banks, without weight decay
 embeddings      token and position embeddings, untied heads
 matrices        every other parameter of two dimensions
 vectors         norms and biases: no weight decay
@@ -17,10 +18,12 @@ from transformers import PreTrainedModel
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.kept import KeptLinear
+from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
 from pilon_compress.train.distributed import full
 from pilon_compress.train.recipe import Optimizer
 
-GROUPS = ("banks", "compositions", "embeddings", "matrices", "vectors")
+GROUPS = ("banks", "compositions", "scales", "embeddings", "matrices", "vectors")
+SCALES = ("A_scale", "B_scale", "scale")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients and steps of Jordan et al., 2024
 NEWTON_SCHULZ_STEPS = 5
 MOMENTUM = 0.95
@@ -42,6 +45,8 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def _group(module: nn.Module, leaf: str, parameter: Tensor, name: str) -> str:
+    if leaf in SCALES and isinstance(module, TernaryBank | TernaryLinear):
+        return "scales"
     if isinstance(module, PrimitiveBank):
         return "banks" if leaf in ("A", "B") else "compositions"
     if leaf == "gate" or (isinstance(module, ComposedLinear) and leaf == "weight"):
@@ -58,7 +63,7 @@ def restrict(model: PreTrainedModel, train: str) -> None:
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, ComposedLinear) or (train == "ffn" and isinstance(module, PrimitiveBank | KeptLinear)):
-            for parameter in module.parameters(recurse=False):
+            for parameter in module.parameters():  # their norm included
                 parameter.requires_grad_(True)
 
 
@@ -70,7 +75,7 @@ def make_optimizers(model: nn.Module, asked: Optimizer) -> list[torch.optim.Opti
     a converted model differ by orders of magnitude.
     """
     groups = group_parameters(model)
-    factors = {"banks": asked.banks, "compositions": asked.compositions, "embeddings": asked.embeddings}
+    factors = {"banks": asked.banks, "scales": asked.banks, "compositions": asked.compositions, "embeddings": asked.embeddings}
     by_muon = ("banks", "matrices") if asked.name == "muon" else ()
 
     def entries(names: Iterable[str], rate: float) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from pilon_compress import checkpoint, text
 from pilon_compress.convert.stream import blocks
 from pilon_compress.deploy.save import check_output, copy_companions, save_model
 from pilon_compress.errors import BadInput
+from pilon_compress.families import find_sites
 from pilon_compress.form.fold import prune_unused
 from pilon_compress.form.layout import install, layout_of
 from pilon_compress.measure import encoder, sample
@@ -226,12 +227,15 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         model = checkpoint.load_model(recipe.start, dtype=torch.float32)
     elif recipe.ffn.like is not None:
         config = checkpoint.load_config(recipe.ffn.like)
-        model = hosts.build_with(config, hosts.layout_in(config), recipe.seed)
+        layout = hosts.layout_in(config)
+        if layout is not None:
+            layout = hosts.with_ternary(layout, find_sites(checkpoint.empty_model(config)), recipe.ternary)
+        model = hosts.build_with(config, layout, recipe.seed)
     else:
         config = hosts.config_for(recipe.host, recipe.data.sequence_length, tokenizer.eos_token_id)
         if len(tokenizer) > config.vocab_size:
             raise BadInput(f"the tokenizer has {len(tokenizer)} tokens, host.vocab_size is {config.vocab_size}")
-        model = hosts.build(config, recipe.ffn, recipe.seed)
+        model = hosts.build(config, recipe.ffn, recipe.seed, recipe.ternary)
     stage(model, recipe)
     model.config.use_cache = False
     restrict(model, recipe.run.train)

@@ -53,8 +53,10 @@ def plan(recipe: TrainRecipe) -> dict[str, Any]:
     layout = None
     if recipe.start is not None or recipe.ffn.like is not None:
         layout = hosts.layout_in(config)
-    elif recipe.ffn.kind != "dense":
-        layout = hosts.layout_for(find_sites(dense), recipe.ffn)
+        if layout is not None and recipe.ternary.enabled:
+            layout = hosts.with_ternary(layout, find_sites(dense), recipe.ternary)
+    else:
+        layout = hosts.layout_for(find_sites(dense), recipe.ffn, recipe.ternary)
     sizes = sized(layout, dense)
     parameters = sum(p.numel() for p in dense.parameters())
     if recipe.shrink:  # about: conversions find their layouts themselves

@@ -12,6 +12,7 @@ from pilon_compress.train.recipe import Staged, TrainRecipe
 from pilon_compress.train.selection import Choosing
 from pilon_compress.train.staged import Stages
 from pilon_compress.train.staged_linear import StagedLinear, staged
+from pilon_compress.train.ternary import Rounding
 
 
 def plugins_for(
@@ -23,6 +24,8 @@ def plugins_for(
         found.append(Choosing(model, recipe, steps))
     if recipe.staged != Staged():
         found.append(Stages(model, recipe.staged, optimizers))
+    if rounding := Rounding.of(model, recipe, optimizers):
+        found.append(rounding)
     if any(isinstance(layer, StagedLinear) or layer.composition == "softmax" for _, layer in projections(model)):
         found.append(UnusedStay(model))
     return found

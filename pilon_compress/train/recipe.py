@@ -62,6 +62,25 @@ class Ffn(Section):
     """Options of the original PILON: a scale and a bias per component of rank, shared by all primitives of a bank."""
 
 
+class Ternary(Section):
+    """Digits -1, 0 and 1 for the numbers of banks and kept matrices, 8-bit codes for what they are multiplied with."""
+
+    enabled: Switch = False
+    learned_scale: Switch = False
+    """A learned scale for each component, in place of the mean magnitude of each primitive."""
+    sub_norm: Switch = False
+    """From scratch: RMSNorm before the down projections, as BitNet has it; with or without digits."""
+    group: Count = 128
+    """Inputs of down projections that share a scale; 0: all of a token's."""
+    warmup: Share = 0.0
+    """Share of the steps in which rounding takes hold little by little."""
+    after: Share = 0.5
+    """heal: share of the tokens that heals factors as they are, before they become digits."""
+    second: Share = 0.5
+    """Share of the steps after which the second stage begins: no weight decay, and rates times second_rate."""
+    second_rate: Number = 1.0
+
+
 class Selection(Section):
     """Which primitives a layer of a model that is trained from scratch uses. Not for softmax compositions."""
 
@@ -246,6 +265,7 @@ class TrainRecipe(Section):
     device: Text = "auto"
     host: Host = Host()
     ffn: Ffn = Ffn()
+    ternary: Ternary = Ternary()
     selection: Selection = Selection()
     staged: Staged = Staged()
     data: Data = Data()
@@ -282,6 +302,10 @@ class TrainRecipe(Section):
             raise ValueError("distill.cache_teacher needs text that is stored: leave data.streaming out")
         if asked.layerwise and self.run.compile or asked.ffn and self.run.compile:
             raise ValueError("run.compile does not go with distill.ffn or layerwise, which look into blocks")
+        if self.task == "sft" and self.ternary.enabled:
+            raise ValueError("ternary.enabled is for pretrain and heal: a ternary model is taught chats as it is")
+        if self.task != "pretrain" and self.ternary.sub_norm:
+            raise ValueError("ternary.sub_norm is for models from scratch: it would change what `start` computes")
         if self.task != "pretrain" and self.selection.explore != "none":
             raise ValueError("selection.explore is for models from scratch (task pretrain)")
         return self

@@ -40,9 +40,9 @@ class StagedLinear(ComposedLinear):
         generator: torch.Generator | None = None,
     ) -> None:
         bank, bias = plain.bank, plain.bias is not None
-        super().__init__(bank, plain.top_k, bias, plain.composition, plain.host_shape)
+        super().__init__(bank, plain.top_k, bias, plain.composition, plain.host_shape, plain.group)
         self.explored, self.width = explored, candidates
-        self.weight, self.bias = plain.weight, plain.bias
+        self.weight, self.bias, self.norm = plain.weight, plain.bias, plain.norm
         if explored:
             signs = torch.randint(0, 2, (bank.n_primitives, plain.weight.shape[1]), generator=generator) * 2.0 - 1.0
             self.weight = nn.Parameter(signs * plain.weight.detach().abs().mean())
@@ -126,7 +126,10 @@ def settle(model: Any) -> None:
     """Replace, in place, every staged projection by a plain one that computes the same."""
     finalise(model)
     for name, layer in list(staged(model)):
-        plain = ComposedLinear(layer.bank, layer.top_k, layer.bias is not None, layer.composition, layer.host_shape)
+        bias, norm = layer.bias is not None, layer.norm is not None
+        plain = ComposedLinear(
+            layer.bank, layer.top_k, bias, layer.composition, layer.host_shape, layer.group, norm
+        )
         plain.to(layer.weight.device)
         plain.load_state_dict(plain_state(layer, layer.state_dict()))
         plain.train(layer.training)
@@ -136,7 +139,7 @@ def settle(model: Any) -> None:
 
 def plain_state(layer: StagedLinear, state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """The state of a finalised layer as a plain one's: `state` holds it below `prefix`, whole."""
-    found = {key: state[prefix + key] for key in ("weight", "bias") if prefix + key in state}
+    found = {key: state[prefix + key] for key in ("weight", "bias", "norm.weight") if prefix + key in state}
     if layer.composition == "softmax":
         return found
     found["selected"] = state[prefix + "selected"]

@@ -132,7 +132,8 @@ def _write(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
 def tensors_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """All tensors of a run by name: parameters, buffers, and optimiser states (zeros where there are none yet)."""
     found: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.named_parameters()}
-    found |= {f"buffer.{name}": tensor for name, tensor in model.named_buffers()}
+    lasting = model.state_dict().keys()  # what is not is made anew
+    found |= {f"buffer.{name}": tensor for name, tensor in model.named_buffers() if name in lasting}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for index, optimizer in enumerate(optimizers):
         for group in optimizer.param_groups:
