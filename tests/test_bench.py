@@ -59,8 +59,8 @@ def folder(tiny, tmp_path_factory):
 
 def test_a_block_is_timed_in_every_form_without_a_model(tmp_path):
     plot = tmp_path / "speedups.svg"
-    words = ["--ffn", "64x128", "--active-rank", "32", "--batch", "2", "--threads", "1", "--rounds", "3", "--json", "--plot"]
-    result = json.loads(shell(*words, plot).stdout)
+    words = ["--ffn", "64x128", "--active-rank", "32", "--batch", "2", "--threads", "1", "--rounds", "3"]
+    result = json.loads(shell(*words, "--json", "--plot", plot).stdout)
     assert result["skipped"] == {}
     assert result["speedup"].keys() == result["spread"].keys() == BLOCK
     assert result["ffn"] == {

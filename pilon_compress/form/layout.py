@@ -104,21 +104,22 @@ class Layout:
 
     def normed(self, places: Collection[str]) -> "Layout":
         """The same with an RMSNorm before the projections of those names."""
-        projections, kept = (
-            {name: replace(spec, norm=spec.norm or name in places) for name, spec in part.items()}
-            for part in (self.projections, self.kept)
-        )
+        projections = {name: replace(spec, norm=spec.norm or name in places) for name, spec in self.projections.items()}
+        kept = {name: replace(spec, norm=spec.norm or name in places) for name, spec in self.kept.items()}
         return replace(self, projections=projections, kept=kept)
 
     def ternary(self, learned_scale: bool, grouped: Collection[str], group: int) -> "Layout":
         """The same in digits; inputs of the projections `grouped` share scales by `group`."""
-        options = {"quantization": "ternary", "learned_scale": learned_scale}
-        banks = {name: replace(spec, **options) for name, spec in self.banks.items()}
-        kept = {name: replace(spec, **options) for name, spec in self.kept.items()}
-        projections, kept = (
-            {name: replace(spec, group=group if name in grouped else 0) for name, spec in part.items()}
-            for part in (self.projections, kept)
-        )
+        groups = dict.fromkeys(grouped, group)
+        banks = {
+            name: replace(spec, quantization="ternary", learned_scale=learned_scale)
+            for name, spec in self.banks.items()
+        }
+        projections = {name: replace(spec, group=groups.get(name, 0)) for name, spec in self.projections.items()}
+        kept = {
+            name: replace(spec, quantization="ternary", learned_scale=learned_scale, group=groups.get(name, 0))
+            for name, spec in self.kept.items()
+        }
         return replace(self, banks=banks, projections=projections, kept=kept)
 
     def users(self, bank: str) -> list[str]:

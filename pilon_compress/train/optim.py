@@ -75,7 +75,8 @@ def make_optimizers(model: nn.Module, asked: Optimizer) -> list[torch.optim.Opti
     a converted model differ by orders of magnitude.
     """
     groups = group_parameters(model)
-    factors = {"banks": asked.banks, "scales": asked.banks, "compositions": asked.compositions, "embeddings": asked.embeddings}
+    factors = {"banks": asked.banks, "scales": asked.banks, "compositions": asked.compositions}
+    factors["embeddings"] = asked.embeddings
     by_muon = ("banks", "matrices") if asked.name == "muon" else ()
 
     def entries(names: Iterable[str], rate: float) -> list[dict[str, Any]]:

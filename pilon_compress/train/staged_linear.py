@@ -127,9 +127,7 @@ def settle(model: Any) -> None:
     finalise(model)
     for name, layer in list(staged(model)):
         bias, norm = layer.bias is not None, layer.norm is not None
-        plain = ComposedLinear(
-            layer.bank, layer.top_k, bias, layer.composition, layer.host_shape, layer.group, norm
-        )
+        plain = ComposedLinear(layer.bank, layer.top_k, bias, layer.composition, layer.host_shape, layer.group, norm)
         plain.to(layer.weight.device)
         plain.load_state_dict(plain_state(layer, layer.state_dict()))
         plain.train(layer.training)

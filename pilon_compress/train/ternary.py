@@ -1,8 +1,8 @@
 """What changes over a ternary training: how far numbers are rounded, the digits of each step, weight decay.
 
-    share of the steps   0 ...... warmup ............ second .......... 1
-    rounding             0 to 1   all of it
-    weight decay         as asked                     none              rates: `schedule.rate_of`
+share of the steps   0 ...... warmup ............ second .......... 1
+rounding             0 to 1   all of it
+weight decay         as asked                     none              rates: `schedule.rate_of`
 """
 
 from collections.abc import Sequence
