@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,14 @@ class Form(str, Enum):
 
     dense = "dense"
     self_contained = "self-contained"
+    packed = "packed"
+
+
+class Encoding(str, Enum):
+    """How ternary digits become bytes."""
+
+    base3 = "base3"
+    two_bits = "2bit"
 
 
 def export(
@@ -21,26 +29,42 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
     to: Annotated[
         Form,
-        typer.Option(help="dense: plain host model, no trace of PILON. self-contained: brings its loading code along."),
+        typer.Option(
+            help="dense: plain host model, no trace of PILON. self-contained: brings its loading code along. "
+            "packed: ternary digits in bytes."
+        ),
     ],
+    encoding: Annotated[
+        Encoding, typer.Option("--format", help="Of a packed export: base3, 1.6 bits a digit; 2bit.")
+    ] = Encoding.base3,
     dtype: Annotated[str, typer.Option(help="Of a dense export: auto, float32, bfloat16, float16.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Export a PILON model: dense (loads everywhere) or self-contained (loads without this package).
+    """Export a PILON model: dense (loads everywhere), self-contained (loads without this package), packed (ternary).
 
     pilon-compress export out/gpt2-half --to dense -o out/gpt2-half-dense
     """
+    found: dict[str, Any] = {}
     from pilon_compress.deploy.export import export_dense, export_self_contained
 
     if to is Form.dense:
         export_dense(model, output, dtype=dtype, overwrite=overwrite)
         load = f"AutoModel.from_pretrained({str(output)!r})"
+    elif to is Form.packed:
+        from pilon_compress.deploy.pack import export_packed
+
+        found = export_packed(model, output, encoding=encoding.value, dtype=dtype, overwrite=overwrite)
+        load = f"AutoModel.from_pretrained({str(output)!r})"
     else:
         export_self_contained(model, output, overwrite=overwrite)
         load = f"AutoModel.from_pretrained({str(output)!r}, trust_remote_code=True)"
     if as_json:
-        print_json({"model": model, "output": str(output), "to": to.value, "load": load})
+        print_json({"model": model, "output": str(output), "to": to.value, "load": load, **found})
     else:
         print(output)
+        if found:
+            ffn, whole = found["ffn"]["bytes_ratio"], found["model"]["bytes_ratio"]
+            print(f"feed-forward bytes {ffn:.4f} of bfloat16 dense, the whole model {whole:.3f}")
+            print(f"largest difference of outputs {found['max_logit_difference']:.3g}")
         print(f"loads with {load}")

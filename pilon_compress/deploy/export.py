@@ -16,12 +16,23 @@ from pilon_compress.deploy import loader
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import FAMILIES, detect
-from pilon_compress.form import bank, composed, kept, layout, ternary, ternary_bank
+from pilon_compress.form import bank, composed, kept, layout, packed, packing, ternary, ternary_bank
 from pilon_compress.form.fold import dense
 from pilon_compress.form.layout import BANKS, kept_matrices, linear_shape, projections
 
 MODELING_FILE = "modeling_pilon.py"
-BUNDLED = (ternary, bank, composed, kept, ternary_bank, layout, loader)  # in this order one file can hold them
+# in this order one file can hold them
+BUNDLED = (
+    ternary,
+    bank,
+    composed,
+    kept,
+    ternary_bank,
+    packing,
+    packed,
+    layout,
+    loader,
+)
 HEADER = '''"""PILON for transformers, bundled by pilon-compress so that this folder loads without the package:
 
     AutoModel...from_pretrained(folder, trust_remote_code=True)
@@ -104,6 +115,8 @@ def export_self_contained(source: str, output: Path, *, overwrite: bool = False)
     """
     check_output(output, overwrite, source)
     model = load_pilon(source, "auto")
+    if any(isinstance(one, packed.PackedBank) for _, one in layout.banks(model)):
+        raise BadInput(f"{source} is packed: its kernels do not travel with it, it needs pilon-compress to load")
     classes = host_classes(model)
     stem = MODELING_FILE.removesuffix(".py")
     with fresh_folder(output, overwrite) as folder:

@@ -9,6 +9,7 @@ from_pretrained(folder)
 
 from typing import Any
 
+import torch
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -17,8 +18,9 @@ from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.kept import KeptLinear
 from pilon_compress.form.layout import Host, Layout, install
+from pilon_compress.form.packed import PackedBank, PackedLinear, scales_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: ternary and packed banks
 
 
 class PilonConfig(QuantizationConfigMixin):
@@ -51,9 +53,11 @@ class PilonQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise ValueError("a dense checkpoint becomes PILON with `pilon-compress convert`, not while it is loaded")
         install(model, Layout.from_dict(self.quantization_config.layout))
+        model._keep_in_fp32_modules_strict.update(scales_of(model))
 
     def _process_model_after_weight_loading(self, model: Host, **kwargs: Any) -> None:
         refuse_gaps(model)
+        refuse_damage(model)
         dissolve(model)
 
 
@@ -62,12 +66,24 @@ def refuse_gaps(model: Host) -> None:
     lost = [
         f"{name}.{key}"
         for name, module in model.named_modules()
-        if isinstance(module, PrimitiveBank | ComposedLinear | KeptLinear)
+        if isinstance(module, PrimitiveBank | ComposedLinear | KeptLinear | PackedLinear)
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)  # meta: offloaded to disk
     ]
     if lost:
         raise ValueError(f"the checkpoint lacks {len(lost)} PILON tensors, the first is {lost[0]}")
+
+
+def refuse_damage(model: Host) -> None:
+    """Raise ValueError for packed digits that are none, and scales that are zero or not finite."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedBank | PackedLinear):
+            codes = next(module.buffers(recurse=False))
+            if not codes.is_meta and (reason := module.refuse()):
+                raise ValueError(f"{name} {reason}: the file is corrupt")
+    for name, scale in scales_of(model).items():
+        if not scale.is_meta and not (torch.isfinite(scale).all() and (scale.any() or name.endswith("shift"))):
+            raise ValueError(f"{name} holds scales that are zero or not finite: the file is corrupt")
 
 
 def dissolve(model: Host) -> None:

@@ -20,6 +20,8 @@ class ComposedLinear(nn.Module):
     `norm`: RMSNorm of the input, where a quantiser follows (SubLN as BitNet has it before `down`). `group`: inputs that
     share a scale of that quantiser, 0 for all of a token's.
 
+    `shift` (k, r) is added to the latent behind the weight: packed banks have it in the place of a latent bias.
+
     The composition tensor is called `weight` on purpose: a checkpoint that is loaded without this package meets a
     stock layer with another shape and fails, instead of running on random weights.
     """
@@ -36,6 +38,7 @@ class ComposedLinear(nn.Module):
         host_shape: tuple[int, int] | None = None,
         group: int = 0,
         norm: bool = False,
+        shift: bool = False,
     ) -> None:
         super().__init__()
         if composition not in COMPOSITIONS:
@@ -51,6 +54,7 @@ class ComposedLinear(nn.Module):
         if composition != "softmax":
             self.register_buffer("selected", torch.arange(top_k))
         self.bias = nn.Parameter(torch.zeros(bank.d_out)) if bias else None
+        self.shift = nn.Parameter(torch.zeros(shape)) if shift else None
         self.norm = nn.RMSNorm(bank.d_in, eps=NORM_EPS) if norm else None
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
@@ -64,7 +68,8 @@ class ComposedLinear(nn.Module):
         selected, weight = self.coefficients()
         if self.norm is not None:
             x = self.norm(x)
-        y = self.bank(x, selected, weight, self.group)
+        shift = {} if self.shift is None else {"shift": self.shift}
+        y = self.bank(x, selected, weight, self.group, **shift)
         if y.device != x.device:  # a bank shared by layers on several devices lives on one of them
             y = y.to(x.device)
         return y if self.bias is None else y + self.bias

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.layout import BANKS, Host, banks, projections
+from pilon_compress.form.packed import PackedBank
 from pilon_compress.form.ternary_bank import TernaryBank
 
 
@@ -25,12 +26,15 @@ def factors(composed: ComposedLinear) -> tuple[Tensor, Tensor, Tensor | None]:
     A = A.permute(1, 0, 2).reshape(bank.d_in, -1)
     scaled = B * weight.double()[:, :, None]
     bias = None if composed.bias is None else composed.bias.double()
+    if composed.shift is not None:
+        moved = torch.einsum("kr,kro->o", composed.shift.double(), B)
+        bias = moved if bias is None else bias + moved
     if bank.latent_bias is not None:
         shift = torch.einsum("r,kro->o", bank.latent_bias.double(), scaled)
         bias = shift if bias is None else bias + shift
     if bank.latent_scale is not None:
         scaled = scaled * bank.latent_scale.double()[:, None]
-    dtype = bank.A.dtype
+    dtype = weight.dtype
     return A.to(dtype), scaled.reshape(-1, bank.d_out).to(dtype), None if bias is None else bias.to(dtype)
 
 
@@ -49,7 +53,7 @@ def fold(model: Host) -> Host:
     memory than the shared banks, and is no longer a PILON model that could be saved as one. Raises ValueError for
     ternary banks: their products are of whole numbers, which folding would lose.
     """
-    if any(isinstance(bank, TernaryBank) for _, bank in banks(model)):
+    if any(isinstance(bank, TernaryBank | PackedBank) for _, bank in banks(model)):
         raise ValueError("ternary banks do not fold: export them packed")
     base = model.base_model
     for name, composed in list(projections(model)):
@@ -89,7 +93,7 @@ def prune_unused(model: Host) -> int:
         layers = users.get(id(bank), [])
         if any(layer.composition == "softmax" for layer in layers):
             continue
-        used = torch.zeros(bank.n_primitives, dtype=torch.bool, device=bank.A.device)
+        used = torch.zeros(bank.n_primitives, dtype=torch.bool, device=layers[0].selected.device if layers else None)
         for layer in layers:
             used[layer.selected] = True
         if bool(used.all()):

@@ -9,15 +9,20 @@ from torch import nn
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.kept import KeptLinear
+from pilon_compress.form.packed import PackedBank, PackedLinear
+from pilon_compress.form.packing import PER_BYTE
 from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
 
+Kept = KeptLinear | PackedLinear
+PACKED = {f"ternary-{encoding}": encoding for encoding in PER_BYTE}
 Host = Any  # a transformers PreTrainedModel; transformers imports this file while that class is being made
 BANKS = "pilon_banks"  # where the base model owns its banks
 
 
 @dataclass(frozen=True)
 class BankSpec:
-    """Shape of one bank, and what its numbers are: `quantization` none, or ternary, with scales learned or not."""
+    """Shape of one bank, and what its numbers are: `quantization` none, ternary (in training), ternary-2bit or
+    ternary-base3 (packed)."""
 
     d_in: int
     d_out: int
@@ -42,6 +47,7 @@ class ProjectionSpec:
     composition: str = "component"
     group: int = 0
     norm: bool = False
+    shift: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,12 @@ class Layout:
     projections: dict[str, ProjectionSpec]
     kept: dict[str, KeptSpec] = field(default_factory=dict)
     host: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything is stored otherwise than in plain numbers."""
+        kinds = {spec.quantization for spec in self.banks.values()} | {s.quantization for s in self.kept.values()}
+        return bool(kinds - {"none"})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, without what is at its default: older versions read what they can compute."""
@@ -176,7 +188,7 @@ def install(model: Host, layout: Layout) -> Host:
     setattr(base, BANKS, tree)
     no_split = getattr(base, "_no_split_modules", None)
     if no_split is not None:  # device_map="auto" must keep a bank on one device
-        base._no_split_modules = [*no_split, "PrimitiveBank", "TernaryBank"]
+        base._no_split_modules = [*no_split, "PrimitiveBank", "TernaryBank", "PackedBank"]
     return model
 
 
@@ -185,15 +197,20 @@ def make_bank(spec: BankSpec) -> PrimitiveBank:
     shape = (spec.d_in, spec.d_out, spec.n_primitives, spec.rank, spec.latent_scale, spec.latent_bias)
     if spec.quantization == "ternary":
         return TernaryBank(*shape, learned_scale=spec.learned_scale)
+    if spec.quantization in PACKED:
+        return PackedBank(*shape[:4], PACKED[spec.quantization])
     if spec.quantization != "none":
         raise ValueError(f"quantization {spec.quantization!r} is not known: written by a newer pilon-compress?")
     return PrimitiveBank(*shape)
 
 
-def make_kept(spec: KeptSpec, host_shape: tuple[int, int]) -> KeptLinear:
+def make_kept(spec: KeptSpec, host_shape: tuple[int, int]) -> Kept:
     """An uninitialised kept matrix. Raises ValueError for a quantization that is not known."""
     if spec.quantization == "ternary":
         return TernaryLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.group, spec.norm, spec.learned_scale)
+    if spec.quantization in PACKED:
+        packed = PACKED[spec.quantization]
+        return PackedLinear(spec.d_in, spec.d_out, spec.bias, host_shape, packed, spec.group, spec.norm)
     if spec.quantization != "none":
         raise ValueError(f"quantization {spec.quantization!r} is not known: written by a newer pilon-compress?")
     return KeptLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.norm)
@@ -204,12 +221,14 @@ def _module(layout: Layout, name: str, banks: dict[str, PrimitiveBank]) -> nn.Mo
     if name in layout.kept:
         return make_kept(layout.kept[name], host_shape)
     spec = layout.projections[name]
-    return ComposedLinear(banks[spec.bank], spec.top_k, spec.bias, spec.composition, host_shape, spec.group, spec.norm)
+    return ComposedLinear(
+        banks[spec.bank], spec.top_k, spec.bias, spec.composition, host_shape, spec.group, spec.norm, spec.shift
+    )
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of an nn.Linear, a GPT-2 Conv1D (whose weight is stored (in, out)) or a ComposedLinear."""
-    if isinstance(module, nn.Linear):
+    """(d_in, d_out) of an nn.Linear, a GPT-2 Conv1D (whose weight is stored (in, out)) or a projection of ours."""
+    if isinstance(module, nn.Linear | PackedLinear):
         return module.in_features, module.out_features
     if isinstance(module, ComposedLinear):
         return module.bank.d_in, module.bank.d_out
@@ -226,10 +245,10 @@ def projections(model: Host) -> Iterator[tuple[str, ComposedLinear]]:
             yield name, module
 
 
-def kept_matrices(model: Host) -> Iterator[tuple[str, KeptLinear]]:
+def kept_matrices(model: Host) -> Iterator[tuple[str, Kept]]:
     """Every projection of a PILON model that stays one matrix, by module name below the base model."""
     for name, module in model.base_model.named_modules():
-        if isinstance(module, KeptLinear):
+        if isinstance(module, Kept):
             yield name, module
 
 
@@ -245,7 +264,15 @@ def layout_of(model: Host) -> Layout:
     names = {id(bank): name for name, bank in banks(model)}
     specs = {name: _bank_spec(bank) for name, bank in banks(model)}
     composed = {
-        name: ProjectionSpec(names[id(p.bank)], p.top_k, p.bias is not None, p.composition, p.group, p.norm is not None)
+        name: ProjectionSpec(
+            names[id(p.bank)],
+            p.top_k,
+            p.bias is not None,
+            p.composition,
+            p.group,
+            p.norm is not None,
+            p.shift is not None,
+        )
         for name, p in projections(model)
     }
     kept = {name: _kept_spec(matrix) for name, matrix in kept_matrices(model)}
@@ -260,11 +287,15 @@ def _bank_spec(bank: PrimitiveBank) -> BankSpec:
     shape = (bank.d_in, bank.d_out, bank.n_primitives, bank.rank)
     if isinstance(bank, TernaryBank):
         return BankSpec(*shape, *options, "ternary", bank.A_scale is not None)
+    if isinstance(bank, PackedBank):
+        return BankSpec(*shape, *options, f"ternary-{bank.encoding}")
     return BankSpec(*shape, *options)
 
 
-def _kept_spec(matrix: KeptLinear) -> KeptSpec:
+def _kept_spec(matrix: Kept) -> KeptSpec:
     shape = (matrix.in_features, matrix.out_features, matrix.bias is not None)
     if isinstance(matrix, TernaryLinear):
         return KeptSpec(*shape, "ternary", matrix.scale is not None, matrix.group, matrix.norm is not None)
+    if isinstance(matrix, PackedLinear):
+        return KeptSpec(*shape, f"ternary-{matrix.encoding}", False, matrix.group, matrix.norm is not None)
     return KeptSpec(*shape, norm=matrix.norm is not None)

@@ -6,10 +6,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from pilon_compress.form.layout import Layout, linear_shape
+from pilon_compress.form.layout import PACKED, Layout, linear_shape
+from pilon_compress.form.packing import packed_size
 
 DENSE_ITEMSIZE = 2  # the dense model is counted in bfloat16, whatever it was stored in
 INDEX_ITEMSIZE = 8  # selected primitives are int64
+SCALE_ITEMSIZE = 4  # scales of packed projections are float32
 
 
 @dataclass(frozen=True)
@@ -45,21 +47,29 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
     spec = layout.banks[bank]
     numbers = spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
     numbers += spec.rank * (spec.latent_scale + spec.latent_bias)
-    indices = macs = dense = dense_macs = 0
+    numbers += 2 * spec.n_primitives * spec.rank * spec.learned_scale
+    indices = scales = macs = dense = dense_macs = 0
     for name in layout.users(bank):
         user = layout.projections[name]
         width = spec.rank if user.composition == "component" else 1
         numbers += (spec.n_primitives if user.composition == "softmax" else user.top_k) * width + user.bias * spec.d_out
         indices += 0 if user.composition == "softmax" else user.top_k
+        scales += user.top_k * width * (1 + user.shift)
+        numbers += user.shift * user.top_k * width + user.norm * spec.d_in
         inner = user.top_k * spec.rank
         d_in, d_out = layout.host_shape(name)
         macs += min(inner * (spec.d_in + spec.d_out), spec.d_in * spec.d_out)
         dense += d_in * d_out + user.bias * d_out
         dense_macs += d_in * d_out
+    size = numbers * itemsize
+    if spec.quantization in PACKED:
+        in_codes = spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
+        codes = sum(packed_size(d * spec.rank, PACKED[spec.quantization]) for d in (spec.d_in, spec.d_out))
+        size = spec.n_primitives * codes + scales * SCALE_ITEMSIZE + (numbers - in_codes - scales) * itemsize
     return Size(
         stored=numbers + indices,
         dense_stored=dense,
-        bytes=numbers * itemsize + indices * INDEX_ITEMSIZE,
+        bytes=size + indices * INDEX_ITEMSIZE,
         dense_bytes=dense * DENSE_ITEMSIZE,
         macs=macs,
         dense_macs=dense_macs,
@@ -70,8 +80,13 @@ def kept_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Size
     """One projection that stays a matrix, against the host's."""
     spec, (d_in, d_out) = layout.kept[name], layout.host_shape(name)
     macs, dense_macs = spec.d_in * spec.d_out, d_in * d_out
-    stored, dense = macs + spec.bias * spec.d_out, dense_macs + spec.bias * d_out
-    return Size(stored, dense, stored * itemsize, dense * DENSE_ITEMSIZE, macs, dense_macs)
+    rest = spec.bias * spec.d_out + spec.norm * spec.d_in
+    scales = spec.d_out if spec.learned_scale or spec.quantization in PACKED else 0
+    stored, dense = macs + rest + scales, dense_macs + spec.bias * d_out
+    size = stored * itemsize
+    if spec.quantization in PACKED:
+        size = packed_size(macs, PACKED[spec.quantization]) + scales * SCALE_ITEMSIZE + rest * itemsize
+    return Size(stored, dense, size, dense * DENSE_ITEMSIZE, macs, dense_macs)
 
 
 def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:

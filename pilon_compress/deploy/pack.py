@@ -1,0 +1,160 @@
+"""Packing: a trained ternary model as digits in bytes, with everything else folded into one vector per projection."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import pilon_compress
+from pilon_compress import checkpoint
+from pilon_compress.deploy.export import load_pilon
+from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
+from pilon_compress.errors import BadInput
+from pilon_compress.form.bank import PrimitiveBank
+from pilon_compress.form.composed import ComposedLinear
+from pilon_compress.form.layout import BANKS, Kept, banks, kept_matrices, layout_of, projections
+from pilon_compress.form.packed import PackedBank, PackedLinear
+from pilon_compress.form.packing import pack
+from pilon_compress.form.ternary import digits
+from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
+from pilon_compress.measure.size import ffn_size, model_size
+
+SAMPLE = (2, 48)  # sequences and tokens on which packed and unpacked are compared
+
+
+def export_packed(
+    source: str, output: Path, *, encoding: str = "base3", dtype: str = "auto", overwrite: bool = False
+) -> dict[str, Any]:
+    """Write a ternary model with its digits packed, `encoding` 2bit or base3. It loads through `from_pretrained`.
+
+    Returns `ffn` and `model` (sizes and their ratios over the dense model in bfloat16, bytes as on disk) and
+    `max_logit_difference` on random tokens, in float32. Raises BadInput for a model that is not ternary.
+    """
+    check_output(output, overwrite, source)
+    model = load_pilon(source, dtype)
+    check_ternary(model, source)
+    kept_dtype = model.dtype
+    before = _outputs(model)
+    packed(model, encoding)
+    difference = float((_outputs(model) - before).abs().max())
+    with fresh_folder(output, overwrite) as folder:
+        save_model(model, checkpoint.load_tokenizer(source), folder, kept_dtype)
+        copy_companions(checkpoint.resolve(source), folder)
+        size = size_of(model)
+        (folder / "README.md").write_text(card(source, encoding, size, difference))
+    return {**size, "max_logit_difference": difference}
+
+
+def check_ternary(model: PreTrainedModel, source: str) -> None:
+    """Raise BadInput unless every bank and kept matrix is ternary."""
+    found = [bank for _, bank in banks(model)] + [matrix for _, matrix in kept_matrices(model)]
+    if any(isinstance(one, PackedBank | PackedLinear) for one in found):
+        raise BadInput(f"{source} is packed already")
+    if not all(isinstance(one, TernaryBank | TernaryLinear) for one in found):
+        raise BadInput(f"{source} is not ternary: `pilon-compress train --heal {source} --ternary` makes it so")
+
+
+@torch.no_grad()
+def packed(model: PreTrainedModel, encoding: str) -> PreTrainedModel:
+    """Replace, in place, every ternary bank and matrix of `model` by a packed one; outputs stay bit-equal."""
+    made = {id(bank): (name, bank, _bank(bank, encoding)) for name, bank in banks(model)}
+    for name, layer in list(projections(model)):
+        _replace(model, name, _projection(layer, made[id(layer.bank)][2]))
+    for name, matrix in list(kept_matrices(model)):
+        _replace(model, name, _matrix(matrix, encoding))
+    for name, _, bank in made.values():
+        _replace(model, f"{BANKS}.{name}", bank)
+    return model.eval()
+
+
+def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.base_model.get_submodule(parent), leaf, module)
+
+
+def _bank(bank: PrimitiveBank, encoding: str) -> PackedBank:
+    assert isinstance(bank, TernaryBank)
+    A, B = bank.eval().digits(torch.arange(bank.n_primitives, device=bank.A.device))
+    made = PackedBank(bank.d_in, bank.d_out, bank.n_primitives, bank.rank, encoding)
+    made.A_codes, made.B_codes = pack(A, encoding), pack(B, encoding)
+    return made
+
+
+def _projection(layer: ComposedLinear, bank: PackedBank) -> ComposedLinear:
+    selected, weight = layer.coefficients()
+    assert isinstance(layer.bank, TernaryBank)
+    scale, shift = layer.bank.folded(selected, weight)
+    k, rank = len(selected), bank.rank
+    made = ComposedLinear(
+        bank, k, layer.bias is not None, "component", layer.host_shape, layer.group, layer.norm is not None,
+        shift is not None,
+    )  # fmt: skip
+    made.selected = selected.clone()
+    made.weight = nn.Parameter(scale.reshape(k, rank).clone())
+    if made.shift is not None and shift is not None:
+        made.shift = nn.Parameter(shift.reshape(k, rank).clone())
+    made.bias, made.norm = layer.bias, layer.norm
+    return made
+
+
+def _matrix(matrix: Kept, encoding: str) -> PackedLinear:
+    assert isinstance(matrix, TernaryLinear)
+    scale = matrix.scales()
+    d_in, d_out = matrix.in_features, matrix.out_features
+    made = PackedLinear(
+        d_in, d_out, matrix.bias is not None, matrix.host_shape, encoding, matrix.group, matrix.norm is not None
+    )
+    made.codes = pack(digits(matrix.weight, scale).T[None], encoding)
+    made.weight = nn.Parameter(scale.squeeze(-1).expand(d_out).clone())
+    made.bias, made.norm = matrix.bias, matrix.norm
+    return made
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel) -> torch.Tensor:
+    """Logits, or of an encoder the last states, on random tokens."""
+    ids = torch.randint(0, model.config.vocab_size, SAMPLE, generator=torch.Generator().manual_seed(0))
+    return model.eval()(input_ids=ids.to(model.device))[0].float()
+
+
+def size_of(model: PreTrainedModel) -> dict[str, Any]:
+    """`ffn` and `model` as `measure.size` counts them."""
+    layout, dense = layout_of(model), checkpoint.empty_model(model.config)
+    itemsize = model.dtype.itemsize
+    return {
+        "ffn": ffn_size(layout, itemsize).to_dict(),
+        "model": model_size(layout, dense, itemsize).to_dict(),
+    }
+
+
+def card(source: str, encoding: str, size: dict[str, Any], difference: float) -> str:
+    """The model card of a packed model."""
+    ffn, whole = size["ffn"], size["model"]
+    return f"""---
+library_name: transformers
+tags: [pilon, ternary]
+---
+
+# {Path(source).name}, packed
+
+Ternary feed-forward weights, {"five digits in a byte" if encoding == "base3" else "two bits a digit"}, over the dense
+model in bfloat16:
+
+| | stored numbers | bytes | MACs |
+|---|---|---|---|
+| feed-forward | {ffn["stored_ratio"]:.3f} | {ffn["bytes_ratio"]:.4f} | {ffn["mac_ratio"]:.3f} |
+| whole model | {whole["stored_ratio"]:.3f} | {whole["bytes_ratio"]:.4f} | {whole["mac_ratio"]:.3f} |
+
+Largest difference of outputs to the model before packing: {difference:.3g}.
+
+```python
+import pilon_compress  # registers the format
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{Path(source).name}-packed")
+```
+
+Made by pilon-compress {pilon_compress.__version__} from `{Path(source).name}`.
+"""

@@ -1,0 +1,165 @@
+"""Packed ternary models: exact codecs, the same outputs bit for bit, the bytes that are reported, refusals."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import pilon_compress  # noqa: F401  registers the format
+from pilon_compress.deploy.pack import export_packed
+from pilon_compress.errors import BadInput
+from pilon_compress.form.packing import PER_BYTE, pack, unpack, valid
+from pilon_compress.train import recipe
+from pilon_compress.train.pipeline import train_model
+
+KINDS = {
+    "arcee": [],
+    "llama": ["host.family=llama", "ternary.sub_norm=true", "ternary.learned_scale=true"],
+    "options": ["ffn.latent_scale=true", "ffn.latent_bias=true", "ffn.composition=scalar"],
+    "dense": ["ffn.kind=dense"],
+    "rank8": ["ffn.rank=8"],
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ternary") / request.param
+    asked = ["ternary.enabled=true", "schedule.tokens=4096", "run.evaluate_every=100", *KINDS[request.param]]
+    train_model(recipe.load("smoke", asked), folder, quiet=True)
+    return folder
+
+
+def cli(*words):
+    command = [sys.executable, "-m", "pilon_compress.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def logits(folder, ids, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+IDS = torch.randint(0, 512, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+@given(st.integers(1, 3), st.integers(1, 23), st.integers(1, 9), st.sampled_from(list(PER_BYTE)), st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_codecs_are_exact_and_as_small_as_they_say(n, d, m, encoding, seed):
+    digits = torch.randint(-1, 2, (n, d, m), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    codes = pack(digits, encoding)
+    assert codes.dtype == torch.uint8 and codes.shape == (n, -(-d * m // PER_BYTE[encoding]))
+    assert torch.equal(unpack(codes, (d, m), encoding), digits) and valid(codes, encoding)
+
+
+def test_bytes_that_are_no_digits_are_told():
+    assert not valid(torch.tensor([0b11000000], dtype=torch.uint8), "2bit")
+    assert valid(torch.tensor([0b10101010], dtype=torch.uint8), "2bit")
+    assert valid(torch.tensor([242], dtype=torch.uint8), "base3")
+    assert not valid(torch.tensor([243], dtype=torch.uint8), "base3")
+
+
+@pytest.mark.parametrize("encoding", PER_BYTE)
+def test_packed_outputs_are_bit_equal_and_bytes_are_those_on_disk(trained, tmp_path, encoding):
+    found = export_packed(str(trained), tmp_path / "packed", encoding=encoding)
+    assert found["max_logit_difference"] == 0
+    assert torch.equal(logits(tmp_path / "packed", IDS), logits(trained, IDS))
+    with safe_open(tmp_path / "packed" / "model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if ".mlp." in name or "pilon_banks" in name]  # noqa: SIM118
+        assert found["ffn"]["bytes"] == sum(file.get_tensor(name).nbytes for name in names)
+    assert AutoTokenizer.from_pretrained(tmp_path / "packed").eos_token == "<eos>"
+    # in bfloat16 the scales stay whole: what is computed from the same inputs is the same
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.bfloat16)
+    halves = [n for n, p in model.named_parameters() if "mlp" in n and n.endswith("_proj.weight")]
+    assert halves and all(model.get_parameter(name).dtype == torch.float32 for name in halves)
+    whole = AutoModelForCausalLM.from_pretrained(trained).bfloat16()
+    with torch.no_grad():
+        ours, theirs = model(input_ids=IDS).logits.float(), whole(input_ids=IDS).logits.float()
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+def test_generation_with_a_cache_and_any_batch_is_the_full_forward_pass(trained, tmp_path):
+    export_packed(str(trained), tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    with torch.no_grad():
+        whole = model(input_ids=IDS).logits
+        alone = model(input_ids=IDS[1:2]).logits
+        cache = model(input_ids=IDS[:, :10], use_cache=True).past_key_values
+        steps = [model(input_ids=IDS[:, i : i + 1], past_key_values=cache).logits for i in range(10, 20)]
+    assert torch.allclose(alone, whole[1:2], atol=2e-4) and torch.allclose(
+        torch.cat(steps, 1), whole[:, 10:], atol=2e-4
+    )
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    train_model(recipe.load("smoke", ["ternary.enabled=true", "schedule.tokens=2048"]), folder / "out", quiet=True)
+    export_packed(str(folder / "out"), folder / "packed")
+    return folder
+
+
+def test_the_command_and_what_reads_its_folder(one, tmp_path):
+    done = cli("export", one / "out", "--to", "packed", "--format", "2bit", "-o", tmp_path / "packed", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["max_logit_difference"] == 0 and 0 < told["ffn"]["bytes_ratio"] < told["ffn"]["stored_ratio"] / 4
+    assert "| feed-forward |" in (tmp_path / "packed" / "README.md").read_text()
+    shown = cli("inspect", tmp_path / "packed", "--json")
+    assert shown.returncode == 0, shown.stderr
+    again = cli("export", tmp_path / "packed", "--to", "packed", "-o", tmp_path / "again")
+    assert again.returncode == 2 and "is packed already" in again.stderr and not (tmp_path / "again").exists()
+
+
+def test_a_model_that_is_not_ternary_is_sent_to_training(tmp_path):
+    train_model(recipe.load("smoke", ["schedule.tokens=1024"]), tmp_path / "out", quiet=True)
+    with pytest.raises(BadInput, match="is not ternary: `pilon-compress train --heal"):
+        export_packed(str(tmp_path / "out"), tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def zero_scale(tensors, config):
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name].zero_()
+
+
+def bad_bytes(tensors, config):
+    next(tensor for name, tensor in tensors.items() if name.endswith("A_codes")).fill_(255)
+
+
+def newer(tensors, config):
+    config["quantization_config"]["format_version"] = 99
+
+
+def odd_rank(tensors, config):
+    next(iter(config["quantization_config"]["layout"]["banks"].values()))["rank"] += 1
+
+
+def truncated(tensors, config):
+    return b"cut"
+
+
+@pytest.mark.parametrize("damage", [zero_scale, bad_bytes, newer, odd_rank, truncated])
+def test_damage_is_one_line_and_nothing_loads(one, tmp_path, damage):
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    for path in (one / "packed").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config, weights = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    tensors = load_file(weights)
+    if damage(tensors, config):
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config))
+    done = cli("eval", folder, "--data", "stdlib:topics")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, (
+        done.stderr
+    )
