@@ -59,10 +59,10 @@ class Cross:
         if not centred:
             mean_x, mean_t = self.mean_x.double(), self.mean_t.double()
             xx, xt = xx + torch.outer(mean_x, mean_x), xt + torch.outer(mean_x, mean_t)
-        ridge = DAMPING * xx.diagonal().mean()
-        metric = xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        weight = torch.linalg.solve(metric, xt + ridge * start.weight)
-        return Target(start.name, start.layer, weight, metric, start.gradient)
+        ridge = float(DAMPING * xx.diagonal().mean())
+        xx.diagonal().add_(ridge)
+        weight = torch.cholesky_solve(xt.add_(start.weight, alpha=ridge), torch.linalg.cholesky(xx))
+        return Target(start.name, start.layer, weight, xx, start.gradient)
 
     def bias(self, weight: Tensor) -> Tensor:
         """The bias that makes the mean output error zero: E t - E x̂ Ŵ."""

@@ -56,12 +56,12 @@ class SecondMoment:
 
     def covariance(self) -> Tensor:
         """Centred second moment E[(x-μ)(x-μ)ᵀ], (d, d) float64."""
-        return self.scatter.double() / self.count
+        return self.scatter.to(torch.float64, copy=True).div_(self.count)
 
     def second_moment(self) -> Tensor:
         """Uncentred second moment E[xxᵀ], (d, d) float64."""
         mean = self.mean.double()
-        return self.covariance() + torch.outer(mean, mean)
+        return self.covariance().addr_(mean, mean)
 
 
 @dataclass(frozen=True)

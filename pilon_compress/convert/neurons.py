@@ -41,20 +41,21 @@ def eliminate(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Elimination:
     Both metrics must be positive definite. A few per cent of the neurons go at a time, those of the least cost each.
     Cost grows as f³.
     """
-    W, C = weight, torch.cholesky_inverse(torch.linalg.cholesky(inputs))
+    W = weight @ torch.linalg.cholesky(gradients)  # rows in a frame where G is the identity
+    C = torch.cholesky_inverse(torch.linalg.cholesky(inputs))
     alive = torch.arange(len(W), device=W.device)
     order: list[Tensor] = []
     costs: list[float] = []
     total = 0.0
     while len(alive):
         size = max(1, int(SHARE * len(alive)))
-        single = ((W @ gradients) * W).sum(1) / C.diagonal().clamp_min(1e-300)
+        single = W.square().sum(1) / C.diagonal().clamp_min(1e-300)
         gone = single.topk(size, largest=False).indices
         stay = torch.ones(len(alive), dtype=torch.bool, device=W.device).index_fill(0, gone, False)
         kept = stay.nonzero()[:, 0]
         rows, side = W[gone], C[kept[:, None], gone]
         lift = torch.linalg.solve(C[gone[:, None], gone], torch.cat([rows, side.T], 1))
-        joint = float(((lift[:, : W.shape[1]] @ gradients) * rows).sum())
+        joint = float((lift[:, : W.shape[1]] * rows).sum())
         steps = single[gone].clamp_min(0).cumsum(0)
         share = steps / steps[-1] if steps[-1] > 0 else torch.ones_like(steps)
         costs += (total + max(0.0, joint) * share).tolist()
@@ -69,4 +70,4 @@ def eliminate(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Elimination:
 def refit(weight: Tensor, inputs: Tensor, left: Tensor) -> Tensor:
     """Rows (m, d_out) of `down` for the neurons `left` (m,) with the least output error: (SᵀCS)⁻¹ SᵀC W."""
     C = inputs[left]
-    return torch.linalg.solve(C[:, left], C @ weight)
+    return torch.cholesky_solve(C @ weight, torch.linalg.cholesky(C[:, left]))

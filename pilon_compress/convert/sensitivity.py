@@ -20,6 +20,7 @@ from pilon_compress.convert.source import Source
 from pilon_compress.convert.stream import Stream
 from pilon_compress.progress import track
 
+ROWS = 64  # predictions compared at once: each holds the vocabulary several times
 SHARE = 1.5  # passes over all of the calibration text that the measurements may cost together
 
 
@@ -85,7 +86,7 @@ class Sensitivity:
         if not self.causal:
             return float((ours - theirs).square().sum())
         total = 0.0
-        for a, b in zip(ours.split(1024), theirs.split(1024), strict=True):
+        for a, b in zip(ours.split(ROWS), theirs.split(ROWS), strict=True):
             a, b = a.float(), b.float()
             total += 2 * float((b.exp() * (b - a)).sum())
         return total
