@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from pilon_compress.convert.factorize import Target, damped, square_root
+from pilon_compress.convert.factorize import Target, damped, factor
 from pilon_compress.convert.knapsack import Option, pareto
 from pilon_compress.convert.moments import Moments
 from pilon_compress.convert.neurons import Elimination, eliminate, refit
@@ -88,9 +88,9 @@ class Block:
         )
 
     def _root(self, metric: Tensor, key: str) -> tuple[Tensor, Tensor]:
-        """The square root of a metric that no choice of neurons changes, taken once."""
+        """The factor of a metric that no choice of neurons changes, taken once."""
         if key not in self._roots:
-            self._roots[key] = square_root(metric)
+            self._roots[key] = factor(metric)
         return self._roots[key]
 
     def options(self, ratio: float, scale: float = 1.0, drop: bool = True) -> list[Option]:
@@ -161,12 +161,12 @@ class Block:
         return grow
 
     def _grow_down(self, order: Tensor) -> Callable[[int], Tensor]:
-        """S Zᵀ Z S (d_out, d_out), with Z = L⁻¹ C W and C = L Lᵀ: refitted, Wᵀ C W of the first neurons is Zᵀ Z."""
+        """S Zᵀ Z Sᵀ (d_out, d_out), G = Sᵀ S: Zᵀ Z is Wᵀ C W of the first neurons, refitted. C = L Lᵀ, Z = L⁻¹ C W."""
         assert self.down is not None
         name = self.down.name
         metric, root = self.metrics[name], self._root(self.gradients[name], name)[0]
         lower = torch.linalg.cholesky(metric[order[:, None], order])
-        Z = torch.linalg.solve_triangular(lower, (metric @ self.weights[name])[order], upper=False) @ root
+        Z = torch.linalg.solve_triangular(lower, (metric @ self.weights[name])[order], upper=False) @ root.T
         square, done = torch.zeros_like(root), 0
 
         def grow(size: int) -> Tensor:

@@ -24,10 +24,11 @@ from pilon_compress.progress import track
 
 @dataclass
 class Solved:
-    """What conversion found, in float64: bank fits by name, matrices (d_in, d_out) and biases by site name.
+    """What conversion found: bank fits by name, matrices (d_in, d_out) and biases by site name.
 
+    Primitives and matrices are rounded to what will be saved as soon as their layer is done, the rest is float64.
     `errors`: by site name and method, the relative squared output error on the dense model's own inputs.
-    `spectra`: by site name, the output power that each component of the whitened dense weight stands for, largest first.
+    `spectra`: by site name, the output power of each component of the whitened dense weight, largest first.
     """
 
     banks: dict[str, BankFit] = field(default_factory=dict)
@@ -51,6 +52,8 @@ class Task:
     sweeps: int
     fits: dict[str, BankFit] = field(default_factory=dict)
     """Shared banks that are fitted already."""
+    dtypes: Sequence[torch.dtype] = (torch.float32,)
+    """What the model computes in and then, where it differs, what it is built in: each rounds once."""
 
 
 def solve(source: Source, batches: Sequence[Batch], task: Task, moments: Moments, journal: Journal) -> Solved:
@@ -87,6 +90,7 @@ def solve(source: Source, batches: Sequence[Batch], task: Task, moments: Moments
                     journal.put(f"layer.{layer}", work.state())
                 else:
                     work.load(known)
+                work.settle()
             elif pair is not None:
                 pair.inputs([], None)
             if pair is not None:
@@ -168,6 +172,21 @@ class _Layer:
             errors = {key.removeprefix("error."): float(t) for key, t in mine.items() if key.startswith("error.")}
             self.solved.errors[name] = errors
             self._stand_in(site, approximation, mine.get("bias"))
+
+    def settle(self) -> None:
+        """Hold what is private to the layer as it will be saved: float64 of a whole model is large."""
+        for site in self.sites:
+            bank = self.banks.get(site.name)
+            if bank is None:
+                self.solved.kept[site.name] = self._rounded(self.solved.kept[site.name])
+            elif len(bank.sites) == 1:
+                fit = self.solved.banks[bank.name]
+                fit.A, fit.B = self._rounded(fit.A), self._rounded(fit.B)
+
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        for dtype in self.task.dtypes:
+            tensor = tensor.to(dtype)
+        return tensor.clone()  # a view would hold on to all of what it is a part of
 
     @staticmethod
     def _place(site: Site, bank: BankPlan) -> int:
@@ -270,7 +289,7 @@ class _Layer:
             if method not in errors:
                 errors[method] = whole.truncation_loss(method, rank)
         self.solved.errors[site.name] = {method: max(0.0, value) for method, value in errors.items()}
-        self.solved.spectra[site.name] = whole.whitened[1]
+        self.solved.spectra[site.name] = whole.spectrum
 
 
 def uniform_rank(site: Site, ratio: float) -> int:

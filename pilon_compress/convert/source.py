@@ -25,6 +25,8 @@ class Source:
     """A dense model and its transformer blocks, in memory."""
 
     streamed = False
+    tuples: bool | None = None
+    """Whether blocks return tuples, once one has run."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         checkpoint.check_finite(model)
