@@ -30,7 +30,7 @@ from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
 from pilon_compress.convert.moments import Moments, gather
 from pilon_compress.convert.plan import Plan, split_bands
-from pilon_compress.convert.prepare import PROCESS_BYTES, Job, describe_plan, prepare
+from pilon_compress.convert.prepare import PROCESS_BYTES, Job, describe_plan, prepare, shelf_bytes
 from pilon_compress.convert.refine import refine
 from pilon_compress.convert.sensitivity import Sensitivity
 from pilon_compress.convert.share import Sharing
@@ -47,7 +47,6 @@ from pilon_compress.measure import composition, evaluate, report, size
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
 LESSONS = 8  # refinement reads so many times the calibration's text
-SHELF, SHELF_BYTES = 1 / 16, 2**28  # of the memory, and at most: what moments and reference outputs take before disk
 CAUSAL_WINDOWS = 64  # scored by the evaluation that ends a conversion; `eval` scores all of the text
 
 
@@ -184,12 +183,10 @@ def take_moments(source: Source, batches: list[calibration.Batch], job: Job, jou
 
 
 def put_away(source: Source, job: Job, journal: Journal, name: str) -> Shelf:
-    """A shelf in memory up to a share of it, then in files beside the output, if there is one; of a streamed model
-    all is in files."""
+    """A shelf that turns to files beside the output, if there is one, beyond a share of the memory, or at once."""
     if journal.folder is None:
         return Shelf()
-    limit = 0 if source.streamed else min(SHELF_BYTES, int(SHELF * available(job.recipe.max_memory)))
-    return Shelf(journal.folder / name, limit)
+    return Shelf(journal.folder / name, 0 if source.streamed else shelf_bytes(job.recipe.max_memory))
 
 
 def improve(
