@@ -79,15 +79,17 @@ def size_layers(
     layers: dict[int, list[Site]] = {}
     for site in sites:
         layers.setdefault(site.layer, []).append(site)
-    sizings = []
-    for layer, members in track(layers.items(), "sizing layers", total=len(layers)):
+
+    def size(layer: int, members: list[Site]) -> Sizing:
         with source.block(layer) as module:
             block = Block(layer, members, module, source.names[layer], moments)
         scale = 1.0
         if sensitivity is not None and block.down is not None:
             scale = sensitivity.measure(layer, block, max(1, round(ratio * block.down.d_in)))
-        sizings.append(Sizing(layer, members, block.options(ratio, scale, neurons), scale, block.elimination))
-    return sizings
+        return Sizing(layer, members, block.options(ratio, scale, neurons), scale, block.elimination)
+
+    # in a function, so that one block is forgotten before the next is there
+    return [size(*item) for item in track(layers.items(), "sizing layers", total=len(layers))]
 
 
 def allocate(sizings: Sequence[Sizing], ratio: float, mac_ratio: float | None = None) -> Allocation:

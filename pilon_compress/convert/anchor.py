@@ -10,7 +10,7 @@ has lost: it is the dense model's sum after the block less the converted model's
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +59,10 @@ class Cross:
         if not centred:
             mean_x, mean_t = self.mean_x.double(), self.mean_t.double()
             xx, xt = xx + torch.outer(mean_x, mean_x), xt + torch.outer(mean_x, mean_t)
-        ridge = DAMPING * xx.diagonal().mean()
-        metric = xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        weight = torch.linalg.solve(metric, xt + ridge * start.weight)
-        return Target(start.name, start.layer, weight, metric, start.gradient)
+        ridge = float(DAMPING * xx.diagonal().mean())
+        xx.diagonal().add_(ridge)
+        weight = torch.cholesky_solve(xt.add_(start.weight, alpha=ridge), torch.linalg.cholesky(xx))
+        return Target(start.name, start.layer, weight, xx, start.gradient, gradient_root=start.gradient_root)
 
     def bias(self, weight: Tensor) -> Tensor:
         """The bias that makes the mean output error zero: E t - E x̂ Ŵ."""
@@ -74,28 +74,29 @@ class Pair:
 
     def __init__(self, dense: nn.Module, ours: nn.Module, theirs: Stream, stream: Stream) -> None:
         self.dense, self.ours, self.theirs, self.stream = dense, ours, theirs, stream
-        self.following: list[Tensor] = []  # the dense stream behind the block
         self.sums: list[Tensor] = []  # the dense residual sum that `down` adds to
 
     @torch.no_grad()
     def inputs(self, projections: Sequence[str], down: str | None) -> dict[str, Cross]:
         """Cross moments of the inputs that `projections` (names inside the block) read in both streams.
 
-        Runs the dense block for good: its outputs, and the sums after `down`, are remembered.
+        Runs the dense block for good: its stream moves on batch by batch, and the sums after `down` are remembered.
         """
         crosses: dict[str, Cross] = {}
         for index, mask in enumerate(self.stream.masks):
             with ExitStack() as stack:
                 seen = [stack.enter_context(_Notes(self.dense, projections, down))]
-                seen.append(stack.enter_context(_Notes(self.ours, projections, None)))
                 output = self.theirs.call(self.dense, index, self.theirs.hidden[index])
-                self.stream.call(self.ours, index, self.stream.hidden[index])
+                if projections:
+                    seen.append(stack.enter_context(_Notes(self.ours, projections, None, stop=True)))
+                    with suppress(_Enough):
+                        self.stream.call(self.ours, index, self.stream.hidden[index])
             for name in projections:
                 x, t = (_rows(notes.inputs[name], mask) for notes in reversed(seen))
                 if name not in crosses:
                     crosses[name] = Cross.empty(x.shape[1], t.shape[1], x)
                 crosses[name].update(x, t)
-            self.following.append(output)
+            self.theirs.hidden[index] = output
             if down is not None:
                 self.sums.append(seen[0].sum(output))
         return crosses
@@ -116,15 +117,22 @@ class Pair:
 
     def finish(self) -> None:
         """Move both streams behind the block."""
-        self.theirs.hidden, self.theirs.position = self.following, self.theirs.position + 1
+        self.theirs.position += 1
         self.stream.advance(self.ours)
 
 
-class _Notes:
-    """Inputs of some projections of a block while it runs; of `down` also the output, and the sum that it goes into."""
+class _Enough(Exception):
+    """All inputs that were asked for have been seen: the rest of the block need not run."""
 
-    def __init__(self, block: nn.Module, projections: Sequence[str], down: str | None) -> None:
-        self.block, self.projections, self.down = block, projections, down
+
+class _Notes:
+    """Inputs of some projections of a block while it runs; of `down` also the output, and the sum that it goes into.
+
+    With `stop` the block is left, by `_Enough`, as soon as the inputs are known.
+    """
+
+    def __init__(self, block: nn.Module, projections: Sequence[str], down: str | None, stop: bool = False) -> None:
+        self.block, self.projections, self.down, self.stop = block, projections, down, stop
         self.inputs: dict[str, Tensor] = {}
         self.output: Tensor = torch.empty(0)
         self.after: Tensor | None = None  # the input of the first module that runs on what came of `down`
@@ -148,6 +156,8 @@ class _Notes:
 
     def _see(self, name: str, x: Tensor) -> None:
         self.inputs[name] = x
+        if self.stop and len(self.inputs) == len(self.projections):
+            raise _Enough
 
     def _put_out(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         self.output, self.after = output, None

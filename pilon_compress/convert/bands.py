@@ -45,11 +45,11 @@ def subspace(target: Target) -> Tensor:
     A, B, _ = target.two_sided
     count = max(1, round(SHARE * min(target.weight.shape)))
     if A.shape[0] <= B.shape[1]:
-        root = (target.metric_root or square_root(target.metric))[0]
+        root = square_root(target.metric)[0]
         return root @ A[:, :count]
     if target.gradient is None:
         return B[:count].T
-    return (target.gradient_root or square_root(target.gradient))[0] @ B[:count].T
+    return square_root(target.gradient)[0] @ B[:count].T
 
 
 def distances(layers: Sequence[Sequence[Tensor]]) -> Tensor:

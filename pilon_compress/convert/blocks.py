@@ -1,13 +1,13 @@
 """The feed-forward block of one layer as conversion sizes it: which neurons stay, and each projection's rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from pilon_compress.convert.factorize import Target, damped, square_root
+from pilon_compress.convert.factorize import Target, damped, factor
 from pilon_compress.convert.knapsack import Option, pareto
 from pilon_compress.convert.moments import Moments
 from pilon_compress.convert.neurons import Elimination, eliminate, refit
@@ -88,9 +88,9 @@ class Block:
         )
 
     def _root(self, metric: Tensor, key: str) -> tuple[Tensor, Tensor]:
-        """The square root of a metric that no choice of neurons changes, taken once."""
+        """The factor of a metric that no choice of neurons changes, taken once."""
         if key not in self._roots:
-            self._roots[key] = square_root(metric)
+            self._roots[key] = factor(metric)
         return self._roots[key]
 
     def options(self, ratio: float, scale: float = 1.0, drop: bool = True) -> list[Option]:
@@ -99,13 +99,15 @@ class Block:
         `drop`: whether neurons may go.
         """
         found: list[Option] = []
-        for neurons in self._counts(ratio) if drop else [None]:
-            left, dropped, sites = None, 0.0, self.sites
+        counts = self._counts(ratio) if drop else [None]
+        saved = {site.name: self._savings(site, counts) for site in self.sites}
+        for neurons in counts:
+            dropped, sites = 0.0, self.sites
             if neurons is not None:
                 assert self.elimination is not None and self.down is not None
-                left, dropped = self.elimination.left(neurons), self.elimination.loss(neurons)
+                dropped = self.elimination.loss(neurons)
                 sites = [trimmed(site, neurons, self.down.d_in) for site in self.sites]
-            menus = [_ranks(self.target(site, left), small) for site, small in zip(self.sites, sites, strict=True)]
+            menus = [_ranks(saved[site.name][neurons], small) for site, small in zip(self.sites, sites, strict=True)]
             fixed = sum(small.d_out for small in sites if small.bias)
             highest = max(item.loss for menu in menus for item in menu) or 1.0
             for price in torch.logspace(-14, 1, 60, base=10).tolist():  # loss per number: the convex hull of all sums
@@ -121,6 +123,60 @@ class Block:
                 )
         return pareto(found)
 
+    def _savings(self, site: Site, counts: Sequence[int | None]) -> dict[int | None, Tensor]:
+        """What each component of the site saves, largest first, by how many neurons stay: `Target.savings` of each.
+
+        Neurons that stay are a prefix of one order, so every count's matrix grows out of the last one's, and one
+        Cholesky factor of all neurons' moments holds those of every count: about the cost of the largest count alone.
+        """
+        if self.down is None or self.elimination is None or counts == [None]:
+            return {count: self.target(site, None).savings for count in counts}
+        order, width = self.elimination.order.flip(0), self.down.d_in
+        wide = {count: count or width for count in counts}
+        grow = self._grow_down(order) if site == self.down else self._grow_up(site, order)
+        found: dict[int | None, Tensor] = {}
+        for count, size in sorted(wide.items(), key=lambda item: item[1]):
+            small = trimmed(site, size, width)
+            values = torch.linalg.eigvalsh(grow(size)).flip(0).clamp_min(0)
+            found[count] = values[: min(small.d_in, small.d_out)]
+        return found
+
+    def _grow_up(self, site: Site, order: Tensor) -> Callable[[int], Tensor]:
+        """X G Xᵀ (d_in, d_in), X = R W, of the first `size` neurons in `order`, for growing sizes."""
+        assert self.down is not None
+        columns = self.columns(site, order).reshape(-1, len(order)).T.flatten()  # a neuron's columns side by side
+        each = len(columns) // len(order)
+        X = self._root(self.metrics[site.name], f"{site.input} {site.bias}")[0] @ self.weights[site.name][:, columns]
+        G = self.gradients[site.name][columns[:, None], columns]
+        square, done = X.new_zeros(len(X), len(X)), 0
+
+        def grow(size: int) -> Tensor:
+            nonlocal done
+            old, new = slice(0, done), slice(done, size * each)
+            half = (X[:, old] @ G[old, new] + 0.5 * (X[:, new] @ G[new, new])) @ X[:, new].T
+            square.add_(half).add_(half.T)
+            done = size * each
+            return square
+
+        return grow
+
+    def _grow_down(self, order: Tensor) -> Callable[[int], Tensor]:
+        """S Zᵀ Z Sᵀ (d_out, d_out), G = Sᵀ S: Zᵀ Z is Wᵀ C W of the first neurons, refitted. C = L Lᵀ, Z = L⁻¹ C W."""
+        assert self.down is not None
+        name = self.down.name
+        metric, root = self.metrics[name], self._root(self.gradients[name], name)[0]
+        lower = torch.linalg.cholesky(metric[order[:, None], order])
+        Z = torch.linalg.solve_triangular(lower, (metric @ self.weights[name])[order], upper=False) @ root.T
+        square, done = torch.zeros_like(root), 0
+
+        def grow(size: int) -> Tensor:
+            nonlocal done
+            square.addmm_(Z[done:size].T, Z[done:size])
+            done = size
+            return square
+
+        return grow
+
     def _counts(self, ratio: float) -> list[int | None]:
         if self.down is None:
             return [None]
@@ -130,10 +186,9 @@ class Block:
         return [None, *(count for count in sorted(counts) if count < full)]
 
 
-def _ranks(target: Target, site: Site) -> list[Option]:
+def _ranks(saved: Tensor, site: Site) -> list[Option]:
     """One matrix, or two factors of some rank where they are smaller, which also store their composition: rank + 1."""
     full = site.d_in * site.d_out
-    saved = target.savings
     tail = torch.cat([saved.flip(0).cumsum(0).flip(0), saved.new_zeros(1)])
     price = site.d_in + site.d_out
     largest = (full - 2) // (price + 1)

@@ -26,6 +26,21 @@ def square_root(metric: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
+def factor(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """R and R⁻¹ with Rᵀ R = metric (d, d): the transpose of its Cholesky factor, a tenth of the cost of `eigh`.
+
+    A metric that is singular, or almost, gets `square_root`.
+    """
+    lower, failed = torch.linalg.cholesky_ex(metric)
+    pivots = lower.diagonal()
+    if int(failed) or not pivots.min() > 1e-6 * pivots.max():
+        return square_root(metric)
+    inverse = torch.linalg.solve_triangular(
+        lower, torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=False
+    )
+    return lower.T, inverse.T
+
+
 @dataclass(frozen=True)
 class Target:
     """One dense weight and the metric it is judged by; everything float64.
@@ -43,7 +58,7 @@ class Target:
     gradient: Tensor | None = None
     metric_root: tuple[Tensor, Tensor] | None = None
     gradient_root: tuple[Tensor, Tensor] | None = None
-    """`square_root` of each, where the caller has it already: many targets share a metric."""
+    """`factor` of each, where the caller has it already: many targets share a metric."""
 
     @classmethod
     def of(cls, name: str, layer: int, weight: Tensor, moment: Tensor, gradient: Tensor | None = None) -> "Target":
@@ -67,33 +82,49 @@ class Target:
         0 is exact, 1 is no better than a constant output.
         """
         error = self.weight - approximation
-        power = float(((self.metric @ self.weight) * self.weight).sum())
-        return float(((self.metric @ error) * error).sum()) / power if power > 0 else 0.0
+        return float(((self.metric @ error) * error).sum()) / self.power if self.power > 0 else 0.0
+
+    def truncation_loss(self, method: str, rank: int) -> float:
+        """`output_loss` of the truncation to `rank` by svd or whitened-svd, without multiplying it out.
+
+        With V the right singular vectors that stay it is 1 - |R W V|² / |R W|².
+        """
+        if not self.power > 0:
+            return 0.0
+        if method == "whitened-svd":
+            return float(self.spectrum[rank:].sum()) / self.power
+        V = self.plain[0][:, :rank]
+        return 1 - float(((self.weight @ V) * (self._product @ V)).sum()) / self.power
+
+    @cached_property
+    def power(self) -> float:
+        """The dense output's own: tr(Wᵀ C W)."""
+        return float((self._product * self.weight).sum())
+
+    @cached_property
+    def _product(self) -> Tensor:
+        return self.metric @ self.weight
 
     @cached_property
     def two_sided(self) -> tuple[Tensor, Tensor, Tensor]:
         """A (d_in, m), B (m, d_out) and the loss that each of the m components saves, largest first.
 
-        The first r components are the best rank-r factors in the metric: with C = R R and G = S S, R W S = U Σ Vᵀ, and
-        either A = R⁻¹ U, B = Uᵀ R W or A = W S V, B = Vᵀ S⁻¹. Only the smaller side is ever decomposed, so the cost
-        is that of its cube.
+        The first r components are the best rank-r factors in the metric: with C = Rᵀ R and G = Sᵀ S, R W Sᵀ = U Σ Vᵀ,
+        and either A = R⁻¹ U, B = Uᵀ R W or A = W Sᵀ V, B = Vᵀ S⁻ᵀ. Only the smaller side is ever decomposed, so the
+        cost is that of its cube.
         """
         W, G = self.weight, self.gradient
         if W.shape[0] <= W.shape[1]:
-            root, inverse = self.metric_root or square_root(self.metric)
+            root, inverse = self.metric_root or factor(self.metric)
             X = root @ W
-            values, vectors = torch.linalg.eigh(X @ X.T if G is None else X @ G @ X.T)
-            U = vectors.flip(1)
-            return inverse @ U, U.T @ X, values.flip(0).clamp_min(0)
+            U, values = _eigenvectors(X @ X.T if G is None else X @ G @ X.T)
+            return inverse @ U, U.T @ X, values
         if G is None:
-            values, vectors = torch.linalg.eigh(W.T @ self.metric @ W)
-            V = vectors.flip(1)
-            return W @ V, V.T, values.flip(0).clamp_min(0)
-        root, inverse = self.gradient_root or square_root(G)
-        Y = W @ root
-        values, vectors = torch.linalg.eigh(Y.T @ self.metric @ Y)
-        V = vectors.flip(1)
-        return Y @ V, V.T @ inverse, values.flip(0).clamp_min(0)
+            V, values = _eigenvectors(W.T @ self._product)
+            return W @ V, V.T, values
+        root, inverse = self.gradient_root or factor(G)
+        V, values = _eigenvectors(root @ (W.T @ self._product) @ root.T)
+        return W @ (root.T @ V), V.T @ inverse.T, values
 
     @property
     def savings(self) -> Tensor:
@@ -102,11 +133,22 @@ class Target:
         if G is None or "two_sided" in self.__dict__:
             return self.two_sided[2]
         if W.shape[0] <= W.shape[1]:
-            X = (self.metric_root or square_root(self.metric))[0] @ W
+            X = (self.metric_root or factor(self.metric))[0] @ W
             square = X @ G @ X.T
         else:
-            Y = W @ (self.gradient_root or square_root(G))[0]
-            square = Y.T @ self.metric @ Y
+            root = (self.gradient_root or factor(G))[0]
+            square = root @ (W.T @ self._product) @ root.T
+        return torch.linalg.eigvalsh(square).flip(0).clamp_min(0)
+
+    @cached_property
+    def spectrum(self) -> Tensor:
+        """The last part of `whitened` alone (m,): output power by component, largest first."""
+        W = self.weight
+        if W.shape[1] <= W.shape[0]:
+            square = W.T @ self._product
+        else:
+            X = (self.metric_root or factor(self.metric))[0] @ W
+            square = X @ X.T
         return torch.linalg.eigvalsh(square).flip(0).clamp_min(0)
 
     @cached_property
@@ -114,14 +156,12 @@ class Target:
         """Right singular vectors (d_out, m) of R W, with RᵀR = C, and singular values² (m,), by falling value.
 
         W V Vᵀ with the first r columns of V is the rank-r matrix nearest to W in the metric C: the optimum of SVD-LLM
-        without its Cholesky factor or any inverse, since R comes from `eigh` and the left factor is W V itself.
+        without any inverse, since the left factor is W V itself.
         """
-        W, C = self.weight, self.metric
+        W = self.weight
         if W.shape[1] <= W.shape[0]:  # the smaller eigenproblem is on the output side: V Σ² Vᵀ = Wᵀ C W
-            values, vectors = torch.linalg.eigh(W.T @ C @ W)
-            return vectors.flip(1), values.flip(0).clamp_min(0)
-        values, vectors = torch.linalg.eigh(C)
-        return _right_vectors(values.clamp_min(0).sqrt()[:, None] * (vectors.T @ W))
+            return _eigenvectors(W.T @ self._product)
+        return _right_vectors((self.metric_root or factor(self.metric))[0] @ W)
 
     @cached_property
     def plain(self) -> tuple[Tensor, Tensor]:
@@ -143,8 +183,18 @@ class Target:
 
 
 def _right_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    _, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return Vh.T, values.square()
+    """Right singular vectors and singular values² by `eigh` of the smaller side's Gram matrix, many times as fast as
+    `svd`. Directions below 1e-8 of the largest, which rounding makes, come out shorter than one."""
+    if matrix.shape[1] <= matrix.shape[0]:
+        return _eigenvectors(matrix.T @ matrix)
+    U, values = _eigenvectors(matrix @ matrix.T)
+    return matrix.T @ U / values.clamp_min(values[0] * 1e-16).clamp_min(1e-300).sqrt(), values
+
+
+def _eigenvectors(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and eigenvalues, largest first."""
+    values, vectors = torch.linalg.eigh(square)
+    return vectors.flip(1), values.flip(0).clamp_min(0)
 
 
 def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ EVALUATIONS = 4  # of loss and gradient per sweep: a little more than an alterna
 
 @dataclass
 class BankFit:
-    """A fitted bank and each layer's composition, in float64.
+    """A fitted bank and each layer's composition, in float64 until `layers` rounds it.
 
     A (n, d_in, r)   B (n, r, d_out)   selected (L, k)   weight (L, k, r) or (L, k, 1)
     energy (L, n): power that each primitive brings to each layer's output, in units of the dense output's
@@ -82,6 +82,8 @@ def fit_bank(
     `sweeps` bounds its length, one being EVALUATIONS of the band's loss; it ends early once two of them lower the loss
     by less than `tolerance` of it. `method`: whose factors a bank of one layer gets.
     """
+    if len(targets) == plan.n_primitives == 1 and method == "pilon":
+        return _alone(targets[0], plan)
     band = Band(targets, plan.rank, plan.composition == "scalar")
     start, private_losses = private_start(band, plan, method)
     best, best_losses = start, band.losses(start.A, start.B, start.g)
@@ -92,6 +94,18 @@ def fit_bank(
         if sum(losses) < sum(best_losses):
             best, best_losses = fitted, losses
     return _pack(best, plan, _usage(band, best), best_losses, private_losses)
+
+
+def _alone(target: Target, plan: BankPlan) -> BankFit:
+    """One primitive for one layer: the target's best factors as they are, and the loss that its eigenvalues tell."""
+    A, B = target.components("pilon", plan.rank)
+    short = plan.rank - A.shape[1]  # more components than the matrix has directions
+    A, B = torch.nn.functional.pad(A, (0, short)), torch.nn.functional.pad(B, (0, 0, 0, short))
+    power = (((target.metric @ A) * A).sum(0) * B.square().sum(1)).sum() / max(target.power, 1e-300)
+    losses = [float(target.two_sided[2][plan.rank :].sum())]
+    weight = A.new_ones(1, 1, 1 if plan.composition == "scalar" else plan.rank)
+    selected = torch.zeros(1, 1, dtype=torch.long, device=A.device)
+    return BankFit(A[None], B[None], selected, weight, power.reshape(1, 1), losses, losses)
 
 
 def recompose(fit: BankFit, place: int, target: Target, plan: BankPlan) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pilon_compress.convert.anchor import Cross, Pair
 from pilon_compress.convert.blocks import Block
 from pilon_compress.convert.calibration import Batch
+from pilon_compress.convert.factorize import Target
 from pilon_compress.convert.fit import BankFit, fit_bank, recompose
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.moments import Moments
@@ -23,10 +24,11 @@ from pilon_compress.progress import track
 
 @dataclass
 class Solved:
-    """What conversion found, in float64: bank fits by name, matrices (d_in, d_out) and biases by site name.
+    """What conversion found: bank fits by name, matrices (d_in, d_out) and biases by site name.
 
+    Primitives and matrices are rounded to what will be saved as soon as their layer is done, the rest is float64.
     `errors`: by site name and method, the relative squared output error on the dense model's own inputs.
-    `spectra`: by site name, the loss that each component of the dense weight stands for, largest first.
+    `spectra`: by site name, the output power of each component of the whitened dense weight, largest first.
     """
 
     banks: dict[str, BankFit] = field(default_factory=dict)
@@ -50,6 +52,8 @@ class Task:
     sweeps: int
     fits: dict[str, BankFit] = field(default_factory=dict)
     """Shared banks that are fitted already."""
+    dtypes: Sequence[torch.dtype] = (torch.float32,)
+    """What the model computes in and then, where it differs, what it is built in: each rounds once."""
 
 
 def solve(source: Source, batches: Sequence[Batch], task: Task, moments: Moments, journal: Journal) -> Solved:
@@ -86,6 +90,7 @@ def solve(source: Source, batches: Sequence[Batch], task: Task, moments: Moments
                     journal.put(f"layer.{layer}", work.state())
                 else:
                     work.load(known)
+                work.settle()
             elif pair is not None:
                 pair.inputs([], None)
             if pair is not None:
@@ -168,6 +173,21 @@ class _Layer:
             self.solved.errors[name] = errors
             self._stand_in(site, approximation, mine.get("bias"))
 
+    def settle(self) -> None:
+        """Hold what is private to the layer as it will be saved: float64 of a whole model is large."""
+        for site in self.sites:
+            bank = self.banks.get(site.name)
+            if bank is None:
+                self.solved.kept[site.name] = self._rounded(self.solved.kept[site.name])
+            elif len(bank.sites) == 1:
+                fit = self.solved.banks[bank.name]
+                fit.A, fit.B = self._rounded(fit.A), self._rounded(fit.B)
+
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        for dtype in self.task.dtypes:
+            tensor = tensor.to(dtype)
+        return tensor.clone()  # a view would hold on to all of what it is a part of
+
     @staticmethod
     def _place(site: Site, bank: BankPlan) -> int:
         return [one.name for one in bank.sites].index(site.name)
@@ -185,14 +205,14 @@ class _Layer:
             crosses = self.pair.inputs(wanted, self.local(self.down) if self.down else None)
         for site in firsts:
             cross = crosses.get(self.local(self._reads(site)))
-            self._solve(site, None if cross is None else self._through(site, cross))
+            start = self.block.target(site, self.left)
+            self._solve(site, start, None if cross is None else self._through(site, cross))
         if self.down is not None:
-            cross = None
+            cross, start = None, self.block.target(self.down, self.left)
             if self.pair is not None:
-                start = self.block.target(self.down, self.left)
                 self._stand_in(self.down, start.weight, self._absorbed(self.down, start.weight))
                 cross = self.pair.output(self.local(self.down))
-            self._solve(self.down, cross)
+            self._solve(self.down, start, cross)
 
     def _reads(self, site: Site) -> Site:
         return next(one for one in self.sites if one.name == site.input)
@@ -205,10 +225,8 @@ class _Layer:
         weight = weight.float()
         return Cross(cross.count, cross.mean_x, cross.mean_t @ weight, cross.xx, cross.xt @ weight)
 
-    def _solve(self, site: Site, cross: Cross | None) -> None:
-        target = start = self.block.target(site, self.left)
-        if cross is not None:
-            target = cross.target(start, site.bias)
+    def _solve(self, site: Site, start: Target, cross: Cross | None) -> None:
+        target = start if cross is None else cross.target(start, site.bias)
         bank, name = self.banks.get(site.name), site.name
         if bank is None:
             approximation = self.solved.kept[name] = target.weight
@@ -269,9 +287,9 @@ class _Layer:
         rank = uniform_rank(site, self.task.plan.ratio)
         for method in self.task.peers:
             if method not in errors:
-                errors[method] = whole.output_loss(whole.truncated(method, rank))
+                errors[method] = whole.truncation_loss(method, rank)
         self.solved.errors[site.name] = {method: max(0.0, value) for method, value in errors.items()}
-        self.solved.spectra[site.name] = whole.two_sided[2]
+        self.solved.spectra[site.name] = whole.spectrum
 
 
 def uniform_rank(site: Site, ratio: float) -> int:

@@ -56,12 +56,12 @@ class SecondMoment:
 
     def covariance(self) -> Tensor:
         """Centred second moment E[(x-μ)(x-μ)ᵀ], (d, d) float64."""
-        return self.scatter.double() / self.count
+        return self.scatter.to(torch.float64, copy=True).div_(self.count)
 
     def second_moment(self) -> Tensor:
         """Uncentred second moment E[xxᵀ], (d, d) float64."""
         mean = self.mean.double()
-        return self.covariance() + torch.outer(mean, mean)
+        return self.covariance().addr_(mean, mean)
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ def gather(
         ):
             raise BadInput(f"what {source.names[index]} puts out is NaN or infinite on the calibration text")
     gradients = _output_gradients(stream, causal, seed)
+    stream.hidden.clear()
     for index in track(range(len(source.names) - 1, -1, -1), "calibrating, backward"):
         inside = [site for site in sites if site.name.startswith(f"{source.names[index]}.")]
-        hidden = [shelf.take(f"states.{index}.{batch}") for batch in range(len(batches))]
         with source.block(index) as block, _watching(block, source.names[index], inside, stream.masks, dtype) as watch:
-            for batch, states in enumerate(hidden):
+            for batch in range(len(batches)):
                 watch.batch = batch
-                states = states.detach().requires_grad_()
+                states = shelf.take(f"states.{index}.{batch}").detach().requires_grad_()
                 with torch.enable_grad():
                     stream.call(block, batch, states, position=index).backward(gradients[batch])
                 assert states.grad is not None

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COMPACT = 0.75  # of the rows are left before those of neurons that are gone are cut away
 SHARE = 0.03  # of the neurons that are left go at once; their joint cost is exact, their choice is not
 
 
@@ -41,32 +42,38 @@ def eliminate(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Elimination:
     Both metrics must be positive definite. A few per cent of the neurons go at a time, those of the least cost each.
     Cost grows as f³.
     """
-    W, C = weight, torch.cholesky_inverse(torch.linalg.cholesky(inputs))
-    alive = torch.arange(len(W), device=W.device)
+    W = weight @ torch.linalg.cholesky(gradients)  # rows in a frame where G is the identity
+    C = torch.cholesky_inverse(torch.linalg.cholesky(inputs))
+    names = torch.arange(len(W), device=W.device)  # of the rows that W and C still have
+    alive = torch.ones(len(W), dtype=torch.bool, device=W.device)
+    count = len(W)
     order: list[Tensor] = []
     costs: list[float] = []
     total = 0.0
-    while len(alive):
-        size = max(1, int(SHARE * len(alive)))
-        single = ((W @ gradients) * W).sum(1) / C.diagonal().clamp_min(1e-300)
+    while count:
+        size = max(1, int(SHARE * count))
+        single = (W.square().sum(1) / C.diagonal().clamp_min(1e-300)).masked_fill(~alive, torch.inf)
         gone = single.topk(size, largest=False).indices
-        stay = torch.ones(len(alive), dtype=torch.bool, device=W.device).index_fill(0, gone, False)
-        kept = stay.nonzero()[:, 0]
-        rows, side = W[gone], C[kept[:, None], gone]
-        lift = torch.linalg.solve(C[gone[:, None], gone], torch.cat([rows, side.T], 1))
-        joint = float(((lift[:, : W.shape[1]] @ gradients) * rows).sum())
+        rows, side = W[gone], C[:, gone]
+        lift = torch.linalg.solve(side[gone], torch.cat([rows, side.T], 1))
+        joint = float((lift[:, : W.shape[1]] * rows).sum())
         steps = single[gone].clamp_min(0).cumsum(0)
         share = steps / steps[-1] if steps[-1] > 0 else torch.ones_like(steps)
         costs += (total + max(0.0, joint) * share).tolist()
         total = costs[-1]
-        order.append(alive[gone])
-        alive = alive[stay]
-        W = torch.addmm(W[stay], side, lift[:, : W.shape[1]], alpha=-1)
-        C = C[kept[:, None], kept].addmm_(side, lift[:, W.shape[1] :], alpha=-1)
+        order.append(names[gone])
+        alive[gone] = False
+        count -= size
+        if count <= COMPACT * len(W):  # copies cost as much as the products: rows of the gone are zero, and may stay
+            kept = alive.nonzero()[:, 0]
+            names, alive, W, C, side = names[kept], alive[kept], W[kept], C[kept[:, None], kept], side[kept]
+            lift = torch.cat([lift[:, : W.shape[1]], lift[:, W.shape[1] :][:, kept]], 1)
+        W.addmm_(side, lift[:, : W.shape[1]], alpha=-1)
+        C.addmm_(side, lift[:, W.shape[1] :], alpha=-1)
     return Elimination(torch.cat(order), torch.tensor(costs, dtype=torch.float64))
 
 
 def refit(weight: Tensor, inputs: Tensor, left: Tensor) -> Tensor:
     """Rows (m, d_out) of `down` for the neurons `left` (m,) with the least output error: (SᵀCS)⁻¹ SᵀC W."""
     C = inputs[left]
-    return torch.linalg.solve(C[:, left], C @ weight)
+    return torch.cholesky_solve(C @ weight, torch.linalg.cholesky(C[:, left]))

@@ -30,7 +30,7 @@ from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
 from pilon_compress.convert.moments import Moments, gather
 from pilon_compress.convert.plan import Plan, split_bands
-from pilon_compress.convert.prepare import PROCESS_BYTES, Job, describe_plan, prepare
+from pilon_compress.convert.prepare import PROCESS_BYTES, Job, describe_plan, prepare, shelf_bytes
 from pilon_compress.convert.refine import refine
 from pilon_compress.convert.sensitivity import Sensitivity
 from pilon_compress.convert.share import Sharing
@@ -47,7 +47,6 @@ from pilon_compress.measure import composition, evaluate, report, size
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
 LESSONS = 8  # refinement reads so many times the calibration's text
-MOMENTS = 1 / 16  # of a given memory limit; what is more goes to disk
 CAUSAL_WINDOWS = 64  # scored by the evaluation that ends a conversion; `eval` scores all of the text
 
 
@@ -122,9 +121,11 @@ def compress(
         found = Allocation.unpack(known)
         plan, left = found.plan, found.left
     elif job.allocated:
-        truth = Sensitivity(source, batches, job.causal)
+        waiting = put_away(source, job, journal, "reference")
+        truth = Sensitivity(source, batches, job.causal, waiting)
         sizings = size_layers(source, job.sites, moments, settings.budget.ratio, truth, settings.budget.neurons)
-        del truth  # its reference outputs are large
+        del truth
+        waiting.clear()
         found = allocate(sizings, settings.budget.ratio, job.mac_ratio)
         if job.shares:
             if settings.budget.banding == "similar":
@@ -148,6 +149,7 @@ def compress(
         seed=settings.seed,
         sweeps=effort.sweeps,
         fits=fits,
+        dtypes=(source.model.dtype, job.dtype) if source.streamed else (source.model.dtype,),
     )
     solved = solve(source, batches, task, moments, journal)
     return build(source, plan, solved, job.dtype), plan, solved
@@ -168,19 +170,23 @@ def open_dense(job: Job, device: torch.device) -> Source:
 
 def take_moments(source: Source, batches: list[calibration.Batch], job: Job, journal: Journal) -> Moments:
     """The moments; of a streamed model they and the states between its blocks are files, which outlive a kill."""
-    settings, shelf = job.recipe, Shelf()
-    if journal.folder is not None and settings.max_memory is not None:
-        shelf = Shelf(journal.folder / "moments", int(MOMENTS * available(settings.max_memory)))
+    shelf = put_away(source, job, journal, "moments")
     if source.streamed and journal.folder is not None:
-        shelf = Shelf(journal.folder / "moments")
         names = journal.get_plain("moments")
         if names is not None:
             shelf.adopt(names, source.device)
             return Moments(shelf, source.device)
-    moments = gather(source, batches, job.sites, causal=job.causal, seed=settings.seed, shelf=shelf)
+    moments = gather(source, batches, job.sites, causal=job.causal, seed=job.recipe.seed, shelf=shelf)
     if source.streamed:
         journal.put_plain("moments", shelf.names())
     return moments
+
+
+def put_away(source: Source, job: Job, journal: Journal, name: str) -> Shelf:
+    """A shelf that turns to files beside the output, if there is one, beyond a share of the memory, or at once."""
+    if journal.folder is None:
+        return Shelf()
+    return Shelf(journal.folder / name, 0 if source.streamed else shelf_bytes(job.recipe.max_memory))
 
 
 def improve(
@@ -200,7 +206,7 @@ def fingerprint(job: Job, batches: list[calibration.Batch], source: Source) -> s
     for batch in batches:
         state.update(batch.input_ids.numpy().tobytes())
     for parameter in source.parameters():
-        state.update(str(float(parameter.detach().double().sum())).encode())
+        state.update(str(float(parameter.detach().sum(dtype=torch.float64))).encode())
     return state.hexdigest()
 
 

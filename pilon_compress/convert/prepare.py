@@ -9,6 +9,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pilon_compress import checkpoint
 from pilon_compress.convert.plan import Plan, make_plan, preview
+from pilon_compress.convert.source import available, is_streamed
+from pilon_compress.convert.stream import blocks
 from pilon_compress.families import Site, find_sites
 from pilon_compress.form.layout import Layout
 from pilon_compress.measure.size import Size, bank_size, ffn_size, kept_size, model_size
@@ -21,8 +23,10 @@ CAUSAL_LENGTH = 512
 PARAGRAPH = 0.42  # of an encoder's sequence length that a docstring's paragraph fills, measured
 PASSES = 4  # forward; forward and backward; half again for hooks and padding
 ANCHOR_PASSES = 4
-SIZINGS = 9  # times that an allocation decomposes every weight
+SIZINGS = 9  # times that an allocation takes every weight's eigenvalues
 EVALUATIONS = 100  # of a joint fit's loss and gradient
+SHELF, SHELF_BYTES = 1 / 16, 2**28  # of the memory, and at most: what a shelf holds before it turns to files
+STATES = 3  # hidden states of the calibration text that are in memory at once: two streams, and masks and such
 PROCESS_BYTES = 700 * 2**20  # Python with torch and transformers, measured
 
 
@@ -153,10 +157,9 @@ def estimate(job: Job) -> dict[str, float]:
     flops = 2.0 * tokens * (passes * parameters + 2 * moments)
     for site in job.sites:
         narrow, wide = sorted((site.d_in, site.d_out))
-        decompositions = SIZINGS if job.allocated else 2
-        flops += 4 * decompositions * (narrow * wide**2 + narrow**2 * wide + 10 * narrow**3)  # float64 at half speed
-        if job.allocated and site.role == "down":
-            flops += 16 * site.d_in**3
+        flops += 12 * (narrow * wide**2 + narrow**2 * wide) + 40 * narrow**3  # float64 at half speed
+        if job.allocated:
+            flops += 5 * SIZINGS * narrow**3 + (8 * site.d_in**3 if site.role == "down" else 0)
     work = 0
     for bank in job.plan.banks:
         inner = bank.n_primitives * bank.rank
@@ -166,10 +169,35 @@ def estimate(job: Job) -> dict[str, float]:
         sides = bank.d_in**2 + bank.d_out**2 + 2 * bank.d_in * bank.d_out
         steps = 4 * inner * (bank.d_in + bank.d_out) * (4 * len(bank.sites) + 20) if len(bank.sites) > 1 else 0
         work = max(work, 12 * len(bank.sites) * sides + 40 * inner * inner + steps)
-    block = max(6 * 8 * (site.d_in + site.d_out) * max(site.d_in, site.d_out) for site in job.sites)
-    states = 4 * tokens * (getattr(job.config, "hidden_size", None) or 0) * (len(inputs) // 2 + 3)
-    held = 4 * (parameters + moments) + 2 * 4 * sum(bank.stored() for bank in job.plan.banks)
-    return {"seconds": flops / speed, "peak_gib": (PROCESS_BYTES + held + states + max(work, block)) / 2**30}
+    states = 4 * tokens * (getattr(job.config, "hidden_size", None) or 0) * STATES
+    held = _held(job, parameters, 4 * moments) + states
+    return {"seconds": flops / speed, "peak_gib": (PROCESS_BYTES + held + max(work, _block_bytes(job))) / 2**30}
+
+
+def _held(job: Job, parameters: int, moments: int) -> int:
+    """Bytes of weights, moments and results that are in memory together, read whole or block by block."""
+    limit = job.recipe.max_memory
+    ffn = ffn_size(job.layout, job.dtype.itemsize)
+    if not is_streamed(job.recipe.model, parameters, limit):
+        return 4 * parameters + min(moments, shelf_bytes(limit)) + 2 * 4 * ffn.stored
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(job.dense).values()]
+    outside, rest = parameters - sum(sizes), sum(sizes) - ffn.dense_stored
+    calibrating, building = 8 * max(sizes), job.dtype.itemsize * rest + ffn.bytes
+    return 4 * outside + ffn.bytes + max(calibrating, building)
+
+
+def _block_bytes(job: Job) -> int:
+    """Bytes that sizing one layer takes in float64: weights, metrics, and neurons' moments twice more, reordered."""
+    layers: dict[int, int] = {}
+    for site in job.sites:
+        metrics = site.d_out**2 + (3 * site.d_in**2 if site.role == "down" else site.d_in**2)
+        layers[site.layer] = layers.get(site.layer, 0) + 8 * (site.d_in * site.d_out + metrics)
+    return max(layers.values())
+
+
+def shelf_bytes(limit: float | None) -> int:
+    """What moments, and outputs to compare with, may take in memory, each, under a memory `limit` in GiB."""
+    return min(SHELF_BYTES, int(SHELF * available(limit)))
 
 
 def _gemm_flops() -> float:

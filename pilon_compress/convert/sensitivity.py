@@ -7,7 +7,7 @@ each layer once puts their losses on one scale.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +16,34 @@ from torch.nn.functional import normalize
 from pilon_compress.convert.blocks import Block
 from pilon_compress.convert.calibration import Batch
 from pilon_compress.convert.moments import LOGITS
+from pilon_compress.convert.neurons import refit
+from pilon_compress.convert.shelf import Shelf
 from pilon_compress.convert.source import Source
 from pilon_compress.convert.stream import Stream
 from pilon_compress.progress import track
 
+ROWS = 64  # predictions compared at once: each holds the vocabulary several times
 SHARE = 1.5  # passes over all of the calibration text that the measurements may cost together
 
 
 class Sensitivity:
-    """Measures one layer after the other, first to last, on a part of the calibration text."""
+    """Measures one layer after the other, first to last, on a part of the calibration text.
 
-    def __init__(self, source: Source, batches: Sequence[Batch], causal: bool) -> None:
+    What the dense model makes of that text waits on the shelf; of a language model it is large.
+    """
+
+    def __init__(self, source: Source, batches: Sequence[Batch], causal: bool, shelf: Shelf | None = None) -> None:
         layers = len(source.names)
         count = max(1, min(len(batches), round(SHARE * len(batches) / (layers / 2 + 2))))
         chosen = [batches[round(i * len(batches) / count)] for i in range(count)]
-        self.source, self.causal = source, causal
+        self.source, self.causal, self.shelf = source, causal, shelf or Shelf()
         self.stream = Stream(source, chosen)
         stream = self.stream.fork()
         for index in track(range(layers), "reference outputs"):
             with source.block(index) as block:
                 stream.advance(block)
-        self.reference = [self._outputs(stream, index) for index in range(count)]
+        for name, part in self._outputs(stream):
+            self.shelf.put(name, part)
 
     @torch.no_grad()
     def measure(self, layer: int, block: Block, neurons: int) -> float:
@@ -46,16 +53,16 @@ class Sensitivity:
             self._advance(self.stream, self.stream.position)
         stream = self.stream.fork()
         left, down = block.elimination.left(neurons), block.down
-        target = block.target(down, left)
+        weight = refit(block.weights[down.name], block.metrics[down.name], left)
         with self.source.block(layer) as module:
             ours = copy.deepcopy(module)
             name = down.name.removeprefix(f"{self.source.names[layer]}.")
-            _trim(ours.get_submodule(name), left, target.weight, block.means[down.name] if down.bias else None)
+            _trim(ours.get_submodule(name), left, weight, block.means[down.name] if down.bias else None)
             stream.advance(ours)
             self.stream.advance(module)
         while stream.position < len(self.source.names):
             self._advance(stream, stream.position)
-        lost = [self._distance(self._outputs(stream, i), self.reference[i]) for i in range(len(self.reference))]
+        lost = [self._distance(part, self.shelf.get(name)) for name, part in self._outputs(stream)]
         tokens = sum(int(mask.sum()) for mask in stream.masks)
         true, predicted = math.fsum(lost) / tokens, block.elimination.loss(neurons)
         return true / predicted if predicted > 0 and true > 0 else 1.0
@@ -65,27 +72,26 @@ class Sensitivity:
             stream.advance(block)
 
     @torch.no_grad()
-    def _outputs(self, stream: Stream, index: int) -> Tensor:
-        """Log-probabilities (N, V) of every prediction, or unit embeddings (B, d), of one batch."""
-        hidden, mask = stream.hidden[index], stream.masks[index]
-        if not self.causal:
-            states = stream.finish(index, hidden, slice(None), head=False).float()
-            kept = mask[..., None].float()
-            return normalize((states * kept).sum(1) / kept.sum(1).clamp_min(1), dim=1)
-        rows = max(1, LOGITS // (hidden.shape[1] * stream.model.config.vocab_size))
-        parts = []
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = stream.finish(index, hidden[part], part, head=True)[mask[part]]
-            parts.append(logits.float().log_softmax(-1).to(torch.bfloat16))
-        return torch.cat(parts)
+    def _outputs(self, stream: Stream) -> Iterator[tuple[str, Tensor]]:
+        """Log-probabilities (N, V) of every prediction, or unit embeddings (B, d): a few texts at a time, by name."""
+        for index, (hidden, mask) in enumerate(zip(stream.hidden, stream.masks, strict=True)):
+            if not self.causal:
+                states = stream.finish(index, hidden, slice(None), head=False).float()
+                kept = mask[..., None].float()
+                yield f"{index}", normalize((states * kept).sum(1) / kept.sum(1).clamp_min(1), dim=1)
+                continue
+            rows = max(1, LOGITS // (hidden.shape[1] * stream.model.config.vocab_size))
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
+                logits = stream.finish(index, hidden[part], part, head=True)[mask[part]]
+                yield f"{index}.{start}", logits.float().log_softmax(-1).to(torch.bfloat16)
 
     def _distance(self, ours: Tensor, theirs: Tensor) -> float:
         """Twice the KL divergence, summed over tokens, or the squared distance of the embeddings, summed over texts."""
         if not self.causal:
             return float((ours - theirs).square().sum())
         total = 0.0
-        for a, b in zip(ours.split(1024), theirs.split(1024), strict=True):
+        for a, b in zip(ours.split(ROWS), theirs.split(ROWS), strict=True):
             a, b = a.float(), b.float()
             total += 2 * float((b.exp() * (b - a)).sum())
         return total

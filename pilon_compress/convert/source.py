@@ -25,6 +25,8 @@ class Source:
     """A dense model and its transformer blocks, in memory."""
 
     streamed = False
+    tuples: bool | None = None
+    """Whether blocks return tuples, once one has run."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         checkpoint.check_finite(model)
@@ -141,8 +143,7 @@ def open_source(
 
     Without a limit it is what the machine has to spare. A model that cannot be streamed is loaded whole.
     """
-    memory = available(limit)
-    if 4 * parameters > SHARE * memory and Path(checkpoint.resolve(reference)).is_dir():
+    if is_streamed(reference, parameters, limit):
         try:
             return Streamed(reference, dtype, device)
         except BadInput as error:
@@ -150,6 +151,11 @@ def open_source(
                 raise
             print(f"loading the whole model: {error}", file=sys.stderr)
     return Source(checkpoint.load_model(reference, dtype=dtype, device=str(device)))
+
+
+def is_streamed(reference: str, parameters: int, limit: float | None) -> bool:
+    """Whether a model of so many numbers is to be read block by block."""
+    return 4 * parameters > SHARE * available(limit) and Path(checkpoint.resolve(reference)).is_dir()
 
 
 def available(limit: float | None) -> float:

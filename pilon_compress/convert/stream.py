@@ -58,10 +58,11 @@ class Stream:
         self.masks = [batch.attention_mask.to(self.device).bool() for batch in batches]
         self.position = 0
         self.hidden: list[Tensor] = []
-        self._tuples: bool | None = None
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._tuples = source.tuples
         with source.block(0) as first:
             self._capture(first)
+        source.tuples = self._tuples
 
     @torch.no_grad()
     def _capture(self, first: nn.Module) -> None:
@@ -115,7 +116,8 @@ class Stream:
     @torch.no_grad()
     def advance(self, block: nn.Module) -> None:
         """Send the states of every batch through `block`, dense or PILON, which stands at the stream's position."""
-        self.hidden = [self.call(block, index, hidden) for index, hidden in enumerate(self.hidden)]
+        for index, hidden in enumerate(self.hidden):  # one by one, so that only one batch is there twice
+            self.hidden[index] = self.call(block, index, hidden)
         self.position += 1
 
     def finish(self, index: int, hidden: Tensor, rows: slice, head: bool) -> Tensor:
