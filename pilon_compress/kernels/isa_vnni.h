@@ -56,6 +56,7 @@ static inline void dot_int8(const int8_t* w, const int8_t* q, int64_t d, int32_t
     const __mmask64 mask = d - k >= 64 ? ~__mmask64(0) : (__mmask64(1) << (d - k)) - 1;
     const __m512i codes = _mm512_xor_si512(_mm512_loadu_si512(q + k), move);
     UNROLL for (int r = 0; r < R; r++) {
+      __builtin_prefetch(w + (R + r) * d + k);  // the next R rows
       const __m512i row = _mm512_maskz_loadu_epi8(mask, w + r * d + k);
       sum[r] = _mm512_dpbusd_epi32(sum[r], codes, row);
       moved[r] = _mm512_dpbusd_epi32(moved[r], move, row);

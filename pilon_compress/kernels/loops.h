@@ -52,6 +52,7 @@ static void strip(const Job& job, int64_t tile, int64_t token) {
   UNROLL for (int t = 0; t < T; t++) UNROLL for (int m = 0; m < M; m++) clear(sum[t][m]);
   alignas(64) float y[T][M][TILE];
   const bool grouped = in.groups > 1;
+  const int64_t ahead = job.ahead;
   int64_t narrow = 0;  // blocks since sums were widened
   for (int64_t i = 0; i < job.segments; i++) {
     const int64_t n = i + 1 < job.segments ? job.blocks : job.last, at = job.offsets[i];
@@ -61,7 +62,7 @@ static void strip(const Job& job, int64_t tile, int64_t token) {
       for (; b < stop; b++) {
         UNROLL for (int t = 0; t < T; t++) {
           const uint8_t* from = w[t] + at + b * BYTES;
-          if (M == 1) __builtin_prefetch(from + AHEAD);
+          if (M == 1) __builtin_prefetch(from + ahead);
           const Digits digits = unpack(from);
           UNROLL for (int m = 0; m < M; m++) add(sum[t][m], digits, q[m] + b * BLOCK);
         }

@@ -40,7 +40,6 @@ constexpr int64_t BLOCK = 8;    // inputs of a block
 constexpr int64_t BYTES = 32;   // of a block: TILE x BLOCK digits of two bits
 constexpr int64_t CHUNK = 16;   // tokens that are carried through a whole FFN together: their hidden values fit the L2
 constexpr int64_t PADDED = 64;  // codes of a token are filled up with zeros to a multiple of it: the widest vector
-constexpr int64_t AHEAD = 1024; // bytes to fetch ahead in every stream of weights; found by measurement
 
 int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -85,6 +84,7 @@ struct Job {
   float* out;
   int64_t stride, width;              // of `out`: floats from token to token, and those that exist
   const float *multiply, *add;        // by output, or null
+  int64_t ahead = 1024;               // bytes to fetch ahead while one token is computed
 };
 
 struct Int8Job {
@@ -240,7 +240,9 @@ struct Projection {
 
   Job first(const Codes& in, int64_t tokens) const {  // the product with A
     const int64_t total = up_to(d_in, BLOCK) / BLOCK, blocks = in.groups == 1 ? total : in.group / BLOCK;
-    return {A, starts.data(), offsets.data(), in.groups, blocks, total - (in.groups - 1) * blocks, &in, tokens};
+    Job job = {A, starts.data(), offsets.data(), in.groups, blocks, total - (in.groups - 1) * blocks, &in, tokens};
+    if (total * BYTES <= 12288) job.ahead = 4 * total * BYTES;  // the tiles after these, where they stay in the L1
+    return job;
   }
   void into_latent(const Codes& in, int64_t tokens, float* u, Team team) const {
     if (!B) return;
