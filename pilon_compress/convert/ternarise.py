@@ -1,9 +1,9 @@
 """A model of float factors becomes ternary, in place: what a ternary training goes on from.
 
-    balance   the components of a primitive get factors of one size; compositions take over what they lose
-    round     digits and scales, the same for all layers that share a bank
-    refit     what stays floats, compositions, biases and scales of kept matrices: least squares on calibration inputs,
-              projection after projection, each behind those that are done
+balance   the components of a primitive get factors of one size; compositions take over what they lose
+round     digits and scales, the same for all layers that share a bank
+refit     what stays floats, compositions, biases and scales of kept matrices: least squares on calibration inputs,
+          projection after projection, each behind those that are done
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,7 +20,7 @@ from pilon_compress.form.fold import factors
 from pilon_compress.form.kept import KeptLinear
 from pilon_compress.form.layout import BANKS, banks, kept_matrices, layout_of, make_bank, make_kept, projections
 from pilon_compress.form.ternary import LEAST, quantise, restored
-from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
+from pilon_compress.form.ternary_bank import TernaryLinear
 
 RIDGE = 1e-4  # of the mean diagonal: pulls towards what a composition was
 Layer = ComposedLinear | KeptLinear
@@ -47,9 +47,10 @@ def ternarise(
     for name, bank in list(banks(model)):
         users = [layer for layer in layers.values() if isinstance(layer, ComposedLinear) and layer.bank is bank]
         balance(bank, users)
-        _set(model.base_model, f"{BANKS}.{name}", _filled(make_bank(layout.banks[name]), bank))
-        for layer in users:
-            object.__setattr__(layer, "bank", model.base_model.get_submodule(f"{BANKS}.{name}"))
+        made = _filled(make_bank(layout.banks[name]), bank)
+        _set(model.base_model, f"{BANKS}.{name}", made)
+        for user in users:
+            object.__setattr__(user, "bank", made)  # borrowed: see `ComposedLinear`
     for name, layer in layers.items():
         if isinstance(layer, ComposedLinear):
             layer.group = layout.projections[name].group
@@ -89,9 +90,7 @@ def balance(bank: PrimitiveBank, users: Sequence[ComposedLinear]) -> None:
     One scale for a primitive would round small components to nothing. Weights of components take over the sizes; where
     compositions have none, A and B share them evenly. A latent bias stands between A and the rest, so that A stays.
     """
-    a, b = (
-        one.square().mean(axis, keepdim=True).sqrt().clamp_min(LEAST) for one, axis in ((bank.A, 1), (bank.B, 2))
-    )
+    a, b = (one.square().mean(axis, keepdim=True).sqrt().clamp_min(LEAST) for one, axis in ((bank.A, 1), (bank.B, 2)))
     if all(layer.composition == "component" for layer in users):
         a, b = a / a.square().mean().sqrt(), b / b.square().mean().sqrt()
         a = torch.ones_like(a) if bank.latent_bias is not None else a

@@ -122,6 +122,11 @@ class Layout:
         }
         return replace(self, banks=banks, projections=projections, kept=kept)
 
+    @property
+    def is_ternary(self) -> bool:
+        """Whether anything is in digits."""
+        return any(spec.quantization == "ternary" for spec in (*self.banks.values(), *self.kept.values()))
+
     def users(self, bank: str) -> list[str]:
         """Names of the projections that compose from `bank`."""
         return [name for name, spec in self.projections.items() if spec.bank == bank]
