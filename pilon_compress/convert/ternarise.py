@@ -23,6 +23,7 @@ from pilon_compress.form.ternary import LEAST, quantise, restored
 from pilon_compress.form.ternary_bank import TernaryLinear
 
 RIDGE = 1e-4  # of the mean diagonal: pulls towards what a composition was
+SMALLEST = 0.1  # factor on a scale: nothing is turned round, or away
 Layer = ComposedLinear | KeptLinear
 Was = Callable[[Tensor], Tensor]  # what a projection computed as floats: (N, d_in) -> (N, d_out)
 
@@ -167,14 +168,19 @@ def refit_composition(layer: ComposedLinear, x: Tensor, wanted: Tensor) -> None:
 
 @torch.no_grad()
 def refit_scales(layer: TernaryLinear, x: Tensor, wanted: Tensor) -> None:
-    """As `refit_composition`: the learned scales, or the size of the whole matrix, and the bias."""
+    """As `refit_composition`: the learned scales, or the one of the whole matrix, and the bias.
+
+    The numbers are scaled along, so that their digits stay.
+    """
     y = wanted.double()
     found = restored(*quantise(x, layer.group), layer.group).double() @ layer.matrix().double()
     means = found.mean(0), y.mean(0)
     if layer.bias is not None:
         found, y = found - means[0], y - means[1]
     axis = 0 if layer.learned else (0, 1)
-    factor = (found * y).sum(axis) / found.square().sum(axis).clamp_min(LEAST)
-    (layer.weight if layer.scale is None else layer.scale).mul_(factor)
+    factor = ((found * y).sum(axis) / found.square().sum(axis).clamp_min(LEAST)).clamp_min(SMALLEST)
+    layer.weight.mul_(factor[..., None])
+    if layer.scale is not None:
+        layer.scale.mul_(factor)
     if layer.bias is not None:
         layer.bias.copy_(means[1] - means[0] * factor)

@@ -125,7 +125,8 @@ class Layout:
     @property
     def is_ternary(self) -> bool:
         """Whether anything is in digits."""
-        return any(spec.quantization == "ternary" for spec in (*self.banks.values(), *self.kept.values()))
+        kinds = {spec.quantization for spec in self.banks.values()} | {spec.quantization for spec in self.kept.values()}
+        return "ternary" in kinds
 
     def users(self, bank: str) -> list[str]:
         """Names of the projections that compose from `bank`."""
