@@ -134,6 +134,12 @@ class Layout:
         }
         return replace(self, banks=banks, projections=projections, kept=kept)
 
+    @property
+    def is_ternary(self) -> bool:
+        """Whether anything is in digits."""
+        kinds = {spec.quantization for spec in self.banks.values()} | {spec.quantization for spec in self.kept.values()}
+        return "ternary" in kinds
+
     def users(self, bank: str) -> list[str]:
         """Names of the projections that compose from `bank`."""
         return [name for name, spec in self.projections.items() if spec.bank == bank]

@@ -34,7 +34,7 @@ def model_card(result: Result, recipe: TrainRecipe, causal: bool = True) -> str:
         "The whole recipe:",
         _fence(result["recipe"], "yaml"),
         "## Limits",
-        _limits(result),
+        _limits(result, recipe),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -81,12 +81,17 @@ def _loading(result: Result, causal: bool) -> str:
     return _fence(code, "python")
 
 
-def _limits(result: Result) -> str:
+def _limits(result: Result, recipe: TrainRecipe) -> str:
     lines = [
         "The perplexity holds for the text named above; other languages, domains and tasks were not measured.",
         "It has learnt from that text alone, or from that text besides what it began with, with all their errors and "
         "biases.",
     ]
+    if recipe.ternary.enabled:
+        lines.append(
+            "Stored are the numbers that its digits are made from, so the folder is as large as that of floats. What "
+            "counts in its feed-forward part is a digit -1, 0 or 1 for each, and a few scales."
+        )
     if result["ffn"]["mac_ratio"] > 1:
         lines.append("Its FFN stores less than it computes: MACs per token are above dense.")
     return "\n".join(f"- {line}" for line in lines)

@@ -78,6 +78,15 @@ class Corpus:
     per_row: float | None = None
     ends: tuple[int, ...] = ()
 
+    def first(self) -> Batch:
+        """Some text to learn from, of which nothing is used up."""
+        if not isinstance(self.batches, Streamed):
+            return self.batches.batch(0)
+        place = self.batches.blocks.state_dict()
+        batch = self.batches.batch(0)
+        self.batches.blocks.load_state_dict(place)
+        return batch
+
 
 def source_of(recipe: TrainRecipe) -> str:
     """The text source. Raises BadInput where a task has no default."""

@@ -30,6 +30,8 @@ USE = {
     "composition_entropy": ("entropy within a layer", "#E69F00"),
     "primitive_entropy": ("entropy over the bank", "#009E73"),
     "primitive_gini": ("Gini over the bank", "#CC79A7"),
+    "zero_share": ("digits 0", "#111827"),
+    "flipped_share": ("digits changed", "#56B4E9"),
 }
 QUIET, MAIN, GRID = "#a9c7de", "#0072B2", "#e5e7eb"
 SMOOTHED = 40  # lines; with more of them, a running mean is drawn over what was measured

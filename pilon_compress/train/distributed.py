@@ -119,6 +119,14 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+@torch.no_grad()
+def spread(module: nn.Module, world: World) -> None:
+    """Give every process the first one's parameters and lasting buffers."""
+    if world.size > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
 def reshard(module: nn.Module) -> None:
     """After a forward pass without a backward one, FSDP units that stay gathered go back to their shards."""
     for part in module.modules():

@@ -232,11 +232,17 @@ def judged(rows: Rows, recipe: TrainRecipe, world: World, teacher: Callable[[], 
     return float(known[key])
 
 
-def steps_of(recipe: TrainRecipe, corpus: Corpus) -> int:
-    """Optimiser steps. Raises BadInput where nobody can know how many."""
+def tokens_of(recipe: TrainRecipe, corpus: Corpus) -> int:
+    """Tokens to train on. Raises BadInput where nobody can know how many."""
     tokens = recipe.schedule.tokens or corpus.tokens
     if tokens is None:
         raise BadInput("streamed text has no known length: say how many tokens to train on with --tokens")
+    return tokens
+
+
+def steps_of(recipe: TrainRecipe, corpus: Corpus) -> int:
+    """Optimiser steps. Raises BadInput as `tokens_of`."""
+    tokens = tokens_of(recipe, corpus)
     return max(1, int(tokens // (recipe.run.batch_size * (corpus.per_row or recipe.data.sequence_length))))
 
 

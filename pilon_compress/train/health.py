@@ -5,6 +5,8 @@ primitive_entropy     how evenly a bank's primitives carry the energy of all its
 primitive_gini        the same as inequality: 0 (all alike) to nearly 1
 utilisation           share of the primitives that any layer selects
 dead_share            share that no layer selects, or that had no gradient since the last look
+zero_share            ternary: share of the digits that are 0
+flipped_share         ternary: share that are not what they were at the last look
 """
 
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.layout import banks, projections
+from pilon_compress.form.ternary import absmean, digits
+from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
 from pilon_compress.measure.composition import describe
 from pilon_compress.train.distributed import full
 from pilon_compress.train.loop import Plugin
@@ -29,6 +33,8 @@ class Health(Plugin):
     def __init__(self, model: Any) -> None:
         self.banks = [(bank, [p for _, p in projections(model) if p.bank is bank]) for _, bank in banks(model)]
         self.seen: dict[int, Tensor] = {}
+        self.ternary = [module for module in model.modules() if isinstance(module, TernaryBank | TernaryLinear)]
+        self.digits: list[Tensor] = []
 
     @contextmanager
     def around(self) -> Iterator[None]:
@@ -63,7 +69,39 @@ class Health(Plugin):
                 }
             )
         self.seen = {}
-        return {key: sum(entry[key] for entry in found) / len(found) for key in found[0]} if found else {}
+        means = {key: sum(entry[key] for entry in found) / len(found) for key in found[0]} if found else {}
+        return means | self._of_digits()
+
+    def _of_digits(self) -> dict[str, float]:
+        """Shares over all digits of the model, and a copy of them to compare with the next time."""
+        before, self.digits = self.digits, [all_digits(part) for part in self.ternary]
+        count = sum(digits.numel() for digits in self.digits)
+        if not count:
+            return {}
+        found = {"zero_share": sum(int((digits == 0).sum()) for digits in self.digits) / count}
+        if before:
+            pairs = zip(before, self.digits, strict=True)
+            found["flipped_share"] = sum(int((old != new).sum()) for old, new in pairs) / count
+        return found
+
+
+def all_digits(part: TernaryBank | TernaryLinear) -> Tensor:
+    """Every digit of a bank or matrix as it stands, int8, in one row; whole on every process."""
+    if isinstance(part, TernaryLinear):
+        pairs = [(full(part.weight), scale_of(part.scale, part.weight, 1))]
+    else:
+        pairs = [
+            (full(part.A), scale_of(part.A_scale, part.A, 1)),
+            (full(part.B), scale_of(part.B_scale, part.B, 2)),
+        ]
+    return torch.cat([digits(weight, scale).to(torch.int8).flatten() for weight, scale in pairs])
+
+
+def scale_of(learned: Tensor | None, weight: Tensor, axis: int) -> Tensor:
+    """A scale that broadcasts over `weight`, sharded or not; `axis`: the one that learned scales lack."""
+    if learned is not None:
+        return full(learned).float().unsqueeze(axis)
+    return absmean(full(weight))
 
 
 def energy_of(layer: ComposedLinear) -> Tensor:

@@ -29,6 +29,12 @@ def check(recipe: TrainRecipe) -> None:
         checkpoint.check_dense(model, config)
     elif recipe.task == "heal":
         teacher_of(recipe)
+    layout = hosts.layout_in(config)
+    if recipe.ternary.enabled and recipe.start is not None and not recipe.shrink:
+        if layout is None:
+            raise BadInput(f"{model} is dense: convert it, or name --shrink")
+        if layout.is_ternary:
+            raise BadInput(f"{model} is ternary already: leave --ternary out")
     if not checkpoint.is_causal(config):
         if recipe.task != "heal":
             raise BadInput(f"{model} predicts no next token: an encoder can be healed, not trained otherwise")

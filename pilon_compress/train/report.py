@@ -24,6 +24,8 @@ WORDS = {
     "primitive_gini": "Gini of a bank",
     "utilisation": "Utilisation",
     "dead_share": "Dead primitives ÷ all",
+    "zero_share": "Digits 0 ÷ all",
+    "flipped_share": "Digits that changed since the look before ÷ all",
 }
 
 
@@ -39,7 +41,7 @@ def page(result: Result, recipe: TrainRecipe, lines: Sequence[Mapping[str, Any]]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": readable.number, "short": readable.short_count}
     source = resources.files("pilon_compress.train").joinpath("train.html.j2").read_text(encoding="utf-8")
-    health = [line for line in lines if "utilisation" in line]
+    health = [line for line in lines if "utilisation" in line or "zero_share" in line]
     return environment.from_string(source).render(
         result=result,
         recipe=recipe,
@@ -65,6 +67,11 @@ def title(recipe: TrainRecipe) -> str:
 
 def what(recipe: TrainRecipe) -> str:
     """What was done, as the part of a sentence that follows the name."""
+    digits = ", with feed-forward weights of ternary digits and 8-bit activations"
+    return _learnt(recipe) + (digits if recipe.ternary.enabled else "")
+
+
+def _learnt(recipe: TrainRecipe) -> str:
     if recipe.task == "heal":
         return f"learnt from {recipe.teacher or 'the dense model that it was converted from'}"
     if recipe.task == "sft":
@@ -83,6 +90,8 @@ def marks(recipe: TrainRecipe, lines: Sequence[Mapping[str, Any]]) -> list[tuple
     """Where in the training something changed, in tokens, and what."""
     total = max((line["tokens"] for line in lines), default=0)
     found = [(end, f"phase {index + 2}") for index, end in enumerate(recipe.staged.phases[:-1])]
+    if recipe.ternary.enabled and 0 < recipe.ternary.second < 1:
+        found.append((recipe.ternary.second, "second stage"))
     if recipe.selection.explore != "none" and 0 < recipe.selection.until < 1:
         found.append((recipe.selection.until, "choice final"))
     return [(share * total, label) for share, label in sorted(found)]

@@ -19,10 +19,10 @@ from pilon_compress.convert.pipeline import convert
 from pilon_compress.convert.prepare import CAUSAL_LENGTH
 from pilon_compress.deploy.export import export_dense
 from pilon_compress.train import recipe as recipes
-from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.recipe import Ternary, TrainRecipe
 
 STAGES, RESULT = "stages", "train.json"
-LEFT = ("checkpoints", "recipe.yaml", "metrics.jsonl", RESULT)  # in the folder of the last stage
+LEFT = ("checkpoints", STAGES, "recipe.yaml", "metrics.jsonl", RESULT)  # in the folder of the last stage
 
 Heal = Callable[[TrainRecipe, Path], dict[str, Any]]
 
@@ -76,6 +76,7 @@ def _stage(settings: TrainRecipe, source: str, ratio: float, folder: Path, heal:
         "start": str(converted),
         "teacher": settings.teacher or settings.start,
         "shrink": [],
+        "ternary": settings.ternary if ratio == settings.shrink[-1] else Ternary(),
         "schedule": settings.schedule.model_copy(update={"tokens": share}),
     }
     return heal(settings.model_copy(update=changes), healed)

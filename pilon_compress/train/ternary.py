@@ -6,14 +6,16 @@ weight decay         as asked                     none              rates: `sche
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
+from pilon_compress.train.heal import teacher_of
 from pilon_compress.train.loop import Plugin
-from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.recipe import Schedule, TrainRecipe
 from pilon_compress.train.schedule import second_stage
 
 
@@ -52,3 +54,25 @@ class Rounding(Plugin):
         if second_stage(self.asked, share):
             for group in self.groups:
                 group["weight_decay"] = 0.0
+
+
+def in_stages(recipe: TrainRecipe, tokens: int, floats: Path) -> tuple[TrainRecipe, TrainRecipe]:
+    """Healing in digits as two runs: of the float factors, whose model goes to the folder `floats`, and from there on.
+
+    `tokens`: of both. The second run sees the text in another order, so that it does not begin with the same part.
+    """
+    share = max(1, round(tokens * recipe.ternary.after))
+    teacher = teacher_of(recipe)
+    plain = recipe.ternary.model_copy(update={"enabled": False})
+    first = {"teacher": teacher, "ternary": plain, "schedule": _lasting(recipe, share)}
+    second = {
+        "teacher": teacher,
+        "start": str(floats),
+        "seed": (recipe.seed + 1) % 2**32,
+        "schedule": _lasting(recipe, max(1, tokens - share)),
+    }
+    return recipe.model_copy(update=first), recipe.model_copy(update=second)
+
+
+def _lasting(recipe: TrainRecipe, tokens: int) -> Schedule:
+    return recipe.schedule.model_copy(update={"tokens": tokens})

@@ -1,0 +1,143 @@
+"""The end of a run: the final weights are judged, and a model folder is written."""
+
+import copy
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import pilon_compress
+from pilon_compress import checkpoint
+from pilon_compress.deploy.save import copy_companions, save_model
+from pilon_compress.form.fold import prune_unused
+from pilon_compress.form.layout import install, layout_of
+from pilon_compress.train import recipe as recipes
+from pilon_compress.train.card import model_card
+from pilon_compress.train.corpus import Corpus, source_of
+from pilon_compress.train.distributed import full
+from pilon_compress.train.loop import Training, put, validation_loss, weights_in
+from pilon_compress.train.monitor import read_metrics
+from pilon_compress.train.plan import sized
+from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.report import write_pages
+from pilon_compress.train.run import RESULT, Run
+from pilon_compress.train.staged_linear import finalise, settled_state
+
+
+def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> dict[str, Any]:
+    """Judge the final weights, write the model folder, and say what came of it."""
+    if job.kept:
+        put(job.trainee, job.kept)  # moving averages included: they are what was judged
+        job.ema = {}
+    with weights_in(job):
+        finalise(job.trainee.model)
+        round_to(job.trainee, dtype_of(run.recipe))
+        loss = validation_loss(job)
+        model = gathered(job)
+    result: dict[str, Any] = {}
+    if run.world.first:
+        prune_unused(model)
+        if corpus.ends and model.generation_config is not None:  # an answer ends where the chats' answers did
+            model.generation_config.eos_token_id = list(corpus.ends)
+        result = describe(run, job, model, loss)
+        if job.told is not None:
+            result |= job.told(loss, job.before)
+        if run.stages:
+            result |= summed(result, run.stages)
+        write(run, model, tokenizer, result)
+    run.world.wait()
+    return result
+
+
+def summed(result: dict[str, Any], stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`stages`, the last one included, and what they come to together."""
+    every = [*stages, result]
+    told = ("before", "val_perplexity", "val_cosine", "steps", "tokens", "seconds")
+    sums = {name: sum(one[name] for one in every) for name in ("steps", "tokens", "seconds")}
+    return sums | {"stages": [{name: one[name] for name in told if name in one} for one in every]}
+
+
+@torch.no_grad()
+def round_to(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give weights the values that they are saved with, so that those are what is judged."""
+    if dtype != torch.float32:
+        for parameter in module.parameters():
+            parameter.copy_(parameter.to(dtype))
+
+
+def gathered(job: Training) -> PreTrainedModel:
+    """The model on the CPU, whole: on every process, since sharded tensors are gathered by all."""
+    model: Any = job.trainee.model
+    state = {name: full(tensor).detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    state = settled_state(model, state)
+    plain = copy.copy(model.config)
+    fresh = checkpoint.build(plain).to("meta")
+    layout = layout_of(model)
+    if layout.projections or layout.kept:
+        install(fresh, layout)
+    fresh.load_state_dict(state, assign=True)
+    fresh.tie_weights()
+    if hasattr(model, "generation_config"):  # not without a head
+        fresh.generation_config = model.generation_config
+    return fresh.eval()
+
+
+def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> dict[str, Any]:
+    """The contents of train.json, for the mean `loss` on the validation text."""
+    layout = layout_of(model)
+    dense = checkpoint.empty_model(model.config)
+    return {
+        "format_version": 1,
+        "pilon_compress": pilon_compress.__version__,
+        "task": run.recipe.task,
+        "data": source_of(run.recipe),
+        job.figure.name: job.figure.of(loss),
+        f"best_{job.figure.name}": job.figure.of(min(job.best, loss)),
+        "steps": job.step,
+        "tokens": job.tokens,
+        "seconds": job.seconds,
+        "tokens_per_second": job.tokens / max(job.seconds, 1e-9),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **sized(layout, dense),
+        "processes": run.world.size,
+        "device": str(run.world.device),
+        "command": run.command,
+        "recipe": recipes.dump(run.asked),
+        "output": str(run.output),
+    }
+
+
+def dtype_of(recipe: TrainRecipe) -> torch.dtype:
+    """Of the saved weights."""
+    if recipe.dtype != "auto":
+        named: torch.dtype = getattr(torch, recipe.dtype)
+        return named
+    start = checkpoint.load_config(recipe.start).dtype if recipe.start is not None else None
+    return start if isinstance(start, torch.dtype) else torch.float32
+
+
+def write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: dict[str, Any]) -> None:
+    """Put the model into the output folder: all files are made aside first, config.json moves in last."""
+    work = run.output / "checkpoints" / "model"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    start = run.recipe.start
+    model.config.use_cache = True
+    save_model(model, tokenizer, work, dtype_of(run.recipe))
+    if start is not None:
+        copy_companions(checkpoint.resolve(start), work)
+    (work / RESULT).write_text(json.dumps(result, indent=2))
+    write_pages(result, run.asked, read_metrics(run.output), work)
+    (work / "README.md").write_text(model_card(result, run.asked, model.can_generate()), encoding="utf-8")
+    for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir():
+            shutil.rmtree(run.output / path.name, ignore_errors=True)
+        path.replace(run.output / path.name)
+    work.rmdir()
+    if not run.quiet:
+        print(f"model {run.output}", file=sys.stderr)

@@ -1,0 +1,233 @@
+"""From float factors to digits: balancing changes nothing, refitting helps, healing brings back what rounding lost."""
+
+import copy
+import json
+import os
+import pydoc_data.topics
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pilon_compress import checkpoint, recipe
+from pilon_compress.convert.pipeline import convert
+from pilon_compress.convert.ternarise import balance, refit_composition, refit_scales, ternarise
+from pilon_compress.errors import BadInput
+from pilon_compress.form.composed import ComposedLinear
+from pilon_compress.form.fold import dense
+from pilon_compress.form.layout import (
+    BankSpec,
+    KeptSpec,
+    Layout,
+    ProjectionSpec,
+    banks,
+    install,
+    kept_matrices,
+    layout_of,
+    projections,
+)
+from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
+from pilon_compress.measure.evaluate import evaluate
+from pilon_compress.train import recipe as recipes
+from pilon_compress.train.pipeline import train_model
+
+LENGTH = 64
+COMPOSITIONS = ("component", "scalar", "softmax")
+
+
+def small(tiny, composition="component", bias=False, **options):
+    """A tiny Llama whose layers share banks, but for the first up projection, all of random floats."""
+    torch.manual_seed(0)
+    model = tiny.tiny_model("llama")
+    config = model.config
+    d, h = config.hidden_size, config.intermediate_size
+    bank = {"n_primitives": 3, "rank": 4, **options}
+    made = {"band0.up": BankSpec(d, h, **bank), "band0.down": BankSpec(h, d, **bank)}
+    places = [f"layers.{i}.mlp.{role}_proj" for i in range(config.num_hidden_layers) for role in ("up", "down")]
+    use = {
+        name: ProjectionSpec("band0.up" if "up" in name else "band0.down", 2, bias, composition) for name in places[1:]
+    }
+    install(model, Layout(made, use, {places[0]: KeptSpec(d, h, bias)}))
+    for name, parameter in model.named_parameters():
+        if "mlp" in name or "pilon" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    for _, one in banks(model):  # components of very different sizes, as conversions leave them
+        one.A.data *= torch.logspace(-2, 0, 4)
+        one.B.data *= torch.logspace(0, -1, 3)[:, None, None]
+    return model.eval()
+
+
+def text(model):
+    return {"input_ids": torch.randint(3, model.config.vocab_size, (8, 32)), "use_cache": False}
+
+
+@pytest.mark.parametrize("options", [{}, {"latent_bias": True, "latent_scale": True}])
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@torch.no_grad()
+def test_balancing_changes_no_output_and_evens_sizes_out(tiny, composition, options):
+    model = small(tiny, composition, **options)
+    inputs = text(model)
+    before = model(**inputs).logits
+    for _, bank in banks(model):
+        balance(bank, [layer for _, layer in projections(model) if layer.bank is bank])
+        if composition == "component":
+            sizes = bank.B.square().mean(2)
+            assert torch.allclose(sizes, sizes.mean().expand_as(sizes), rtol=1e-3)
+    assert torch.allclose(model(**inputs).logits, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@torch.no_grad()
+def test_refitted_digits_compute_more_nearly_what_floats_did(tiny, composition, learned):
+    model = small(tiny, composition, bias=True)
+    inputs, plain = text(model), copy.deepcopy(model)
+    wanted = plain(**inputs).logits
+    apart = []
+    for given in (None, inputs):
+        rounded = copy.deepcopy(plain)
+        ternarise(rounded, ["layers.0.mlp.down_proj"], given, learned_scale=learned, group=16)
+        apart.append(float((rounded(**inputs).logits - wanted).norm() / wanted.norm()))
+    assert apart[1] < apart[0]
+    layout = layout_of(rounded)
+    assert layout == layout_of(plain).ternary(learned, ["layers.0.mlp.down_proj"], 16)
+    assert {layout.projections[name].group for name in layout.projections} == {0, 16}
+    owners = {id(bank) for _, bank in banks(rounded)}
+    assert all(id(layer.bank) in owners and isinstance(layer.bank, TernaryBank) for _, layer in projections(rounded))
+    for (_, ours), (_, theirs) in zip(projections(rounded), projections(plain), strict=True):
+        assert composition == "softmax" or torch.equal(ours.selected, theirs.selected)
+
+
+@torch.no_grad()
+def test_padding_has_no_part_in_the_refit(tiny):
+    model = small(tiny)
+    inputs = text(model)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[:, 20:] = 0
+    other = inputs["input_ids"].clone()
+    other[:, 20:] = 5
+    found = []
+    for ids in (inputs["input_ids"], other):
+        rounded = copy.deepcopy(model)
+        ternarise(rounded, [], {"input_ids": ids, "attention_mask": mask, "use_cache": False})
+        found.append(rounded.state_dict())
+    assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-6) for name in found[0])
+
+
+@torch.no_grad()
+def test_least_squares_cannot_be_bettered_by_hand():
+    torch.manual_seed(0)
+    layer = ComposedLinear(TernaryBank(24, 20, 3, 4), 2, bias=True)
+    for parameter in [*layer.bank.parameters(), *layer.parameters()]:
+        torch.nn.init.normal_(parameter)
+    layer.eval(), layer.bank.eval()
+    x = torch.randn(400, 24)
+    wanted = x @ dense(layer)[0] * 1.7 + 3 + torch.randn(400, 20)
+    refit_composition(layer, x, wanted)
+    best = float((layer(x) - wanted).square().sum())
+    for _ in range(30):
+        other = copy.deepcopy(layer)
+        object.__setattr__(other, "bank", layer.bank)
+        other.weight.add_(0.05 * torch.randn_like(other.weight))
+        other.bias.add_(0.05 * torch.randn_like(other.bias))
+        assert float((other(x) - wanted).square().sum()) > best * 0.999
+    kept = TernaryLinear(24, 20, True, (24, 20), learned_scale=True).eval()
+    kept.fit_scales()
+    wanted = x @ kept.weight.T * torch.linspace(0.5, 2, 20) + 3
+    refit_scales(kept, x, wanted)
+    best = float((kept(x) - wanted).square().sum())
+    for _ in range(30):
+        other = copy.deepcopy(kept)
+        factor = 1 + 0.1 * torch.randn_like(other.scale)
+        other.scale.mul_(factor), other.weight.mul_(factor[:, None])
+        other.bias.add_(0.1 * torch.randn_like(other.bias))
+        assert float((other(x) - wanted).square().sum()) > best * 0.999
+
+
+# --- healing
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with text, a small dense LM that was trained on it, and its conversion to two fifths."""
+    folder = tmp_path_factory.mktemp("heal")
+    topics = [topic for _, topic in sorted(pydoc_data.topics.topics.items())][:30]
+    lines = [json.dumps({"text": part}) for topic in topics for part in topic.split("\n\n") if len(part) > 60]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    host = {"family": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    host |= {"intermediate_size": 96, "vocab_size": 300, "tokenizer": "bpe"}
+    data = {"source": str(folder / "text.jsonl"), "sequence_length": LENGTH, "validation_sequences": 12}
+    asked = {"task": "pretrain", "host": host, "data": data, "ffn": {"kind": "dense"}}
+    asked |= {"schedule": {"tokens": 512 * 150}, "optimizer": {"learning_rate": 5e-3}}
+    asked |= {"run": {"batch_size": 8, "evaluate_every": 1000}}
+    calibration = {"data": str(folder / "text.jsonl"), "samples": 24, "sequence_length": LENGTH, "batch_size": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PILON_CACHE", str(folder / "cache"))
+        train_model(recipes.build(asked), folder / "dense", quiet=True)
+        asked = {"model": str(folder / "dense"), "budget": {"ffn_ratio": 0.4}, "calibration": calibration}
+        convert(recipe.build({**asked, "effort": "fast", "evaluation": {"data": "none"}}), folder / "pilon")
+        yield folder
+
+
+def healing(folder, steps=16, **changes):
+    data = {"source": str(folder / "text.jsonl"), "sequence_length": LENGTH, "validation_sequences": 12}
+    asked = {"task": "heal", "start": str(folder / "pilon"), "data": data, "ternary": {"enabled": True}}
+    asked |= {"schedule": {"tokens": steps * 8 * LENGTH}, "run": {"batch_size": 8}}
+    return recipes.build(asked, [f"{name}={json.dumps(value)}" for name, value in changes.items()])
+
+
+def test_healing_digits_beats_rounding_and_says_what_each_stage_brought(home, tmp_path):
+    result = train_model(healing(home), tmp_path / "out", quiet=True)
+    floats, digits = result["stages"]
+    assert floats["tokens"] == digits["tokens"] == 8 * 8 * LENGTH and result["tokens"] == 2 * floats["tokens"]
+    assert floats["val_perplexity"] < floats["before"], "factors healed first"
+    assert digits["before"] > floats["val_perplexity"], "rounding costs"
+    assert result["val_perplexity"] == digits["val_perplexity"] < digits["before"], "training brings back"
+    assert recipes.load(str(tmp_path / "out/recipe.yaml")).start == str(home / "pilon")
+    model = checkpoint.load_model(str(tmp_path / "out"))
+    assert all(isinstance(bank, TernaryBank) for _, bank in banks(model)) and layout_of(model).is_ternary
+    assert all(isinstance(matrix, TernaryLinear) for _, matrix in kept_matrices(model))
+    assert evaluate(str(tmp_path / "out"), data=str(home / "text.jsonl"))["against"] == str(home / "dense")
+    with pytest.raises(BadInput, match="is ternary already"):
+        train_model(healing(home, start=str(tmp_path / "out")), tmp_path / "again", quiet=True)
+    with pytest.raises(BadInput, match="is dense: convert it"):
+        train_model(healing(home, start=str(home / "dense"), teacher=str(home / "dense")), tmp_path / "x", quiet=True)
+    assert not (tmp_path / "again").exists() and not (tmp_path / "x").exists()
+
+
+def test_killed_in_either_stage_and_resumed_ends_with_the_same_bytes(home, tmp_path):
+    asked = healing(home, 8, **{"run.checkpoint_every": 1e-3, "device": "cpu"})
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(asked))
+    words = [sys.executable, "-m", "pilon_compress.cli", "train", "--recipe", "recipe.yaml", "--json", "-o"]
+    options = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = subprocess.Popen([*words, "whole"], **options)
+    for stage, resume in (("stages/float", []), (".", ["--resume"])):
+        process = subprocess.Popen([*words, "parts", *resume], **options)
+        while not list((tmp_path / "parts" / stage).glob("checkpoints/step-*/state.json")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "parts/config.json").exists()
+    for process in (whole, subprocess.Popen([*words, "parts", "--resume"], **options)):
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_digits_from_the_start_and_learned_scales(home, tmp_path):
+    changes = {"ternary.after": 0.0, "ternary.learned_scale": True, "ternary.warmup": 0.25}
+    result = train_model(healing(home, 8, **changes), tmp_path / "out", quiet=True)
+    assert "stages" not in result and not (tmp_path / "out/stages").exists()
+    assert result["val_perplexity"] < result["before"]
+    again = recipes.build({"task": "heal", "start": str(tmp_path / "out"), "run": {"batch_size": 8}})
+    data = healing(home).data.model_copy()
+    again = again.model_copy(update={"data": data, "schedule": healing(home, 4).schedule})
+    more = train_model(again, tmp_path / "more", quiet=True)
+    assert more["before"] == pytest.approx(result["val_perplexity"], rel=1e-4), "a ternary model goes on as one"

@@ -1,0 +1,249 @@
+"""Ternary training: one command makes a model that decodes as it was judged, whatever interrupts it, in one graph."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pilon_compress.errors import BadInput
+from pilon_compress.form.layout import banks, kept_matrices, layout_of, projections
+from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
+from pilon_compress.train import hosts, recipe, schedule
+from pilon_compress.train.losses import NextToken
+from pilon_compress.train.monitor import read_metrics
+from pilon_compress.train.optim import group_parameters, make_optimizers
+from pilon_compress.train.pipeline import plan, train_model
+from pilon_compress.train.plugins import plugins_for
+from pilon_compress.train.ternary import Rounding
+
+SHORT = ("schedule.tokens=8192", "run.checkpoint_every=0.01", "device=cpu")  # 8 steps
+WORDS = ["train", "--recipe", "smoke", "--ternary", "--json"]
+WORDS += [word for item in (*SHORT, "ternary.warmup=0.5", "ternary.learned_scale=true") for word in ("--set", item)]
+IDS = torch.randint(3, 500, (3, 24), generator=torch.Generator().manual_seed(0))
+
+
+def start(folder: Path, *words: str, processes: int = 1) -> subprocess.Popen:
+    surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PILON_CACHE": str(folder / "tokens")}
+    run = [sys.executable, "-m"]
+    if processes > 1:
+        run += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*run, "pilon_compress.cli", *WORDS, *words], cwd=folder, env=surroundings, **pipes)
+
+
+def ended(process: subprocess.Popen) -> dict:
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ternary")
+    return folder, ended(start(folder, "-o", "out"))
+
+
+def built(*overrides: str, **ternary) -> tuple:
+    """A small model from scratch, ternary unless told otherwise, and its recipe."""
+    host = {"family": "llama", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    host |= {"intermediate_size": 96, "vocab_size": 500}
+    asked = {"task": "pretrain", "host": host, "ternary": {"enabled": True, **ternary}}
+    settings = recipe.build(asked, list(overrides))
+    return hosts.build(hosts.config_for(settings.host, 32, 0), settings.ffn, 0, settings.ternary), settings
+
+
+# --- the whole road
+
+
+def test_one_command_trains_a_ternary_model_that_loads_and_is_what_was_judged(undisturbed):
+    folder, result = undisturbed
+    assert result["ffn"]["stored_ratio"] <= 0.51 and result["val_perplexity"] < 450 < 512
+    model = AutoModelForCausalLM.from_pretrained(folder / "out")
+    found = dict(banks(model))
+    assert len(found) == 4 and all(isinstance(bank, TernaryBank) and bank.learned for bank in found.values())
+    groups = {name.rsplit(".", 1)[1]: layer.group for name, layer in projections(model)}
+    assert groups == {"up_proj": 0, "down_proj": 128}
+    lines = [line for line in read_metrics(folder / "out") if "zero_share" in line]
+    assert lines and all(0.2 < line["zero_share"] < 0.7 for line in lines) and lines[-1]["flipped_share"] > 0
+    assert "ternary" in (folder / "out/README.md").read_text() and "ternary" in (folder / "out/train.html").read_text()
+
+
+def test_killed_and_resumed_ends_with_the_same_bytes(undisturbed, tmp_path):
+    folder, expected = undisturbed
+    process = start(tmp_path, "-o", "out")
+    while not list((tmp_path / "out").glob("checkpoints/step-*/state.json")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again = ended(start(tmp_path, "-o", "out", "--resume"))
+    assert again["val_perplexity"] == expected["val_perplexity"]
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "out/model.safetensors").read_bytes()
+    names = {path.name for path in (tmp_path / "out/checkpoints").rglob("*.safetensors")}
+    assert names, "digits are made, not kept"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_does(undisturbed, parallel):
+    folder, expected = undisturbed
+    found = ended(start(folder, "-o", parallel, "--set", f"run.parallel={parallel}", processes=2))
+    assert found["processes"] == 2 and found["tokens"] == expected["tokens"]
+    assert found["val_perplexity"] == pytest.approx(expected["val_perplexity"], rel=5e-3)  # digits flip on a hair
+
+
+# --- what a model computes
+
+
+@pytest.mark.parametrize("family", ["arcee", "llama"])
+@torch.no_grad()
+def test_decoding_batches_and_prefixes_do_not_change_what_is_predicted(family):
+    model, _ = built(f"host.family={family}", group=16, sub_norm=True)
+    model.eval()
+    whole = model(IDS).logits
+    alone = model(IDS[1:2]).logits
+    prefix = model(IDS[:, :11]).logits
+    past, steps = None, []
+    for place in range(IDS.shape[1]):
+        found = model(IDS[:, place : place + 1], past_key_values=past, use_cache=True)
+        past = found.past_key_values
+        steps.append(found.logits)
+    pairs = (alone, whole[1:2]), (prefix, whole[:, :11]), (torch.cat(steps, 1), whole)
+    for ours, theirs in pairs:
+        apart = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+        # attention sums in another order, and a code on the edge may fall to the other side: one in 127 of one number
+        assert apart.median() < 1e-5 and apart.max() < 0.02
+
+
+def test_dense_hosts_are_ternary_one_flag_away_and_norms_can_be_alike():
+    model, _ = built("ffn.kind=dense", sub_norm=True)
+    layers = dict(kept_matrices(model))
+    assert len(layers) == 12 and all(isinstance(layer, TernaryLinear) for layer in layers.values())
+    assert {name.rsplit(".", 1)[1] for name, layer in layers.items() if layer.norm is not None} == {"down_proj"}
+    for kind in ("pilon", "lowrank", "dense"):
+        model, _ = built(f"ffn.kind={kind}", enabled=False, sub_norm=True)
+        assert not layout_of(model).is_ternary and len([n for n in model.state_dict() if "norm.weight" in n]) == 4 + 9
+    model, _ = built("ffn.kind=dense", enabled=False)
+    assert not layout_of(model).kept
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("kind", ["pilon", "dense"])
+@torch.no_grad()
+def test_outputs_start_as_large_as_those_of_dense_weights(kind, learned):
+    model, _ = built(f"ffn.kind={kind}", "host.hidden_size=64", "host.intermediate_size=256", learned_scale=learned)
+    model.eval()
+    x = torch.randn(200, 64)
+    layers = [layer for name, layer in (*projections(model), *kept_matrices(model)) if "up_proj" in name]
+    sizes = torch.stack([layer(x).std() for layer in layers])
+    assert sizes.mean() == pytest.approx(0.02 * 8, rel=0.15)
+
+
+# --- how it is trained
+
+
+def test_one_graph_for_all_steps():
+    torch._dynamo.reset()
+    model, settings = built("host.num_hidden_layers=2", warmup=0.5, learned_scale=True)
+    trainee, graphs = NextToken(model), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    optimizers = make_optimizers(trainee, settings.optimizer)
+    plugins = plugins_for(settings, model, optimizers, 6)
+    run = torch.compile(trainee, backend=backend, dynamic=False, fullgraph=True)
+    model.config.use_cache = False
+    for step in range(6):
+        for plugin in plugins:
+            plugin.before(step, step / 6)
+        for _ in range(2):  # micro batches
+            run({"input_ids": IDS}, IDS).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(graphs) == 1
+
+
+def test_digits_are_made_once_per_step_and_gradients_reach_all_that_learns(monkeypatch):
+    made = []
+    plain = TernaryBank.hold
+    monkeypatch.setattr(TernaryBank, "hold", lambda bank: (made.append(bank), plain(bank)))
+    model, settings = built(learned_scale=True)
+    trainee = NextToken(model.eval())
+    optimizers = make_optimizers(trainee, settings.optimizer)
+    rounding = Rounding.of(model, settings, optimizers)
+    rounding.before(0, 0.0)
+    held = [(bank, bank.A_digits.clone()) for _, bank in banks(model)]
+    for _ in range(2):
+        trainee({"input_ids": IDS, "use_cache": False}, IDS).backward()
+    assert len(made) == len(held), "once for each bank"
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    names = group_parameters(model)["scales"]
+    assert len(names) == 2 * len(held)
+    assert all(parameter.grad.abs().max() > 0 for parameter in names.values())
+    for optimizer in optimizers:
+        optimizer.step()
+    rounding.before(1, 0.5)
+    assert any(not torch.equal(bank.A_digits, before) for bank, before in held)
+
+
+def test_the_second_stage_has_its_own_rate_and_no_weight_decay():
+    model, settings = built(second=0.5, second_rate=0.25)
+    optimizers = make_optimizers(model, settings.optimizer)
+    rounding = Rounding.of(model, settings, optimizers)
+    decays = []
+    for share in (0.49, 0.5):
+        rounding.before(0, share)
+        decays.append({group["name"]: group["weight_decay"] for o in optimizers for group in o.param_groups})
+    assert decays[0]["banks"] == 0.1 and not any(decays[1].values())
+    assert schedule.rate_of(settings, 0.5) == 0.25 * schedule.rate_of(settings, 0.49)
+
+
+def test_rounding_takes_hold_little_by_little():
+    model, settings = built(warmup=0.5)
+    rounding = Rounding.of(model, settings, make_optimizers(model, settings.optimizer))
+    bank = next(bank for _, bank in banks(model))
+    apart = []
+    for share in (0.0, 0.25, 0.5, 1.0):
+        rounding.before(0, share)
+        apart.append(float((bank.A_digits - bank.A_digits.round()).abs().max()))
+    assert apart[0] > apart[1] > apart[2] == apart[3] == 0
+    assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
+    assert not any("digits" in name or "strength" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"task": "sft", "start": "x", "ternary": {"enabled": True}}, "for pretrain and heal"),
+        ({"task": "heal", "start": "x", "ternary": {"sub_norm": True}}, "for models from scratch"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(data, message):
+    with pytest.raises(BadInput, match=message):
+        recipe.build(data)
+
+
+def test_plans_of_ternary_models_are_the_same_size():
+    plain, ternary = (plan(recipe.load("smoke", [f"ternary.enabled={asked}"])) for asked in ("false", "true"))
+    assert plain["ffn"]["stored_ratio"] == ternary["ffn"]["stored_ratio"]
+
+
+def test_a_selection_that_explores_can_be_ternary(tmp_path, monkeypatch):
+    monkeypatch.setenv("PILON_CACHE", str(tmp_path / "tokens"))
+    words = ["schedule.tokens=4096", "ternary.enabled=true", "ternary.sub_norm=true", "ternary.learned_scale=true"]
+    words += ["selection.explore=anneal", "ffn.rank=4", "ffn.n_primitives=12", "ffn.top_k=3"]
+    result = train_model(recipe.load("smoke", words), tmp_path / "out", quiet=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(layer.group == 128 for name, layer in projections(model) if "down" in name)
+    assert sum("norm.weight" in name and "mlp" in name for name in model.state_dict()) == 4
+    assert result["val_perplexity"] < 500
