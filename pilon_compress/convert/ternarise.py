@@ -43,7 +43,8 @@ def ternarise(
     among them, its zeros do not count. None: nothing is refitted. Selections stay.
     """
     layout = layout_of(model).ternary(learned_scale, grouped, group)
-    layers: dict[str, Layer] = dict([*projections(model), *kept_matrices(model)])
+    matrices = [(name, one) for name, one in kept_matrices(model) if isinstance(one, KeptLinear)]
+    layers: dict[str, Layer] = dict([*projections(model), *matrices])
     was = {name: _computes(layer) for name, layer in layers.items()}
     for name, bank in list(banks(model)):
         users = [layer for layer in layers.values() if isinstance(layer, ComposedLinear) and layer.bank is bank]

@@ -12,6 +12,7 @@ heal           a converted model follows its teacher:
                what it is shown, how far apart they are, the trainees
   predictions  the teacher's, on disk
   shrink       converting and healing in turn
+warm           dense at first, then converted
 optim, schedule
                which parameters move how fast, and when
 selection, staged_linear, masking

@@ -58,7 +58,7 @@ class World:
 def lone() -> World:
     """This process alone, for work that is not shared out. Raises BadInput under torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BadInput("shrink converts and heals in turn on one process: start it without torchrun")
+        raise BadInput("shrink and ffn.dense_until convert on the way, on one process: start it without torchrun")
     return World(0, 1, torch.device("cpu"))
 
 

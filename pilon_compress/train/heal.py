@@ -70,6 +70,9 @@ class Healing:
         kl, next_token, hidden, ffn, pooled = self.weights
         faded = schedule.fade(self.share, self.recipe.distill.match_until)
         terms = torch.tensor([kl, next_token, hidden * faded, ffn * faded, pooled], device=self.world.device)
+        alone = self.figure is PERPLEXITY and not (kl or hidden * faded or ffn * faded)
+        if alone and self.share >= self.recipe.distill.layerwise:  # the text itself needs no teacher
+            return batch.inputs(), batch.labels
         return batch.inputs(), batch.labels, self._wanted(batch, faded), terms
 
     def _wanted(self, batch: Batch, faded: float) -> Wanted:

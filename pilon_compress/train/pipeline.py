@@ -45,6 +45,7 @@ from pilon_compress.train.selection import stage
 from pilon_compress.train.shrink import STAGES, shrink
 from pilon_compress.train.state import Checkpoints
 from pilon_compress.train.ternary import in_stages
+from pilon_compress.train.warm import begin_dense
 
 __all__ = ["plan", "train_model"]
 
@@ -68,8 +69,8 @@ def train_model(
     tokens_per_second, ffn, output, ... Raises BadInput, and `loop.Stopped` after a signal.
     """
     check(recipe)
-    if recipe.shrink:
-        return shrink_model(Run(recipe, Path(output), lone(), command, quiet), resume, overwrite)
+    if recipe.shrink or recipe.warm:
+        return by_stages(Run(recipe, Path(output), lone(), command, quiet), resume, overwrite)
     with join(recipe.device) as world:
         run = Run(recipe, Path(output), world, command, quiet)
         fresh = claim(run, resume, overwrite)
@@ -111,14 +112,15 @@ def after_floats(run: Run, fresh: bool) -> Run:
     return replace(run, recipe=second, whole=run.recipe, stages=(told,))
 
 
-def shrink_model(run: Run, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """Convert and heal in turn, see `shrink.shrink`."""
+def by_stages(run: Run, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """Convert and train in turn, see `shrink.shrink` and `warm.begin_dense`."""
     claim(run, resume, overwrite)
 
-    def heal(stage: TrainRecipe, folder: Path) -> dict[str, Any]:
+    def one(stage: TrainRecipe, folder: Path) -> dict[str, Any]:
         return train_model(stage, folder, resume=True, command=run.command, quiet=run.quiet)
 
-    return shrink(run.recipe, run.output, heal, command=run.command, quiet=run.quiet)
+    road = shrink if run.recipe.shrink else begin_dense
+    return road(run.recipe, run.output, one, command=run.command, quiet=run.quiet)
 
 
 def set_up(run: Run, resume: bool) -> tuple[Training, PreTrainedTokenizerBase, Corpus]:

@@ -55,6 +55,11 @@ class Ffn(Section):
     """Primitives that a layer selects; by default what mac_ratio pays for."""
     composition: Literal["component", "scalar", "softmax"] = "component"
     """Weights of a composition: one per component, one per primitive, or softmax over logits (the original's)."""
+    dense_until: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    """kind pilon: share of the training during which the model is dense; it is then converted to this budget, and goes
+    on (Pufferfish, Wang et al., 2021, does so with private factors)."""
+    dense_after: Above = 0.67
+    """Factor on the learning rate from then on."""
     like: Text | None = None
     """A converted model: train its layout and host from random weights instead, with its tokenizer, as a control."""
     latent_scale: Switch = False
@@ -287,12 +292,19 @@ class TrainRecipe(Section):
                 filled[section] = {**defaults, **given}
         return filled
 
+    @property
+    def warm(self) -> bool:
+        """Whether training begins with a dense model."""
+        return self.task == "pretrain" and self.ffn.kind == "pilon" and self.ffn.dense_until > 0
+
     @model_validator(mode="after")
     def _start_fits_task(self) -> "TrainRecipe":
         if self.task != "pretrain" and self.start is None:
             raise ValueError(f"task {self.task} needs `start`, the model to begin with")
         if self.task == "pretrain" and self.start is not None:
             raise ValueError("task pretrain begins from scratch: leave `start` out, or heal or sft that model")
+        if self.warm and (self.schedule.tokens is None or self.schedule.kind == "cosine"):
+            raise ValueError("ffn.dense_until needs schedule.tokens, and a schedule that is wsd or constant")
         if self.shrink and (self.task != "heal" or self.shrink != sorted(set(self.shrink), reverse=True)):
             raise ValueError("shrink is for task heal, and its ratios must fall")
         asked = self.distill

@@ -57,7 +57,7 @@ def shrink(
         "recipe": recipes.dump(settings),
         "output": str(output),
     }
-    _move(output / STAGES / f"{settings.shrink[-1]:g}" / "healed", output)
+    move(output / STAGES / f"{settings.shrink[-1]:g}" / "healed", output)
     (output / RESULT).write_text(json.dumps(result, indent=2))
     return result
 
@@ -99,7 +99,7 @@ def conversion(settings: TrainRecipe, source: str, ratio: float) -> recipe.Recip
     )
 
 
-def _move(healed: Path, output: Path) -> None:
+def move(healed: Path, output: Path) -> None:
     """Copy the model; config.json comes last, so that a folder which has it is whole."""
     for path in sorted(healed.iterdir(), key=lambda path: path.name == "config.json"):
         if path.name in LEFT:
