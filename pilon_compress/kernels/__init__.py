@@ -1,0 +1,1 @@
+"""Kernels that compute the ternary projections; they know nothing of models."""
