@@ -1,20 +1,21 @@
 """Ternary projections on a GPU: which kernels run, by shape and number of tokens.
 
     tokens        projection                                       feed-forward block
-    up to 16      2 launches: dp4a                                 4 launches, or 2 where the whole latent matrix is small
+    up to 16      2 launches: dp4a                                 2 launches where A is small, otherwise 4 or 5
     up to 511     4 launches: quantise, tile, quantise, tile       projection by projection
     more          the same, tiles without groups by torch._int_mm on digits unpacked for the call
 
 The number of launches is what a small model waits for. The results are those of the float32 arithmetic that training
 uses, whichever kernels run and whatever the batch: whole-number sums are exact, floats are added in one order, and
-multiplications are never fused with additions. In the interpreter that is bit for bit; on a device only `act` of a
-feed-forward block (other than relu and relu2) may differ from torch's, in the last place.
+multiplications are never fused with additions (but torch.compile may do so where torch._int_mm's result gets its
+bias). In the interpreter that is bit for bit. On a device exp and erf of silu and gelu are others than torch's:
+about 1e-6 of an activation, or one step of its 8-bit code where that decides a rounding.
 
 The operators `pilon_gpu::project` and `pilon_gpu::ffn` are torch.library.triton_op: torch.compile and torch.export see
 the kernels inside. The choice above is made while tracing, so compile few and many tokens apart.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def compose(
     bias: Tensor | None = None,
     group: int = 0,
 ) -> Tensor:
-    """`x` (..., d_in) -> (..., d_out) in the dtype of x. `group` numbers of x share a scale (0: all); a power of two."""
+    """`x` (..., d_in) -> (..., d_out) in the dtype of x. `group` numbers of x share a scale, a power of two; 0: all."""
     if group and (group < 32 or group & (group - 1)):
         raise BadInput(f"group {group} is not a power of two from 32 on")
     if x.shape[-1] != bank_words.d_in:
@@ -104,10 +105,10 @@ def ffn(x: Tensor, gate: Projection | None, up: Projection, down: Projection, ac
 
 def launches(tokens: int, gate: Projection | None, up: Projection) -> int:
     """How many launches `ffn` makes for so many tokens: 2, 4 or 5, or 0 where it goes projection by projection."""
-    return triton_launch.launches(tokens, _parts(gate), _parts(up))
+    return triton_launch.launches(tokens, gate and triton_launch.Parts(*_parts(gate)), triton_launch.Parts(*_parts(up)))
 
 
-def _parts(projection: Projection | None) -> list[Tensor | None]:
+def _parts(projection: Projection | None) -> list[Any]:
     """The projection as the operators take it."""
     if projection is None:
         return []

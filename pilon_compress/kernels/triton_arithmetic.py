@@ -59,6 +59,7 @@ def steps(largest):
 
 @triton.jit
 def activation(x, ACT: tl.constexpr):
+    """One of ACTIVATIONS; nothing in it that could be fused, so that every kernel gets the same from the same x."""
     if ACT == 0:
         return x
     elif ACT == 1:
@@ -67,12 +68,13 @@ def activation(x, ACT: tl.constexpr):
         x = tl.maximum(x, 0.0)
         return times(x, x)
     elif ACT == 3:
-        return x / (1.0 + tl.exp(-x))
+        return tl.div_rn(x, 1.0 + tl.exp(-x))
     elif ACT == 4:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
         # 0.5 (1 + tanh z) is the logistic function of 2 z
-        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        cubed = times(0.044715 * x * x, x)
+        return tl.div_rn(x, 1.0 + tl.exp(-1.5957691216057308 * (x + cubed)))
 
 
 @triton.jit

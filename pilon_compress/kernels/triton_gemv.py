@@ -57,7 +57,21 @@ def composed(codes, total, s, words, selected, bias, n, inside, N, COUNT, PER, B
 
 @triton.jit
 def from_parts(
-    parts, scale, shift, codes, words, selected, bias, n, inside, N, LATENT, PER, PARTS, U: tl.constexpr, BK: tl.constexpr
+    parts,
+    scale,
+    shift,
+    codes,
+    words,
+    selected,
+    bias,
+    n,
+    inside,
+    N,
+    LATENT,
+    PER,
+    PARTS,
+    U: tl.constexpr,
+    BK: tl.constexpr,
 ):
     """Outputs `n` from the latent parts (PARTS, LATENT) of one token, which are added up in their order."""
     at = tl.arange(0, U)
@@ -75,10 +89,11 @@ def latent(
     K, WIDTH, RANK, LATENT, GROUPS,
     CODED: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out (banks, M, LATENT) = x · A, scaled by the activations' scales. Grid (LATENT / BN, M, banks); BN divides RANK.
+    """out (banks, M, LATENT) = x · A, scaled by the activations' scales. Grid (LATENT / BN, M, banks), BN divides RANK.
 
-    One bank, or two of the same shape: gate and up, say. words (primitives, WIDTH / 16, RANK). CODED: codes (M, WIDTH), scales and sums (M, GROUPS) are given; otherwise
-    they are memory to write on, one row per program, and x (M, K) is quantised. products: (programs, GROUPS · BN).
+    One bank, or two of the same shape (gate and up), of words (primitives, WIDTH / 16, RANK). CODED: codes (M, WIDTH),
+    scales and sums (M, GROUPS) are given; otherwise they are memory to write on, one row per program, and x (M, K) is
+    quantised. products: (programs, GROUPS · BN).
     """
     row = tl.program_id(1)
     bank = tl.program_id(2)
@@ -87,10 +102,7 @@ def latent(
     if bank == 1:
         words = other_words
         selected = other_selected
-    if CODED:
-        mine = row
-    else:
-        mine = program
+    mine = row if CODED else program
     codes += mine.to(tl.int64) * WIDTH
     scales += mine * GROUPS
     sums += mine * GROUPS

@@ -1,8 +1,8 @@
 """Many tokens: tensor cores. Quantisation is a launch of its own, products are tiles of whole numbers.
 
-    code_rows      x -> codes, a row per program          tile      codes x packed words -> floats
-    code_latents   u -> codes                             unpack    packed words -> int8 digits, for torch._int_mm
-    code_hidden    act(gate) · up -> codes
+code_rows      x -> codes, a row per program          tile      codes x packed words -> floats
+code_latents   u -> codes                             unpack    packed words -> int8 digits, for torch._int_mm
+code_hidden    act(gate) · up -> codes
 """
 
 import triton
@@ -40,7 +40,8 @@ def code_hidden(
     inside = n < N
     h = tl.load(up + row * N + n, mask=inside, other=0.0)
     if GATED:
-        h = times(activation(tl.load(gate + row * N + n, mask=inside, other=0.0), ACT), h)
+        g = tl.load(gate + row * N + n, mask=inside, other=0.0)
+        h = times(activation(g, ACT), h)
     else:
         h = activation(h, ACT)
     code, scale = code_group(h, inside)
@@ -96,10 +97,7 @@ def tile(
             part = tl.dot(x, w, out_dtype=tl.int32).to(tl.float32)
             scale = tl.load(scales + row * GROUPS + start // BK)
             part = times(part, tl.broadcast_to(scale[:, None], part.shape))
-            if start == 0:
-                total = part
-            else:
-                total = total + part
+            total = total + part  # 0 + the first one is the first one
         else:
             whole += tl.dot(x, w, out_dtype=tl.int32)
     if not GROUPED:
@@ -119,7 +117,9 @@ def unpack(
     """out (N, 16 · COUNT) int8, the digits of the selected primitives. Grid (N / BN, COUNT / BW)."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     line = tl.program_id(1) * BW + tl.arange(0, BW)
-    w = tl.load(words + offsets(selected, tl.minimum(line, COUNT - 1), tl.where(n < N, n, 0), COUNT, RANK, N, LATENT_SIDE))
+    w = tl.load(
+        words + offsets(selected, tl.minimum(line, COUNT - 1), tl.where(n < N, n, 0), COUNT, RANK, N, LATENT_SIDE)
+    )
     k = tl.program_id(1) * BW * 16 + tl.arange(0, BW * 16)
     inside = (k < COUNT * 16)[:, None] & (n < N)[None, :]
     tl.store(out + n.to(tl.int64)[None, :] * (COUNT * 16) + k[:, None], digits(w), mask=inside)
