@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests start subprocesses; forking would make it complain
+os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported, by whichever test comes first
 if (
     "PYTEST_XDIST_WORKER" in os.environ
 ):  # tests run side by side: threads of several processes would wait for each other

@@ -7,4 +7,6 @@ Reading order:
     cpu.py         what others call: compose, ternary_linear, ffn, int8_linear; the kernel where it can be had
     build.py       one library for every CPU, compiled on first use, or made beforehand for a wheel
     ternary.cpp    the kernel: loops.h is its inner part, isa_*.h the instruction sets, operators.h what torch sees
+    gpu.py         the same for GPUs, in Triton: triton_gemv.py few tokens, triton_tile.py more, triton_launch.py which,
+                   triton_arithmetic.py what they share
 """

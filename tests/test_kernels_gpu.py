@@ -1,0 +1,238 @@
+"""The Triton kernels: exact in the interpreter, and compiled for a GPU that is not there."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pilon_compress.errors import BadInput
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed: pip install 'pilon-compress[gpu]'", allow_module_level=True)
+
+ACTS = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x) ** 2,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+
+
+@pytest.fixture
+def gpu():
+    """The kernels, in the interpreter (conftest.py)."""
+    from pilon_compress.kernels import gpu
+    from pilon_compress.kernels.triton_arithmetic import EMULATED
+
+    assert EMULATED, "run the tests without TRITON_INTERPRET=0: these compare on the CPU"
+    return gpu
+
+
+@pytest.fixture
+def draw():
+    return torch.Generator().manual_seed(0)
+
+
+def codes_of(x, group=0):
+    """[(codes int64, scale)] of each group of x, by the definition."""
+    coded = []
+    for part in x.float().split(group or x.shape[-1], -1):
+        largest = part.abs().amax(-1, keepdim=True).clamp_min(1e-20)
+        coded.append(((part * (127 / largest)).round().long(), largest / 127))
+    return coded
+
+
+def by_hand(x, digits, selected, scale, shift=None, bias=None, group=0):
+    """The projection in int64 and float32, group by group."""
+    A, B = (part[selected].long() for part in digits)
+    A, B = A.permute(1, 0, 2).flatten(1), B.flatten(0, 1)
+    u, start = None, 0
+    for codes, s in codes_of(x, group):
+        part = (codes @ A[start : start + codes.shape[-1]]).float() * s
+        u, start = part if u is None else u + part, start + codes.shape[-1]
+    u = u * scale if shift is None else u * scale + shift
+    ((codes, s),) = codes_of(u)
+    y = (codes @ B).float() * s
+    return y if bias is None else y + bias
+
+
+def some_digits(draw, n, d_in, r, d_out):
+    return tuple(
+        torch.randint(-1, 2, shape, generator=draw, dtype=torch.int8) for shape in ((n, d_in, r), (n, r, d_out))
+    )
+
+
+def some_projection(gpu, draw, n, d_in, r, d_out, k, full=True):
+    """A projection and what computes it by hand."""
+    digits = some_digits(draw, n, d_in, r, d_out)
+    selected = torch.randperm(n, generator=draw)[:k]
+    scale = torch.randn(k * r, generator=draw)
+    shift, bias = (torch.randn(size, generator=draw) if full else None for size in (k * r, d_out))
+    rest = (selected, scale, shift, bias)
+    return gpu.Projection(gpu.words(*digits), *rest), lambda x, group=0: by_hand(x, digits, *rest, group)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "d_in", "r", "d_out", "group"),
+    [
+        (3, 100, 16, 72, 0),
+        (2, 300, 48, 40, 128),
+        (1, 160, 32, 33, 32),
+        (20, 100, 16, 72, 0),
+        (70, 300, 48, 40, 128),
+    ],
+)
+@pytest.mark.parametrize("full", [True, False])
+def test_projection_is_exact(gpu, draw, tokens, d_in, r, d_out, group, full):
+    projection, reference = some_projection(gpu, draw, 5, d_in, r, d_out, 3, full)
+    x = torch.randn(tokens, d_in, generator=draw) * torch.logspace(-9, 9, tokens)[:, None]
+    assert torch.equal(gpu.compose(x, *projection, group), reference(x, group))
+
+
+def test_many_tokens_by_int_mm_are_exact(gpu, draw, monkeypatch):
+    monkeypatch.setattr(gpu.triton_launch, "PREFILL", 24)
+    projection, reference = some_projection(gpu, draw, 4, 72, 16, 40, 3)
+    x = torch.randn(2, 13, 72, generator=draw)
+    asked = []
+    real = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: asked.append(a.shape) or real(a, b))
+    assert torch.equal(gpu.compose(x, *projection), reference(x))
+    assert asked == [(26, 80), (26, 48)]
+
+
+def test_a_token_does_not_depend_on_its_batch(gpu, draw):
+    projection, _ = some_projection(gpu, draw, 4, 200, 32, 48, 2)
+    x = torch.randn(17, 200, generator=draw)
+    x[3] = 0
+    x[4, 7] = 3e4
+    x[5] = 1e-30
+    together = gpu.compose(x, *projection, 128)  # 17 tokens are tiles, 9 and 8 are not
+    assert torch.equal(together, torch.cat([gpu.compose(part, *projection, 128) for part in x.split(9)]))
+    assert together.isfinite().all()
+
+
+def test_bfloat16_goes_in_and_comes_out(gpu, draw):
+    projection, reference = some_projection(gpu, draw, 3, 64, 16, 32, 2)
+    for tokens in (2, 17):
+        x = torch.randn(tokens, 64, generator=draw).bfloat16()
+        y = gpu.compose(x, *projection)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, reference(x).bfloat16())
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("way", ["two", "four", "five", "tiles"])
+def test_block_is_exact_whichever_kernels_run(gpu, draw, monkeypatch, gated, way):
+    """200 hidden units: the last group of 128 is short, and the last word of 16 too."""
+    monkeypatch.setattr(gpu.triton_launch, "SMALL", 1 << 16 if way == "two" else 0)
+    gate_k = 3 if way == "five" else 2
+    gate, gate_reference = some_projection(gpu, draw, 4, 100, 16, 200, gate_k, full=False)
+    up, up_reference = some_projection(gpu, draw, 4, 100, 16, 200, 2)
+    down, down_reference = some_projection(gpu, draw, 4, 200, 32, 60, 2)
+    x = torch.randn(17 if way == "tiles" else 2, 100, generator=draw)
+    given = gate if gated else None
+    expected_launches = {"two": 2, "four": 4, "five": 5 if gated else 4, "tiles": 0}[way]
+    assert gpu.launches(x.shape[0], given, up) == expected_launches
+    y = gpu.ffn(x, given, up, down, "relu2")
+    h = ACTS["relu2"](gate_reference(x)) * up_reference(x) if gated else ACTS["relu2"](up_reference(x))
+    assert torch.equal(y, down_reference(h, 128))
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_every_activation_is_the_same_in_every_kernel_and_close_to_torch(gpu, draw, monkeypatch, act):
+    up, up_reference = some_projection(gpu, draw, 2, 32, 16, 128, 1)
+    down, down_reference = some_projection(gpu, draw, 2, 128, 16, 32, 1)
+    x = torch.randn(17, 32, generator=draw)
+    y = gpu.ffn(x, None, up, down, act)
+    for small in (0, 1 << 16):
+        monkeypatch.setattr(gpu.triton_launch, "SMALL", small)
+        assert torch.equal(gpu.ffn(x[:2], None, up, down, act), y[:2])
+    expected = down_reference(ACTS[act](up_reference(x)), 128)
+    assert (y - expected).norm() <= 0.01 * expected.norm()  # a code that falls on the other side is a step of 1 / 127
+
+
+def test_words_hold_the_digits(gpu, draw):
+    A, B = some_digits(draw, 3, 70, 32, 50)
+    packed = gpu.words(A, B)
+    assert packed.A.shape == (3, 5, 32) and packed.B.shape == (3, 2, 50) and packed.d_in == 70
+    for words, digits in ((packed.A, A), (packed.B, B)):
+        for number in (0, 1, 5, 15, 17, digits.shape[1] - 1):
+            g, j = divmod(number % 16, 4)
+            code = (words[:, number // 16].long() >> (8 * j + 2 * g)) & 3
+            assert torch.equal(code - 1, digits[:, number].long())
+
+
+def test_the_operators_keep_to_what_torch_asks_of_operators(gpu, draw):
+    up, _ = some_projection(gpu, draw, 3, 64, 16, 128, 2)
+    down, _ = some_projection(gpu, draw, 3, 128, 16, 64, 2)
+    x = torch.randn(2, 3, 64, generator=draw)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(gpu.triton_launch.project, (x, gpu._parts(up), 0), test_utils=checks)
+    torch.library.opcheck(gpu.triton_launch.ffn, (x, [], gpu._parts(up), gpu._parts(down), 2), test_utils=checks)
+
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            return gpu.ffn(x, None, up, down, "relu2")
+
+    exported = torch.export.export(Block(), (x,), dynamic_shapes=({1: torch.export.Dim("length", max=64)},))
+    longer = torch.randn(2, 12, 64, generator=draw)
+    assert torch.equal(exported.module()(longer), Block()(longer))
+    assert "pilon_gpu.ffn" in str(exported.graph)
+
+
+def test_what_the_kernels_cannot_do_is_refused(gpu, draw):
+    with pytest.raises(BadInput, match="rank 24 is not a multiple of 16"):
+        gpu.words(*some_digits(draw, 2, 32, 24, 32))
+    up, _ = some_projection(gpu, draw, 2, 32, 16, 32, 1)
+    with pytest.raises(BadInput, match="group 96"):
+        gpu.compose(torch.zeros(1, 32), *up, 96)
+    with pytest.raises(BadInput, match="x has 31 numbers"):
+        gpu.compose(torch.zeros(1, 31), *up)
+    with pytest.raises(BadInput, match="'swish'"):
+        gpu.ffn(torch.zeros(1, 32), None, up, up, "swish")
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """What compile_kernels.py prints: a JSON line per kernel, and one of what torch traces."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_kernels.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_compiled_for_a_hopper_gpu(offline):
+    built = [line for line in offline if "kernel" in line]
+    gemvs = {"latent", "output", "hidden", "front"}
+    others = {"tile", "unpack", "code_rows", "code_latents", "code_hidden"}
+    assert {line["kernel"] for line in built} == gemvs | others
+    for line in built:
+        assert line["STACK"] == line["LOCAL"] == line["STL"] == line["LDL"] == 0, line  # no spills
+        assert line["fused"] == 0, line  # no multiplication was fused with an addition
+        if line["kernel"] in gemvs:
+            assert line["IDP"] >= 32, line
+        if line["kernel"] == "tile":
+            assert line["IMMA" if line["given"]["BM"] == 16 else "IGMMA"] >= 4, line
+    assert {line["given"]["BM"] for line in built if line["kernel"] == "tile"} == {16, 64}
+
+
+def test_torch_sees_the_kernels_inside_the_operators_and_what_they_write(offline):
+    traced = [(line["traced"], line["writes"]) for line in offline if "traced" in line]
+    assert traced == [
+        ("front", ["scratch", "scales", "sums", "parts"]),
+        ("output", ["codes", "out"]),
+        ("latent", ["codes", "scales", "sums", "out"]),
+        ("output", ["codes", "out"]),
+    ]
