@@ -2,7 +2,7 @@
 //
 // A block adds two such products to each int16: at most 2 · (2·2·127) = 1016, so 32 blocks stay below 2^15 and the sums
 // are widened to int32 then. Layout of a block: isa_vnni.h.
-constexpr int ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 4;
+constexpr int WIDE_TILES = 8, WIDE_FROM = 48, ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 4;
 constexpr int64_t WIDEN = 32;
 
 struct Sum { __m256i low16, high16, low, high; };  // outputs 0-7 and 8-15

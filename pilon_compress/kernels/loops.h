@@ -46,13 +46,15 @@ static void strip(const Job& job, int64_t tile, int64_t token) {
   const Codes& in = *job.in;
   const uint8_t* w[T];
   UNROLL for (int t = 0; t < T; t++) w[t] = job.base + job.starts[tile + t];
+  const uint8_t* soon[T];
+  UNROLL for (int t = 0; t < T; t++)
+    soon[t] = job.base + job.starts[std::min(tile + T + t, job.tiles - 1)];
   const int8_t* q[M];
   UNROLL for (int m = 0; m < M; m++) q[m] = in.q.data() + (token + m) * in.stride;
-  std::conditional_t<M == 1, Sum, Slim> sum[T][M];
+  std::conditional_t<M == 1 && T <= ONE_TILES, Sum, Slim> sum[T][M];
   UNROLL for (int t = 0; t < T; t++) UNROLL for (int m = 0; m < M; m++) clear(sum[t][m]);
   alignas(64) float y[T][M][TILE];
   const bool grouped = in.groups > 1;
-  const int64_t ahead = job.ahead;
   int64_t narrow = 0;  // blocks since sums were widened
   for (int64_t i = 0; i < job.segments; i++) {
     const int64_t n = i + 1 < job.segments ? job.blocks : job.last, at = job.offsets[i];
@@ -62,7 +64,7 @@ static void strip(const Job& job, int64_t tile, int64_t token) {
       for (; b < stop; b++) {
         UNROLL for (int t = 0; t < T; t++) {
           const uint8_t* from = w[t] + at + b * BYTES;
-          if (M == 1) __builtin_prefetch(from + ahead);
+          if (M == 1) __builtin_prefetch(soon[t] + at + b * BYTES);
           const Digits digits = unpack(from);
           UNROLL for (int m = 0; m < M; m++) add(sum[t][m], digits, q[m] + b * BLOCK);
         }
@@ -119,6 +121,9 @@ static void tiles(const Job& job, int64_t begin, int64_t end) {
     for (; tile + MANY_TILES <= end; tile += MANY_TILES) strips<MANY_TILES, MANY_TOKENS>(job, tile, 0);
     for (; tile < end; tile++) strips<1, MANY_TOKENS>(job, tile, 0);
   } else {
+    // Many primitives are as many streams of bytes, which evict each other from the L1: take longer runs of each.
+    if (job.in->groups == 1 && job.segments >= WIDE_FROM)
+      for (; tile + WIDE_TILES <= end; tile += WIDE_TILES) strip<WIDE_TILES, 1>(job, tile, 0);
     for (; tile + ONE_TILES <= end; tile += ONE_TILES) strip<ONE_TILES, 1>(job, tile, 0);
     for (; tile < end; tile++) strip<1, 1>(job, tile, 0);
   }

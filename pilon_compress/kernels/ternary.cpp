@@ -77,6 +77,7 @@ struct Codes {
 // (A), or one for each selected primitive (B), whose bytes are read where the shared bank has them.
 struct Job {
   const uint8_t* base;
+  int64_t tiles;
   const int64_t *starts, *offsets;    // bytes: of each tile, and of each segment from a tile's start
   int64_t segments, blocks, last;     // blocks of a segment, and of the last one
   const Codes* in;
@@ -84,7 +85,6 @@ struct Job {
   float* out;
   int64_t stride, width;              // of `out`: floats from token to token, and those that exist
   const float *multiply, *add;        // by output, or null
-  int64_t ahead = 1024;               // bytes to fetch ahead while one token is computed
 };
 
 struct Int8Job {
@@ -240,9 +240,8 @@ struct Projection {
 
   Job first(const Codes& in, int64_t tokens) const {  // the product with A
     const int64_t total = up_to(d_in, BLOCK) / BLOCK, blocks = in.groups == 1 ? total : in.group / BLOCK;
-    Job job = {A, starts.data(), offsets.data(), in.groups, blocks, total - (in.groups - 1) * blocks, &in, tokens};
-    if (total * BYTES <= 12288) job.ahead = 4 * total * BYTES;  // the tiles after these, where they stay in the L1
-    return job;
+    return {A, int64_t(starts.size()), starts.data(), offsets.data(), in.groups, blocks,
+            total - (in.groups - 1) * blocks, &in, tokens};
   }
   void into_latent(const Codes& in, int64_t tokens, float* u, Team team) const {
     if (!B) return;
@@ -252,8 +251,8 @@ struct Projection {
   }
   // Outputs of tiles begin to end, from the codes of the latent (or of the input, where there is no latent).
   void out_of(const Codes& in, int64_t tokens, float* y, int64_t stride, int64_t begin, int64_t end) const {
-    Job job = B ? Job{B, B_starts.data(), B_offsets.data(), int64_t(B_offsets.size()), rank_blocks, rank_blocks, &in,
-                      tokens}
+    Job job = B ? Job{B, int64_t(B_starts.size()), B_starts.data(), B_offsets.data(), int64_t(B_offsets.size()), rank_blocks,
+                      rank_blocks, &in, tokens}
                 : first(in, tokens);
     job.out = y, job.stride = stride, job.width = std::min(d_out, stride), job.multiply = B ? nullptr : scale;
     job.add = bias;

@@ -6,7 +6,7 @@ To add one, write a function from `Shape` and device to `Block` and put it into 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -124,19 +124,26 @@ def _plain(shape: Shape, parts: list[list[Tensor]], dtype: torch.dtype) -> Block
 
 
 def _int8(shape: Shape, parts: list[list[Tensor]], device: torch.device) -> Block:
-    """torch has two int8 products, of which now one is faster, now the other: the faster one here."""
+    make, dtype = _faster_int8(shape, len(parts[0]), device)
     size = sum(weight.numel() + 4 * len(weight) for part in parts for weight in part)
-    found = []
+    return Block(_block(shape, [_chain([make(w) for w in part]) for part in parts]), size, dtype)
+
+
+@cache
+def _faster_int8(shape: Shape, factors: int, device: torch.device) -> tuple[Callable[[Tensor], Linear], torch.dtype]:
+    """torch has two int8 products, of which now one is faster, now the other: the faster one here, and its inputs."""
+    parts = [[_weight(*sizes, device)] for sizes in shape.projections] if factors == 1 else _factors(shape, device)
+    found, reason = [], ""
     for make, dtype in ((weight_only_int8, torch.bfloat16), (dynamic_int8, torch.float32)):
+        x = torch.randn(shape.batch, shape.d, device=device, dtype=dtype)
         try:
-            block = Block(_block(shape, [_chain([make(w) for w in part]) for part in parts]), size, dtype)
-            x = torch.randn(shape.batch, shape.d, device=device, dtype=dtype)
-            found.append((min(once(partial(block.run, x), device) for _ in range(5)), block))
+            run = _block(shape, [_chain([make(w) for w in part]) for part in parts])
+            found.append((min(once(partial(run, x), device) for _ in range(8)), make, dtype))
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
     if not found:
         raise NotHere(f"torch has no int8 product here: {reason}")
-    return min(found, key=lambda one: one[0])[1]
+    return min(found, key=lambda one: one[0])[1:]
 
 
 def _ternary(shape: Shape, projections: list[cpu.Projection]) -> Block:
