@@ -5,9 +5,6 @@ import json
 import os
 import pydoc_data.topics
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -32,7 +29,9 @@ from pilon_compress.form.layout import (
 )
 from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
 from pilon_compress.measure.evaluate import evaluate
+from pilon_compress.train import loop
 from pilon_compress.train import recipe as recipes
+from pilon_compress.train.loop import Stopped
 from pilon_compress.train.pipeline import train_model
 
 LENGTH = 64
@@ -199,26 +198,33 @@ def test_healing_digits_beats_rounding_and_says_what_each_stage_brought(home, tm
     assert not (tmp_path / "again").exists() and not (tmp_path / "x").exists()
 
 
-def test_killed_in_either_stage_and_resumed_ends_with_the_same_bytes(home, tmp_path):
-    asked = healing(home, 8, **{"run.checkpoint_every": 1e-3, "device": "cpu"})
-    (tmp_path / "recipe.yaml").write_text(recipes.dump(asked))
-    words = [sys.executable, "-m", "pilon_compress.cli", "train", "--recipe", "recipe.yaml", "--json", "-o"]
-    options = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = subprocess.Popen([*words, "whole"], **options)
-    for stage, resume in (("stages/float", []), (".", ["--resume"])):
-        process = subprocess.Popen([*words, "parts", *resume], **options)
-        while not list((tmp_path / "parts" / stage).glob("checkpoints/step-*/state.json")):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+def test_stopped_in_either_stage_and_resumed_ends_with_the_same_weights(home, tmp_path, monkeypatch):
+    asked = healing(home, 8, device="cpu")  # four steps as floats, four in digits
+    whole = train_model(asked, tmp_path / "whole", quiet=True)
+    for steps, place in ((2, "stages/float"), (2 + 2, ".")):
+        stop_after(steps, monkeypatch)
+        with pytest.raises(Stopped):
+            train_model(asked, tmp_path / "parts", resume=True, quiet=True)
+        monkeypatch.undo()
+        assert [path.name for path in (tmp_path / "parts" / place).glob("checkpoints/step-*")] == ["step-00000002"]
         assert not (tmp_path / "parts/config.json").exists()
-    for process in (whole, subprocess.Popen([*words, "parts", "--resume"], **options)):
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+    parts = train_model(asked, tmp_path / "parts", resume=True, quiet=True)
+    assert [stage["before"] for stage in parts["stages"]] == [stage["before"] for stage in whole["stages"]]
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def stop_after(steps, monkeypatch):
+    """Ask for an end as Ctrl-C does, after so many steps."""
+    taken, plain = [], loop._step
+
+    def step(job, share):
+        taken.append(share)
+        if len(taken) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(job, share)
+
+    monkeypatch.setattr(loop, "_step", step)
 
 
 def test_digits_from_the_start_and_learned_scales(home, tmp_path):

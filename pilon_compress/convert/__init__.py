@@ -10,6 +10,7 @@ factorize, fit      best factors of one weight, and of a band's weights from one
                     and what solves it; cluster: which components go together
 anchor, layers      one layer after another, behind the converted ones
 refine, descent     regression to the dense model, if asked for
+ternarise           factors become digits, for a training that goes on from there
 pipeline, journal   the whole road, and how it survives being cut off
 compare, ours, peers, candidate, cells    the same against published baselines
 """

@@ -2,7 +2,8 @@
 
 recipe         what a run may say
 plan           what can be told before a run starts
-pipeline       the road from a recipe to a model folder
+pipeline, run, finish
+               the road from a recipe to a model folder
 tokens, blocks, packed, chat, paragraphs, streaming, batch, order, corpus
                text: tokenised once, cut into sequences, and in which order a run sees them
 hosts          models that are trained from scratch, within a budget
@@ -18,6 +19,7 @@ optim, schedule
 selection, staged_linear, masking
                which primitives take part in a step, and that the others keep their values
 staged         the original's schedules: rates by phase, bands in turn, regularisers
+ternary        digits: made before each step, rounded more and more; healing in two stages
 plugins        which of these a recipe asks for
 loop           steps, validation, checkpoints
 state          checkpoints, read back by any number of processes
