@@ -97,6 +97,14 @@ def test_exact_projections(tokens, n, rank, d_in, d_out, group, shift, seed):
         assert torch.equal(cpu.project(x, p), expected(x, p))
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("k", [8, 50])
+def test_exact_with_many_primitives(tokens, k):
+    p = bank(60, k, 16, 90, 40 * 16 + 5)
+    x = torch.randn(tokens, 90)
+    assert torch.equal(cpu.project(x, p), expected(x, p))
+
+
 @few
 @given(
     shape=st.sampled_from([(1,), (1, 1), (2, 3), (9,), (33,)]),
