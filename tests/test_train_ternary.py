@@ -225,6 +225,10 @@ def test_rounding_takes_hold_little_by_little():
     [
         ({"task": "sft", "start": "x", "ternary": {"enabled": True}}, "for pretrain and heal"),
         ({"task": "heal", "start": "x", "ternary": {"sub_norm": True}}, "for models from scratch"),
+        (
+            {"task": "pretrain", "ffn": {"dense_until": 0.5}, "schedule": {"tokens": 9}, "ternary": {"sub_norm": True}},
+            "ffn.dense_until 0",
+        ),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(data, message):

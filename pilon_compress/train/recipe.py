@@ -316,8 +316,10 @@ class TrainRecipe(Section):
             raise ValueError("run.compile does not go with distill.ffn or layerwise, which look into blocks")
         if self.task == "sft" and self.ternary.enabled:
             raise ValueError("ternary.enabled is for pretrain and heal: a ternary model is taught chats as it is")
-        if self.task != "pretrain" and self.ternary.sub_norm:
-            raise ValueError("ternary.sub_norm is for models from scratch: it would change what `start` computes")
+        if self.ternary.sub_norm and (self.task != "pretrain" or self.warm):
+            raise ValueError(
+                "ternary.sub_norm is for models from scratch, with ffn.dense_until 0: no conversion has it"
+            )
         if self.task != "pretrain" and self.selection.explore != "none":
             raise ValueError("selection.explore is for models from scratch (task pretrain)")
         return self
