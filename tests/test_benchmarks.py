@@ -8,25 +8,46 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 QUEUE = (ROOT / "benchmarks/gpu.md").read_text()
 LOOP = "import json, sys, train\nfor arm in json.loads(sys.argv[1]): train.main([arm, f'out/{arm}', '--smoke'])"
+KERNELS = "import kernels\nfor arm in kernels.ARMS: kernels.main([arm, '--smoke'])"
+
+
+def run_bare(script, argument, folder):
+    """The JSON lines that a script prints without an install: with plain paths no editable one is active."""
+    paths = (ROOT, ROOT / "benchmarks", sysconfig.get_path("purelib"))
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script, argument],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def test_every_row_of_the_queue_runs_without_an_install(tmp_path):
     rows = re.findall(r"^\|[^|]*\| `(\S+) (out/\S+)[^`]*` \|", QUEUE, re.MULTILINE)
     arms = sorted({arm for arm, _ in rows})
     assert len(rows) >= 8 and len({output for _, output in rows}) == len(rows)
-    paths = (ROOT, ROOT / "benchmarks", sysconfig.get_path("purelib"))  # plain paths: no editable install is active
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", LOOP, json.dumps(arms)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    results = run_bare(LOOP, json.dumps(arms), tmp_path)
     assert [result["arm"] for result in results] == arms
     assert all(result["validation perplexity"] < 512 for result in results)
     assert all((result["FFN stored ÷ dense"] == 1) == (result["arm"] == "dense") for result in results)
+
+
+def test_the_kernels_are_measured_without_an_install_and_found_exact(tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    results = run_bare(KERNELS, "", tmp_path)
+    rows = re.findall(r"^\|[^|]*\| `(\w+)` \|", QUEUE, re.MULTILINE)
+    assert rows == [result["arm"] for result in results]
+    ceilings, exact, blocks = results
+    assert "read 1 MB, again and again" in ceilings
+    found = {name: value for name, value in exact.items() if ": " in name}
+    assert {name.split(", ")[-1] for name in found if "relu2" in name} == {"2 launches", "4 launches", "many launches"}
+    assert all(value.startswith("0 of ") for name, value in found.items() if "silu" not in name)
+    assert any("ternary, 2 launches" in name for name in blocks)

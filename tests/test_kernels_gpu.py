@@ -96,6 +96,17 @@ def test_projection_is_exact(gpu, draw, tokens, d_in, r, d_out, group, full):
     assert torch.equal(gpu.compose(x, *projection, group), reference(x, group))
 
 
+@pytest.mark.parametrize("tokens", [16, 40])
+def test_values_between_two_codes_go_where_torch_sends_them(gpu, draw, tokens):
+    """Every value is half a step from two codes, so that the last place of the step decides."""
+    projection, reference = some_projection(gpu, draw, 2, 64, 16, 32, 2)
+    x = (torch.arange(64) + 0.5) / 127 * (1 + torch.rand(tokens, 1, generator=draw))
+    x[:, 0] = x[:, 63] / 63.5 * 127
+    division = (x * torch.tensor(127.0).div(x[:, :1])).round()
+    assert not torch.equal(division, codes_of(x)[0][0].float())  # a division would go elsewhere
+    assert torch.equal(gpu.compose(x, *projection), reference(x))
+
+
 def test_many_tokens_by_int_mm_are_exact(gpu, draw, monkeypatch):
     monkeypatch.setattr(gpu.triton_launch, "PREFILL", 24)
     projection, reference = some_projection(gpu, draw, 4, 72, 16, 40, 3)

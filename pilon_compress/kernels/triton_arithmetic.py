@@ -50,11 +50,13 @@ def nearest(x):
 
 @triton.jit
 def steps(largest):
-    """What to multiply with for codes of magnitude 127, and the scale to undo it, from the largest magnitude."""
+    """What to multiply with for codes of magnitude 127, and the scale to undo it, from the largest magnitude.
+
+    torch computes 127 / x as 127 times the reciprocal of x, which may differ in the last place: so does this.
+    """
     largest = tl.maximum(largest, LEAST)
-    return tl.div_rn(tl.full(largest.shape, LEVELS, tl.float32), largest), tl.div_rn(
-        largest, tl.full(largest.shape, LEVELS, tl.float32)
-    )
+    one = tl.full(largest.shape, 1.0, tl.float32)
+    return times(tl.div_rn(one, largest), LEVELS * one), tl.div_rn(largest, LEVELS * one)
 
 
 @triton.jit
