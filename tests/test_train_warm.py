@@ -34,7 +34,7 @@ def test_the_schedule_is_cut_in_two():
     asked = recipe.load("smoke", [*ASKED, "schedule.warmup=0.1", "schedule.decay=0.3", "ffn.dense_after=0.5"])
     first, second = stages(asked, Path("stages"))
     assert first.ffn.kind == "dense" and first.schedule.decay == 0 and first.schedule.warmup == pytest.approx(0.2)
-    assert second.schedule.decay == pytest.approx(0.6) and second.start == str(Path("stages") / "converted")
+    assert second.schedule.decay == pytest.approx(0.4) and second.start == str(Path("stages") / "converted")
     assert second.optimizer.learning_rate == pytest.approx(asked.optimizer.learning_rate / 2)
     assert second.distill.kl == 0 and second.seed != first.seed
 

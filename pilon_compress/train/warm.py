@@ -19,7 +19,7 @@ from pilon_compress.train.recipe import Distill, Ffn, Ternary, TrainRecipe
 from pilon_compress.train.shrink import RESULT, STAGES, Heal, conversion, move
 
 SAMPLES = 128  # sequences that the conversion is calibrated on
-WARMUP = 0.03  # of what is left, after the conversion
+WARMUP, DECAY = 0.03, 0.4  # shares of what is left, after the conversion
 
 
 def begin_dense(
@@ -65,8 +65,7 @@ def stages(settings: TrainRecipe, folder: Path) -> tuple[TrainRecipe, TrainRecip
     share, whole = settings.ffn.dense_until, settings.schedule
     assert whole.tokens is not None
     early = {"tokens": max(1, round(share * whole.tokens)), "warmup": min(1.0, whole.warmup / share), "decay": 0.0}
-    late = {"tokens": max(1, round((1 - share) * whole.tokens)), "warmup": WARMUP}
-    late["decay"] = min(1 - WARMUP, whole.decay / (1 - share))
+    late = {"tokens": max(1, round((1 - share) * whole.tokens)), "warmup": WARMUP, "decay": DECAY}
     plain = {"ffn": Ffn(kind="dense"), "ternary": Ternary(), "schedule": whole.model_copy(update=early)}
     first = settings.model_copy(update=plain)
     rate = settings.optimizer.learning_rate * settings.ffn.dense_after
