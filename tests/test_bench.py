@@ -78,8 +78,10 @@ def test_a_block_is_timed_in_every_form_without_a_model(tmp_path):
 
 
 def test_a_gated_block_and_a_choice_of_variants_as_a_table():
-    words = "--ffn 64x128 --gated --top-k 3 --variants pilon_ternary --variants pilon_fp32 --rounds 2 --threads 1"
-    printed = shell(*words.split()).stdout
+    from pilon_compress.cli.main import app
+
+    words = "bench --ffn 64x128 --gated --top-k 3 --variants pilon_ternary --variants pilon_fp32 --rounds 2"
+    printed = CliRunner().invoke(app, words.split()).stdout
     assert "FFN 64→128 gated, k·r 48, batch 1" in printed
     assert "pilon_ternary" in printed and "pilon_fp32" in printed and "dense_fp32" in printed
     assert "dense_bf16" not in printed
