@@ -26,8 +26,8 @@ class Kind:
 
     @property
     def range(self) -> tuple[int, int]:
-        """Least and largest whole number: four bits use all that there are, eight are symmetric."""
-        return (-8, 7) if self.bits == 4 else (-127, 127)
+        """Least and largest whole number: few bits use all that there are, eight are symmetric."""
+        return (-127, 127) if self.bits == 8 else (-(1 << self.bits - 1), (1 << self.bits - 1) - 1)
 
     def groups(self, rows: int) -> int:
         """Scales per column."""
