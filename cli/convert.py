@@ -101,6 +101,12 @@ def convert(
         str | None,
         typer.Option(help="Of the saved weights: auto, float32, bfloat16, float16.", rich_help_panel=PANELS["run"]),
     ] = None,
+    bank_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of banks and matrices: int8, int4; auto as everything else.", rich_help_panel=PANELS["budget"]
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.", rich_help_panel=PANELS["run"])] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling and fit.", rich_help_panel=PANELS["run"])] = None,
     max_memory: Annotated[
@@ -141,6 +147,7 @@ def convert(
         "max_memory": max_memory,
         "refine.steps": refine,
         "form.composition": composition,
+        "form.bank_dtype": bank_dtype,
         "calibration.data": calibration,
         "calibration.samples": samples,
         "calibration.sequence_length": sequence_length,

@@ -16,6 +16,7 @@ from pilon_compress.convert.fit import BankFit, fit_bank, recompose
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.moments import Moments
 from pilon_compress.convert.plan import BankPlan, Plan
+from pilon_compress.convert.rounding import Rounded, round_bank, round_matrix
 from pilon_compress.convert.source import Source
 from pilon_compress.convert.stream import Stream
 from pilon_compress.families import Site
@@ -27,6 +28,7 @@ class Solved:
     """What conversion found: bank fits by name, matrices (d_in, d_out) and biases by site name.
 
     Primitives and matrices are rounded to what will be saved as soon as their layer is done, the rest is float64.
+    `rounded`: where they are whole numbers, those: of a matrix by site name, of a bank by its name with `.A`, `.B`.
     `errors`: by site name and method, the relative squared output error on the dense model's own inputs.
     `spectra`: by site name, the output power of each component of the whitened dense weight, largest first.
     """
@@ -36,6 +38,7 @@ class Solved:
     biases: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     spectra: dict[str, Tensor] = field(default_factory=dict)
+    rounded: dict[str, Rounded] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Task:
     """Shared banks that are fitted already."""
     dtypes: Sequence[torch.dtype] = (torch.float32,)
     """What the model computes in and then, where it differs, what it is built in: each rounds once."""
+    quantization: str | None = None
+    """int8 or int4: banks and matrices become whole numbers."""
 
 
 def solve(source: Source, batches: Sequence[Batch], task: Task, moments: Moments, journal: Journal) -> Solved:
@@ -74,6 +79,8 @@ def solve(source: Source, batches: Sequence[Batch], task: Task, moments: Moments
         fit = fit or _fit_shared(source, bank, by_layer, task, moments)
         if known is None:
             journal.put(f"bank.{bank.name}", fit.pack())
+        if task.quantization is not None:
+            fit = _round_shared(source, bank, fit, by_layer, task, moments, solved, journal)
         solved.banks[bank.name] = fit
     theirs = Stream(source, batches) if task.anchored else None
     ours = theirs.fork() if theirs is not None else None
@@ -101,13 +108,42 @@ def solve(source: Source, batches: Sequence[Batch], task: Task, moments: Moments
 def _fit_shared(
     source: Source, bank: BankPlan, by_layer: dict[int, list[Site]], task: Task, moments: Moments
 ) -> BankFit:
+    return fit_bank(_targets(source, bank, by_layer, task, moments), bank, task.seed, task.sweeps)
+
+
+def _round_shared(
+    source: Source,
+    bank: BankPlan,
+    fit: BankFit,
+    by_layer: dict[int, list[Site]],
+    task: Task,
+    moments: Moments,
+    solved: Solved,
+    journal: Journal,
+) -> BankFit:
+    assert task.quantization is not None
+    name = f"rounded.{bank.name}"
+    known = journal.get(name)
+    if known is None:
+        A, B = round_bank(fit, _targets(source, bank, by_layer, task, moments), bank, task.quantization)
+        journal.put(name, {f"fit.{key}": t for key, t in fit.pack().items()} | A.pack("A") | B.pack("B"))
+    else:
+        fit = BankFit.unpack({key.removeprefix("fit."): t for key, t in known.items() if key.startswith("fit.")})
+        A, B = (Rounded.unpack(side, known, task.quantization) for side in "AB")
+    solved.rounded[f"{bank.name}.A"], solved.rounded[f"{bank.name}.B"] = A, B
+    return fit
+
+
+def _targets(
+    source: Source, bank: BankPlan, by_layer: dict[int, list[Site]], task: Task, moments: Moments
+) -> list[Target]:
     targets = []
     for site in bank.sites:
         with source.block(site.layer) as module:
             block = Block(site.layer, by_layer[site.layer], module, source.names[site.layer], moments)
         whole = next(one for one in block.sites if one.name == site.name)
         targets.append(block.target(whole, task.left.get(site.layer)))
-    return fit_bank(targets, bank, task.seed, task.sweeps)
+    return targets
 
 
 class _Layer:
@@ -145,6 +181,8 @@ class _Layer:
             if site.bias:
                 found[f"{name}/bias"] = self.solved.biases[name]
             found[f"{name}/spectrum"] = self.solved.spectra[name]
+            for key in self._whole_numbers(site):
+                found |= self.solved.rounded[key].pack(f"{name}/rounded.{key}")
             for method, error in self.solved.errors[name].items():
                 found[f"{name}/error.{method}"] = torch.tensor(error, dtype=torch.float64)
         return found
@@ -171,7 +209,17 @@ class _Layer:
             self.solved.spectra[name] = mine["spectrum"]
             errors = {key.removeprefix("error."): float(t) for key, t in mine.items() if key.startswith("error.")}
             self.solved.errors[name] = errors
+            for key in self._whole_numbers(site):
+                assert self.task.quantization is not None
+                self.solved.rounded[key] = Rounded.unpack(f"rounded.{key}", mine, self.task.quantization)
             self._stand_in(site, approximation, mine.get("bias"))
+
+    def _whole_numbers(self, site: Site) -> list[str]:
+        """Keys of `Solved.rounded` that are private to the site."""
+        bank = self.banks.get(site.name)
+        if self.task.quantization is None or (bank is not None and len(bank.sites) > 1):
+            return []
+        return [site.name] if bank is None else [f"{bank.name}.A", f"{bank.name}.B"]
 
     def settle(self) -> None:
         """Hold what is private to the layer as it will be saved: float64 of a whole model is large."""
@@ -229,10 +277,17 @@ class _Layer:
         target = start if cross is None else cross.target(start, site.bias)
         bank, name = self.banks.get(site.name), site.name
         if bank is None:
-            approximation = self.solved.kept[name] = target.weight
+            approximation = target.weight
+            if self.task.quantization is not None:
+                self.solved.rounded[name] = whole = round_matrix(target, self.task.quantization)
+                approximation = whole.values[0]
+            self.solved.kept[name] = approximation
         elif len(bank.sites) == 1:
-            self.solved.banks[bank.name] = fit_bank([target], bank, self.task.seed, method=self.task.method)
-            approximation = self.solved.banks[bank.name].approximation(0)
+            fit = self.solved.banks[bank.name] = fit_bank([target], bank, self.task.seed, method=self.task.method)
+            if self.task.quantization is not None:
+                A, B = round_bank(fit, [target], bank, self.task.quantization)
+                self.solved.rounded[f"{bank.name}.A"], self.solved.rounded[f"{bank.name}.B"] = A, B
+            approximation = fit.approximation(0)
         else:
             place = self._place(site, bank)
             if cross is not None:

@@ -150,9 +150,10 @@ def compress(
         sweeps=effort.sweeps,
         fits=fits,
         dtypes=(source.model.dtype, job.dtype) if source.streamed else (source.model.dtype,),
+        quantization=job.quantization,
     )
     solved = solve(source, batches, task, moments, journal)
-    return build(source, plan, solved, job.dtype), plan, solved
+    return build(source, plan, solved, job.dtype, job.quantization), plan, solved
 
 
 def open_dense(job: Job, device: torch.device) -> Source:
@@ -262,7 +263,9 @@ def read_evaluation(job: Job) -> list[str] | str:
 
 
 @torch.no_grad()
-def build(source: Source, plan: Plan, solved: Solved, dtype: torch.dtype) -> PreTrainedModel:
+def build(
+    source: Source, plan: Plan, solved: Solved, dtype: torch.dtype, quantization: str | None = None
+) -> PreTrainedModel:
     """The PILON model: a copy of the dense one that shares every other tensor with it. Unused primitives are dropped.
 
     Of a streamed model the blocks are read once more, and everything in them is in `dtype` at once.
@@ -274,20 +277,28 @@ def build(source: Source, plan: Plan, solved: Solved, dtype: torch.dtype) -> Pre
     if source.streamed:
         torch.set_default_dtype(dtype)
     try:
-        install(model, plan.layout())
+        install(model, plan.layout(quantization))
     finally:
         torch.set_default_dtype(own)
     modules = dict(banks(model))
     for bank in plan.banks:
         fit = solved.banks[bank.name]
-        modules[bank.name].A.copy_(fit.A.to(computed))  # rounded twice, as a model in memory is when it is saved
-        modules[bank.name].B.copy_(fit.B.to(computed))
+        for side, tensor in (("A", fit.A), ("B", fit.B)):
+            whole, place_of = solved.rounded.get(f"{bank.name}.{side}"), getattr(modules[bank.name], side)
+            if whole is not None:
+                place_of.put(whole.codes, whole.scale)
+            else:
+                place_of.copy_(tensor.to(computed))  # rounded twice, as a model in memory is when it is saved
         for place, site in enumerate(bank.sites):
             composed = model.base_model.get_submodule(site.name)
             composed.weight.copy_(fit.weight[place].to(computed))
             composed.selected.copy_(fit.selected[place])
     for name, weight in solved.kept.items():
-        model.base_model.get_submodule(name).weight.copy_(weight.T.to(computed))
+        matrix, whole = model.base_model.get_submodule(name), solved.rounded.get(name)
+        if whole is not None:
+            matrix.put(whole.codes, whole.scale)
+        else:
+            matrix.weight.copy_(weight.T.to(computed))
     for name, bias in solved.biases.items():
         model.base_model.get_submodule(name).bias.copy_(bias.to(computed))
     if source.streamed:

@@ -73,8 +73,8 @@ class Plan:
     host: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(d_in, d_out) in the dense model of the projections that lose neurons."""
 
-    def layout(self) -> Layout:
-        """What the PILON model will look like."""
+    def layout(self, quantization: str | None = None) -> Layout:
+        """What the PILON model will look like, in whole numbers if `quantization` says so."""
         kept = {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in self.kept}
         specs = {bank.name: BankSpec(bank.d_in, bank.d_out, bank.n_primitives, bank.rank) for bank in self.banks}
         projections = {
@@ -82,7 +82,8 @@ class Plan:
             for bank in self.banks
             for site in bank.sites
         }
-        return Layout(specs, projections, kept, self.host)
+        made = Layout(specs, projections, kept, self.host)
+        return made if quantization is None else made.integers(quantization)
 
 
 def make_plan(sites: Sequence[Site], budget: Budget, method: Method, composition: str) -> Plan:

@@ -1,7 +1,7 @@
 """Everything about a conversion that can be known before weights are loaded: sites, plan, sizes, estimates."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from pilon_compress import checkpoint
 from pilon_compress.convert.plan import Plan, make_plan, preview
 from pilon_compress.convert.source import available, is_streamed
 from pilon_compress.convert.stream import blocks
+from pilon_compress.errors import BadInput
 from pilon_compress.families import Site, find_sites
 from pilon_compress.form.layout import Layout
 from pilon_compress.measure.size import Size, bank_size, ffn_size, kept_size, model_size
@@ -68,6 +69,12 @@ class Job:
             "ffn": ffn_size(self.layout, itemsize).to_dict(),
             "model": model_size(self.layout, self.dense, itemsize).to_dict(),
         }
+
+    @property
+    def quantization(self) -> str | None:
+        """int8 or int4 where banks and matrices become whole numbers."""
+        asked = self.recipe.form.bank_dtype
+        return None if asked == "auto" else asked
 
     @property
     def allocated(self) -> bool:
@@ -139,7 +146,12 @@ def prepare(recipe: Recipe) -> Job:
     stored = getattr(config, "dtype", None) or torch.float32
     dtype = stored if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     pinned = recipe.model_copy(update={"calibration": asked.model_copy(update=vars(calibration))})
-    return Job(pinned, config, dense, causal, sites, plan, plan.layout(), calibration, dtype)
+    job = Job(pinned, config, dense, causal, sites, plan, plan.layout(), calibration, dtype)
+    if job.quantization is None:
+        return job
+    if recipe.refine.steps:
+        raise BadInput("whole numbers cannot be refined: leave out --refine, or --bank-dtype")
+    return replace(job, layout=plan.layout(job.quantization))
 
 
 def estimate(job: Job) -> dict[str, float]:

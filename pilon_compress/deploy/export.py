@@ -16,7 +16,7 @@ from pilon_compress.deploy import loader
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import FAMILIES, detect
-from pilon_compress.form import bank, composed, kept, layout, packed, packing, ternary, ternary_bank
+from pilon_compress.form import bank, composed, int8, integers, kept, layout, packed, packing, ternary, ternary_bank
 from pilon_compress.form.fold import dense
 from pilon_compress.form.layout import BANKS, kept_matrices, linear_shape, projections
 
@@ -30,6 +30,8 @@ BUNDLED = (
     ternary_bank,
     packing,
     packed,
+    integers,
+    int8,
     layout,
     loader,
 )

@@ -16,11 +16,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
+from pilon_compress.form.int8 import Int8, Int8Embedding, Int8Linear
+from pilon_compress.form.integers import Integers
 from pilon_compress.form.kept import KeptLinear
-from pilon_compress.form.layout import Host, Layout, install
+from pilon_compress.form.layout import Host, Layout, install, stored_types
 from pilon_compress.form.packed import PackedBank, PackedLinear, scales_of
 
-FORMAT_VERSION = 2  # 2: ternary and packed banks
+FORMAT_VERSION = 2  # 2: ternary and packed banks, whole numbers
 
 
 class PilonConfig(QuantizationConfigMixin):
@@ -53,7 +55,9 @@ class PilonQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise ValueError("a dense checkpoint becomes PILON with `pilon-compress convert`, not while it is loaded")
         install(model, Layout.from_dict(self.quantization_config.layout))
-        model._keep_in_fp32_modules_strict.update(scales_of(model))
+        model._keep_in_fp32_modules_strict.update(
+            name for name, dtype in stored_types(model).items() if dtype == torch.float32
+        )
 
     def _process_model_after_weight_loading(self, model: Host, **kwargs: Any) -> None:
         refuse_gaps(model)
@@ -66,21 +70,27 @@ def refuse_gaps(model: Host) -> None:
     lost = [
         f"{name}.{key}"
         for name, module in model.named_modules()
-        if isinstance(module, PrimitiveBank | ComposedLinear | KeptLinear | PackedLinear)
+        if isinstance(module, PrimitiveBank | ComposedLinear | KeptLinear | PackedLinear | Integers | Int8)
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)  # meta: offloaded to disk
+        if key not in module._non_persistent_buffers_set
+        and not tensor.is_meta  # offloaded to disk
+        and not getattr(tensor, "_is_hf_initialized", False)
     ]
     if lost:
         raise ValueError(f"the checkpoint lacks {len(lost)} PILON tensors, the first is {lost[0]}")
 
 
 def refuse_damage(model: Host) -> None:
-    """Raise ValueError for packed digits that are none, and scales that are zero or not finite."""
+    """Raise ValueError for packed numbers that are none, and scales that are zero or not finite."""
     for name, module in model.named_modules():
-        if isinstance(module, PackedBank | PackedLinear):
+        if isinstance(module, PackedBank | PackedLinear | Integers):
             codes = next(module.buffers(recurse=False))
             if not codes.is_meta and (reason := module.refuse()):
                 raise ValueError(f"{name} {reason}: the file is corrupt")
+        if isinstance(module, Int8Linear | Int8Embedding) and not module.scale.is_meta:
+            scale = module.scale
+            if not (torch.isfinite(scale).all() and scale.all()):
+                raise ValueError(f"{name} holds scales that are zero or not finite: the file is corrupt")
     for name, scale in scales_of(model).items():
         if not scale.is_meta and not (torch.isfinite(scale).all() and (scale.any() or name.endswith("shift"))):
             raise ValueError(f"{name} holds scales that are zero or not finite: the file is corrupt")

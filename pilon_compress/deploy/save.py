@@ -16,8 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress.deploy.loader import PilonConfig
 from pilon_compress.errors import BadInput
-from pilon_compress.form.layout import layout_of
-from pilon_compress.form.packed import scales_of
+from pilon_compress.form.layout import layout_of, stored_types
 
 FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
 
@@ -105,11 +104,8 @@ def save_model(
     layout = layout_of(model)
     if layout.projections or layout.kept:
         model.config.quantization_config = PilonConfig(layout.to_dict(), 2 if layout.quantized else 1)
-    whole = set(scales_of(model))
-    state = {
-        name: t.to(dtype) if t.is_floating_point() and name not in whole else t
-        for name, t in model.state_dict().items()
-    }
+    own = stored_types(model)
+    state = {name: t.to(own.get(name, dtype)) if t.is_floating_point() else t for name, t in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     model.config.dtype = dtype  # save_pretrained notes the dtype of the module, not of the state that it was given
     model.config.save_pretrained(folder)

@@ -53,8 +53,8 @@ class PrimitiveBank(nn.Module):
         `group` matters to banks that quantise their inputs.
         """
         k, r = selected.shape[0], self.rank
-        A = self.A.index_select(0, selected).permute(1, 0, 2).reshape(self.d_in, k * r)
-        B = self.B.index_select(0, selected).reshape(k * r, self.d_out)
+        A, B = (factor.to(x.dtype) for factor in self.primitives(selected))
+        A, B = A.permute(1, 0, 2).reshape(self.d_in, k * r), B.reshape(k * r, self.d_out)
         u = x @ A
         if self.latent_scale is not None:
             u = u * self.latent_scale.repeat(k)
@@ -64,7 +64,7 @@ class PrimitiveBank(nn.Module):
 
     def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         """The selected A (k, d_in, r) and B (k, r, d_out) as they count in the forward pass."""
-        return self.A[selected], self.B[selected]
+        return self.A.index_select(0, selected), self.B.index_select(0, selected)
 
     @torch.no_grad()
     def keep(self, used: Tensor) -> None:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from pilon_compress.form.composed import ComposedLinear
-from pilon_compress.form.layout import BANKS, Host, banks, projections
+from pilon_compress.form.integers import IntegerLinear
+from pilon_compress.form.layout import BANKS, Host, banks, kept_matrices, projections
 from pilon_compress.form.packed import PackedBank
 from pilon_compress.form.ternary_bank import TernaryBank
 
@@ -56,18 +57,25 @@ def fold(model: Host) -> Host:
     if any(isinstance(bank, TernaryBank | PackedBank) for _, bank in banks(model)):
         raise ValueError("ternary banks do not fold: export them packed")
     base = model.base_model
+    for name, kept in list(kept_matrices(model)):
+        if isinstance(kept, IntegerLinear):  # in whole numbers it would be restored for every call
+            plain: nn.Module = _linear(kept.matrix().to(base.dtype), kept.bias)
+            _put(base, name, plain, kept.norm)
     for name, composed in list(projections(model)):
-        parent_name, _, leaf = name.rpartition(".")
         bank = composed.bank
         if pair_is_cheaper(composed.top_k * bank.rank, bank.d_in, bank.d_out):
             A, B, bias = factors(composed)
-            plain: nn.Module = nn.Sequential(_linear(A, None), _linear(B, bias))
+            plain = nn.Sequential(_linear(A, None), _linear(B, bias))
         else:
             plain = _linear(*dense(composed))
-        whole = plain if composed.norm is None else nn.Sequential(composed.norm, plain)
-        setattr(base.get_submodule(parent_name), leaf, whole)
+        _put(base, name, plain, composed.norm)
     delattr(base, BANKS)
     return model
+
+
+def _put(base: Host, name: str, plain: nn.Module, norm: nn.Module | None) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(base.get_submodule(parent), leaf, plain if norm is None else nn.Sequential(norm, plain))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

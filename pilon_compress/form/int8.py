@@ -1,0 +1,158 @@
+"""The rest of a model in 8 bits: attention, head and token embeddings, which PILON leaves as they are.
+
+    Int8Linear      weight (d_out, d_in) int8, a scale per output; inputs in 8 bits per token, sums of whole numbers
+    Int8Embedding   weight (tokens, d) int8, a scale per token
+    Int8Head        a linear that reads the embedding's numbers, where the two are tied
+
+Places are named below the base model, and with a dot before them (`.lm_head`) where they belong to a head: another head
+goes without.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pilon_compress.kernels import cpu
+
+
+class Int8Linear(nn.Module):
+    """`x` (..., d_in) -> (..., d_out)."""
+
+    scale: Tensor
+
+    def __init__(self, d_in: int, d_out: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = d_in, d_out
+        self.weight = _whole(d_out, d_in)
+        self.register_buffer("scale", torch.empty(d_out, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y = cpu.int8_linear(x, self.weight, self.scale.float())
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Embedding(nn.Module):
+    """Ids (...) -> their rows (..., d), in the dtype of `like`, a parameter of the model that is computed in."""
+
+    scale: Tensor
+    like: Tensor
+
+    def __init__(self, tokens: int, width: int, padding: int | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = tokens, width, padding
+        self.weight = _whole(tokens, width)
+        self.register_buffer("scale", torch.empty(tokens, dtype=torch.float32))
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = nn.functional.embedding(ids, self.weight).float()
+        return (rows * nn.functional.embedding(ids, self.scale.float()[:, None])).to(self.like.dtype)
+
+
+class Int8Head(nn.Module):
+    """A head that is tied to the token embedding: it borrows the scales as transformers shares the numbers."""
+
+    def __init__(self, embedding: Int8Embedding, bias: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "embedding", embedding)  # not registered: the scales are in the file once
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.weight = embedding.weight
+        self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings)) if bias else None
+
+    embedding: Int8Embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y = cpu.int8_linear(x, self.weight, self.embedding.scale.float())
+        return y if self.bias is None else y + self.bias
+
+
+Int8 = Int8Linear | Int8Embedding | Int8Head
+
+
+def _whole(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty((rows, columns), dtype=torch.int8), requires_grad=False)
+
+
+def find(model: Any) -> dict[str, str]:
+    """What can be in 8 bits, by place: `linear`, `embedding`, or `head` where it is tied to the embedding."""
+    words = model.get_input_embeddings()
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if module is words and type(module) is nn.Embedding:
+            found[_place(model, name)] = "embedding"
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear or type(module).__name__ == "Conv1D":
+            tied = module.weight is words.weight
+            if not tied:
+                found[_place(model, name)] = "linear"
+            elif type(words) is nn.Embedding:
+                found[_place(model, name)] = "head"
+    return found
+
+
+def installed(model: Any) -> dict[str, str]:
+    """What is in 8 bits, as `find` says it."""
+    kinds = {Int8Linear: "linear", Int8Embedding: "embedding", Int8Head: "head"}
+    return {_place(model, name): kinds[type(m)] for name, m in model.named_modules() if type(m) in kinds}
+
+
+def install_int8(model: Any, places: dict[str, str]) -> None:
+    """Put uninitialised 8-bit layers in the `places`; those of a head that `model` does not have are passed over."""
+    embedding: Int8Embedding | None = None
+    for place, kind in sorted(places.items(), key=lambda item: item[1]):  # embedding before head
+        root = model if place.startswith(".") else model.base_model
+        parent, _, leaf = place.removeprefix(".").rpartition(".")
+        try:
+            plain = getattr(root.get_submodule(parent), leaf)
+        except AttributeError:
+            if place.startswith("."):
+                continue
+            raise ValueError(f"the layout names {place}, which {type(root).__name__} does not have") from None
+        bias = getattr(plain, "bias", None) is not None
+        made: nn.Module
+        if kind == "embedding":
+            tokens, width = plain.weight.shape
+            made = embedding = Int8Embedding(tokens, width, plain.padding_idx, plain.weight.dtype)
+        elif kind == "head":
+            if embedding is None:
+                raise ValueError(f"{place} is tied to an embedding that is not in 8 bits")
+            made = Int8Head(embedding, bias)
+        elif kind == "linear":
+            rows, columns = plain.weight.shape
+            d_in, d_out = (rows, columns) if type(plain).__name__ == "Conv1D" else (columns, rows)
+            made = Int8Linear(d_in, d_out, bias)
+        else:
+            raise ValueError(f"{place} is a {kind!r}, which is not known: written by a newer pilon-compress?")
+        setattr(root.get_submodule(parent), leaf, made)
+
+
+@torch.no_grad()
+def to_int8(model: Any) -> None:
+    """Round, in place, everything that `find` finds."""
+    places = find(model)
+    before = {place: _at(model, place) for place in places}
+    install_int8(model, places)
+    for place, plain in before.items():
+        made = _at(model, place)
+        if not isinstance(made, Int8Head):
+            weight = plain.weight.T if type(plain).__name__ == "Conv1D" else plain.weight
+            rows, made.scale = cpu.int8_rows(weight.contiguous())
+            made.weight.copy_(rows)
+        if getattr(plain, "bias", None) is not None:
+            made.bias = plain.bias
+
+
+def _at(model: Any, place: str) -> Any:
+    root = model if place.startswith(".") else model.base_model
+    return root.get_submodule(place.removeprefix("."))
+
+
+def _place(model: Any, name: str) -> str:
+    if model.base_model is model:
+        return name
+    prefix = f"{model.base_model_prefix}."
+    return name.removeprefix(prefix) if name.startswith(prefix) else f".{name}"
