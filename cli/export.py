@@ -24,6 +24,13 @@ class Encoding(str, Enum):
     two_bits = "2bit"
 
 
+class Rest(str, Enum):
+    """What everything but the feed-forward weights becomes."""
+
+    none = "none"
+    int8 = "int8"
+
+
 def export(
     model: Annotated[str, typer.Argument(help="PILON model folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
@@ -37,6 +44,9 @@ def export(
     encoding: Annotated[
         Encoding, typer.Option("--format", help="Of a packed export: base3, 1.6 bits a digit; 2bit.")
     ] = Encoding.base3,
+    rest: Annotated[
+        Rest, typer.Option(help="Of a packed export: int8 for attention, head and token embeddings too.")
+    ] = Rest.none,
     dtype: Annotated[str, typer.Option(help="Of a dense export: auto, float32, bfloat16, float16.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
@@ -54,7 +64,7 @@ def export(
     elif to is Form.packed:
         from pilon_compress.deploy.pack import export_packed
 
-        found = export_packed(model, output, encoding=encoding.value, dtype=dtype, overwrite=overwrite)
+        found = export_packed(model, output, encoding=encoding.value, rest=rest.value, dtype=dtype, overwrite=overwrite)
         load = f"AutoModel.from_pretrained({str(output)!r})"
     else:
         export_self_contained(model, output, overwrite=overwrite)
@@ -67,4 +77,6 @@ def export(
             ffn, whole = found["ffn"]["bytes_ratio"], found["model"]["bytes_ratio"]
             print(f"feed-forward bytes {ffn:.4f} of bfloat16 dense, the whole model {whole:.3f}")
             print(f"largest difference of outputs {found['max_logit_difference']:.3g}")
+            if rest is Rest.int8:
+                print(f"outputs moved by {found['rest_relative_error']:.3g} of their norm by rounding the rest")
         print(f"loads with {load}")

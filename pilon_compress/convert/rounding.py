@@ -52,9 +52,7 @@ def scales(weight: Tensor, kind: Kind) -> Tensor:
     group = kind.group or d
     parts = torch.nn.functional.pad(weight, (0, 0, 0, -d % group)).unflatten(1, (-1, group))
     top, bottom = parts.amax(2), parts.amin(2)
-    largest = torch.where(
-        top.abs() >= bottom.abs(), top, bottom
-    )  # it becomes the lowest number, which reaches farthest
+    largest = torch.where(top.abs() >= bottom.abs(), top, bottom)  # becomes the lowest number: that reaches farthest
     bases = [largest.abs() / high] + ([largest / low] if -low > high else [])
     best, least = bases[0], torch.full_like(largest, torch.inf)
     for base in bases:

@@ -51,6 +51,8 @@ def export_dense(source: str, output: Path, *, dtype: str = "auto", overwrite: b
     """
     check_output(output, overwrite, source)
     model = load_pilon(source, dtype)
+    if layout.layout_of(model).rest:
+        raise BadInput(f"{source} is in int8 throughout: export the model that it was packed from")
     to_dense(model)
     with fresh_folder(output, overwrite) as folder:
         save_model(model, checkpoint.load_tokenizer(source), folder, model.dtype)
@@ -117,7 +119,9 @@ def export_self_contained(source: str, output: Path, *, overwrite: bool = False)
     """
     check_output(output, overwrite, source)
     model = load_pilon(source, "auto")
-    if any(isinstance(one, packed.PackedBank) for _, one in layout.banks(model)):
+    found = [one for _, one in (*layout.banks(model), *layout.kept_matrices(model))]
+    kernels = any(isinstance(one, packed.PackedBank | packed.PackedLinear) for one in found)
+    if kernels or layout.layout_of(model).rest:
         raise BadInput(f"{source} is packed: its kernels do not travel with it, it needs pilon-compress to load")
     classes = host_classes(model)
     stem = MODELING_FILE.removesuffix(".py")

@@ -14,7 +14,9 @@ from pilon_compress.deploy.save import check_output, copy_companions, fresh_fold
 from pilon_compress.errors import BadInput
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
-from pilon_compress.form.layout import BANKS, Kept, banks, kept_matrices, layout_of, projections
+from pilon_compress.form.int8 import to_int8
+from pilon_compress.form.integers import IntegerBank, IntegerLinear
+from pilon_compress.form.layout import BANKS, Kept, Layout, banks, kept_matrices, layout_of, projections
 from pilon_compress.form.packed import PackedBank, PackedLinear
 from pilon_compress.form.packing import pack
 from pilon_compress.form.ternary import digits
@@ -25,35 +27,54 @@ SAMPLE = (2, 48)  # sequences and tokens on which packed and unpacked are compar
 
 
 def export_packed(
-    source: str, output: Path, *, encoding: str = "base3", dtype: str = "auto", overwrite: bool = False
+    source: str,
+    output: Path,
+    *,
+    encoding: str = "base3",
+    rest: str = "none",
+    dtype: str = "auto",
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a ternary model with its digits packed, `encoding` 2bit or base3. It loads through `from_pretrained`.
 
+    `rest` int8: attention, head and token embeddings in 8 bits (`form.int8`); of a model in whole numbers that is all.
     Returns `ffn` and `model` (sizes and their ratios over the dense model in bfloat16, bytes as on disk) and
-    `max_logit_difference` on random tokens, in float32. Raises BadInput for a model that is not ternary.
+    `max_logit_difference` on random tokens, in float32, of packing; `rest_relative_error` is that of outputs by
+    rounding the rest. Raises BadInput for a model that is not ternary.
     """
     check_output(output, overwrite, source)
     model = load_pilon(source, dtype)
-    check_ternary(model, source)
+    ternary = check_packable(model, source, rest)
     kept_dtype = model.dtype
     before = _outputs(model)
-    packed(model, encoding)
-    difference = float((_outputs(model) - before).abs().max())
+    if ternary:
+        packed(model, encoding)
+    after = _outputs(model)
+    found: dict[str, Any] = {"max_logit_difference": float((after - before).abs().max())}
+    if rest == "int8":
+        to_int8(model)
+        found["rest_relative_error"] = float((_outputs(model) - after).norm() / after.norm())
     with fresh_folder(output, overwrite) as folder:
         save_model(model, checkpoint.load_tokenizer(source), folder, kept_dtype)
         copy_companions(checkpoint.resolve(source), folder)
         size = size_of(model)
-        (folder / "README.md").write_text(card(source, encoding, size, difference))
-    return {**size, "max_logit_difference": difference}
+        (folder / "README.md").write_text(card(source, layout_of(model), size, found))
+    return {**size, **found}
 
 
-def check_ternary(model: PreTrainedModel, source: str) -> None:
-    """Raise BadInput unless every bank and kept matrix is ternary."""
+def check_packable(model: PreTrainedModel, source: str, rest: str) -> bool:
+    """Whether every bank and kept matrix is ternary. Raises BadInput where there is nothing to pack."""
     found = [bank for _, bank in banks(model)] + [matrix for _, matrix in kept_matrices(model)]
-    if any(isinstance(one, PackedBank | PackedLinear) for one in found):
-        raise BadInput(f"{source} is packed already")
-    if not all(isinstance(one, TernaryBank | TernaryLinear) for one in found):
-        raise BadInput(f"{source} is not ternary: `pilon-compress train --heal {source} --ternary` makes it so")
+    if all(isinstance(one, TernaryBank | TernaryLinear) for one in found):
+        return True
+    if all(isinstance(one, PackedBank | PackedLinear | IntegerBank | IntegerLinear) for one in found):
+        if rest == "none" or layout_of(model).rest:
+            raise BadInput(f"{source} is packed already")
+        return False
+    raise BadInput(
+        f"{source} is not ternary: `pilon-compress train --heal {source} --ternary` makes it so; "
+        "`convert --bank-dtype int4` makes whole numbers"
+    )
 
 
 @torch.no_grad()
@@ -129,26 +150,41 @@ def size_of(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def card(source: str, encoding: str, size: dict[str, Any], difference: float) -> str:
+HOW = {
+    "ternary-base3": "ternary, five digits in a byte",
+    "ternary-2bit": "ternary, two bits a digit",
+    "int8": "int8, a scale per column",
+    "int4": "int4, a scale for 64 numbers",
+}
+
+
+def card(source: str, layout: Layout, size: dict[str, Any], found: dict[str, Any]) -> str:
     """The model card of a packed model."""
     ffn, whole = size["ffn"], size["model"]
+    kinds = {spec.quantization for spec in layout.banks.values()} | {s.quantization for s in layout.kept.values()}
+    weights = "; ".join(HOW[kind] for kind in sorted(kinds))
+    rest = ""
+    if layout.rest:
+        rest = (
+            "\nAttention, head and token embeddings are in int8; rounding them moved outputs by "
+            f"{found['rest_relative_error']:.3g} of their norm.\n"
+        )
     return f"""---
 library_name: transformers
-tags: [pilon, ternary]
+tags: [pilon, packed]
 ---
 
 # {Path(source).name}, packed
 
-Ternary feed-forward weights, {"five digits in a byte" if encoding == "base3" else "two bits a digit"}, over the dense
-model in bfloat16:
+Feed-forward weights: {weights}. Over the dense model in bfloat16:
 
 | | stored numbers | bytes | MACs |
 |---|---|---|---|
 | feed-forward | {ffn["stored_ratio"]:.3f} | {ffn["bytes_ratio"]:.4f} | {ffn["mac_ratio"]:.3f} |
 | whole model | {whole["stored_ratio"]:.3f} | {whole["bytes_ratio"]:.4f} | {whole["mac_ratio"]:.3f} |
 
-Largest difference of outputs to the model before packing: {difference:.3g}.
-
+Largest difference of outputs to the model before packing: {found["max_logit_difference"]:.3g}.
+{rest}
 ```python
 import pilon_compress  # registers the format
 from transformers import AutoModel

@@ -46,6 +46,11 @@ def dense(composed: ComposedLinear) -> tuple[Tensor, Tensor | None]:
     return (A.double() @ B.double()).to(A.dtype), bias
 
 
+def foldable(model: Host) -> bool:
+    """Whether `fold` may change the model: not if it has ternary banks."""
+    return not any(isinstance(bank, TernaryBank | PackedBank) for _, bank in banks(model))
+
+
 @torch.no_grad()
 def fold(model: Host) -> Host:
     """Replace, in place, every composed projection by plain nn.Linear layers and drop the banks: for inference only.
@@ -54,7 +59,7 @@ def fold(model: Host) -> Host:
     memory than the shared banks, and is no longer a PILON model that could be saved as one. Raises ValueError for
     ternary banks: their products are of whole numbers, which folding would lose.
     """
-    if any(isinstance(bank, TernaryBank | PackedBank) for _, bank in banks(model)):
+    if not foldable(model):
         raise ValueError("ternary banks do not fold: export them packed")
     base = model.base_model
     for name, kept in list(kept_matrices(model)):

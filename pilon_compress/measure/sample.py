@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress import checkpoint
 from pilon_compress.errors import BadInput
-from pilon_compress.form.fold import fold
+from pilon_compress.form.fold import fold, foldable
 from pilon_compress.form.layout import BANKS
 
 
@@ -29,7 +29,7 @@ def continue_text(
     tokenizer = checkpoint.load_tokenizer(model)
     where = checkpoint.find_device(device)
     network = checkpoint.load_model(model, dtype="float32" if where.type == "cpu" else "auto", device=str(where))
-    if hasattr(network.base_model, BANKS):
+    if hasattr(network.base_model, BANKS) and foldable(network):
         fold(network)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {}

@@ -30,6 +30,8 @@ def check(recipe: TrainRecipe) -> None:
     elif recipe.task == "heal":
         teacher_of(recipe)
     layout = hosts.layout_in(config)
+    if recipe.start is not None and layout is not None and layout.quantized and not layout.is_ternary:
+        raise BadInput(f"{model} is packed, which does not train: start from the model that it was made from")
     if recipe.ternary.enabled and recipe.start is not None and not recipe.shrink:
         if layout is None:
             raise BadInput(f"{model} is dense: convert it, or name --shrink")
