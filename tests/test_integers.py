@@ -1,4 +1,4 @@
-"""Models in int8 and int4: exact codecs, real folders, bytes as reported, damage refused, conversion from end to end."""
+"""Models in int8 and int4: exact codecs, real folders, bytes as reported, damage refused, conversion end to end."""
 
 import json
 import shutil
