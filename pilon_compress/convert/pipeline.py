@@ -5,18 +5,15 @@
 Data goes down this list; each step is a function below that reads in one sitting.
 """
 
-import copy
 import resource
 import sys
 import time
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,6 +22,7 @@ from pilon_compress import checkpoint, recipe, text
 from pilon_compress.convert import calibration
 from pilon_compress.convert.allocate import Allocation, allocate, size_layers
 from pilon_compress.convert.bands import similar_bands
+from pilon_compress.convert.build import build
 from pilon_compress.convert.fit import BankFit
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
@@ -40,8 +38,7 @@ from pilon_compress.deploy.card import model_card
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
-from pilon_compress.form.fold import prune_unused
-from pilon_compress.form.layout import banks, install, layout_of
+from pilon_compress.form.layout import layout_of
 from pilon_compress.measure import composition, evaluate, report, size
 
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
@@ -260,63 +257,6 @@ def read_evaluation(job: Job) -> list[str] | str:
             raise
         return f"{error}; --eval-data names other text"
     return documents
-
-
-@torch.no_grad()
-def build(
-    source: Source, plan: Plan, solved: Solved, dtype: torch.dtype, quantization: str | None = None
-) -> PreTrainedModel:
-    """The PILON model: a copy of the dense one that shares every other tensor with it. Unused primitives are dropped.
-
-    Of a streamed model the blocks are read once more, and everything in them is in `dtype` at once.
-    """
-    dense = source.model
-    shared = {id(tensor): tensor for tensor in chain(dense.parameters(), dense.buffers())}
-    model = copy.deepcopy(dense, memo=dict(shared))
-    own, computed = torch.get_default_dtype(), source.model.dtype
-    if source.streamed:
-        torch.set_default_dtype(dtype)
-    try:
-        install(model, plan.layout(quantization))
-    finally:
-        torch.set_default_dtype(own)
-    modules = dict(banks(model))
-    for bank in plan.banks:
-        fit = solved.banks[bank.name]
-        for side, tensor in (("A", fit.A), ("B", fit.B)):
-            whole, place_of = solved.rounded.get(f"{bank.name}.{side}"), getattr(modules[bank.name], side)
-            if whole is not None:
-                place_of.put(whole.codes, whole.scale)
-            else:
-                place_of.copy_(tensor.to(computed))  # rounded twice, as a model in memory is when it is saved
-        for place, site in enumerate(bank.sites):
-            composed = model.base_model.get_submodule(site.name)
-            composed.weight.copy_(fit.weight[place].to(computed))
-            composed.selected.copy_(fit.selected[place])
-    for name, weight in solved.kept.items():
-        matrix, whole = model.base_model.get_submodule(name), solved.rounded.get(name)
-        if whole is not None:
-            matrix.put(whole.codes, whole.scale)
-        else:
-            matrix.weight.copy_(weight.T.to(computed))
-    for name, bias in solved.biases.items():
-        model.base_model.get_submodule(name).bias.copy_(bias.to(computed))
-    if source.streamed:
-        fill(model, source, dtype)
-    model.to(source.device)
-    prune_unused(model)
-    return model.requires_grad_(False).eval()
-
-
-def fill(model: PreTrainedModel, source: Source, dtype: torch.dtype) -> None:
-    """Read what conversion left alone in the blocks."""
-    for index, name in enumerate(source.names):
-        with source.block(index) as block:
-            mine = model.base_model.get_submodule(name)
-            dense = dict(block.named_parameters())
-            for key, parameter in list(mine.named_parameters()):
-                if parameter.is_meta:
-                    set_module_tensor_to_device(mine, key, source.device, value=dense[key], dtype=dtype)
 
 
 def describe(
