@@ -1,0 +1,183 @@
+"""The rest of a model in int8: attention, head and token embeddings, by whatever head it is loaded."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+import pilon_compress  # noqa: F401  registers the format
+from pilon_compress.checkpoint import load_model
+from pilon_compress.convert.plan import make_plan
+from pilon_compress.deploy.export import export_dense, export_self_contained
+from pilon_compress.deploy.pack import export_packed
+from pilon_compress.deploy.save import save_model
+from pilon_compress.errors import BadInput
+from pilon_compress.families import find_sites
+from pilon_compress.form.initialise import initialise
+from pilon_compress.form.int8 import Int8Embedding, Int8Head, Int8Linear, find, to_int8
+from pilon_compress.form.layout import install, layout_of
+from pilon_compress.kernels import reference
+from pilon_compress.measure.size import model_size
+from pilon_compress.recipe import Budget
+from pilon_compress.train import recipe
+from pilon_compress.train.plan import check
+
+IDS = torch.arange(5, 25).reshape(2, 10)
+CASES = [
+    ("gpt2", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"tie_word_embeddings": False}),
+    ("bert", {}),
+]
+
+
+def ternary(tiny, family, **config):
+    model = tiny.tiny_model(family, **config)
+    sites = find_sites(model)
+    downs = [site.name for site in sites if site.role == "down"]
+    layout = make_plan(sites, Budget(ffn_ratio=0.6), "pilon", "component").layout().ternary(False, downs, 16)
+    return initialise(install(model, layout), 0.1, torch.Generator().manual_seed(0)).eval()
+
+
+def save(tiny, model, folder):
+    folder.mkdir()
+    save_model(model, tiny.tiny_tokenizer(), folder, torch.float32)
+    return str(folder)
+
+
+def output(model, ids=IDS):
+    with torch.no_grad():
+        return model(input_ids=ids)[0]
+
+
+def auto(family):
+    return AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+
+
+@pytest.mark.parametrize(("family", "config"), CASES)
+def test_everything_else_in_int8_survives_saving(tiny, tmp_path, family, config):
+    model = ternary(tiny, family, **config)
+    exact = output(model)
+    expected = set(find(model).values())
+    to_int8(model)
+    kinds = {type(module) for module in model.modules()}
+    assert {Int8Linear, Int8Embedding} <= kinds and expected == set(layout_of(model).rest.values())
+    assert (Int8Head in kinds) == ("head" in expected) == (config.get("tie_word_embeddings", True) is True)
+    before = output(model)
+    assert 0 < (before - exact).norm() < 0.05 * exact.norm()
+    folder = save(tiny, model, tmp_path / "m")
+    loaded = auto(family).from_pretrained(folder)
+    assert layout_of(loaded) == layout_of(model) and torch.equal(output(loaded), before)
+    if "head" in expected:
+        head, words = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+        assert head.weight.data_ptr() == words.weight.data_ptr()
+    on_disk = sum(t.nbytes for t in load_file(f"{folder}/model.safetensors").values())
+    assert model_size(layout_of(model), tiny.tiny_model(family, **config), 4).bytes == on_disk
+    again = save(tiny, loaded, tmp_path / "again")
+    assert torch.equal(output(auto(family).from_pretrained(again)), before)
+    half = auto(family).from_pretrained(folder, dtype=torch.bfloat16)
+    assert (output(half).float() - before).norm() < 0.1 * before.norm()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_other_heads_read_the_same_file(tiny, tmp_path, family):
+    model = ternary(tiny, family)
+    to_int8(model)
+    folder = save(tiny, model, tmp_path / "m")
+    assert torch.equal(output(AutoModel.from_pretrained(folder)), output(model.base_model))
+    judge = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0).eval()
+    assert torch.equal(output(judge.base_model), output(model.base_model)) and output(judge).shape == (2, 3)
+
+
+@torch.no_grad()
+def test_linear_and_embedding_are_their_definition():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(40, 1100, generator=generator), 5 * torch.randn(3, 1100, generator=generator)
+    linear = Int8Linear(1100, 40, True)
+    rows, linear.scale = reference.int8_rows(weight)
+    linear.weight.copy_(rows)
+    linear.bias.normal_(generator=generator)
+    codes = (x * (127 / x.abs().amax(1, keepdim=True))).round().long()
+    whole = codes @ rows.long().T  # beyond 2^24: exact only in whole numbers
+    expected = whole.float() * (x.abs().amax(1, keepdim=True) / 127) * linear.scale + linear.bias
+    assert torch.equal(linear(x), expected)
+    words = Int8Embedding(40, 1100, None, torch.float32)
+    words.weight.copy_(rows)
+    words.scale = linear.scale
+    assert torch.equal(words(torch.tensor([[3, 7]])), (rows[[3, 7]].float() * linear.scale[[3, 7], None])[None])
+
+
+@pytest.fixture(scope="module")
+def source(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    save(tiny, ternary(tiny, "gpt2"), folder / "ternary")
+    export_packed(str(folder / "ternary"), folder / "packed", rest="int8")
+    return folder
+
+
+def cli(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "pilon_compress.cli", *map(str, words)], capture_output=True, text=True
+    )
+
+
+def test_the_command(source, tmp_path):
+    done = cli("export", source / "ternary", "--to", "packed", "--rest", "int8", "-o", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["max_logit_difference"] == 0 and 0 < told["rest_relative_error"] < 0.05
+    assert told["model"]["bytes"] == sum(t.nbytes for t in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert "int8" in (tmp_path / "out" / "README.md").read_text()
+    assert cli("generate", tmp_path / "out", "--prompt", "a", "--max-new-tokens", "3").returncode == 0
+
+
+def test_what_is_packed_may_still_lose_its_rest_once(tiny, source, tmp_path):
+    export_packed(str(source / "ternary"), tmp_path / "plain")
+    found = export_packed(str(tmp_path / "plain"), tmp_path / "rest", rest="int8")
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "rest", source / "packed"))
+    assert found["max_logit_difference"] == 0 and torch.equal(output(ours), output(theirs))
+    for again in ("none", "int8"):
+        with pytest.raises(BadInput, match="packed already"):
+            export_packed(str(source / "packed"), tmp_path / "never", rest=again)
+    for export in (export_dense, export_self_contained):
+        with pytest.raises(BadInput, match="int8 throughout|is packed"):
+            export(str(source / "packed"), tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def zero(tensors, config):
+    next(t for name, t in tensors.items() if name.endswith("c_attn.scale"))[3] = 0
+
+
+def lost(tensors, config):
+    del tensors["transformer.wte.scale"]
+
+
+def elsewhere(tensors, config):
+    config["quantization_config"]["layout"]["rest"]["h.9.attn.c_attn"] = "linear"
+
+
+def unknown(tensors, config):
+    config["quantization_config"]["layout"]["rest"]["wte"] = "int3"
+
+
+@pytest.mark.parametrize("damage", [zero, lost, elsewhere, unknown])
+def test_damage_is_one_line_and_nothing_loads(source, tmp_path, damage):
+    folder = shutil.copytree(source / "packed", tmp_path / "m")
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    damage(tensors, config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput) as refusal:
+        load_model(str(folder))
+    assert len(str(refusal.value).splitlines()) == 1, refusal.value
+
+
+def test_packed_models_are_not_trained(source):
+    with pytest.raises(BadInput, match="is packed, which does not train"):
+        check(recipe.build({"task": "sft", "start": str(source / "packed"), "data": {"source": "chats.jsonl"}}))
