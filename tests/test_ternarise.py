@@ -174,7 +174,7 @@ def home(tmp_path_factory):
 
 def healing(folder, steps=16, **changes):
     data = {"source": str(folder / "text.jsonl"), "sequence_length": LENGTH, "validation_sequences": 12}
-    asked = {"task": "heal", "start": str(folder / "pilon"), "data": data, "ternary": {"enabled": True}}
+    asked = {"task": "heal", "start": str(folder / "pilon"), "data": data, "ternary": {"enabled": True, "after": 0.5}}
     asked |= {"schedule": {"tokens": steps * 8 * LENGTH}, "run": {"batch_size": 8}}
     return recipes.build(asked, [f"{name}={json.dumps(value)}" for name, value in changes.items()])
 

@@ -79,7 +79,7 @@ class Ternary(Section):
     """Inputs of down projections that share a scale; 0: all of a token's."""
     warmup: Share = 0.0
     """Share of the steps in which rounding takes hold little by little."""
-    after: Share = 0.5
+    after: Share = 0.25
     """heal: share of the tokens that heals factors as they are, before they become digits."""
     second: Share = 0.5
     """Share of the steps after which the second stage begins: no weight decay, and rates times second_rate."""
