@@ -21,7 +21,7 @@ from pilon_compress.families import find_sites
 from pilon_compress.form.initialise import initialise
 from pilon_compress.form.int8 import Int8Embedding, Int8Head, Int8Linear, find, to_int8
 from pilon_compress.form.layout import install, layout_of
-from pilon_compress.kernels import reference
+from pilon_compress.kernels import cpu, reference
 from pilon_compress.measure.size import model_size
 from pilon_compress.recipe import Budget
 from pilon_compress.train import recipe
@@ -110,6 +110,23 @@ def test_linear_and_embedding_are_their_definition():
     words.weight.copy_(rows)
     words.scale = linear.scale
     assert torch.equal(words(torch.tensor([[3, 7]])), (rows[[3, 7]].float() * linear.scale[[3, 7], None])[None])
+
+
+@torch.no_grad()
+def test_inputs_need_not_be_contiguous(tiny):
+    """As those of a pooler, which reads the first token of each text."""
+    x, generator = torch.randn(4, 3, 48), torch.Generator().manual_seed(0)
+    linear = Int8Linear(48, 40, False)
+    rows, linear.scale = reference.int8_rows(torch.randn(40, 48, generator=generator))
+    linear.weight.copy_(rows)
+    digits = torch.randint(-1, 2, (48, 40), generator=generator).to(torch.int8)
+    matrix, scale = cpu.matrix_tiles(digits), torch.rand(40, generator=generator)
+    for compute in (linear, lambda one: cpu.ternary_linear(one, matrix, scale)):
+        assert torch.equal(compute(x[:, 0]), compute(x[:, 0].contiguous()))
+    encoder = ternary(tiny, "bert").base_model
+    pooled = type(encoder)(encoder.config).eval()
+    to_int8(pooled)
+    assert pooled(input_ids=IDS).pooler_output.isfinite().all()
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def project(x: Tensor, p: Projection) -> Tensor:
     if p.norm is not None:
         x = torch.nn.functional.rms_norm(x, x.shape[-1:], p.norm, p.eps)
     whole = x.dtype == torch.float32
-    y = _projected(x.float(), p, p.bias if whole else None).to(x.dtype)
+    y = _projected(x.float().contiguous(), p, p.bias if whole else None).to(x.dtype)
     # in a narrower type the bias is added as a layer adds it, after rounding
     return y if whole or p.bias is None else y + p.bias.to(x.dtype)
 
@@ -127,7 +127,9 @@ def ffn(
     if isinstance(activation, str) and activation in _FUSED and _fuses(x, up, down, gate):
         gate_tensors = (None,) * 6 if gate is None else gate.tensors()
         sizes = up.tiles.d_out, down.tiles.d_out, up.group, down.group
-        return torch.ops.pilon.ffn(x, *up.tensors(), *gate_tensors, *down.tensors(), *sizes, _FUSED[activation])
+        return torch.ops.pilon.ffn(
+            x.contiguous(), *up.tensors(), *gate_tensors, *down.tensors(), *sizes, _FUSED[activation]
+        )
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     hidden = act(project(x, up)) if gate is None else act(project(x, gate)) * project(x, up)
     return project(hidden, down)
@@ -147,7 +149,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
     `x` is quantised per token; the sums are exact integers. `int8_rows` makes `weight` and `scale`. In the dtype of x.
     """
-    values = x.float()
+    values = x.float().contiguous()
     if x.device.type == "cpu" and available():
         return torch.ops.pilon.int8_linear(values, weight, scale, bias).to(x.dtype)
     return reference.int8_linear(values, weight, scale, bias).to(x.dtype)
