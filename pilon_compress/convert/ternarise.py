@@ -50,7 +50,7 @@ def ternarise(
         users = [layer for layer in layers.values() if isinstance(layer, ComposedLinear) and layer.bank is bank]
         balance(bank, users)
         made = _filled(make_bank(layout.banks[name]), bank)
-        _set(model.base_model, f"{BANKS}.{name}", made)
+        model.base_model.set_submodule(f"{BANKS}.{name}", made)
         for user in users:
             object.__setattr__(user, "bank", made)  # borrowed: see `ComposedLinear`
     for name, layer in layers.items():
@@ -58,7 +58,7 @@ def ternarise(
             layer.group = layout.projections[name].group
         else:
             layers[name] = _filled(make_kept(layout.kept[name], layer.host_shape), layer)
-            _set(model.base_model, name, layers[name])
+            model.base_model.set_submodule(name, layers[name])
     if inputs is not None:
         _refit(model, layers, was, inputs)
 
@@ -69,11 +69,6 @@ def _filled(made: Any, plain: nn.Module) -> Any:
     made.to(next(plain.parameters()).device).train(plain.training)
     made.fit_scales()
     return made
-
-
-def _set(base: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(base.get_submodule(parent), leaf, module)
 
 
 def _computes(layer: Layer) -> Was:

@@ -76,8 +76,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         halves = 2 if fused and name.endswith(fused) else 1
         weight = _padded(weight, d_in, d_out, halves)
         bias = None if bias is None else _padded(bias[None], 1, d_out, halves)[0]
-        parent_name, _, leaf = name.rpartition(".")
-        setattr(base.get_submodule(parent_name), leaf, _host_linear(host, weight, bias))
+        base.set_submodule(name, _host_linear(host, weight, bias))
     delattr(base, BANKS)
     model.config = _host_config(model)
     return model

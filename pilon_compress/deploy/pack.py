@@ -82,17 +82,12 @@ def packed(model: PreTrainedModel, encoding: str) -> PreTrainedModel:
     """Replace, in place, every ternary bank and matrix of `model` by a packed one; outputs stay bit-equal."""
     made = {id(bank): (name, bank, _bank(bank, encoding)) for name, bank in banks(model)}
     for name, layer in list(projections(model)):
-        _replace(model, name, _projection(layer, made[id(layer.bank)][2]))
+        model.base_model.set_submodule(name, _projection(layer, made[id(layer.bank)][2]))
     for name, matrix in list(kept_matrices(model)):
-        _replace(model, name, _matrix(matrix, encoding))
+        model.base_model.set_submodule(name, _matrix(matrix, encoding))
     for name, _, bank in made.values():
-        _replace(model, f"{BANKS}.{name}", bank)
+        model.base_model.set_submodule(f"{BANKS}.{name}", bank)
     return model.eval()
-
-
-def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.base_model.get_submodule(parent), leaf, module)
 
 
 def _bank(bank: PrimitiveBank, encoding: str) -> PackedBank:

@@ -65,7 +65,7 @@ def fold(model: Host) -> Host:
     for name, kept in list(kept_matrices(model)):
         if isinstance(kept, IntegerLinear):  # in whole numbers it would be restored for every call
             plain: nn.Module = _linear(kept.matrix().to(base.dtype), kept.bias)
-            _put(base, name, plain, kept.norm)
+            base.set_submodule(name, _behind(kept.norm, plain))
     for name, composed in list(projections(model)):
         bank = composed.bank
         if pair_is_cheaper(composed.top_k * bank.rank, bank.d_in, bank.d_out):
@@ -73,14 +73,13 @@ def fold(model: Host) -> Host:
             plain = nn.Sequential(_linear(A, None), _linear(B, bias))
         else:
             plain = _linear(*dense(composed))
-        _put(base, name, plain, composed.norm)
+        base.set_submodule(name, _behind(composed.norm, plain))
     delattr(base, BANKS)
     return model
 
 
-def _put(base: Host, name: str, plain: nn.Module, norm: nn.Module | None) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(base.get_submodule(parent), leaf, plain if norm is None else nn.Sequential(norm, plain))
+def _behind(norm: nn.Module | None, plain: nn.Module) -> nn.Module:
+    return plain if norm is None else nn.Sequential(norm, plain)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

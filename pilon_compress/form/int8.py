@@ -105,9 +105,9 @@ def install_int8(model: Any, places: dict[str, str]) -> None:
     embedding: Int8Embedding | None = None
     for place, kind in sorted(places.items(), key=lambda item: item[1]):  # embedding before head
         root = model if place.startswith(".") else model.base_model
-        parent, _, leaf = place.removeprefix(".").rpartition(".")
+        name = place.removeprefix(".")
         try:
-            plain = getattr(root.get_submodule(parent), leaf)
+            plain: Any = root.get_submodule(name)
         except AttributeError:
             if place.startswith("."):
                 continue
@@ -127,7 +127,7 @@ def install_int8(model: Any, places: dict[str, str]) -> None:
             made = Int8Linear(d_in, d_out, bias)
         else:
             raise ValueError(f"{place} is a {kind!r}, which is not known: written by a newer pilon-compress?")
-        setattr(root.get_submodule(parent), leaf, made)
+        root.set_submodule(name, made)
 
 
 @torch.no_grad()

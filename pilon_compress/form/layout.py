@@ -181,16 +181,14 @@ def install(model: Host, layout: Layout) -> Host:
     base = model.base_model
     banks = {name: make_bank(spec) for name, spec in layout.banks.items()}
     for name in (*layout.projections, *layout.kept):
-        parent_name, _, leaf = name.rpartition(".")
         try:
-            parent = base.get_submodule(parent_name)
-            dense = getattr(parent, leaf)
+            dense = base.get_submodule(name)
         except AttributeError:
             raise ValueError(f"the layout names {name}, which {type(base).__name__} does not have") from None
         expected = layout.host_shape(name)
         if linear_shape(dense) != expected:
             raise ValueError(f"{name} is {linear_shape(dense)} in the model, {expected} in the layout")
-        setattr(parent, leaf, _module(layout, name, banks))
+        base.set_submodule(name, _module(layout, name, banks))
     tree = nn.ModuleDict()
     for name, bank in banks.items():
         *folders, leaf = name.split(".")

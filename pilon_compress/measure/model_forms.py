@@ -69,7 +69,7 @@ def dense_ternary(pilon: PreTrainedModel) -> PreTrainedModel:
     _needs_kernel(pilon)
     model = dense_fp32(pilon)
     for site in find_sites(model):
-        _put(model.base_model, site.name, TernaryProjection(ternary_matrix(site.d_in, site.d_out)))
+        model.base_model.set_submodule(site.name, TernaryProjection(ternary_matrix(site.d_in, site.d_out)))
     return model
 
 
@@ -104,10 +104,10 @@ def pilon_ternary(pilon: PreTrainedModel) -> PreTrainedModel:
         if bank.rank % 16:
             raise NotHere(f"there is a bank of rank {bank.rank}: the ternary kernel takes multiples of 16")
         made = ternary_bank(bank.d_in, bank.d_out, k * bank.rank, bank.rank, bank.n_primitives)
-        _put(model.base_model, name, TernaryProjection(_biased(made, composed.bias), composed.norm))
+        model.base_model.set_submodule(name, TernaryProjection(_biased(made, composed.bias), composed.norm))
     for name, kept in list(kept_matrices(model)):
         made = ternary_matrix(kept.in_features, kept.out_features)
-        _put(model.base_model, name, TernaryProjection(_biased(made, kept.bias), kept.norm))
+        model.base_model.set_submodule(name, TernaryProjection(_biased(made, kept.bias), kept.norm))
     delattr(model.base_model, BANKS)
     return model
 
@@ -132,18 +132,13 @@ def _in_int8(model: PreTrainedModel, whole: bool) -> PreTrainedModel:
         if isinstance(layer, nn.Linear | Conv1D) and not (isinstance(layer, KeptLinear) and layer.norm is not None):
             weight = layer.weight.detach()
             weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
-            _put(model, name, Int8Projection(weight, layer.bias, whole))
+            model.set_submodule(name, Int8Projection(weight, layer.bias, whole))
     return model
 
 
 def _biased(made: cpu.Projection, bias: Tensor | None) -> cpu.Projection:
     made.bias = None if bias is None else bias.detach().float()
     return made
-
-
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
 
 
 def _needs_kernel(model: PreTrainedModel) -> None:

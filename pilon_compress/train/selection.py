@@ -42,8 +42,7 @@ def stage(model: Any, recipe: TrainRecipe) -> None:
         most = max([plain.top_k, *asked.top_k]) if softmax else plain.top_k
         candidates = plain.bank.n_primitives if explored else min(most, plain.bank.n_primitives)
         layer = StagedLinear(plain, candidates, explored, explored and explore != "anneal", generator)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.base_model.get_submodule(parent), leaf, layer.train(plain.training))
+        model.base_model.set_submodule(name, layer.train(plain.training))
 
 
 def _check_ends(name: str, plain: ComposedLinear, recipe: TrainRecipe) -> None:

@@ -130,9 +130,7 @@ def settle(model: Any) -> None:
         plain = ComposedLinear(layer.bank, layer.top_k, bias, layer.composition, layer.host_shape, layer.group, norm)
         plain.to(layer.weight.device)
         plain.load_state_dict(plain_state(layer, layer.state_dict()))
-        plain.train(layer.training)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.base_model.get_submodule(parent), leaf, plain)
+        model.base_model.set_submodule(name, plain.train(layer.training))
 
 
 def plain_state(layer: StagedLinear, state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
