@@ -13,7 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pilon_compress.form import ternary
 from pilon_compress.kernels import build, cpu, reference
 from pilon_compress.kernels.cpu import MatrixTiles, Projection
 from pilon_compress.kernels.tiles import pack, unpack
@@ -57,13 +56,13 @@ def expected(x: Tensor, p: Projection) -> Tensor:
     """What a projection is, with integer sums and the quantiser of the models."""
     if p.norm is not None:
         x = torch.nn.functional.rms_norm(x, x.shape[-1:], p.norm, p.eps)
-    codes, scales = ternary.quantise(x, p.group)
+    codes, scales = reference.quantise(x, p.group)
     if isinstance(p.tiles, MatrixTiles):
         y = integers(codes, p.tiles.digits(), scales, p.group) * p.scale
     else:
         A, B = (one[p.selected] for one in p.tiles.digits())
         u = integers(codes, A.permute(1, 0, 2).flatten(1), scales, p.group) * p.scale
-        codes, scales = ternary.quantise(u if p.shift is None else u + p.shift)
+        codes, scales = reference.quantise(u if p.shift is None else u + p.shift)
         y = integers(codes, B.flatten(0, 1), scales, 0)
     return y if p.bias is None else y + p.bias
 
@@ -158,7 +157,7 @@ def test_exact_for_odd_numbers():
 def test_exact_int8_linear(tokens, d_in, d_out, bias):
     weight = torch.randint(-128, 128, (d_out, d_in), dtype=torch.int8)
     scale, offset, x = torch.rand(d_out), torch.randn(d_out) if bias else None, torch.randn(tokens, d_in)
-    codes, scales = ternary.quantise(x)
+    codes, scales = reference.quantise(x)
     y = (codes.long() @ weight.long().T).float() * scales * scale
     y = y if offset is None else y + offset
     assert torch.equal(cpu.int8_linear(x, weight, scale, offset), y)

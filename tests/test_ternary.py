@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilon_compress.form.composed import ComposedLinear
-from pilon_compress.form.ternary import LEVELS, digits, quantise, restored
+from pilon_compress.form.ternary import digits, restored
 from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
+from pilon_compress.kernels.reference import LEVELS, quantise
 
 
 def composed(d_in=48, d_out=40, n=5, r=8, k=3, seed=0, group=0, norm=False, **options) -> ComposedLinear:

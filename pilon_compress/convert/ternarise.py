@@ -19,8 +19,9 @@ from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.fold import factors
 from pilon_compress.form.kept import KeptLinear
 from pilon_compress.form.layout import BANKS, banks, kept_matrices, layout_of, make_bank, make_kept, projections
-from pilon_compress.form.ternary import LEAST, quantise, restored
+from pilon_compress.form.ternary import restored
 from pilon_compress.form.ternary_bank import TernaryLinear
+from pilon_compress.kernels.reference import LEAST, quantise
 
 RIDGE = 1e-4  # of the mean diagonal: pulls towards what a composition was
 SMALLEST = 0.1  # factor on a scale: nothing is turned round, or away

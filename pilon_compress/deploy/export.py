@@ -19,10 +19,12 @@ from pilon_compress.families import FAMILIES, detect
 from pilon_compress.form import bank, composed, int8, integers, kept, layout, packed, packing, ternary, ternary_bank
 from pilon_compress.form.fold import dense
 from pilon_compress.form.layout import BANKS, kept_matrices, linear_shape, projections
+from pilon_compress.kernels import reference
 
 MODELING_FILE = "modeling_pilon.py"
 # in this order one file can hold them
 BUNDLED = (
+    reference,
     ternary,
     bank,
     composed,

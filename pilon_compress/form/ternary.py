@@ -10,18 +10,21 @@ A projection on x, all in float32:
     (q, s) = quantise(u)            y = (q · B) s + bias                 both weight scales, the composition's weight
 
 Products of digits and codes are whole numbers below 2^24, so float32 matrix products compute them exactly, in any
-order; each is scaled once. That is why packed weights and kernels reproduce the same outputs bit for bit.
+order; each is scaled once. That is why packed weights and kernels reproduce the same outputs bit for bit. `quantise`
+and the product are in `kernels.reference`; what training adds to them is here.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LEVELS = 127  # symmetric: -128 is not used
+from pilon_compress.kernels.reference import LEAST, LEVELS, grouped
+
 GROUP = 128  # hidden activations: values that share a scale, so that a kernel can quantise a slice of them
 ROUNDS = 12  # of fitting a scale
-LEAST = 1e-20  # magnitude that zeros are taken to have
 
 
 class _Round(torch.autograd.Function):
@@ -46,44 +49,16 @@ def rounded(x: Tensor, limit: int, strength: Tensor | None = None) -> Tensor:
     return whole if strength is None else torch.lerp(x, whole, strength.to(x.dtype))
 
 
-def quantise(x: Tensor, group: int = 0, strength: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes (..., d) of `x` (..., d), whole numbers in float32, and their scales: (..., 1), or (..., ceil(d / group)).
-
-    The scale is a token's own largest magnitude over 127, so that neither other tokens nor the batch matter.
-    """
-    x = x.float()
-    if not group:
-        largest = x.detach().abs().amax(-1, keepdim=True).clamp_min(LEAST)
-        return rounded(x * (LEVELS / largest), LEVELS, strength), largest / LEVELS
-    d = x.shape[-1]
-    parts = _grouped(x, group)
-    largest = parts.detach().abs().amax(-1, keepdim=True).clamp_min(LEAST)
-    codes = rounded(parts * (LEVELS / largest), LEVELS, strength)
-    return codes.flatten(-2)[..., :d], largest[..., 0] / LEVELS
-
-
-def _grouped(x: Tensor, group: int) -> Tensor:
-    """(..., d) as (..., ceil(d / group), group), the last one filled up with zeros."""
-    missing = -x.shape[-1] % group
-    return torch.nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, group))
-
-
-def product(codes: Tensor, scales: Tensor, matrix: Tensor, group: int = 0) -> Tensor:
-    """`codes` (..., d) times the digits `matrix` (d, m), scaled: (..., m). Groups are added up in their order."""
-    if not group or scales.shape[-1] == 1:
-        return (codes @ matrix) * scales
-    total = (codes[..., :group] @ matrix[:group]) * scales[..., :1]
-    for index in range(1, scales.shape[-1]):
-        part = slice(index * group, (index + 1) * group)
-        total = total + (codes[..., part] @ matrix[part]) * scales[..., index : index + 1]
-    return total
+def straight(strength: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """How `kernels.reference.quantise` rounds in training: see `rounded`."""
+    return partial(rounded, limit=LEVELS, strength=strength)
 
 
 def restored(codes: Tensor, scales: Tensor, group: int = 0) -> Tensor:
     """The values (..., d) that `codes` stand for."""
     if not group or scales.shape[-1] == 1:
         return codes * scales
-    return (_grouped(codes, group) * scales[..., None]).flatten(-2)[..., : codes.shape[-1]]
+    return (grouped(codes, group) * scales[..., None]).flatten(-2)[..., : codes.shape[-1]]
 
 
 def absmean(weight: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.kept import KeptLinear
-from pilon_compress.form.ternary import absmean, digits, fitted, held_digits, product, quantise, restored
+from pilon_compress.form.ternary import absmean, digits, fitted, held_digits, restored, straight
+from pilon_compress.kernels.reference import product, quantise
 
 
 class TernaryBank(PrimitiveBank):
@@ -54,11 +55,11 @@ class TernaryBank(PrimitiveBank):
         A, B = self.digits(selected)
         A, B = A.permute(1, 0, 2).reshape(self.d_in, width), B.reshape(width, self.d_out)
         scale, shift = self.folded(selected, weight)
-        codes, scales = quantise(x, group, strength)
+        codes, scales = quantise(x, group, straight(strength))
         # one product where rounding does not matter; one for each group where kernels must agree
         u = restored(codes, scales, group) @ A if self.training and group else product(codes, scales, A, group)
         u = u * scale if shift is None else u * scale + shift
-        codes, scales = quantise(u, 0, strength)
+        codes, scales = quantise(u, 0, straight(strength))
         return product(codes, scales, B).to(x.dtype)
 
     def scales(self) -> tuple[Tensor, Tensor]:
@@ -166,7 +167,7 @@ class TernaryLinear(KeptLinear):
             matrix = held_digits(self.weight, self.weight_digits, scale, self.learned).T
         else:
             matrix = digits(self.weight, scale, strength, self.learned).T
-        codes, scales = quantise(x, self.group, strength)
+        codes, scales = quantise(x, self.group, straight(strength))
         if self.training and self.group:
             y = restored(codes, scales, self.group) @ matrix
         else:

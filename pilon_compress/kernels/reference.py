@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LEVELS = 127
+LEVELS = 127  # symmetric: -128 is not used
 LEAST = 1e-20  # magnitude that zeros are taken to have
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -22,15 +22,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def quantise(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
-    """Codes (..., d) of `x` (..., d), whole numbers in float32, and their scales (..., 1) or (..., ceil(d / group))."""
+def quantise(x: Tensor, group: int = 0, rounding: Callable[[Tensor], Tensor] = torch.round) -> tuple[Tensor, Tensor]:
+    """Codes (..., d) of `x` (..., d), whole numbers in float32, and their scales: (..., 1), or (..., ceil(d / group)).
+
+    The scale is a token's own largest magnitude over 127, so that neither other tokens nor the batch matter.
+    `rounding`: another one has gradients (`form.ternary.straight`).
+    """
     x = x.float()
     d = x.shape[-1]
-    group = group or d
-    parts = functional.pad(x, (0, -d % group)).unflatten(-1, (-1, group))
-    largest = parts.abs().amax(-1, keepdim=True).clamp_min(LEAST)
-    codes = (parts * (largest.reciprocal() * LEVELS)).round()  # what LEVELS / largest is in torch
+    parts = grouped(x, group or d)
+    largest = parts.detach().abs().amax(-1, keepdim=True).clamp_min(LEAST)
+    codes = rounding(parts * (largest.reciprocal() * LEVELS))  # what LEVELS / largest is in torch
     return codes.flatten(-2)[..., :d], largest[..., 0] / LEVELS
+
+
+def grouped(x: Tensor, group: int) -> Tensor:
+    """(..., d) as (..., ceil(d / group), group), the last one filled up with zeros."""
+    return functional.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
 
 
 def product(codes: Tensor, scales: Tensor, matrix: Tensor, group: int = 0) -> Tensor:
