@@ -156,8 +156,7 @@ HOW = {
 def card(source: str, layout: Layout, size: dict[str, Any], found: dict[str, Any]) -> str:
     """The model card of a packed model."""
     ffn, whole = size["ffn"], size["model"]
-    kinds = {spec.quantization for spec in layout.banks.values()} | {s.quantization for s in layout.kept.values()}
-    weights = "; ".join(HOW[kind] for kind in sorted(kinds))
+    weights = "; ".join(HOW[kind] for kind in sorted(layout.kinds))
     rest = ""
     if layout.rest:
         rest = (

@@ -82,10 +82,14 @@ class Layout:
     rest: dict[str, str] = field(default_factory=dict)
 
     @property
+    def kinds(self) -> set[str]:
+        """The quantizations of banks and kept matrices."""
+        return {spec.quantization for spec in self.banks.values()} | {one.quantization for one in self.kept.values()}
+
+    @property
     def quantized(self) -> bool:
         """Whether anything is stored otherwise than in plain numbers."""
-        kinds = {spec.quantization for spec in self.banks.values()} | {s.quantization for s in self.kept.values()}
-        return bool(kinds - {"none"}) or bool(self.rest)
+        return bool(self.kinds - {"none"} or self.rest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, without what is at its default: older versions read what they can compute."""
@@ -148,8 +152,7 @@ class Layout:
     @property
     def is_ternary(self) -> bool:
         """Whether anything is in digits."""
-        kinds = {spec.quantization for spec in self.banks.values()} | {spec.quantization for spec in self.kept.values()}
-        return "ternary" in kinds
+        return "ternary" in self.kinds
 
     def users(self, bank: str) -> list[str]:
         """Names of the projections that compose from `bank`."""

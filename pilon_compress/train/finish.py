@@ -45,7 +45,7 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
         if corpus.ends and model.generation_config is not None:  # an answer ends where the chats' answers did
             model.generation_config.eos_token_id = list(corpus.ends)
         result = describe(run, job, model, loss)
-        if job.told is not None:
+        if job.told is not None and run.asked.task == "heal":  # otherwise nobody has named a teacher
             result |= job.told(loss, job.before)
         if run.stages:
             result |= summed(result, run.stages)
@@ -94,7 +94,7 @@ def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> di
     return {
         "format_version": 1,
         "pilon_compress": pilon_compress.__version__,
-        "task": run.recipe.task,
+        "task": run.asked.task,
         "data": source_of(run.recipe),
         job.figure.name: job.figure.of(loss),
         f"best_{job.figure.name}": job.figure.of(min(job.best, loss)),

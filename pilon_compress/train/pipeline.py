@@ -7,6 +7,7 @@ OUT holds the run while it goes on (recipe.yaml, metrics.jsonl, checkpoints/, to
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -40,12 +41,12 @@ from pilon_compress.train.order import in_order
 from pilon_compress.train.plan import check, plan
 from pilon_compress.train.plugins import plugins_for
 from pilon_compress.train.recipe import TrainRecipe
-from pilon_compress.train.run import RESULT, Run, claim
+from pilon_compress.train.run import RESULT, STAGES, Run, claim
 from pilon_compress.train.selection import stage
-from pilon_compress.train.shrink import STAGES, shrink
+from pilon_compress.train.shrink import shrink
 from pilon_compress.train.state import Checkpoints
 from pilon_compress.train.ternary import in_stages
-from pilon_compress.train.warm import begin_dense
+from pilon_compress.train.warm import convert_once, stages
 
 __all__ = ["plan", "train_model"]
 
@@ -69,14 +70,17 @@ def train_model(
     tokens_per_second, ffn, output, ... Raises BadInput, and `loop.Stopped` after a signal.
     """
     check(recipe)
-    if recipe.shrink or recipe.warm:
-        return by_stages(Run(recipe, Path(output), lone(), command, quiet), resume, overwrite)
+    if recipe.shrink:
+        return shrink_model(Run(recipe, Path(output), lone(), command, quiet), resume, overwrite)
+    if recipe.warm:
+        lone()
     with join(recipe.device) as world:
         run = Run(recipe, Path(output), world, command, quiet)
         fresh = claim(run, resume, overwrite)
-        if recipe.task == "heal" and recipe.ternary.enabled and recipe.ternary.after:
-            run = after_floats(run, fresh)
-            fresh = False
+        if recipe.warm:
+            run, fresh = after_dense(run, fresh), False
+        if run.recipe.task == "heal" and run.recipe.ternary.enabled and run.recipe.ternary.after:
+            run, fresh = after_floats(run, fresh), False
         return train_run(run, resume, fresh)
 
 
@@ -87,12 +91,22 @@ def train_run(run: Run, resume: bool, fresh: bool) -> dict[str, Any]:
         job, tokenizer, corpus = set_up(run, resume)
         told = Monitor(run.output, job.steps, job.step, track, run.quiet) if run.world.first else _Silent()
     except BadInput:
-        if fresh and run.world.first:
-            shutil.rmtree(run.output, ignore_errors=True)
+        drop(run, fresh)
         raise
     with told as monitor:
         train(job, monitor)  # type: ignore[arg-type]
     return finish(run, job, tokenizer, corpus)
+
+
+def after_dense(run: Run, fresh: bool) -> Run:
+    """Train dense and convert, in folders inside the output, unless that is done; the run that is left to do."""
+    folder = run.output / STAGES
+    first, second = stages(run.recipe, folder)
+    told = before(run, first, folder / "dense", fresh)
+    convert_once(run.recipe, folder)
+    if not run.quiet:
+        print(f"dense so far, perplexity {told['val_perplexity']:.4g}; converted, and on", file=sys.stderr)
+    return replace(run, recipe=second, whole=run.asked, stages=(told,))
 
 
 def after_floats(run: Run, fresh: bool) -> Run:
@@ -101,26 +115,40 @@ def after_floats(run: Run, fresh: bool) -> Run:
     try:
         tokens = tokens_of(run.recipe, open_text(run, open_tokenizer(run), 1))
     except BadInput:
-        if fresh and run.world.first:
-            shutil.rmtree(run.output, ignore_errors=True)
+        drop(run, fresh)
         raise
     first, second = in_stages(run.recipe, tokens, folder)
+    told = before(run, first, folder, fresh=False)
+    return replace(run, recipe=second, whole=run.asked, stages=(*run.stages, told))
+
+
+def before(run: Run, recipe: TrainRecipe, folder: Path, fresh: bool) -> dict[str, Any]:
+    """What came of a stage that ends in `folder`, trained now unless that is done."""
     if not (folder / RESULT).is_file():
-        one = replace(run, recipe=first, output=folder)
-        train_run(one, True, claim(one, resume=True, overwrite=False))
-    told = json.loads((folder / RESULT).read_text())
-    return replace(run, recipe=second, whole=run.recipe, stages=(told,))
+        one = replace(run, recipe=recipe, output=folder, whole=None, stages=())
+        try:
+            train_run(one, True, claim(one, resume=True, overwrite=False))
+        except BadInput:
+            drop(run, fresh)
+            raise
+    told: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    return told
 
 
-def by_stages(run: Run, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """Convert and train in turn, see `shrink.shrink` and `warm.begin_dense`."""
+def drop(run: Run, fresh: bool) -> None:
+    """A new output folder goes where nothing can be trained."""
+    if fresh and run.world.first:
+        shutil.rmtree(run.output, ignore_errors=True)
+
+
+def shrink_model(run: Run, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """Convert and heal in turn, see `shrink.shrink`."""
     claim(run, resume, overwrite)
 
-    def one(stage: TrainRecipe, folder: Path) -> dict[str, Any]:
+    def heal(stage: TrainRecipe, folder: Path) -> dict[str, Any]:
         return train_model(stage, folder, resume=True, command=run.command, quiet=run.quiet)
 
-    road = shrink if run.recipe.shrink else begin_dense
-    return road(run.recipe, run.output, one, command=run.command, quiet=run.quiet)
+    return shrink(run.recipe, run.output, heal, command=run.command, quiet=run.quiet)
 
 
 def set_up(run: Run, resume: bool) -> tuple[Training, PreTrainedTokenizerBase, Corpus]:

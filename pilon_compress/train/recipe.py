@@ -56,7 +56,7 @@ class Ffn(Section):
     composition: Literal["component", "scalar", "softmax"] = "component"
     """Weights of a composition: one per component, one per primitive, or softmax over logits (the original's)."""
     dense_until: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
-    """kind pilon: share of the training during which the model is dense; it is then converted to this budget, and goes
+    """kind pilon, without matrices: share of the training during which the model is dense; it is then converted to this budget, and goes
     on (Pufferfish, Wang et al., 2021, does so with private factors)."""
     dense_after: Above = 0.67
     """Factor on the learning rate from then on."""
@@ -295,7 +295,8 @@ class TrainRecipe(Section):
     @property
     def warm(self) -> bool:
         """Whether training begins with a dense model."""
-        return self.task == "pretrain" and self.ffn.kind == "pilon" and self.ffn.dense_until > 0
+        asked = self.ffn
+        return self.task == "pretrain" and asked.kind == "pilon" and not asked.matrices and asked.dense_until > 0
 
     @model_validator(mode="after")
     def _start_fits_task(self) -> "TrainRecipe":

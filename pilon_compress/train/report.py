@@ -83,7 +83,8 @@ def _learnt(recipe: TrainRecipe) -> str:
         "lowrank": "its feed-forward projections low-rank products, each layer's its own",
         "dense": "without compression",
     }
-    return f"was trained from random weights, {kinds[recipe.ffn.kind]}"
+    begun = f"dense for the first {recipe.ffn.dense_until:.0%} of its tokens and then " if recipe.warm else ""
+    return f"was trained from random weights, {begun}{kinds[recipe.ffn.kind]}"
 
 
 def marks(recipe: TrainRecipe, lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:

@@ -12,6 +12,7 @@ from pilon_compress.train.distributed import World
 from pilon_compress.train.recipe import TrainRecipe
 
 RECIPE, RESULT = "recipe.yaml", "train.json"
+STAGES = "stages"  # folder of runs that come before, inside the output
 
 
 @dataclass

@@ -20,8 +20,8 @@ from pilon_compress.convert.prepare import CAUSAL_LENGTH
 from pilon_compress.deploy.export import export_dense
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.recipe import Ternary, TrainRecipe
+from pilon_compress.train.run import RESULT, STAGES
 
-STAGES, RESULT = "stages", "train.json"
 LEFT = ("checkpoints", STAGES, "recipe.yaml", "metrics.jsonl", RESULT)  # in the folder of the last stage
 
 Heal = Callable[[TrainRecipe, Path], dict[str, Any]]
@@ -57,7 +57,7 @@ def shrink(
         "recipe": recipes.dump(settings),
         "output": str(output),
     }
-    move(output / STAGES / f"{settings.shrink[-1]:g}" / "healed", output)
+    _move(output / STAGES / f"{settings.shrink[-1]:g}" / "healed", output)
     (output / RESULT).write_text(json.dumps(result, indent=2))
     return result
 
@@ -99,7 +99,7 @@ def conversion(settings: TrainRecipe, source: str, ratio: float) -> recipe.Recip
     )
 
 
-def move(healed: Path, output: Path) -> None:
+def _move(healed: Path, output: Path) -> None:
     """Copy the model; config.json comes last, so that a folder which has it is whole."""
     for path in sorted(healed.iterdir(), key=lambda path: path.name == "config.json"):
         if path.name in LEFT:
