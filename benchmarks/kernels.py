@@ -128,10 +128,10 @@ def exact_block(x: Tensor, sides: list[tuple[Any, ...]], device: str) -> Iterato
         for limit in (0, 1 << 30) if len(x) <= triton_launch.FEW else (0,):
             triton_launch.SMALL = limit
             name = f"block, {act}, {gpu.launches(len(x), gate, up) or 'many'} launches"
-            yield name, apart(gpu.ffn(there, gate, up, down, act), expected)
+            yield name, apart(gpu.ffn(there, up, down, gate, act), expected)
         triton_launch.SMALL = small
     if device != "cpu":
-        block = partial(gpu.ffn, gate=gate, up=up, down=down, act="relu2")
+        block = partial(gpu.ffn, up=up, down=down, gate=gate)
         yield "torch.compile against eager", apart(torch.compile(block, fullgraph=True)(there), block(there).cpu())
 
 
@@ -167,7 +167,7 @@ def composed(x: Tensor, shapes: list[tuple[int, int]], kr: int, device: str) -> 
     rank = 32 if kr % 32 == 0 else 16
     made = [placed(drawn(*shape, rank, kr // rank, False, seed), device) for seed, shape in enumerate(shapes)]
     layers = [[copied(part) for part in made] for _ in range(copies(kr * sum(map(sum, shapes)) // 4, device))]
-    calls = [partial(gpu.ffn, x, w[0] if gated else None, w[-2], w[-1], act) for w in layers]
+    calls = [partial(gpu.ffn, x, w[-2], w[-1], w[0] if gated else None, act) for w in layers]
     limits = triton_launch.SMALL, triton_launch.PREFILL
     if len(x) > triton_launch.FEW:
         ways = {"ternary, tiles": (0, 1 << 30), "ternary, _int_mm": (0, 0)}

@@ -69,7 +69,7 @@ def projection(d_in: int, d_out: int, r: int, k: int, full: bool) -> gpu.Project
 
 def block(tokens: int, d: int, ff: int, r: int, k: int, gated: bool, act: str) -> None:
     up, down = projection(d, ff, r, k, not gated), projection(ff, d, r, k, not gated)
-    gpu.ffn(torch.zeros(tokens, d, dtype=torch.bfloat16), up if gated else None, up, down, act)
+    gpu.ffn(torch.zeros(tokens, d, dtype=torch.bfloat16), up, down, up if gated else None, act)
 
 
 def compiled(kernel: Any, signature: Any, constants: Any, attributes: Any, options: Any) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def traced() -> list[dict[str, Any]]:
                 first, second = (
                     gpu.Projection(gpu.BankWords(*p[:2], d), *p[2:]) for p, d in ((flat[:6], 64), (flat[6:], 256))
                 )
-                return gpu.ffn(x, None, first, second, "relu2"), gpu.compose(x, *first)
+                return gpu.ffn(x, first, second), gpu.compose(x, *first)
 
         flat = [*gpu._parts(up), *gpu._parts(down)]
         graph, _ = aot_export_module(Blocks(), [torch.randn(3, 64), *flat], trace_joint=False)

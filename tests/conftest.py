@@ -5,9 +5,12 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +37,28 @@ def _load(name: str) -> ModuleType:
 def tiny() -> ModuleType:
     """tests/tiny.py: tiny_tokenizer(), tiny_model(family), save_tiny(family, folder)."""
     return _load("tiny")
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`with stop_after(steps):` a training in this process is asked to end, as by Ctrl-C, and raises `loop.Stopped`."""
+    from pilon_compress.train import loop
+
+    @contextmanager
+    def stopping(steps: int) -> Iterator[None]:
+        taken, plain = [], loop._step
+
+        def step(job: Any, share: float) -> Any:
+            taken.append(share)
+            if len(taken) == steps:
+                os.kill(os.getpid(), signal.SIGINT)
+            return plain(job, share)
+
+        with monkeypatch.context() as patch, pytest.raises(loop.Stopped):
+            patch.setattr(loop, "_step", step)
+            yield
+
+    return stopping
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The Triton kernels: exact in the interpreter, and compiled for a GPU that is not there."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,8 +11,8 @@ import torch
 
 from pilon_compress.errors import BadInput
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed: pip install 'pilon-compress[gpu]'", allow_module_level=True)
+if sys.platform != "linux":
+    pytest.skip("triton is for Linux", allow_module_level=True)
 
 ACTS = {
     "none": lambda x: x,
@@ -150,7 +149,7 @@ def test_block_is_exact_whichever_kernels_run(gpu, draw, monkeypatch, gated, way
     given = gate if gated else None
     expected_launches = {"two": 2, "four": 4, "five": 5 if gated else 4, "tiles": 0}[way]
     assert gpu.launches(x.shape[0], given, up) == expected_launches
-    y = gpu.ffn(x, given, up, down, "relu2")
+    y = gpu.ffn(x, up, down, given, "relu2")
     h = ACTS["relu2"](gate_reference(x)) * up_reference(x) if gated else ACTS["relu2"](up_reference(x))
     assert torch.equal(y, down_reference(h, 128))
 
@@ -160,10 +159,10 @@ def test_every_activation_is_the_same_in_every_kernel_and_close_to_torch(gpu, dr
     up, up_reference = some_projection(gpu, draw, 2, 32, 16, 128, 1)
     down, down_reference = some_projection(gpu, draw, 2, 128, 16, 32, 1)
     x = torch.randn(17, 32, generator=draw)
-    y = gpu.ffn(x, None, up, down, act)
+    y = gpu.ffn(x, up, down, None, act)
     for small in (0, 1 << 16):
         monkeypatch.setattr(gpu.triton_launch, "SMALL", small)
-        assert torch.equal(gpu.ffn(x[:2], None, up, down, act), y[:2])
+        assert torch.equal(gpu.ffn(x[:2], up, down, None, act), y[:2])
     expected = down_reference(ACTS[act](up_reference(x)), 128)
     assert (y - expected).norm() <= 0.01 * expected.norm()  # a code that falls on the other side is a step of 1 / 127
 
@@ -189,7 +188,7 @@ def test_the_operators_keep_to_what_torch_asks_of_operators(gpu, draw):
 
     class Block(torch.nn.Module):
         def forward(self, x):
-            return gpu.ffn(x, None, up, down, "relu2")
+            return gpu.ffn(x, up, down)
 
     exported = torch.export.export(Block(), (x,), dynamic_shapes=({1: torch.export.Dim("length", max=64)},))
     longer = torch.randn(2, 12, 64, generator=draw)
@@ -206,7 +205,7 @@ def test_what_the_kernels_cannot_do_is_refused(gpu, draw):
     with pytest.raises(BadInput, match="x has 31 numbers"):
         gpu.compose(torch.zeros(1, 31), *up)
     with pytest.raises(BadInput, match="'swish'"):
-        gpu.ffn(torch.zeros(1, 32), None, up, up, "swish")
+        gpu.ffn(torch.zeros(1, 32), up, up, activation="swish")
 
 
 @pytest.fixture(scope="module")

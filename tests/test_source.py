@@ -12,7 +12,7 @@ from pilon_compress.families import FAMILIES
 CPU = torch.device("cpu")
 
 
-def same(whole, streamed):
+def assert_same(whole, streamed):
     """Every parameter and buffer, inside the blocks and outside."""
     inside = tuple(f"{whole._prefix()}{name}." for name in whole.names)
     mine = dict(streamed.model.state_dict(keep_vars=True))
@@ -34,7 +34,7 @@ def same(whole, streamed):
 def test_streamed_is_whole(tiny, tmp_path, family, heads):
     tiny.save_tiny(family, tmp_path, heads)
     whole, streamed = Source(checkpoint.load_model(str(tmp_path))), Streamed(str(tmp_path), torch.float32, CPU)
-    same(whole, streamed)
+    assert_same(whole, streamed)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), streamed.parameters(), strict=True))
 
 
@@ -44,7 +44,7 @@ def test_tied_embeddings_and_sharded_half_precision_files(tiny, tmp_path, tied):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     streamed = Streamed(str(tmp_path), torch.float32, CPU)
-    same(Source(checkpoint.load_model(str(tmp_path), dtype="float32")), streamed)
+    assert_same(Source(checkpoint.load_model(str(tmp_path), dtype="float32")), streamed)
     assert (streamed.model.lm_head.weight is streamed.model.get_input_embeddings().weight) == tied
 
 
@@ -53,7 +53,7 @@ def test_a_headless_file_serves_a_model_with_a_head(tiny, tmp_path):
     model.transformer.save_pretrained(tmp_path)
     model.config.architectures = ["GPT2LMHeadModel"]
     model.config.save_pretrained(tmp_path)
-    same(Source(checkpoint.load_model(str(tmp_path))), Streamed(str(tmp_path), torch.float32, CPU))
+    assert_same(Source(checkpoint.load_model(str(tmp_path))), Streamed(str(tmp_path), torch.float32, CPU))
 
 
 def test_other_names_are_loaded_whole_with_one_line(tiny, tmp_path, capsys, monkeypatch):

@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import pydoc_data.topics
-import signal
 
 import pytest
 import torch
@@ -29,9 +27,7 @@ from pilon_compress.form.layout import (
 )
 from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
 from pilon_compress.measure.evaluate import evaluate
-from pilon_compress.train import loop
 from pilon_compress.train import recipe as recipes
-from pilon_compress.train.loop import Stopped
 from pilon_compress.train.pipeline import train_model
 
 LENGTH = 64
@@ -198,33 +194,18 @@ def test_healing_digits_beats_rounding_and_says_what_each_stage_brought(home, tm
     assert not (tmp_path / "again").exists() and not (tmp_path / "x").exists()
 
 
-def test_stopped_in_either_stage_and_resumed_ends_with_the_same_weights(home, tmp_path, monkeypatch):
+def test_stopped_in_either_stage_and_resumed_ends_with_the_same_weights(home, tmp_path, stop_after):
     asked = healing(home, 8, device="cpu")  # four steps as floats, four in digits
     whole = train_model(asked, tmp_path / "whole", quiet=True)
     for steps, place in ((2, "stages/float"), (2 + 2, ".")):
-        stop_after(steps, monkeypatch)
-        with pytest.raises(Stopped):
+        with stop_after(steps):
             train_model(asked, tmp_path / "parts", resume=True, quiet=True)
-        monkeypatch.undo()
         assert [path.name for path in (tmp_path / "parts" / place).glob("checkpoints/step-*")] == ["step-00000002"]
         assert not (tmp_path / "parts/config.json").exists()
     parts = train_model(asked, tmp_path / "parts", resume=True, quiet=True)
     assert [stage["before"] for stage in parts["stages"]] == [stage["before"] for stage in whole["stages"]]
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def stop_after(steps, monkeypatch):
-    """Ask for an end as Ctrl-C does, after so many steps."""
-    taken, plain = [], loop._step
-
-    def step(job, share):
-        taken.append(share)
-        if len(taken) == steps:
-            os.kill(os.getpid(), signal.SIGINT)
-        return plain(job, share)
-
-    monkeypatch.setattr(loop, "_step", step)
 
 
 def test_digits_from_the_start_and_learned_scales(home, tmp_path):

@@ -33,7 +33,7 @@ def write(path, documents=DOCUMENTS, column="text"):
     return path
 
 
-def refused(spec, *words, part="all"):
+def assert_refused(spec, *words, part="all"):
     with pytest.raises(BadInput) as error:
         read(spec, part)
     message = str(error.value)
@@ -52,7 +52,7 @@ def test_every_file_format_gives_the_same_documents(tmp_path, suffix):
 def test_a_column_can_be_named(tmp_path, suffix):
     path = write(tmp_path / f"t.{suffix}", column="body")
     assert read(f"{path}::body") == DOCUMENTS
-    refused(path, "no column 'text'", "id, body")
+    assert_refused(path, "no column 'text'", "id, body")
 
 
 def test_a_glob_reads_its_files_in_order(tmp_path):
@@ -75,10 +75,10 @@ def test_parts_do_not_overlap_and_are_the_same_on_every_machine(tmp_path):
     assert set(read(again, "held-out")) == set(held_out), "neither order nor repetition moves a document"
 
 
-def test_a_part_without_documents_is_refused(tmp_path):
+def test_a_part_without_documents_is_assert_refused(tmp_path):
     path = write(tmp_path / "t.txt", [DOCUMENTS[0], DOCUMENTS[2]])
     assert len(read(path, "calibration")) == 2
-    refused(path, "held-out", "2 documents", part="held-out")
+    assert_refused(path, "held-out", "2 documents", part="held-out")
 
 
 def test_standard_input_can_be_read_twice_by_one_run(monkeypatch):
@@ -123,24 +123,24 @@ def test_a_sample_depends_on_the_seed_alone():
 
 
 def test_what_cannot_be_read_is_said_in_one_line(tmp_path):
-    refused(tmp_path / "nowhere.txt", "nowhere.txt", "stdlib", "stdin")
-    refused(tmp_path / "*.txt", "*.txt", "matches")
-    refused(tmp_path, str(tmp_path))
+    assert_refused(tmp_path / "nowhere.txt", "nowhere.txt", "stdlib", "stdin")
+    assert_refused(tmp_path / "*.txt", "*.txt", "matches")
+    assert_refused(tmp_path, str(tmp_path))
     (tmp_path / "t.docx").write_bytes(b"PK")
-    refused(tmp_path / "t.docx", "t.docx", ".jsonl")
+    assert_refused(tmp_path / "t.docx", "t.docx", ".jsonl")
     (tmp_path / "latin.txt").write_bytes("fine, then\n\ncaf\xe9".encode("latin-1"))
-    refused(tmp_path / "latin.txt", "latin.txt", "UTF-8", "15")
+    assert_refused(tmp_path / "latin.txt", "latin.txt", "UTF-8", "15")
     (tmp_path / "empty.txt").write_text(" \n\n ")
-    refused(tmp_path / "empty.txt", "empty.txt", "no text")
+    assert_refused(tmp_path / "empty.txt", "empty.txt", "no text")
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": ')
-    refused(tmp_path / "broken.jsonl", "broken.jsonl")
+    assert_refused(tmp_path / "broken.jsonl", "broken.jsonl")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
-    refused(tmp_path / "broken.parquet", "broken.parquet")
+    assert_refused(tmp_path / "broken.parquet", "broken.parquet")
     (tmp_path / "numbers.jsonl").write_text('{"text": 5}')
-    refused(tmp_path / "numbers.jsonl", "'text'", "int")
-    refused("stdlib:tests", "stdlib:topics", "stdlib:docstrings")
+    assert_refused(tmp_path / "numbers.jsonl", "'text'", "int")
+    assert_refused("stdlib:tests", "stdlib:topics", "stdlib:docstrings")
     for spec in ("hub:", "hub:a/b", "hub:a/b:c:train", "hub:a/b:c:train:text:x", "hub::c:train:text"):
-        refused(spec, "hub:REPO:CONFIG:SPLIT:COLUMN")
+        assert_refused(spec, "hub:REPO:CONFIG:SPLIT:COLUMN")
 
 
 SCRIPT = """

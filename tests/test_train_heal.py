@@ -15,7 +15,6 @@ from pilon_compress.measure.evaluate import evaluate
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.distill import Following, mismatch
-from pilon_compress.train.loop import Stopped
 from pilon_compress.train.pipeline import plan, train_model
 from pilon_compress.train.teacher import Teacher
 
@@ -105,36 +104,16 @@ def test_the_best_weights_are_kept_and_are_never_worse_than_the_first(home, tmp_
 
 
 @pytest.mark.parametrize("changes", [{}, {"distill.cache_teacher": 16, "distill.temperature": 2.0}])
-def test_stopped_and_resumed_is_the_same_as_never_stopped(home, tmp_path, monkeypatch, changes):
+def test_stopped_and_resumed_is_the_same_as_never_stopped(home, tmp_path, stop_after, changes):
     asked = healing(home, 12, **changes, **{"run.evaluate_every": 4})
     whole = train_model(asked, tmp_path / "whole", quiet=True)
-    stop_after(5, monkeypatch)
-    with pytest.raises(Stopped):
+    with stop_after(5):
         train_model(asked, tmp_path / "parts", quiet=True)
-    monkeypatch.undo()
     assert not (tmp_path / "parts" / "config.json").exists()
     parts = train_model(asked, tmp_path / "parts", resume=True, quiet=True)
     assert parts["before"] == whole["before"] and parts["val_perplexity"] == whole["val_perplexity"]
     ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def stop_after(steps, monkeypatch):
-    """Ask for an end as Ctrl-C does, after so many steps."""
-    import os
-    import signal
-
-    from pilon_compress.train import loop
-
-    taken, plain = [], loop._step
-
-    def step(job, share):
-        taken.append(share)
-        if len(taken) == steps:
-            os.kill(os.getpid(), signal.SIGINT)
-        return plain(job, share)
-
-    monkeypatch.setattr(loop, "_step", step)
 
 
 def test_block_by_block_lowers_the_error_of_every_block_alone(home):

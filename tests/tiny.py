@@ -5,10 +5,14 @@ tokenizer = tiny.tiny_tokenizer()            one token per byte
 tiny.save_tiny("bert", tmp_path / "dense")   both, as a folder that transformers loads
 """
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -93,3 +97,13 @@ def save_tiny(family: str, folder: str | Path, heads: str = "lm", seed: int = 0,
     model.save_pretrained(folder)
     tiny_tokenizer(ends=family in ENCODERS).save_pretrained(folder)
     return model
+
+
+def damaged(source: Path, target: Path, damage: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Path:
+    """A copy of a model folder in which `damage(tensors, config)` has been at the weights and at config.json."""
+    shutil.copytree(source, target)
+    config, tensors = json.loads((target / "config.json").read_text()), load_file(target / "model.safetensors")
+    damage(tensors, config)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config))
+    return target

@@ -93,14 +93,16 @@ def compose(
     return triton_launch.project(x, [bank_words.A, bank_words.B, selected, scale, shift, bias], group)
 
 
-def ffn(x: Tensor, gate: Projection | None, up: Projection, down: Projection, act: str) -> Tensor:
+def ffn(
+    x: Tensor, up: Projection, down: Projection, gate: Projection | None = None, activation: str = "relu2"
+) -> Tensor:
     """`x` (..., d) -> (..., d): down(act(up(x))), or down(act(gate(x)) · up(x)); hidden units quantised in groups.
 
-    `act` is one of ACTIVATIONS. Up to 16 tokens everything between x and the result stays float32.
+    As `cpu.ffn`; `activation` is one of ACTIVATIONS. Up to 16 tokens everything between x and the result stays float32.
     """
-    if act not in ACTIVATIONS:
-        raise BadInput(f"activation {act!r} is none of {', '.join(ACTIVATIONS)}")
-    return triton_launch.ffn(x, _parts(gate), _parts(up), _parts(down), ACTIVATIONS.index(act))
+    if activation not in ACTIVATIONS:
+        raise BadInput(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    return triton_launch.ffn(x, _parts(gate), _parts(up), _parts(down), ACTIVATIONS.index(activation))
 
 
 def launches(tokens: int, gate: Projection | None, up: Projection) -> int:

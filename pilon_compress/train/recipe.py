@@ -56,8 +56,8 @@ class Ffn(Section):
     composition: Literal["component", "scalar", "softmax"] = "component"
     """Weights of a composition: one per component, one per primitive, or softmax over logits (the original's)."""
     dense_until: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
-    """kind pilon, without matrices: share of the training during which the model is dense; it is then converted to this budget, and goes
-    on (Pufferfish, Wang et al., 2021, does so with private factors)."""
+    """kind pilon, without matrices: share of the training during which the model is dense; it is then converted to this
+    budget, and goes on (Pufferfish, Wang et al., 2021, does so with private factors)."""
     dense_after: Above = 0.67
     """Factor on the learning rate from then on."""
     like: Text | None = None
