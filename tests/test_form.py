@@ -147,10 +147,15 @@ def test_banks_are_owned_once_and_shared_by_their_band_only():
     assert shared[0] is shared[1] is not first, "a deep copy must borrow from its own banks"
 
 
-def test_pruning_unused_primitives_keeps_outputs_bit_equal():
-    model = initialise(pilon_bert(n=8), 0.02).eval()
-    for _, layer in projections(model):
-        layer.selected.copy_(torch.tensor([6, 3]))
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_pruning_unused_primitives_keeps_outputs_bit_equal(composition):
+    model = initialise(pilon_bert(n=8, composition=composition), 0.02).eval()
+    with torch.no_grad():
+        for _, layer in projections(model):
+            if composition == "softmax":
+                layer.weight[:, 0] = torch.tensor([0.0, -1, -2, 1, -3, -4, 2, -5])
+            else:
+                layer.selected.copy_(torch.tensor([6, 3]))
     ids = torch.randint(0, 50, (2, 9))
     before = model(ids).last_hidden_state
     assert prune_unused(model) == 4 * 6

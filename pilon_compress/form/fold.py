@@ -93,26 +93,24 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 @torch.no_grad()
 def prune_unused(model: Host) -> int:
-    """Drop, in place, the primitives that no layer selects; outputs stay bit-identical. Returns how many went.
-
-    Banks composed by softmax keep all their logits' primitives: which ones are selected may still change.
-    """
+    """Drop, in place, the primitives that no layer selects; outputs stay bit-identical. Returns how many went."""
     gone = 0
     users: dict[int, list[ComposedLinear]] = {}
     for _, composed in projections(model):
         users.setdefault(id(composed.bank), []).append(composed)
     for _, bank in banks(model):
         layers = users.get(id(bank), [])
-        if any(layer.composition == "softmax" for layer in layers):
-            continue
-        used = torch.zeros(bank.n_primitives, dtype=torch.bool, device=layers[0].selected.device if layers else None)
+        used = torch.zeros(bank.n_primitives, dtype=torch.bool, device=layers[0].weight.device if layers else None)
         for layer in layers:
-            used[layer.selected] = True
+            used[layer.coefficients()[0]] = True
         if bool(used.all()):
             continue
         renumbered = used.cumsum(0) - 1
         for layer in layers:
-            layer.selected.copy_(renumbered[layer.selected])
+            if layer.composition == "softmax":  # no layer had the lost logits among its largest
+                layer.weight = nn.Parameter(layer.weight[used].clone())
+            else:
+                layer.selected.copy_(renumbered[layer.selected])
         gone += int((~used).sum())
         bank.keep(used)
     return gone
