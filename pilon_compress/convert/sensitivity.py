@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from pilon_compress.convert.blocks import Block
-from pilon_compress.convert.calibration import Batch
+from pilon_compress.convert.calibration import Batch, sequences
 from pilon_compress.convert.moments import LOGITS
 from pilon_compress.convert.neurons import refit
 from pilon_compress.convert.shelf import Shelf
@@ -33,13 +33,10 @@ class Sensitivity:
     """
 
     def __init__(self, source: Source, batches: Sequence[Batch], causal: bool, shelf: Shelf | None = None) -> None:
-        layers = len(source.names)
-        count = max(1, min(len(batches), round(SHARE * len(batches) / (layers / 2 + 2))))
-        chosen = [batches[round(i * len(batches) / count)] for i in range(count)]
         self.source, self.causal, self.shelf = source, causal, shelf or Shelf()
-        self.stream = Stream(source, chosen)
+        self.stream = Stream(source, _part(batches, SHARE / (len(source.names) / 2 + 2)))
         stream = self.stream.fork()
-        for index in track(range(layers), "reference outputs"):
+        for index in track(range(len(source.names)), "reference outputs"):
             with source.block(index) as block:
                 stream.advance(block)
         for name, part in self._outputs(stream):
@@ -95,6 +92,16 @@ class Sensitivity:
             a, b = a.float(), b.float()
             total += 2 * float((b.exp() * (b - a)).sum())
         return total
+
+
+def _part(batches: Sequence[Batch], share: float) -> list[Batch]:
+    """A `share` of the texts: batches from everywhere, or where that is less than one, the first texts of the first."""
+    count = round(share * len(batches))
+    if count >= 1:
+        return [batches[round(i * len(batches) / count)] for i in range(count)]
+    first = batches[0]
+    texts = max(1, round(share * sequences(batches)))
+    return [Batch(first.input_ids[:texts], first.attention_mask[:texts])]
 
 
 def _trim(linear: nn.Module, left: Tensor, weight: Tensor, mean: Tensor | None) -> None:

@@ -1,0 +1,56 @@
+"""What trimming a layer costs is what it does to the whole model's predictions, and measuring it costs little."""
+
+import copy
+
+import pytest
+import torch
+
+from pilon_compress.convert.blocks import Block
+from pilon_compress.convert.calibration import Batch
+from pilon_compress.convert.moments import gather
+from pilon_compress.convert.neurons import refit
+from pilon_compress.convert.sensitivity import Sensitivity
+from pilon_compress.convert.source import Source
+from pilon_compress.families import find_sites
+
+
+def block_of(source, sites, moments, layer):
+    members = [site for site in sites if site.layer == layer]
+    with source.block(layer) as module:
+        return Block(layer, members, module, source.names[layer], moments)
+
+
+@pytest.fixture
+def dense(tiny):
+    model = tiny.tiny_model("llama")
+    ids = torch.randint(5, 250, (12, 16), generator=torch.Generator().manual_seed(0))
+    return model, [Batch(part, torch.ones_like(part)) for part in ids.split(2)]
+
+
+def test_the_measured_loss_is_the_divergence_of_the_whole_model(dense):
+    model, batches = dense
+    source, sites = Source(model), find_sites(model)
+    moments = gather(source, batches, sites, causal=True)
+    sensitivity = Sensitivity(source, batches, causal=True)
+    block = block_of(source, sites, moments, 1)
+    scale = sensitivity.measure(1, block, 20)
+
+    left = block.elimination.left(20)
+    trimmed = copy.deepcopy(model)
+    down = trimmed.model.layers[1].mlp.down_proj
+    weight = refit(block.weights[block.down.name], block.metrics[block.down.name], left)
+    with torch.no_grad():
+        down.weight.copy_(torch.zeros(down.in_features, down.out_features).index_copy(0, left, weight.float()).T)
+        shown = torch.cat([batches[i].input_ids for i in (0, 2, 4)])  # three of six batches
+        ours, theirs = (one(shown).logits.log_softmax(-1) for one in (trimmed, model))
+    lost = 2 * (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+    assert scale == pytest.approx(lost / block.elimination.loss(20), rel=0.03)
+
+
+@pytest.mark.parametrize(("batches", "texts"), [(6, 6), (1, 5)])
+def test_a_part_of_the_text_is_measured_even_where_it_is_one_batch(dense, batches, texts):
+    model, text = dense
+    ids = torch.cat([batch.input_ids for batch in text])
+    parts = [Batch(part, torch.ones_like(part)) for part in ids.split(len(ids) // batches)]
+    stream = Sensitivity(Source(model), parts, causal=True).stream
+    assert sum(len(hidden) for hidden in stream.hidden) == texts, "3 layers: 1.5 / 3.5 of 12 texts"
