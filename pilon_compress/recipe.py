@@ -108,7 +108,7 @@ class Form(Section):
 
     composition: Literal["component", "scalar"] = "component"
     """Weights of a composition: one per component of each selected primitive, or one per primitive."""
-    bank_dtype: Literal["auto", "int8", "int4"] = "auto"
+    bank_dtype: Literal["auto", "int8", "int4", "int3", "int2"] = "auto"
     """Of banks and matrices: auto as everything else, or whole numbers, which each layer makes up for as it can."""
 
 

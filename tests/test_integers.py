@@ -1,7 +1,8 @@
-"""Models in int8 and int4: exact codecs, real folders, bytes as reported, damage refused, whole conversions."""
+"""Models in whole numbers: exact codecs, real folders, bytes as reported, damage refused, whole conversions."""
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from pilon_compress.convert.plan import BankPlan, Plan, trimmed
 from pilon_compress.convert.prepare import prepare
 from pilon_compress.convert.rounding import nearest
 from pilon_compress.deploy.export import export_dense, export_self_contained
+from pilon_compress.deploy.pack import export_packed
 from pilon_compress.deploy.save import save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import find_sites
-from pilon_compress.form.fold import fold
+from pilon_compress.form.fold import fold, prune_unused
 from pilon_compress.form.initialise import initialise
 from pilon_compress.form.integers import KINDS, pack_integers, unpack_integers
 from pilon_compress.form.layout import banks, install, kept_matrices, layout_of, projections
@@ -105,6 +107,21 @@ def test_codecs_are_exact_and_as_small_as_they_say(n, d, m, quantization, seed):
     assert torch.equal(unpack_integers(stored, (d, m), kind), numbers)
 
 
+def test_bits_lie_in_a_row():
+    """The layout of files that exist: lowest bits first, the earlier of two numbers in the low half of a byte."""
+    for quantization, numbers, stored in [
+        ("int4", [-8, 7, 0], [0xF0, 0x08]),
+        ("int3", [-4, 3, -3, 0, 1, -4, 2, 3, -3], [0b01_111_000, 0b0_101_100_0, 0b111_110_00, 0b001]),
+        ("int2", [-2, -1, 0, 1, -1], [0b11_10_01_00, 0b01]),
+    ]:
+        found = pack_integers(torch.tensor([[numbers]], dtype=torch.int8), KINDS[quantization])
+        assert found.tolist() == [stored]
+
+
+def test_all_kinds_can_be_asked_for():
+    assert get_args(recipe.Form.model_fields["bank_dtype"].annotation) == ("auto", *KINDS)
+
+
 @pytest.mark.parametrize("quantization", KINDS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_whole_numbers_compute_what_they_stand_for_and_survive_saving(tiny, tmp_path, family, quantization):
@@ -138,13 +155,34 @@ def test_half_precision_keeps_numbers_and_scales(tiny, tmp_path, quantization):
     assert on_disk(tmp_path / "again") == on_disk(tmp_path / "m")
 
 
-def test_exports_of_whole_numbers(tiny, tmp_path):
-    whole, _ = rounded(tiny, "llama", "int4")
+@pytest.mark.parametrize("quantization", KINDS)
+def test_primitives_that_no_layer_selects_are_dropped(tiny, quantization):
+    whole, _ = rounded(tiny, "llama", quantization)
+    for _, layer in projections(whole):
+        layer.selected.remainder_(3)  # two of the five are free
+    expected, before = output(whole), ffn_size(layout_of(whole)).bytes
+    assert prune_unused(whole) > 0 and ffn_size(layout_of(whole)).bytes < before
+    assert torch.equal(output(whole), expected)
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+def test_exports_of_whole_numbers(tiny, tmp_path, quantization):
+    whole, _ = rounded(tiny, "llama", quantization)
     save(tiny, whole, tmp_path / "m")
     export_dense(str(tmp_path / "m"), tmp_path / "dense")
     assert "pilon" not in (tmp_path / "dense" / "config.json").read_text()
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert torch.allclose(output(dense), output(whole), atol=1e-5)
+    found = export_packed(str(tmp_path / "m"), tmp_path / "rest", rest="int8")
+    rest = AutoModelForCausalLM.from_pretrained(tmp_path / "rest")
+    assert (output(rest) - output(whole)).norm() < 0.05 * output(whole).norm()
+    assert found["model"]["bytes"] == on_disk(tmp_path / "rest", ("",)) and found["max_logit_difference"] == 0
+    assert f"weights: {quantization}, a scale" in (tmp_path / "rest" / "README.md").read_text()
+
+
+def test_self_contained_export_needs_no_installation(tiny, tmp_path):
+    whole, _ = rounded(tiny, "llama", "int3")
+    save(tiny, whole, tmp_path / "m")
     export_self_contained(str(tmp_path / "m"), tmp_path / "own")
     code = (
         "import torch; from transformers import AutoModelForCausalLM as M; "
@@ -174,7 +212,7 @@ def too_low(tensors, config):
 
 
 def other_kind(tensors, config):
-    next(iter(config["quantization_config"]["layout"]["banks"].values()))["quantization"] = "int3"
+    next(iter(config["quantization_config"]["layout"]["banks"].values()))["quantization"] = "int5"
 
 
 def other_rank(tensors, config):
@@ -209,15 +247,17 @@ def place(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("budget", [{}, {"bands": 1, "rank": 4}])
-def test_conversion_reports_the_bytes_that_it_writes(tiny, place, tmp_path, budget):
-    settings = asked(tiny, place, budget={"ffn_ratio": 0.7, **budget})
+@pytest.mark.parametrize(
+    ("quantization", "budget"), [("int4", {}), ("int4", {"bands": 1, "rank": 4}), ("int3", {"bands": 1, "rank": 4})]
+)
+def test_conversion_reports_the_bytes_that_it_writes(tiny, place, tmp_path, quantization, budget):
+    settings = asked(tiny, place, quantization=quantization, budget={"ffn_ratio": 0.7, **budget})
     report = pipeline.convert(settings, tmp_path / "out")
     assert report["ffn"]["bytes_ratio"] < 0.45 * report["ffn"]["stored_ratio"] * 2  # float32 elsewhere
     model = AutoModel.from_pretrained(tmp_path / "out")
     layout = layout_of(model)
     assert layout.banks or layout.kept
-    assert {spec.quantization for spec in (*layout.banks.values(), *layout.kept.values())} == {"int4"}
+    assert {spec.quantization for spec in (*layout.banks.values(), *layout.kept.values())} == {quantization}
     written = on_disk(tmp_path / "out", ("pilon_banks", "intermediate.dense", "output.dense"))
     attention = on_disk(tmp_path / "out", ("attention.output.dense",))
     assert report["ffn"]["bytes"] == written - attention

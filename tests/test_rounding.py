@@ -1,5 +1,7 @@
 """Rounding that makes up for itself: exact where it can be, better than the nearest numbers where inputs correlate."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from pilon_compress.convert.fit import fit_bank
 from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.rounding import nearest, round_bank, round_matrix, round_rows, scales
 from pilon_compress.families import Site
-from pilon_compress.form.integers import KINDS, Kind, spread
+from pilon_compress.form.integers import KINDS, spread
 
 
 def target(d_in=96, d_out=40, seed=0, layer=0):
@@ -41,21 +43,23 @@ def test_nearest_is_within_range_and_half_a_step_or_clipped(n, d, m, quantizatio
     assert ((found.values - weight).abs() <= 0.5001 * step)[inside].all()
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_few_bits_have_so_many_numbers_and_zeros_stay_zeros(bits):
-    low, high = Kind(bits, 64).range
-    assert high - low + 1 == (255 if bits == 8 else 2**bits)
-    assert scales(torch.zeros(1, 70, 2, dtype=torch.float64), Kind(bits, 64)).all()
-    assert not nearest(torch.zeros(1, 70, 2, dtype=torch.float64), "int4").values.any()
+@pytest.mark.parametrize("quantization", KINDS)
+def test_few_bits_have_so_many_numbers_and_zeros_stay_zeros(quantization):
+    kind, zeros = KINDS[quantization], torch.zeros(1, 70, 2, dtype=torch.float64)
+    low, high = kind.range
+    assert high - low + 1 == (255 if kind.bits == 8 else 2**kind.bits)
+    assert scales(zeros, kind).all() and not nearest(zeros, quantization).values.any()
 
 
-def test_what_is_whole_already_stays_as_it_is():
-    codes = torch.randint(-8, 8, (1, 96, 40), generator=torch.Generator().manual_seed(0)).double()
-    codes[:, ::64] = -8  # so that every group reaches its end
+@pytest.mark.parametrize("quantization", KINDS)
+def test_what_is_whole_already_stays_as_it_is(quantization):
+    low, high = KINDS[quantization].range
+    codes = torch.randint(low, high + 1, (1, 96, 40), generator=torch.Generator().manual_seed(0)).double()
+    codes[:, ::64] = low  # so that every group reaches its end
     one = target()
     exact = Target("t", 0, codes[0] * 0.125, one.metric)
-    assert torch.equal(round_matrix(exact, "int4").values[0], exact.weight)
-    assert torch.equal(nearest(exact.weight[None], "int4").values[0], exact.weight)
+    assert torch.equal(round_matrix(exact, quantization).values[0], exact.weight)
+    assert torch.equal(nearest(exact.weight[None], quantization).values[0], exact.weight)
 
 
 def test_each_row_makes_up_for_those_before_it():
@@ -77,9 +81,12 @@ def test_each_row_makes_up_for_those_before_it():
 @pytest.mark.parametrize("d_in", [96, 300])
 def test_matrices_lose_less_than_by_the_nearest_numbers(d_in):
     one = target(d_in)
-    losses = [one.output_loss(f.values[0]) for f in (round_matrix(one, "int4"), nearest(one.weight[None], "int4"))]
-    assert 0 < losses[0] < 0.5 * losses[1]
-    assert one.output_loss(round_matrix(one, "int8").values[0]) < losses[0] / 20
+    plain, ours = (
+        [one.output_loss(find(quantization).values[0]) for quantization in KINDS]
+        for find in (lambda kind: nearest(one.weight[None], kind), lambda kind: round_matrix(one, kind))
+    )
+    assert all(0 < mine < 0.5 * theirs for mine, theirs in zip(ours, plain, strict=True))
+    assert all(more < less / 3 for more, less in pairwise(ours))  # from many bits to few
 
 
 @pytest.mark.parametrize(("layers", "n", "r", "k"), [(1, 1, 24, 1), (2, 8, 6, 6)])

@@ -9,7 +9,7 @@ knapsack, allocate  where the budget goes; share, align: whether bands gain by s
 factorize, fit      best factors of one weight, and of a band's weights from one bank; band, lbfgs: that problem,
                     and what solves it; cluster: which components go together
 anchor, layers      one layer after another, behind the converted ones
-rounding            to int8 or int4, if asked for, errors fed on to what is not rounded yet
+rounding            to whole numbers, if asked for, errors fed on to what is not rounded yet
 build               the model of all that
 refine, descent     regression to the dense model, if asked for
 ternarise           factors become digits, for a training that goes on from there

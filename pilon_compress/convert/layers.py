@@ -58,7 +58,7 @@ class Task:
     dtypes: Sequence[torch.dtype] = (torch.float32,)
     """What the model computes in and then, where it differs, what it is built in: each rounds once."""
     quantization: str | None = None
-    """int8 or int4: banks and matrices become whole numbers."""
+    """One of `form.integers.KINDS`: banks and matrices become whole numbers."""
 
 
 def solve(source: Source, batches: Sequence[Batch], task: Task, moments: Moments, journal: Journal) -> Solved:

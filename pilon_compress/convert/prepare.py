@@ -72,7 +72,7 @@ class Job:
 
     @property
     def quantization(self) -> str | None:
-        """int8 or int4 where banks and matrices become whole numbers."""
+        """Which of `form.integers.KINDS` where banks and matrices become whole numbers."""
         asked = self.recipe.form.bank_dtype
         return None if asked == "auto" else asked
 

@@ -15,7 +15,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.int8 import to_int8
-from pilon_compress.form.integers import IntegerBank, IntegerLinear
+from pilon_compress.form.integers import KINDS, IntegerBank, IntegerLinear
 from pilon_compress.form.layout import BANKS, Kept, Layout, banks, kept_matrices, layout_of, projections
 from pilon_compress.form.packed import PackedBank, PackedLinear
 from pilon_compress.form.packing import pack
@@ -148,8 +148,10 @@ def size_of(model: PreTrainedModel) -> dict[str, Any]:
 HOW = {
     "ternary-base3": "ternary, five digits in a byte",
     "ternary-2bit": "ternary, two bits a digit",
-    "int8": "int8, a scale per column",
-    "int4": "int4, a scale for 64 numbers",
+}
+HOW |= {
+    name: f"{name}, a scale " + (f"for {kind.group} numbers" if kind.group else "per column")
+    for name, kind in KINDS.items()
 }
 
 

@@ -1,12 +1,15 @@
-"""Whole numbers of 8 or 4 bits in the place of weights, for models that no longer change.
+"""Whole numbers of 8 bits or fewer in the place of weights, for models that no longer change.
 
     int8   -127 .. 127   a scale for every column: a component of a bank, an output of a kept matrix
     int4   -8 .. 7       two in a byte, and a scale for every 64 rows of a column
+    int3   -4 .. 3       eight in three bytes, scales as for int4
+    int2   -2 .. 1       four in a byte, likewise
 
 A matrix lies as (n, d, m), scales running down its columns: A as (n, d_in, r), B as (n, d_out, r), a kept matrix as
 (1, d_in, d_out). Scales are bfloat16, of either sign; what they are to be is decided in `convert.rounding`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,24 +41,45 @@ class Kind:
         return -(-rows * columns * self.bits // 8), 2 * self.groups(rows) * columns
 
 
-KINDS = {"int8": Kind(8, 0), "int4": Kind(4, 64)}
+KINDS = {"int8": Kind(8, 0), "int4": Kind(4, 64), "int3": Kind(3, 64), "int2": Kind(2, 64)}
 
 
 def pack_integers(numbers: Tensor, kind: Kind) -> Tensor:
-    """`numbers` (n, d, m) int8 as (n, bytes): int8, or uint8 with the earlier of two numbers in the low half."""
+    """`numbers` (n, d, m) int8 as (n, bytes): int8, or uint8 with the numbers' bits in a row, lowest first."""
     flat = numbers.flatten(1)
     if kind.bits == 8:
         return flat
-    flat = functional.pad(flat + 8, (0, flat.shape[1] % 2)).to(torch.uint8)
-    return flat[:, ::2] | (flat[:, 1::2] << 4)
+    count, width, places = _period(kind)
+    fields = (flat - kind.range[0]).to(torch.uint8)
+    fields = functional.pad(fields, (0, -flat.shape[1] % count)).unflatten(1, (-1, count)).unbind(-1)
+    stored = [torch.zeros_like(fields[0]) for _ in range(width)]
+    for field, (byte, shift) in zip(fields, places, strict=True):
+        stored[byte] |= field << shift
+        if shift + kind.bits > 8:
+            stored[byte + 1] |= field >> 8 - shift
+    return torch.stack(stored, -1).flatten(1)[:, : kind.size(*numbers.shape[1:])[0]]
 
 
 def unpack_integers(stored: Tensor, shape: tuple[int, int], kind: Kind) -> Tensor:
     """What `pack_integers` was given: (n, d, m) int8 for the `shape` (d, m)."""
-    if kind.bits == 4:
-        halves = torch.stack([stored & 15, stored >> 4], -1).flatten(1)
-        stored = halves.to(torch.int8)[:, : shape[0] * shape[1]] - 8
-    return stored.unflatten(1, shape)
+    if kind.bits == 8:
+        return stored.unflatten(1, shape)
+    _, width, places = _period(kind)
+    columns = functional.pad(stored, (0, -stored.shape[1] % width)).unflatten(1, (-1, width)).unbind(-1)
+    fields = []
+    for byte, shift in places:
+        field = columns[byte] >> shift
+        if shift + kind.bits > 8:
+            field = field | columns[byte + 1] << 8 - shift
+        fields.append(field & (1 << kind.bits) - 1)
+    numbers = torch.stack(fields, -1).flatten(1)[:, : math.prod(shape)].to(torch.int8) + kind.range[0]
+    return numbers.unflatten(1, shape)
+
+
+def _period(kind: Kind) -> tuple[int, int, list[tuple[int, int]]]:
+    """So many numbers fill so many bytes; the byte and the bit at which each of them begins."""
+    whole = math.lcm(kind.bits, 8)
+    return whole // kind.bits, whole // 8, [divmod(start, 8) for start in range(0, whole, kind.bits)]
 
 
 def spread(scale: Tensor, rows: int, kind: Kind) -> Tensor:

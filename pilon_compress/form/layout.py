@@ -25,7 +25,7 @@ BANKS = "pilon_banks"  # where the base model owns its banks
 @dataclass(frozen=True)
 class BankSpec:
     """Shape of one bank, and what its numbers are: `quantization` none, ternary (in training), ternary-2bit or
-    ternary-base3 (packed), int8 or int4."""
+    ternary-base3 (packed), or one of `integers.KINDS`."""
 
     d_in: int
     d_out: int
