@@ -1,12 +1,13 @@
 """What the GPU gives, whether the kernels are exact on it, and their time against dense; prints a short table last.
 
 PYTHONPATH=. python3 benchmarks/kernels.py ceilings        bandwidths, launches, matrix products
-PYTHONPATH=. python3 benchmarks/kernels.py exact           every kernel against the arithmetic in plain torch
+PYTHONPATH=. python3 benchmarks/kernels.py exact           every kernel, every packed layer against the CPU
 PYTHONPATH=. python3 benchmarks/kernels.py ffn             feed-forward blocks against dense bfloat16, in CUDA graphs
 PYTHONPATH=. python3 benchmarks/kernels.py exact --smoke   seconds, on a CPU; the times mean nothing there
 """
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -112,7 +113,7 @@ def exact(device: str, smoke: bool) -> Rows:
         for tokens in (1, 17) if smoke else (1, 16, 17, 65, 600):
             x = torch.randn(tokens, d, generator=torch.Generator().manual_seed(tokens))
             rows |= {f"{tokens} x {d}, {ff}: {name}": value for name, value in exact_block(x, sides, device)}
-    return rows
+    return rows | dict(exact_layers(device))
 
 
 def exact_block(x: Tensor, sides: list[tuple[Any, ...]], device: str) -> Iterator[tuple[str, str]]:
@@ -133,6 +134,37 @@ def exact_block(x: Tensor, sides: list[tuple[Any, ...]], device: str) -> Iterato
     if device != "cpu":
         block = partial(gpu.ffn, up=up, down=down, gate=gate)
         yield "torch.compile against eager", apart(torch.compile(block, fullgraph=True)(there), block(there).cpu())
+
+
+def exact_layers(device: str) -> Iterator[tuple[str, str]]:
+    """Layers of a packed model that is moved to the device against the same layers before."""
+    from pilon_compress.form.composed import ComposedLinear
+    from pilon_compress.form.int8 import Int8Linear
+    from pilon_compress.form.packed import PackedBank, PackedLinear
+    from pilon_compress.form.packing import pack
+    from pilon_compress.kernels import choose
+
+    torch.manual_seed(0)
+    bank = PackedBank(200, 96, 3, 16, "base3")
+    bank.A_codes, bank.B_codes = (pack(torch.randint(-1, 2, shape), "base3") for shape in ((3, 200, 16), (3, 16, 96)))
+    matrix, rest = PackedLinear(200, 96, False, (200, 96), "2bit", group=128), Int8Linear(200, 90, False)
+    matrix.codes = pack(torch.randint(-1, 2, (1, 200, 96)), "2bit")
+    rest.weight.random_(-127, 128)
+    layers = torch.nn.ModuleDict(
+        {"composed": ComposedLinear(bank, 2, False, group=128), "matrix": matrix, "8 bits": rest}
+    )
+    for scale in (layers["composed"].weight, matrix.weight, rest.scale):
+        scale.normal_()
+    batches = [torch.randn(tokens, 200).to(dtype) for tokens in (1, 17) for dtype in (torch.float32, torch.bfloat16)]
+    before = [{name: layer(x) for name, layer in layers.items()} for x in batches]
+    choose.TRITON.add(device)
+    layers["bank"] = bank  # borrowed by the first layer: moves as part of the model
+    moved = copy.deepcopy(layers).to(device)  # in memory of its own, where nothing is unpacked yet
+    for x, expected in zip(batches, before, strict=True):
+        for name, y in expected.items():
+            yield f"packed, {len(x)} in {str(x.dtype)[6:]}: {name}", apart(moved[name](x.to(device)), y)
+    forms = type(moved["bank"]._ready[1]).__name__, type(moved["matrix"]._ready[1]).__name__
+    yield "packed layers are computed as", ", ".join(forms)
 
 
 def ffn(device: str, smoke: bool) -> Rows:

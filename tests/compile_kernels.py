@@ -119,7 +119,8 @@ def traced() -> list[dict[str, Any]]:
                 first, second = (
                     gpu.Projection(gpu.BankWords(*p[:2], d), *p[2:]) for p, d in ((flat[:6], 64), (flat[6:], 256))
                 )
-                return gpu.ffn(x, first, second), gpu.compose(x, *first)
+                matrix = gpu.MatrixWords(first.words.A, first.selected, 64)
+                return gpu.ffn(x, first, second), gpu.compose(x, *first), gpu.ternary_linear(x, matrix, first.scale)
 
         flat = [*gpu._parts(up), *gpu._parts(down)]
         graph, _ = aot_export_module(Blocks(), [torch.randn(3, 64), *flat], trace_joint=False)

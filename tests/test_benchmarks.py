@@ -50,4 +50,6 @@ def test_the_kernels_are_measured_without_an_install_and_found_exact(tmp_path):
     found = {name: value for name, value in exact.items() if ": " in name}
     assert {name.split(", ")[-1] for name in found if "relu2" in name} == {"2 launches", "4 launches", "many launches"}
     assert all(value.startswith("0 of ") for name, value in found.items() if "silu" not in name)
+    assert {name.split(": ")[1] for name in found if "packed" in name} == {"composed", "matrix", "8 bits"}
+    assert exact["packed layers are computed as"] == "BankWords, MatrixWords"
     assert any("ternary, 2 launches" in name for name in blocks)

@@ -162,6 +162,17 @@ def test_exact_int8_linear(tokens, d_in, d_out, bias):
     y = y if offset is None else y + offset
     assert torch.equal(cpu.int8_linear(x, weight, scale, offset), y)
     assert torch.equal(reference.int8_linear(x, weight, scale, offset), y)
+    filled = reference.whole_product(codes.to(torch.int8), weight, filled=True)  # as on a GPU
+    assert torch.equal(filled.long(), codes.long() @ weight.long().T)
+
+
+def test_what_is_multiplied_on_a_gpu_has_the_shapes_that_it_takes(monkeypatch):
+    asked, real = [], torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: asked.append((*a.shape, b.shape[1])) or real(a, b))
+    for tokens, d_in, d_out in ((1, 48, 57), (17, 50, 16), (40, 64, 24)):
+        whole = torch.ones(tokens + d_out, d_in, dtype=torch.int8)
+        assert reference.whole_product(whole[:tokens], whole[tokens:], filled=True).eq(d_in).all()
+    assert asked == [(32, 48, 64), (32, 64, 16), (40, 64, 24)]
 
 
 def test_int8_rows_restore_a_weight_to_half_a_step():

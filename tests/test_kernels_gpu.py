@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pilon_compress.errors import BadInput
+from pilon_compress.kernels import choose, reference
 
 if sys.platform != "linux":
     pytest.skip("triton is for Linux", allow_module_level=True)
@@ -136,6 +137,23 @@ def test_bfloat16_goes_in_and_comes_out(gpu, draw):
         assert y.dtype == torch.bfloat16 and torch.equal(y, reference(x).bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("tokens", "d_in", "d_out", "group"),
+    [(3, 100, 48, 0), (2, 300, 64, 128), (0, 64, 16, 0), (20, 100, 48, 0), (70, 300, 80, 32)],
+)
+def test_matrix_is_exact(gpu, draw, tokens, d_in, d_out, group):
+    digits = torch.randint(-1, 2, (d_in, d_out), generator=draw, dtype=torch.int8)
+    x, scale, bias = (torch.randn(*shape, generator=draw) for shape in ((tokens, d_in), (d_out,), (d_out,)))
+    words = gpu.matrix_words(digits)
+    for given in (bias, None):
+        y = gpu.ternary_linear(x, words, scale, given, group)
+        assert torch.equal(y, reference.ternary_linear(x, digits, scale, given, group))
+    half = gpu.ternary_linear(x.bfloat16(), words, scale, None, group)
+    assert torch.equal(half, reference.ternary_linear(x.bfloat16(), digits, scale, None, group).bfloat16())
+    ((codes, s),) = codes_of(x)  # and the definition, in int64
+    assert torch.equal(gpu.ternary_linear(x, words, scale), (codes @ digits.long()).float() * s * scale)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("way", ["two", "four", "five", "tiles"])
 def test_block_is_exact_whichever_kernels_run(gpu, draw, monkeypatch, gated, way):
@@ -184,6 +202,9 @@ def test_the_operators_keep_to_what_torch_asks_of_operators(gpu, draw):
     x = torch.randn(2, 3, 64, generator=draw)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(gpu.triton_launch.project, (x, gpu._parts(up), 0), test_utils=checks)
+    matrix = gpu.matrix_words(torch.ones(64, 32, dtype=torch.int8))
+    given = (x, matrix.A, matrix.selected, torch.ones(32), None, 32)
+    torch.library.opcheck(gpu.triton_launch.linear, given, test_utils=checks)
     torch.library.opcheck(gpu.triton_launch.ffn, (x, [], gpu._parts(up), gpu._parts(down), 2), test_utils=checks)
 
     class Block(torch.nn.Module):
@@ -200,12 +221,59 @@ def test_what_the_kernels_cannot_do_is_refused(gpu, draw):
     with pytest.raises(BadInput, match="rank 24 is not a multiple of 16"):
         gpu.words(*some_digits(draw, 2, 32, 24, 32))
     up, _ = some_projection(gpu, draw, 2, 32, 16, 32, 1)
+    with pytest.raises(BadInput, match="24 outputs are not a multiple of 16"):
+        gpu.matrix_words(torch.zeros(32, 24, dtype=torch.int8))
     with pytest.raises(BadInput, match="group 96"):
         gpu.compose(torch.zeros(1, 32), *up, 96)
     with pytest.raises(BadInput, match="x has 31 numbers"):
         gpu.compose(torch.zeros(1, 31), *up)
     with pytest.raises(BadInput, match="'swish'"):
         gpu.ffn(torch.zeros(1, 32), up, up, activation="swish")
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """As in a new process in which the CPU counts as a GPU."""
+    monkeypatch.setattr(choose, "TRITON", {"cpu"})
+    choose._works.cache_clear()
+    yield
+    choose._works.cache_clear()
+
+
+def zeros_like_a_broken_card(x, *rest):
+    return x.new_zeros(len(x), 16)
+
+
+@pytest.mark.parametrize("reason", ["PILON_KERNELS=0", "pip install 'pilon-compress[gpu]'", "wrong numbers"])
+def test_without_triton_the_same_numbers_come_and_one_warning_says_why(gpu, draw, untried, monkeypatch, caplog, reason):
+    A, B = some_digits(draw, 3, 64, 16, 32)
+    x, selected, scale = torch.randn(2, 64, generator=draw), torch.tensor([2, 0]), torch.randn(32, generator=draw)
+    by_triton = choose.bank(A, B, 32)
+    assert isinstance(by_triton, gpu.BankWords) and isinstance(choose.matrix(A[0], 32), gpu.MatrixWords)
+    assert not caplog.records
+    choose._works.cache_clear()
+    if reason == "PILON_KERNELS=0":
+        monkeypatch.setenv("PILON_KERNELS", "0")
+    elif reason == "wrong numbers":
+        monkeypatch.setattr(gpu, "ternary_linear", zeros_like_a_broken_card)
+    else:
+        monkeypatch.delitem(sys.modules, "pilon_compress.kernels.gpu")
+        monkeypatch.delattr("pilon_compress.kernels.gpu")
+        monkeypatch.setitem(sys.modules, "triton", None)
+    for _ in range(2):
+        plain = choose.bank(A, B, 32)
+        assert not isinstance(plain, gpu.BankWords) and not isinstance(choose.matrix(A[0], 32), gpu.MatrixWords)
+    (said,) = (record.getMessage() for record in caplog.records if record.name == choose.__name__)
+    assert "plain torch" in said and reason in said
+    monkeypatch.undo()
+    a, b = (choose.compose(x, packed, selected, scale, None, 32) for packed in (plain, by_triton))
+    assert torch.equal(a, b)
+
+
+def test_what_does_not_suit_the_kernels_goes_elsewhere(gpu, draw, untried):
+    for rank, group in ((24, 0), (16, 96), (16, 512)):
+        assert not isinstance(choose.bank(*some_digits(draw, 2, 64, rank, 32), group), gpu.BankWords)
+    assert not isinstance(choose.matrix(some_digits(draw, 1, 64, 24, 8)[0][0], 0), gpu.MatrixWords)
 
 
 @pytest.fixture(scope="module")
@@ -245,4 +313,5 @@ def test_torch_sees_the_kernels_inside_the_operators_and_what_they_write(offline
         ("output", ["codes", "out"]),
         ("latent", ["codes", "scales", "sums", "out"]),
         ("output", ["codes", "out"]),
+        ("latent", ["codes", "scales", "sums", "out"]),
     ]

@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pilon_compress  # noqa: F401  registers the format
 from pilon_compress.deploy.pack import export_packed
 from pilon_compress.errors import BadInput
+from pilon_compress.form.packed import PackedBank, PackedLinear
 from pilon_compress.form.packing import PER_BYTE, pack, unpack, valid
+from pilon_compress.kernels import choose
+from pilon_compress.kernels.words import BankWords, MatrixWords
 from pilon_compress.train import recipe
 from pilon_compress.train.pipeline import train_model
 
@@ -23,8 +26,9 @@ KINDS = {
     "arcee": [],
     "llama": ["host.family=llama", "ternary.sub_norm=true", "ternary.learned_scale=true"],
     "options": ["ffn.latent_scale=true", "ffn.latent_bias=true", "ffn.composition=scalar"],
-    "dense": ["ffn.kind=dense"],
-    "rank8": ["ffn.rank=8"],
+    "dense": ["ffn.kind=dense", "host.num_hidden_layers=2"],
+    # the others have ranks that no kernel takes
+    "rank16": ["ffn.rank=16", "ffn.latent_bias=true", "host.num_hidden_layers=2"],
 }
 
 
@@ -83,6 +87,22 @@ def test_packed_outputs_are_bit_equal_and_bytes_are_those_on_disk(trained, tmp_p
     with torch.no_grad():
         ours, theirs = model(input_ids=IDS).logits.float(), whole(input_ids=IDS).logits.float()
     assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
+@pytest.mark.parametrize("trained", ["rank16", "dense"], indirect=True)
+def test_where_triton_runs_a_model_computes_the_same_by_its_kernels(trained, tmp_path, monkeypatch):
+    export_packed(str(trained), tmp_path / "packed")
+    asked = [(IDS[:1, :1], torch.bfloat16), (IDS[:1, :17], torch.float32)]  # from 17 tokens on other kernels run
+    before = [logits(tmp_path / "packed", ids, dtype=dtype) for ids, dtype in asked]
+    monkeypatch.setattr(choose, "TRITON", {"cpu"})  # as if this were a GPU: in the interpreter (conftest.py)
+    for (ids, dtype), expected in zip(asked, before, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype).eval()
+        with torch.no_grad():
+            y = model(input_ids=ids).logits
+        assert y.dtype == dtype and torch.equal(y, expected)
+        made = {type(m._ready[1]) for m in model.modules() if isinstance(m, PackedBank | PackedLinear)}
+        assert made == {BankWords if trained.name == "rank16" else MatrixWords}
 
 
 def test_generation_with_a_cache_and_any_batch_is_the_full_forward_pass(trained, tmp_path):

@@ -5,7 +5,7 @@
                                               scales in one; shift (k, r) where the bank has a latent bias
     TernaryLinear  weight (d_out, d_in)   ->  PackedLinear   codes, weight = scale (d_out,) float32
 
-Forward passes are the kernels' (`kernels.cpu`), which compute what `form.ternary` computes, bit for bit.
+Forward passes are the kernels' (`kernels.choose`), which compute what `form.ternary` computes, bit for bit.
 """
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import NORM_EPS, ComposedLinear
 from pilon_compress.form.packing import packed_size, unpack, valid
-from pilon_compress.kernels import cpu, reference
+from pilon_compress.kernels import choose
+from pilon_compress.kernels.tiles import BankTiles, MatrixTiles
+from pilon_compress.kernels.words import BankWords, MatrixWords
 
 
 class PackedBank(PrimitiveBank):
@@ -30,7 +32,7 @@ class PackedBank(PrimitiveBank):
         for name, numbers in (("A_codes", d_in * rank), ("B_codes", rank * d_out)):
             shape = (n_primitives, packed_size(numbers, encoding))
             self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
-        self._ready: tuple[int, cpu.BankTiles | tuple[Tensor, Tensor]] | None = None
+        self._ready: tuple[tuple[int, int], BankTiles | BankWords | choose.Digits] | None = None
 
     @property
     def n_primitives(self) -> int:
@@ -68,19 +70,13 @@ class PackedBank(PrimitiveBank):
         """The `selected` (k,) primitives on `x` (..., d_in), with scales `weight` (k, r) and a `shift` (k, r)."""
         scale = weight.reshape(-1).float()
         shift = None if shift is None else shift.reshape(-1).float()
-        ready = self._unpacked()
-        if isinstance(ready, cpu.BankTiles):
-            return cpu.compose(x, ready, selected, scale, shift, None, group)
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.compose(x, *ready, selected, scale, shift, None, group).to(x.dtype)
+        return choose.compose(x, self._unpacked(group), selected, scale, shift, group)
 
-    def _unpacked(self) -> "cpu.BankTiles | tuple[Tensor, Tensor]":
-        """The digits as they are computed with, made at the first use: tiles of the CPU's kernel, or plain."""
-        where = self.A_codes.data_ptr()
-        if self._ready is None or self._ready[0] != where:
-            A, B = self.digits()
-            tiled = A.device.type == "cpu" and self.rank % 16 == 0 and cpu.available()
-            self._ready = (where, cpu.tiles(A, B) if tiled else (A, B))
+    def _unpacked(self, group: int) -> BankTiles | BankWords | choose.Digits:
+        """The digits as they are computed with, made at the first use."""
+        key = self.A_codes.data_ptr(), group
+        if self._ready is None or self._ready[0] != key:
+            self._ready = key, choose.bank(*self.digits(), group)
         return self._ready[1]
 
     def refuse(self) -> str | None:
@@ -114,7 +110,7 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         self.norm = nn.RMSNorm(d_in, eps=NORM_EPS) if norm else None
-        self._ready: tuple[int, cpu.MatrixTiles] | None = None
+        self._ready: tuple[int, MatrixTiles | MatrixWords] | None = None
 
     def digits(self) -> Tensor:
         """(d_in, d_out), int8."""
@@ -125,9 +121,8 @@ class PackedLinear(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         if self._ready is None or self._ready[0] != self.codes.data_ptr():
-            self._ready = self.codes.data_ptr(), cpu.matrix_tiles(self.digits())
-        with torch.autocast(x.device.type, enabled=False):
-            y = cpu.ternary_linear(x, self._ready[1], self.weight.float(), None, self.group)
+            self._ready = self.codes.data_ptr(), choose.matrix(self.digits(), self.group)
+        y = choose.ternary_linear(x, self._ready[1], self.weight.float(), self.group)
         return y if self.bias is None else y + self.bias
 
     def matrix(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What others call: ternary projections and feed-forward blocks, and 8-bit linears, on the CPU.
+"""Ternary projections and feed-forward blocks, and 8-bit linears, on the CPU; on other devices in plain torch.
 
 The kernel is compiled when it is first asked for. Where it cannot be had the same functions compute the same numbers in
 plain torch, and one warning says why. That fallback multiplies whole numbers in float32, which is exact. torch's own

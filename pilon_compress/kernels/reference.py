@@ -88,12 +88,25 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     These sums pass 2^24, so they are made of integers and rounded to float32 once.
     """
     codes, scales = quantise(x)
-    if weight.shape[1] % 16 == 0:
-        whole = torch._int_mm(codes.flatten(0, -2).to(torch.int8), weight.t()).reshape(*x.shape[:-1], weight.shape[0])
-    else:  # it is wrong for some narrow matrices
-        whole = codes.double() @ weight.t().double()
-    y = whole.float() * scales * scale
+    whole = whole_product(codes.reshape(-1, x.shape[-1]).to(torch.int8), weight, x.device.type != "cpu")
+    y = whole.reshape(*x.shape[:-1], weight.shape[0]).float() * scales * scale
     return y if bias is None else y + bias
+
+
+def whole_product(codes: Tensor, weight: Tensor, filled: bool) -> Tensor:
+    """Int8 `codes` (M, d_in) times int8 `weight` (d_out, d_in): (M, d_out) int32.
+
+    torch's product is wrong for some narrow matrices unless d_in is a multiple of 16. On a GPU it takes more than 16
+    rows and multiples of 8 outputs only: where `filled`, zeros are added and cut off again.
+    """
+    (tokens, d_in), d_out = codes.shape, weight.shape[0]
+    short = -d_in % 16
+    few, narrow = (max(0, 32 - tokens), -d_out % 8) if filled else (0, 0)
+    if short or few:
+        codes = functional.pad(codes, (0, short, 0, few))
+    if short or narrow:  # without a reason it would be copied all the same
+        weight = functional.pad(weight, (0, short, 0, narrow))
+    return torch._int_mm(codes, weight.t())[:tokens, :d_out]
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,26 @@ def _(x: Tensor, projection: Sequence[Tensor | None], group: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], _parts(projection).B.shape[2])
 
 
+@torch.library.triton_op("pilon_gpu::linear", mutates_args=())
+def linear(x: Tensor, words: Tensor, selected: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    """A matrix as one primitive: its outputs are the latent vector, which is scaled and not quantised."""
+    rows, one = x.reshape(-1, x.shape[-1]).contiguous(), Parts(words, words, selected, scale, None, None)
+    tokens, d_out = rows.shape[0], scale.shape[0]
+    if tokens == 0:
+        y = x.new_empty(0, d_out, dtype=torch.float32)
+    elif tokens <= FEW:
+        y = _latent(rows, None, one, None, group).view(tokens, d_out)
+    else:
+        y = _latent_tiled(_code(rows, words, group), one, group)
+    y = y * scale
+    return (y if bias is None else y + bias).to(x.dtype).reshape(*x.shape[:-1], d_out)
+
+
+@linear.register_fake
+def _(x: Tensor, words: Tensor, selected: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], scale.shape[0])
+
+
 @torch.library.triton_op("pilon_gpu::ffn", mutates_args=())
 def ffn(
     x: Tensor,
@@ -239,11 +259,17 @@ def _code_hidden(gate: Tensor | None, up: Tensor, count: int, act: int) -> Coded
 def _tiled(coded: Coded, parts: Parts, group: int, dtype: torch.dtype) -> Tensor:
     """y (M, d_out) of codes (M, WIDTH), which have one scale or one for each `group`."""
     tokens, latent = coded[0].shape[0], parts.scale.shape[0]
-    group = group if coded[1].shape[1] > 1 else 0
-    u = _product(coded[0], coded[1], parts.A, parts.selected, None, latent, True, group, torch.float32)
+    u = _latent_tiled(coded, parts, group)
     codes, scales, _ = _room(u, tokens, latent, 1)
     wrap_triton(many.code_latents)[(tokens,)](u, parts.scale, parts.shift, codes, scales, latent, U=_power(latent))
     return _product(codes, scales, parts.B, parts.selected, parts.bias, parts.B.shape[2], False, 0, dtype)
+
+
+def _latent_tiled(coded: Coded, parts: Parts, group: int) -> Tensor:
+    """u (M, k·r), as `_latent`."""
+    codes, scales, _ = coded
+    group = group if scales.shape[1] > 1 else 0
+    return _product(codes, scales, parts.A, parts.selected, None, parts.scale.shape[0], True, group, torch.float32)
 
 
 def _product(

@@ -1,0 +1,106 @@
+"""Which kernel computes a layer's digits: `bank` and `matrix` choose when they pack them, and nothing else does.
+
+    on a CPU    cpu.py, banks whose rank is a multiple of 16, all matrices
+    on a GPU    gpu.py, ranks and outputs that are multiples of 16, scales for 32 to 256 inputs or for all
+    otherwise   reference.py
+
+All compute the same numbers. Triton is tried once: where it fails, one warning says why. PILON_KERNELS=0 asks for plain
+torch on a GPU too.
+"""
+
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from pilon_compress.kernels import cpu, reference
+from pilon_compress.kernels.tiles import BankTiles, MatrixTiles
+from pilon_compress.kernels.words import GROUPS, MULTIPLE, BankWords, MatrixWords, matrix_words, words
+
+Digits = tuple[Tensor, Tensor]
+TRITON = {"cuda"}  # devices; with "cpu" among them, and TRITON_INTERPRET=1, tests run the kernels without a GPU
+
+
+def bank(A: Tensor, B: Tensor, group: int) -> BankTiles | BankWords | Digits:
+    """The digits A (n, d_in, r) and B (n, r, d_out), int8, as they are computed with; `group` as of `compose`."""
+    rank = A.shape[2]
+    if _by_triton(A.device.type, rank, group):
+        return words(A, B)
+    return cpu.tiles(A, B) if A.device.type == "cpu" and rank % 16 == 0 and cpu.available() else (A, B)
+
+
+def matrix(digits: Tensor, group: int) -> MatrixTiles | MatrixWords:
+    """The same for a matrix (d_in, d_out)."""
+    d_out = digits.shape[1]
+    return matrix_words(digits) if _by_triton(digits.device.type, d_out, group) else cpu.matrix_tiles(digits)
+
+
+def compose(
+    x: Tensor,
+    packed: BankTiles | BankWords | Digits,
+    selected: Tensor,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    group: int = 0,
+) -> Tensor:
+    """`x` (..., d_in) -> (..., d_out) in the dtype of x, through a `bank`; the rest as of `reference.compose`."""
+    if isinstance(packed, BankTiles):
+        return cpu.compose(x, packed, selected, scale, shift, None, group)
+    if isinstance(packed, BankWords):
+        from pilon_compress.kernels import gpu
+
+        with _on(x):
+            return gpu.compose(x, packed, selected, scale, shift, None, group)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.compose(x, *packed, selected, scale, shift, None, group).to(x.dtype)
+
+
+def ternary_linear(x: Tensor, packed: MatrixTiles | MatrixWords, scale: Tensor, group: int = 0) -> Tensor:
+    """`x` (..., d_in) -> (..., d_out) in the dtype of x, through a `matrix`."""
+    if isinstance(packed, MatrixWords):
+        from pilon_compress.kernels import gpu
+
+        with _on(x):
+            return gpu.ternary_linear(x, packed, scale, None, group)
+    with torch.autocast(x.device.type, enabled=False):
+        return cpu.ternary_linear(x, packed, scale, None, group)
+
+
+def _by_triton(device: str, outputs: int, group: int) -> bool:
+    return device in TRITON and outputs % MULTIPLE == 0 and group in (0, *GROUPS) and available(device)
+
+
+@torch.compiler.assume_constant_result
+def available(device: str) -> bool:
+    """Whether the Triton kernels are used on `device`, on tensors that suit them."""
+    return _works(device)
+
+
+@cache
+def _works(device: str) -> bool:
+    """Whether a small matrix comes out right, by the kernels for few tokens and for more."""
+    try:
+        if os.environ.get("PILON_KERNELS") == "0":
+            raise RuntimeError("PILON_KERNELS=0")
+        from pilon_compress.kernels import gpu
+
+        ones = torch.ones(32, 16, dtype=torch.int8, device=device)
+        for tokens in (1, 17):
+            y = gpu.ternary_linear(
+                torch.ones(tokens, 32, device=device), matrix_words(ones), torch.ones(16, device=device)
+            )
+            if not torch.allclose(y, torch.full_like(y, 32.0)):
+                raise RuntimeError("the kernels give wrong numbers here")
+    except Exception as error:  # noqa: BLE001  triton, its compiler, the driver and the card each fail in their own way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        logging.getLogger(__name__).warning("ternary layers on %s run in plain torch, slower: %s", device, reason)
+        return False
+    return True
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, which need not be that of `x`; compilers see to that themselves."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
