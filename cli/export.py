@@ -47,7 +47,7 @@ def export(
     rest: Annotated[
         Rest, typer.Option(help="Of a packed export: int8 for attention, head and token embeddings too.")
     ] = Rest.none,
-    dtype: Annotated[str, typer.Option(help="Of a dense export: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; not self-contained.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:

@@ -128,23 +128,29 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
 
     Raises BadInput for files that are missing, truncated, or hold other tensors than the architecture.
     """
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise BadInput(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    wanted = find_dtype(dtype) if isinstance(dtype, str) else dtype
     target = find_device(device)
     folder = resolve(reference)
     kind = _architecture(load_config(reference)) or AutoModel
     if Path(folder).is_dir():
         _check_weights(Path(folder))
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     try:
         model, loaded = kind.from_pretrained(
-            folder, dtype=wanted, use_safetensors=True, output_loading_info=True, **_where(folder)
+            folder, dtype=wanted or "auto", use_safetensors=True, output_loading_info=True, **_where(folder)
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _refusal(reference, folder, error) from error
     if missing := sorted(loaded["missing_keys"]):  # transformers leaves them random
         raise BadInput(f"{reference} lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}")
     return model.to(target).eval()
+
+
+def find_dtype(name: str) -> torch.dtype | None:
+    """What `name` means: one of DTYPES, None for auto. Raises BadInput."""
+    if name not in DTYPES:
+        raise BadInput(f"dtype {name!r} is none of {', '.join(DTYPES)}")
+    found: torch.dtype | None = getattr(torch, name, None)
+    return found
 
 
 def find_device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pilon_compress  # noqa: F401  registers the format
@@ -136,6 +137,16 @@ def test_the_command_and_what_reads_its_folder(one, tmp_path):
     assert shown.returncode == 0, shown.stderr
     again = cli("export", tmp_path / "packed", "--to", "packed", "-o", tmp_path / "again")
     assert again.returncode == 2 and "is packed already" in again.stderr and not (tmp_path / "again").exists()
+
+
+def test_a_narrower_type_moves_no_digit_and_bytes_are_those_on_disk(one, tmp_path):
+    found = export_packed(str(one / "out"), tmp_path / "packed", dtype="bfloat16")
+    whole, narrow = (load_file(folder / "model.safetensors") for folder in (one / "packed", tmp_path / "packed"))
+    codes = [name for name in whole if name.endswith("_codes")]
+    assert codes and all(torch.equal(whole[name], narrow[name]) for name in codes)
+    assert whole["model.embed_tokens.weight"].dtype == torch.float32, "ternary models are trained and kept in float32"
+    assert narrow["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert found["model"]["bytes"] == sum(tensor.nbytes for tensor in narrow.values())
 
 
 def test_a_model_that_is_not_ternary_is_sent_to_training(tmp_path):

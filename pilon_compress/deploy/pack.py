@@ -37,15 +37,17 @@ def export_packed(
 ) -> dict[str, Any]:
     """Write a ternary model with its digits packed, `encoding` 2bit or base3. It loads through `from_pretrained`.
 
-    `rest` int8: attention, head and token embeddings in 8 bits (`form.int8`); of a model in whole numbers that is all.
+    `dtype`: of what is neither digits nor their scales. `rest` int8: attention, head and token embeddings in 8 bits
+    (`form.int8`); of a model in whole numbers that is all.
     Returns `ffn` and `model` (sizes and their ratios over the dense model in bfloat16, bytes as on disk) and
     `max_logit_difference` on random tokens, in float32, of packing; `rest_relative_error` is that of outputs by
     rounding the rest. Raises BadInput for a model that is not ternary.
     """
     check_output(output, overwrite, source)
-    model = load_pilon(source, dtype)
+    wanted = checkpoint.find_dtype(dtype)
+    model = load_pilon(source, "auto")  # narrower only once they are digits, which rounding would move
     ternary = check_packable(model, source, rest)
-    kept_dtype = model.dtype
+    kept_dtype = wanted or model.dtype
     before = _outputs(model)
     if ternary:
         packed(model, encoding)
@@ -57,7 +59,7 @@ def export_packed(
     with fresh_folder(output, overwrite) as folder:
         save_model(model, checkpoint.load_tokenizer(source), folder, kept_dtype)
         copy_companions(checkpoint.resolve(source), folder)
-        size = size_of(model)
+        size = size_of(model, kept_dtype.itemsize)
         (folder / "README.md").write_text(card(source, layout_of(model), size, found))
     return {**size, **found}
 
@@ -135,10 +137,9 @@ def _outputs(model: PreTrainedModel) -> torch.Tensor:
     return model.eval()(input_ids=ids.to(model.device))[0].float()
 
 
-def size_of(model: PreTrainedModel) -> dict[str, Any]:
-    """`ffn` and `model` as `measure.size` counts them."""
+def size_of(model: PreTrainedModel, itemsize: int) -> dict[str, Any]:
+    """`ffn` and `model` as `measure.size` counts them, with so many bytes a plain number."""
     layout, dense = layout_of(model), checkpoint.empty_model(model.config)
-    itemsize = model.dtype.itemsize
     return {
         "ffn": ffn_size(layout, itemsize).to_dict(),
         "model": model_size(layout, dense, itemsize).to_dict(),

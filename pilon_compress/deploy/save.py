@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress.deploy.loader import PilonConfig
@@ -104,14 +105,23 @@ def save_model(
     layout = layout_of(model)
     if layout.projections or layout.kept:
         model.config.quantization_config = PilonConfig(layout.to_dict(), 2 if layout.quantized else 1)
-    own = stored_types(model)
-    state = {name: t.to(own.get(name, dtype)) if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, state_dict=_narrowed(model, dtype), max_shard_size=max_shard_size)
     model.config.dtype = dtype  # save_pretrained notes the dtype of the module, not of the state that it was given
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner only
+
+
+def _narrowed(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state in `dtype`, but for what has a type of its own; tensors that were tied stay one, and are saved once."""
+    own, made = stored_types(model), dict[tuple[int, torch.Size, torch.dtype], Tensor]()
+    state = dict(model.state_dict())
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.numel():
+            wanted = own.get(name, dtype)
+            state[name] = made.setdefault((tensor.data_ptr(), tensor.shape, wanted), tensor.to(wanted))
+    return state
 
 
 COMPANIONS = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")

@@ -113,10 +113,12 @@ def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> di
 
 
 def dtype_of(recipe: TrainRecipe) -> torch.dtype:
-    """Of the saved weights."""
+    """Of the saved weights. Digits stand on the exact numbers behind them: rounding those moves some across."""
     if recipe.dtype != "auto":
         named: torch.dtype = getattr(torch, recipe.dtype)
         return named
+    if recipe.ternary.enabled:
+        return torch.float32
     start = checkpoint.load_config(recipe.start).dtype if recipe.start is not None else None
     return start if isinstance(start, torch.dtype) else torch.float32
 

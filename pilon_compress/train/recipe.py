@@ -266,7 +266,8 @@ class TrainRecipe(Section):
     """heal: convert `start`, a dense model, to the first of these ratios of stored FFN parameters, heal it, convert
     what came of it to the next, and so on; the tokens are shared out evenly."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the saved weights; auto: as `start`, or float32."""
+    """Of the saved weights; auto: as `start`, or float32. Ternary ones are float32: rounding would move digits, and
+    `export` can narrow the rest."""
     device: Text = "auto"
     host: Host = Host()
     ffn: Ffn = Ffn()
