@@ -18,7 +18,7 @@ demo: $(READY)
 	@echo "The report: $(CURDIR)/$(DEMO)/report.html"
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -72,7 +72,8 @@ class PackedBank(PrimitiveBank):
         shift = None if shift is None else shift.reshape(-1).float()
         return choose.compose(x, self._unpacked(group), selected, scale, shift, group)
 
-    def _unpacked(self, group: int) -> BankTiles | BankWords | choose.Digits:
+    # quoted: an export that brings its code along holds this file, and not the kernels
+    def _unpacked(self, group: int) -> "BankTiles | BankWords | choose.Digits":
         """The digits as they are computed with, made at the first use."""
         key = self.A_codes.data_ptr(), group
         if self._ready is None or self._ready[0] != key:
