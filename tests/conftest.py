@@ -62,6 +62,13 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
+def triton() -> None:
+    """For tests of the Triton kernels. Triton is for Linux; there the tests need it."""
+    if sys.platform != "linux":
+        pytest.skip("triton is for Linux")
+
+
+@pytest.fixture
 def hub(tmp_path: Path) -> Any:
     """An empty hub: fill `hub.root`; `hub.run(*arguments, **environment)` runs Python with it and an empty cache."""
     server = _load("tiny_hub").Hub(tmp_path / "hub")

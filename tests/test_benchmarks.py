@@ -40,8 +40,8 @@ def test_every_row_of_the_queue_runs_without_an_install(tmp_path):
     assert all((result["FFN stored ÷ dense"] == 1) == (result["arm"] == "dense") for result in results)
 
 
+@pytest.mark.usefixtures("triton")
 def test_the_kernels_are_measured_without_an_install_and_found_exact(tmp_path):
-    pytest.importorskip("triton", reason="triton is not installed")
     results = run_bare(KERNELS, "", tmp_path)
     rows = re.findall(r"^\|[^|]*\| `(\w+)` \|", QUEUE, re.MULTILINE)
     assert rows == [result["arm"] for result in results]

@@ -12,8 +12,7 @@ import torch
 from pilon_compress.errors import BadInput
 from pilon_compress.kernels import choose, reference
 
-if sys.platform != "linux":
-    pytest.skip("triton is for Linux", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("triton")
 
 ACTS = {
     "none": lambda x: x,

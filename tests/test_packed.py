@@ -90,7 +90,7 @@ def test_packed_outputs_are_bit_equal_and_bytes_are_those_on_disk(trained, tmp_p
     assert (ours - theirs).norm() < 0.05 * theirs.norm()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
+@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("trained", ["rank16", "dense"], indirect=True)
 def test_where_triton_runs_a_model_computes_the_same_by_its_kernels(trained, tmp_path, monkeypatch):
     export_packed(str(trained), tmp_path / "packed")
