@@ -144,7 +144,7 @@ def prepare(recipe: Recipe) -> Job:
         batch_size=asked.batch_size,
     )
     stored = getattr(config, "dtype", None) or torch.float32
-    dtype = stored if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    dtype = checkpoint.find_dtype(recipe.dtype) or stored
     pinned = recipe.model_copy(update={"calibration": asked.model_copy(update=vars(calibration))})
     job = Job(pinned, config, dense, causal, sites, plan, plan.layout(), calibration, dtype)
     if job.quantization is None:

@@ -114,11 +114,9 @@ def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> di
 
 def dtype_of(recipe: TrainRecipe) -> torch.dtype:
     """Of the saved weights. Digits stand on the exact numbers behind them: rounding those moves some across."""
-    if recipe.dtype != "auto":
-        named: torch.dtype = getattr(torch, recipe.dtype)
-        return named
-    if recipe.ternary.enabled:
-        return torch.float32
+    named = checkpoint.find_dtype(recipe.dtype)
+    if named is not None or recipe.ternary.enabled:
+        return named or torch.float32
     start = checkpoint.load_config(recipe.start).dtype if recipe.start is not None else None
     return start if isinstance(start, torch.dtype) else torch.float32
 
