@@ -64,6 +64,14 @@ class ComposedLinear(nn.Module):
         top = self.weight[:, 0].topk(self.top_k)
         return top.indices, top.values.softmax(0)[:, None]
 
+    @torch.no_grad()
+    def keep(self, used: Tensor) -> None:
+        """Follow a bank that drops the primitives for which `used` (n,) is False; the layer selects none of them."""
+        if self.composition == "softmax":
+            self.weight = nn.Parameter(self.weight[used].clone())
+        else:
+            self.selected.copy_((used.cumsum(0) - 1)[self.selected])
+
     def forward(self, x: Tensor) -> Tensor:
         selected, weight = self.coefficients()
         if self.norm is not None:

@@ -105,12 +105,8 @@ def prune_unused(model: Host) -> int:
             used[layer.coefficients()[0]] = True
         if bool(used.all()):
             continue
-        renumbered = used.cumsum(0) - 1
         for layer in layers:
-            if layer.composition == "softmax":  # no layer had the lost logits among its largest
-                layer.weight = nn.Parameter(layer.weight[used].clone())
-            else:
-                layer.selected.copy_(renumbered[layer.selected])
+            layer.keep(used)
         gone += int((~used).sum())
         bank.keep(used)
     return gone
