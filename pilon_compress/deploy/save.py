@@ -115,12 +115,12 @@ def save_model(
 
 def _narrowed(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state in `dtype`, but for what has a type of its own; tensors that were tied stay one, and are saved once."""
-    own, made = stored_types(model), dict[tuple[int, torch.Size, torch.dtype], Tensor]()
-    state = dict(model.state_dict())
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and tensor.numel():
-            wanted = own.get(name, dtype)
-            state[name] = made.setdefault((tensor.data_ptr(), tensor.shape, wanted), tensor.to(wanted))
+    own, made, state = stored_types(model), dict[int, Tensor](), dict[str, Tensor]()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in made:
+            plain = tensor.detach()
+            made[id(tensor)] = plain.to(own.get(name, dtype)) if plain.is_floating_point() else plain
+        state[name] = made[id(tensor)]
     return state
 
 
