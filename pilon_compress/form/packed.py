@@ -111,7 +111,7 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         self.norm = nn.RMSNorm(d_in, eps=NORM_EPS) if norm else None
-        self._ready: tuple[int, MatrixTiles | MatrixWords] | None = None
+        self._ready: tuple[int, MatrixTiles | MatrixWords | Tensor] | None = None
 
     def digits(self) -> Tensor:
         """(d_in, d_out), int8."""

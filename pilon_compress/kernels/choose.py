@@ -1,6 +1,6 @@
 """Which kernel computes a layer's digits: `bank` and `matrix` choose when they pack them, and nothing else does.
 
-    on a CPU    cpu.py, banks whose rank is a multiple of 16, all matrices
+    on a CPU    cpu.py, where the kernel can be had: banks whose rank is a multiple of 16, all matrices
     on a GPU    gpu.py, ranks and outputs that are multiples of 16, scales for 32 to 256 inputs or for all
     otherwise   reference.py
 
@@ -32,10 +32,11 @@ def bank(A: Tensor, B: Tensor, group: int) -> BankTiles | BankWords | Digits:
     return cpu.tiles(A, B) if A.device.type == "cpu" and rank % 16 == 0 and cpu.available() else (A, B)
 
 
-def matrix(digits: Tensor, group: int) -> MatrixTiles | MatrixWords:
+def matrix(digits: Tensor, group: int) -> MatrixTiles | MatrixWords | Tensor:
     """The same for a matrix (d_in, d_out)."""
-    d_out = digits.shape[1]
-    return matrix_words(digits) if _by_triton(digits.device.type, d_out, group) else cpu.matrix_tiles(digits)
+    if _by_triton(digits.device.type, digits.shape[1], group):
+        return matrix_words(digits)
+    return cpu.matrix_tiles(digits) if digits.device.type == "cpu" and cpu.available() else digits
 
 
 def compose(
@@ -47,26 +48,28 @@ def compose(
     group: int = 0,
 ) -> Tensor:
     """`x` (..., d_in) -> (..., d_out) in the dtype of x, through a `bank`; the rest as of `reference.compose`."""
-    if isinstance(packed, BankTiles):
-        return cpu.compose(x, packed, selected, scale, shift, None, group)
-    if isinstance(packed, BankWords):
-        from pilon_compress.kernels import gpu
-
-        with _on(x):
-            return gpu.compose(x, packed, selected, scale, shift, None, group)
     with torch.autocast(x.device.type, enabled=False):
+        if isinstance(packed, BankTiles):
+            return cpu.compose(x, packed, selected, scale, shift, None, group)
+        if isinstance(packed, BankWords):
+            from pilon_compress.kernels import gpu
+
+            with _on(x):
+                return gpu.compose(x, packed, selected, scale, shift, None, group)
         return reference.compose(x, *packed, selected, scale, shift, None, group).to(x.dtype)
 
 
-def ternary_linear(x: Tensor, packed: MatrixTiles | MatrixWords, scale: Tensor, group: int = 0) -> Tensor:
+def ternary_linear(x: Tensor, packed: MatrixTiles | MatrixWords | Tensor, scale: Tensor, group: int = 0) -> Tensor:
     """`x` (..., d_in) -> (..., d_out) in the dtype of x, through a `matrix`."""
-    if isinstance(packed, MatrixWords):
-        from pilon_compress.kernels import gpu
-
-        with _on(x):
-            return gpu.ternary_linear(x, packed, scale, None, group)
     with torch.autocast(x.device.type, enabled=False):
-        return cpu.ternary_linear(x, packed, scale, None, group)
+        if isinstance(packed, MatrixTiles):
+            return cpu.ternary_linear(x, packed, scale, None, group)
+        if isinstance(packed, MatrixWords):
+            from pilon_compress.kernels import gpu
+
+            with _on(x):
+                return gpu.ternary_linear(x, packed, scale, None, group)
+        return reference.ternary_linear(x, packed, scale, None, group).to(x.dtype)
 
 
 def _by_triton(device: str, outputs: int, group: int) -> bool:
