@@ -21,6 +21,11 @@ ARMS = {
     "dense": ["ffn.kind=dense"],
     "lowrank": ["ffn.kind=lowrank"],
     "pilon": [],
+    "pilon-warm": ["ffn.dense_until=0.5"],
+    "pilon-quarter": ["ffn.mac_ratio=0.3125"],  # k·r = d/4 where the inner width is 4 d
+    "pilon-softmax": ["ffn.composition=softmax"],  # the original's
+    "pilon-ternary": ["ternary.enabled=true"],
+    "pilon-warm-ternary": ["ffn.dense_until=0.5", "ternary.enabled=true"],
     "narrow": ["ffn.matrices=true"],  # a dense block of as many neurons as the budget pays for
     "pilon-anneal": ["selection.explore=anneal"],
     "pilon-adamw": ["optimizer.name=adamw"],
@@ -48,6 +53,7 @@ def main(words: list[str] | None = None) -> None:
         overrides += [f"schedule.tokens={asked.tokens}", f"run.batch_size={asked.batch_size}", "host.vocab_size=32768"]
 
     from pilon_compress.train import recipe
+    from pilon_compress.train.monitor import memory_gib
     from pilon_compress.train.pipeline import train_model
 
     started = time.time()
@@ -62,6 +68,7 @@ def main(words: list[str] | None = None) -> None:
         "tokens": result["tokens"],
         "validation perplexity": round(result["val_perplexity"], 3),
         "tokens per second": round(result["tokens_per_second"]),
+        "memory, GiB": round(memory_gib(torch.device(result["device"])), 2),
         "seconds, all of it": round(time.time() - started),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
