@@ -1,6 +1,7 @@
 """Fixtures for every test; in importlib mode tests cannot import each other, so shared builders are handed out here.
 
-`tiny`: tests/tiny.py, tiny models and a tokenizer. `hub`: a model hub on this machine, tests/tiny_hub.py.
+`tiny`: tests/tiny.py, tiny models and a tokenizer. `cli`: the command line, tests/command_line.py. `hub`: a model hub
+on this machine, tests/tiny_hub.py.
 """
 
 import importlib.util
@@ -37,6 +38,20 @@ def _load(name: str) -> ModuleType:
 def tiny() -> ModuleType:
     """tests/tiny.py: tiny_tokenizer(), tiny_model(family), save_tiny(family, folder)."""
     return _load("tiny")
+
+
+@pytest.fixture(scope="session")
+def command_line() -> ModuleType:
+    """tests/command_line.py: `fresh(*words)` runs the command in a new interpreter."""
+    return _load("command_line")
+
+
+@pytest.fixture(scope="session")
+def cli(command_line: ModuleType) -> Iterator[Any]:
+    """`cli(*words, cwd=folder)` runs `pilon-compress` as a process of its own, without the wait for its imports."""
+    forks = command_line.Forks()
+    yield forks
+    forks.end()
 
 
 @pytest.fixture

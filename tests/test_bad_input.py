@@ -1,15 +1,13 @@
 """Everything that a user can get wrong: one clear line, exit code 2, nothing written. Through the real command line."""
 
 import json
-import os
-import resource
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+# a port where nobody listens stands for a hub that is out of reach
+NO_HUB = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
 PROSE = "\n\n".join(
     f"Paragraph {i}: the quick brown fox jumps over the lazy dog, again and again, until both of them are tired."
     for i in range(200)
@@ -26,25 +24,15 @@ def place(tiny, tmp_path_factory):
     return folder
 
 
-def command(*words, cwd, limit=None, **environment):
-    """Run `pilon-compress`; `limit` caps the size of any file that it writes, as a full disk does."""
+@pytest.fixture
+def convert(cli, place):
+    """Runs `pilon-compress convert` there, on `model`."""
 
-    def cap():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    def convert(*words, model="dense", out="out", run=cli, **options):
+        base = ("convert", model, "-o", out, "--calibration", "prose.txt", "--eval-data", "none")
+        return run(*base, *words, cwd=place, code=None, **options)
 
-    return subprocess.run(
-        [sys.executable, "-m", "pilon_compress.cli", *map(str, words)],
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "0", **environment},
-        capture_output=True,
-        text=True,
-        preexec_fn=cap if limit else None,
-    )
-
-
-def convert(place, *words, model="dense", out="out", **options):
-    base = ("convert", model, "-o", out, "--calibration", "prose.txt", "--eval-data", "none")
-    return command(*base, *words, cwd=place, **options)
+    return convert
 
 
 def assert_refused(done, *expected):
@@ -63,117 +51,116 @@ def nothing_left_behind(place):
     assert {p.name for p in place.iterdir()} == before
 
 
-def test_missing_path(place):
-    assert_refused(convert(place, model="./nowhere/model"), "./nowhere/model")
+def test_missing_path(convert):
+    assert_refused(convert(model="./nowhere/model"), "./nowhere/model")
 
 
-def test_hub_unreachable(place):
-    # a port where nobody listens stands for a hub that is out of reach
-    done = convert(place, model="somebody/some-model", HF_ENDPOINT="http://127.0.0.1:9")
+def test_hub_unreachable(convert, command_line):
+    done = convert(model="somebody/some-model", run=command_line.fresh, **NO_HUB)
     assert_refused(done, "somebody/some-model", "hub")
 
 
-def test_text_hub_unreachable_names_the_alternatives(place):
+def test_text_hub_unreachable_names_the_alternatives(convert, command_line):
     source = "hub:Salesforce/wikitext:wikitext-2-raw-v1:train:text"
-    done = convert(place, "--calibration", source, HF_ENDPOINT="http://127.0.0.1:9")
+    done = convert("--calibration", source, run=command_line.fresh, **NO_HUB)
     assert_refused(done, "Salesforce/wikitext", "stdlib", "stdin")
 
 
-def test_not_a_transformers_model(place, tmp_path):
+def test_not_a_transformers_model(convert, tmp_path):
     (tmp_path / "config.json").write_text('{"hello": "world"}')
-    assert_refused(convert(place, model=tmp_path), str(tmp_path))
+    assert_refused(convert(model=tmp_path), str(tmp_path))
 
 
-def test_no_feed_forward_found(place, tmp_path):
+def test_no_feed_forward_found(convert, tmp_path):
     config = {"model_type": "resnet", "architectures": ["ResNetModel"], "depths": [1], "hidden_sizes": [8]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert_refused(convert(place, model=tmp_path), "no feed-forward projections", "--targets")
+    assert_refused(convert(model=tmp_path), "no feed-forward projections", "--targets")
 
 
 @pytest.mark.parametrize("ratio", ["0", "1.5", "nan", "-1", "huge"])
-def test_ratio(place, ratio):
-    assert_refused(convert(place, "--ffn-ratio", ratio), "budget")
+def test_ratio(convert, ratio):
+    assert_refused(convert("--ffn-ratio", ratio), "budget")
 
 
-def test_plan_larger_than_dense(place):
-    done = convert(place, "--rank", "16", "--n-primitives", "12")
+def test_plan_larger_than_dense(convert):
+    done = convert("--rank", "16", "--n-primitives", "12")
     assert_refused(done, "more than the dense model", "--allow-larger")
 
 
-def test_output_that_is_not_empty(place, tmp_path):
+def test_output_that_is_not_empty(convert, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    assert_refused(convert(place, out=tmp_path), "not empty", "--overwrite")
-    assert_refused(convert(place, "--overwrite", out=tmp_path), "holds no model")
+    assert_refused(convert(out=tmp_path), "not empty", "--overwrite")
+    assert_refused(convert("--overwrite", out=tmp_path), "holds no model")
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
-def test_the_source_is_never_overwritten(place):
+def test_the_source_is_never_overwritten(convert, place):
     before = (place / "dense" / "model.safetensors").read_bytes()
-    assert_refused(convert(place, "--overwrite", out="dense"), "holds the model that is read")
+    assert_refused(convert("--overwrite", out="dense"), "holds the model that is read")
     assert (place / "dense" / "model.safetensors").read_bytes() == before
 
 
-def test_a_model_whose_weights_are_not_plain_matrices(place, tmp_path):
-    assert convert(place, "--ffn-ratio", "0.6", out=tmp_path / "p").returncode == 0
-    assert_refused(convert(place, model=tmp_path / "p"), "PILON model already")
+def test_a_model_whose_weights_are_not_plain_matrices(convert, place, tmp_path):
+    assert convert("--ffn-ratio", "0.6", out=tmp_path / "p").returncode == 0
+    assert_refused(convert(model=tmp_path / "p"), "PILON model already")
     copy(place / "causal", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert_refused(convert(place, model=tmp_path), "quantised (gptq)")
+    assert_refused(convert(model=tmp_path), "quantised (gptq)")
 
 
 @pytest.mark.parametrize("words", [("convert", "-o", "out"), ("generate", "-p", "a")])
-def test_a_device_that_is_not_there(place, words):
+def test_a_device_that_is_not_there(cli, place, words):
     name, *rest = words
-    assert_refused(command(name, "causal", *rest, "--device", "cuda:99", cwd=place), "cuda:99")
+    assert_refused(cli(name, "causal", *rest, "--device", "cuda:99", cwd=place, code=None), "cuda:99")
 
 
-def test_unknown_recipe_key_with_file_and_line(place, tmp_path):
+def test_unknown_recipe_key_with_file_and_line(cli, place, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model: dense\nbudget:\n  ffn_ratio: 0.5\n  rnak: 3\n")
-    done = command("convert", "--recipe", recipe, "-o", "out", cwd=place)
+    done = cli("convert", "--recipe", recipe, "-o", "out", cwd=place, code=None)
     assert_refused(done, f"{recipe}:4:", "rnak", "rank")
 
 
-def test_truncated_weights(place, tmp_path):
+def test_truncated_weights(convert, place, tmp_path):
     copy(place / "dense", tmp_path)
     data = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
-    assert_refused(convert(place, model=tmp_path), "model.safetensors")
+    assert_refused(convert(model=tmp_path), "model.safetensors")
 
 
-def test_missing_pilon_tensor(place, tmp_path):
-    assert convert(place, "--ffn-ratio", "0.6", "--bands", "1", out=tmp_path / "p").returncode == 0
+def test_missing_pilon_tensor(cli, convert, place, tmp_path):
+    assert convert("--ffn-ratio", "0.6", "--bands", "1", out=tmp_path / "p").returncode == 0
     path = tmp_path / "p" / "model.safetensors"
     tensors = load_file(path)
     lost = next(key for key in tensors if key.endswith("up.A"))
     save_file({k: v for k, v in tensors.items() if k != lost}, path, metadata={"format": "pt"})
-    assert_refused(command("eval", tmp_path / "p", "--data", "prose.txt", cwd=place), lost)
+    assert_refused(cli("eval", tmp_path / "p", "--data", "prose.txt", cwd=place, code=None), lost)
 
 
-def test_calibration_shorter_than_one_batch(place, tmp_path):
+def test_calibration_shorter_than_one_batch(convert, tmp_path):
     (tmp_path / "short.txt").write_text("\n\n".join(PROSE.split("\n\n")[:6]))
-    assert_refused(convert(place, "--calibration", tmp_path / "short.txt"), "one batch needs")
+    assert_refused(convert("--calibration", tmp_path / "short.txt"), "one batch needs")
 
 
-def test_empty_calibration(place, tmp_path):
+def test_empty_calibration(convert, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
-    assert_refused(convert(place, "--calibration", tmp_path / "empty.txt"), "empty.txt")
+    assert_refused(convert("--calibration", tmp_path / "empty.txt"), "empty.txt")
 
 
 @pytest.mark.parametrize("key", ["encoder.layer.1.intermediate.dense.weight", "embeddings.word_embeddings.weight"])
-def test_nan_in_weights(place, tmp_path, key):
+def test_nan_in_weights(convert, place, tmp_path, key):
     copy(place / "dense", tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     name = next(k for k in tensors if k.endswith(key))
     tensors[name].view(-1)[3] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
-    assert_refused(convert(place, model=tmp_path), name)
+    assert_refused(convert(model=tmp_path), name)
 
 
-def test_activations_that_overflow(place, tmp_path):
+def test_activations_that_overflow(convert, place, tmp_path):
     copy(place / "causal", tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
@@ -181,17 +168,17 @@ def test_activations_that_overflow(place, tmp_path):
         if "c_attn.weight" in name or "ln_" in name:
             tensors[name] = torch.full_like(tensors[name], 1e38)
     save_file(tensors, path, metadata={"format": "pt"})
-    assert_refused(convert(place, "--sequence-length", "16", model=tmp_path), "NaN or infinite")
+    assert_refused(convert("--sequence-length", "16", model=tmp_path), "NaN or infinite")
 
 
-def test_disk_full(place):
-    assert_refused(convert(place, limit=20_000, out="new/folders/out"), "cannot write", "nothing was kept")
+def test_disk_full(convert):
+    assert_refused(convert(file_limit=20_000, out="new/folders/out"), "cannot write", "nothing was kept")
 
 
-def test_overwriting_with_a_failure_keeps_the_old_model(place, tmp_path):
-    assert convert(place, out=tmp_path / "m").returncode == 0
+def test_overwriting_with_a_failure_keeps_the_old_model(convert, tmp_path):
+    assert convert(out=tmp_path / "m").returncode == 0
     old = (tmp_path / "m" / "model.safetensors").read_bytes()
-    assert_refused(convert(place, "--overwrite", out=tmp_path / "m", limit=20_000), "cannot write")
+    assert_refused(convert("--overwrite", out=tmp_path / "m", file_limit=20_000), "cannot write")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 

@@ -1,9 +1,6 @@
 """The benchmark as a shell sees it: which figures there are, that they hang together, and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 
 import pytest
@@ -20,17 +17,6 @@ from pilon_compress.measure.model_forms import FORMS
 from pilon_compress.measure.timing import Times
 
 BLOCK = {"dense_bf16", "dense_int8", "dense_ternary", "pilon_fp32", "pilon_bf16", "pilon_int8", "pilon_ternary"}
-
-
-def shell(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "pilon_compress.cli", "bench", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "120", "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == code, done.stderr + done.stdout
-    return done
 
 
 def hang_together(variants: Mapping[str, Mapping[str, float]]) -> None:
@@ -57,10 +43,10 @@ def folder(tiny, tmp_path_factory):
     return path
 
 
-def test_a_block_is_timed_in_every_form_without_a_model(tmp_path):
+def test_a_block_is_timed_in_every_form_without_a_model(cli, tmp_path):
     plot = tmp_path / "speedups.svg"
     words = ["--ffn", "64x128", "--active-rank", "32", "--batch", "2", "--threads", "1", "--rounds", "3"]
-    result = json.loads(shell(*words, "--json", "--plot", plot).stdout)
+    result = json.loads(cli("bench", *words, "--json", "--plot", plot).stdout)
     assert result["skipped"] == {}
     assert result["speedup"].keys() == result["spread"].keys() == BLOCK
     assert result["ffn"] == {
@@ -87,8 +73,8 @@ def test_a_gated_block_and_a_choice_of_variants_as_a_table():
     assert "dense_bf16" not in printed
 
 
-def test_a_model_is_timed_reading_and_decoding(folder):
-    result = json.loads(shell(folder, "--context", 12, "--rounds", 2, "--threads", 1, "--json").stdout)
+def test_a_model_is_timed_reading_and_decoding(cli, folder):
+    result = json.loads(cli("bench", folder, "--context", 12, "--rounds", 2, "--threads", 1, "--json").stdout)
     assert result["skipped"] == {}
     for part in ("prefill", "decode"):
         assert result[part].keys() == FORMS.keys()

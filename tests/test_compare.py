@@ -7,7 +7,6 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,22 +48,6 @@ main()
 """
 
 
-def started(place, words, program=("-m", "pilon_compress.cli")):
-    return subprocess.Popen(
-        [sys.executable, *program, *words.split()],
-        cwd=place,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finished(process):
-    out, err = process.communicate()
-    return SimpleNamespace(code=process.returncode, out=out, err=err)
-
-
 @pytest.fixture(scope="module")
 def place(tiny, tmp_path_factory):
     """A folder with tiny models `dense` (BERT) and `causal` (GPT-2), `text.txt`, and `full`, which is not empty."""
@@ -78,24 +61,24 @@ def place(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def harmless(place):
-    """What commands that must not write anything answer, and the files there were before and after; all at once."""
+def harmless(cli, place):
+    """What commands that must not write anything answer, and the files there were before and after."""
 
     def files():
         return {str(p): p.stat().st_mtime_ns for p in place.rglob("*")}
 
     before = files()
-    running = {words: started(place, words) for words in (*REFUSED, f"{ENCODER} --dry-run --json")}
-    answers = {words: finished(process) for words, process in running.items()}
+    asked = (*REFUSED, f"{ENCODER} --dry-run --json")
+    answers = {words: cli(*words.split(), cwd=place, code=None) for words in asked}
     return answers, before, files()
 
 
 @pytest.fixture(scope="module")
-def compared(place, harmless):
+def compared(cli, place, harmless):
     """What `compare -o out --json` printed."""
-    done = finished(started(place, f"{ENCODER} -o out --json"))
-    assert done.code == 0 and done.err == "", done.err
-    return json.loads(done.out)
+    done = cli(*f"{ENCODER} -o out --json".split(), cwd=place)
+    assert done.stderr == ""
+    return json.loads(done.stdout)
 
 
 @pytest.fixture
@@ -117,17 +100,18 @@ def settings(model="causal", **calibration):
 def test_a_mistake_is_one_line_and_leaves_nothing(harmless, words):
     answers, before, after = harmless
     answer = answers[words]
-    lines = answer.err.splitlines()
-    assert answer.code == 2 and answer.out == "" and len(lines) == 1 and lines[0].startswith("error: "), answer.err
-    assert all(word in lines[0] for word in REFUSED[words]), answer.err
+    lines = answer.stderr.splitlines()
+    assert answer.returncode == 2 and answer.stdout == "", answer.stdout
+    assert len(lines) == 1 and lines[0].startswith("error: "), answer.stderr
+    assert all(word in lines[0] for word in REFUSED[words]), answer.stderr
     assert before == after
 
 
 def test_dry_run_writes_nothing_and_promises_what_comes(harmless, compared):
     answers, before, after = harmless
     answer = answers[f"{ENCODER} --dry-run --json"]
-    assert answer.code == 0 and answer.err == "" and before == after
-    planned = json.loads(answer.out)
+    assert answer.returncode == 0 and answer.stderr == "" and before == after
+    planned = json.loads(answer.stdout)
     assert planned["dry_run"] is True and planned["seeds"] == [0, 1] and planned["cells"] == 6
     assert planned["calibration"] == {"data": "text.txt", "samples": 32, "sequence_length": 128, "batch_size": 16}
     stored = {entry["method"]: entry["stored"] for entry in planned["planned"]}
@@ -173,15 +157,14 @@ def test_pilon_is_what_convert_makes(inside, compared, tmp_path):
     assert figures(report["evaluation"]) == pytest.approx(figures(cell["quality"]), rel=1e-4)
 
 
-def test_a_killed_comparison_goes_on_where_it_stopped(inside, tmp_path):
-    dead = finished(started(inside, f"{CAUSAL} -o resumed", ("-c", KILLED.replace("CELLS", "4"))))
-    assert dead.code == -signal.SIGKILL and not (inside / "resumed").exists()
+def test_a_killed_comparison_goes_on_where_it_stopped(cli, inside, tmp_path):
+    dying = [sys.executable, "-c", KILLED.replace("CELLS", "4"), *f"{CAUSAL} -o resumed".split()]
+    dead = subprocess.run(dying, cwd=inside, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True)
+    assert dead.returncode == -signal.SIGKILL and not (inside / "resumed").exists()
     lines = (inside / ".resumed.partial" / "cells.jsonl").read_text().splitlines()
     kept = [json.loads(line)["cell"] for line in lines]
     assert len(kept) == 4, "the dense model's and three more"
-    done = finished(started(inside, f"{CAUSAL} -o resumed --json"))
-    assert done.code == 0, done.err
-    resumed = json.loads(done.out)
+    resumed = json.loads(cli(*f"{CAUSAL} -o resumed --json".split(), cwd=inside).stdout)
     assert [cell for cell in resumed["cells"] if cell in kept] == kept[1:], "times to the last digit: not made again"
     assert not (inside / ".resumed.partial").exists() and (inside / "resumed" / "compare.html").is_file()
     asked = comparing.plan(settings(), [0.5], ["svd", "asvd"], 2)

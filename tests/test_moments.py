@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 from pilon_compress.convert.calibration import Batch
-from pilon_compress.convert.moments import SecondMoment, gather
+from pilon_compress.convert.moments import PANEL, SecondMoment, add_gram, gather
 from pilon_compress.convert.shelf import Shelf
 from pilon_compress.convert.source import Source
 from pilon_compress.errors import BadInput
@@ -27,6 +27,23 @@ def test_float32_streaming_equals_float64_brute_force(offset):
     torch.testing.assert_close(moment.mean.double(), rows.mean(0), rtol=1e-5, atol=1e-4)
     second = rows.T @ rows / len(rows)
     assert (moment.second_moment() - second).norm() / second.norm() < 1e-5
+
+
+@pytest.mark.parametrize("width", [3, PANEL, 2 * PANEL + 5])
+def test_a_gram_matrix_in_panels_is_the_whole_product_and_symmetric_to_the_bit(width):
+    rows = torch.randn(50, width, generator=torch.Generator().manual_seed(0))
+    start = rows[:7].T @ rows[:7]
+    square = add_gram((start + start.T) / 2, rows)
+    exact = rows.double().T @ rows.double() + rows[:7].double().T @ rows[:7].double()
+    torch.testing.assert_close(square.double(), exact, rtol=1e-5, atol=1e-4)
+    assert torch.equal(square, square.T)
+
+
+def test_calibration_leaves_no_gradients_on_the_weights(tiny):
+    model = tiny.tiny_model("gpt2").requires_grad_(True)
+    ids, mask = text()
+    gather(Source(model), [Batch(ids, mask)], find_sites(model), causal=True)
+    assert all(weight.grad is None for weight in model.parameters())
 
 
 def text(rows=4, length=10, seed=0):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -39,11 +37,6 @@ def trained(request, tmp_path_factory):
     asked = ["ternary.enabled=true", "schedule.tokens=4096", "run.evaluate_every=100", *KINDS[request.param]]
     train_model(recipe.load("smoke", asked), folder, quiet=True)
     return folder
-
-
-def cli(*words):
-    command = [sys.executable, "-m", "pilon_compress.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def logits(folder, ids, **options):
@@ -127,16 +120,14 @@ def one(tmp_path_factory):
     return folder
 
 
-def test_the_command_and_what_reads_its_folder(one, tmp_path):
+def test_the_command_and_what_reads_its_folder(cli, one, tmp_path):
     done = cli("export", one / "out", "--to", "packed", "--format", "2bit", "-o", tmp_path / "packed", "--json")
-    assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["max_logit_difference"] == 0 and 0 < told["ffn"]["bytes_ratio"] < told["ffn"]["stored_ratio"] / 4
     assert "| feed-forward |" in (tmp_path / "packed" / "README.md").read_text()
-    shown = cli("inspect", tmp_path / "packed", "--json")
-    assert shown.returncode == 0, shown.stderr
-    again = cli("export", tmp_path / "packed", "--to", "packed", "-o", tmp_path / "again")
-    assert again.returncode == 2 and "is packed already" in again.stderr and not (tmp_path / "again").exists()
+    cli("inspect", tmp_path / "packed", "--json")
+    again = cli("export", tmp_path / "packed", "--to", "packed", "-o", tmp_path / "again", code=2)
+    assert "is packed already" in again.stderr and not (tmp_path / "again").exists()
 
 
 def test_a_narrower_type_moves_no_digit_and_bytes_are_those_on_disk(one, tmp_path):
@@ -174,17 +165,16 @@ def odd_rank(tensors, config):
 
 
 @pytest.mark.parametrize("damage", [zero_scale, bad_bytes, newer, odd_rank])
-def test_damage_is_one_line_and_nothing_loads(tiny, one, tmp_path, damage):
-    assert_refused(tiny.damaged(one / "packed", tmp_path / "packed", damage))
+def test_damage_is_one_line_and_nothing_loads(cli, tiny, one, tmp_path, damage):
+    assert_refused(cli, tiny.damaged(one / "packed", tmp_path / "packed", damage))
 
 
-def test_a_truncated_file_is_one_line(one, tmp_path):
+def test_a_truncated_file_is_one_line(cli, one, tmp_path):
     weights = shutil.copytree(one / "packed", tmp_path / "packed") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert_refused(weights.parent)
+    assert_refused(cli, weights.parent)
 
 
-def assert_refused(folder):
-    done = cli("eval", folder, "--data", "stdlib:topics")
-    assert done.returncode == 2, done.stderr
+def assert_refused(cli, folder):
+    done = cli("eval", folder, "--data", "stdlib:topics", code=2)
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr

@@ -72,9 +72,9 @@ def test_the_marked_blocks_run(demo):
 
 
 @pytest.mark.parametrize("line", ON_THE_HUB)
-def test_commands_on_hub_models_parse_and_name_the_hub_when_it_is_out_of_reach(line, tmp_path):
+def test_commands_on_hub_models_parse_and_name_the_hub_when_it_is_out_of_reach(cli, line, tmp_path):
     """No hub here: each must get as far as the hub, and say in one line that it cannot be reached."""
-    done = pilon(line, tmp_path, code=2)
+    done = cli(*shlex.split(line, comments=True)[1:], cwd=tmp_path, code=2)
     assert len(done.stderr.strip().splitlines()) == 1 and "hub" in done.stderr.lower(), done.stderr
     assert not list(tmp_path.iterdir())
 

@@ -204,14 +204,8 @@ def test_dry_run_writes_nothing(tmp_path):
         (("--recipe", "smoke", "-o", "x", "--set", "ffn.ffn_ratio=0.001"), "the budget pays for no primitive"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, words, message):
-    done = subprocess.run(
-        [sys.executable, "-m", "pilon_compress.cli", "train", *words],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PILON_CACHE": str(tmp_path / "tokens")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and message in done.stderr, done.stderr
+def test_bad_input_is_one_line_and_leaves_nothing(cli, tmp_path, words, message):
+    done = cli("train", *words, cwd=tmp_path, code=2)
+    assert message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pilon_compress.convert.factorize import DAMPING, Target
+from pilon_compress.convert.moments import add_gram
 from pilon_compress.convert.stream import Stream
 
 SKIPPED = (nn.Dropout, nn.Identity)
@@ -47,7 +48,7 @@ class Cross:
         shift_x, shift_t = mean_x - self.mean_x, mean_t - self.mean_t
         total = self.count + len(x)
         weight = self.count * len(x) / total
-        self.xx.addmm_(x.T, x).addr_(shift_x, shift_x, alpha=weight)
+        add_gram(self.xx, x).addr_(shift_x, shift_x, alpha=weight)
         self.xt.addmm_(x.T, t).addr_(shift_x, shift_t, alpha=weight)
         self.mean_x += shift_x * (len(x) / total)
         self.mean_t += shift_t * (len(x) / total)

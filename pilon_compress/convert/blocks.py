@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pilon_compress.convert.factorize import Target, damped, factor
 from pilon_compress.convert.knapsack import Option, pareto
-from pilon_compress.convert.moments import Moments
+from pilon_compress.convert.moments import Moments, add_gram
 from pilon_compress.convert.neurons import Elimination, eliminate, refit
 from pilon_compress.convert.plan import down_of, trimmed
 from pilon_compress.families import Site
@@ -171,7 +171,7 @@ class Block:
 
         def grow(size: int) -> Tensor:
             nonlocal done
-            square.addmm_(Z[done:size].T, Z[done:size])
+            add_gram(square, Z[done:size])
             done = size
             return square
 

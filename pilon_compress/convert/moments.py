@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.nn.functional import cross_entropy, normalize
 
 from pilon_compress.convert.calibration import Batch
@@ -26,6 +27,19 @@ from pilon_compress.families import Site
 from pilon_compress.progress import track
 
 LOGITS = 2**23  # numbers of logits that exist at once; with their gradients about seven times that
+PANEL = 384  # rows of a Gram matrix that are computed at once
+
+
+def add_gram(square: Tensor, x: Tensor) -> Tensor:
+    """`square` (d, d) += xᵀ x, of rows `x` (N, d), in place.
+
+    Only panels from the diagonal on are computed and then mirrored: for wide rows half of the work of a product.
+    """
+    for start in range(0, len(square), PANEL):
+        here, beyond = slice(start, start + PANEL), slice(start + PANEL, None)
+        square[here, start:].addmm_(x[:, here].T, x[:, start:])
+        square[beyond, here] = square[here, beyond].T
+    return square
 
 
 class SecondMoment:
@@ -49,8 +63,7 @@ class SecondMoment:
         centred = x - batch_mean
         shift = batch_mean - self.mean
         total = self.count + len(x)
-        self.scatter.addmm_(centred.T, centred)
-        self.scatter.addr_(shift, shift, alpha=self.count * len(x) / total)
+        add_gram(self.scatter, centred).addr_(shift, shift, alpha=self.count * len(x) / total)
         self.mean += shift * (len(x) / total)
         self.count = total
 
@@ -115,9 +128,8 @@ def gather(
                 watch.batch = batch
                 states = shelf.take(f"states.{index}.{batch}").detach().requires_grad_()
                 with torch.enable_grad():
-                    stream.call(block, batch, states, position=index).backward(gradients[batch])
-                assert states.grad is not None
-                gradients[batch] = states.grad
+                    output = stream.call(block, batch, states, position=index)
+                (gradients[batch],) = grad(output, states, gradients[batch])
         watch.store(shelf)
     return Moments(shelf, source.device)
 
@@ -136,15 +148,13 @@ def _output_gradients(stream: Stream, causal: bool, seed: int) -> list[Tensor]:
         rows = len(hidden)
         if causal:
             rows = max(1, LOGITS // (hidden.shape[1] * stream.model.config.vocab_size))
-        parts = []
+        parts: list[Tensor] = []
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             states = hidden[part].detach().requires_grad_()
             with torch.enable_grad():
                 output = stream.finish(index, states, part, head=causal).float()
-                _draw(output, stream.masks[index][part], causal, generator).backward()
-            assert states.grad is not None
-            parts.append(states.grad)
+                parts += grad(_draw(output, stream.masks[index][part], causal, generator), states)
         gradients.append(torch.cat(parts))
     return gradients
 
@@ -152,8 +162,10 @@ def _output_gradients(stream: Stream, causal: bool, seed: int) -> list[Tensor]:
 def _draw(output: Tensor, mask: Tensor, causal: bool, generator: torch.Generator) -> Tensor:
     if causal:
         logits = output[mask]
-        drawn = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)[:, 0]
-        return cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+        summed = logits.detach().softmax(-1).cumsum(-1)
+        level = torch.rand(len(logits), 1, generator=generator).to(logits.device) * summed[:, -1:]
+        drawn = torch.searchsorted(summed, level)[:, 0]
+        return cross_entropy(logits, drawn, reduction="sum")
     kept = mask[..., None].to(output.dtype)
     pooled = normalize((output * kept).sum(1) / kept.sum(1).clamp_min(1), dim=1)
     return (pooled * torch.randn(pooled.shape, generator=generator).to(pooled.device)).sum()
@@ -179,7 +191,7 @@ class _Watch:
             rows = gradient.reshape(-1, site.d_out)[kept].to(self.dtype)
             if site.name not in self.gradients:
                 self.gradients[site.name] = torch.zeros(site.d_out, site.d_out, dtype=self.dtype, device=x.device)
-            self.gradients[site.name].addmm_(rows.T, rows)
+            add_gram(self.gradients[site.name], rows)
 
         y.register_hook(back)
 
