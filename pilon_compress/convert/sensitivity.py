@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from pilon_compress.convert.blocks import Block
-from pilon_compress.convert.calibration import Batch, sequences
+from pilon_compress.convert.calibration import Batch, sequences, tokens
 from pilon_compress.convert.moments import LOGITS
 from pilon_compress.convert.neurons import refit
 from pilon_compress.convert.shelf import Shelf
@@ -24,6 +24,7 @@ from pilon_compress.progress import track
 
 ROWS = 64  # predictions compared at once: each holds the vocabulary several times
 SHARE = 1.5  # passes over all of the calibration text that the measurements may cost together
+SCORED = 2048  # tokens of a language model that are predicted, at most: by which layers compare to 4 %, measured
 
 
 class Sensitivity:
@@ -34,7 +35,7 @@ class Sensitivity:
 
     def __init__(self, source: Source, batches: Sequence[Batch], causal: bool, shelf: Shelf | None = None) -> None:
         self.source, self.causal, self.shelf = source, causal, shelf or Shelf()
-        self.stream = Stream(source, _part(batches, SHARE / (len(source.names) / 2 + 2)))
+        self.stream = Stream(source, _part(batches, SHARE / (len(source.names) / 2 + 2), causal))
         stream = self.stream.fork()
         for index in track(range(len(source.names)), "reference outputs"):
             with source.block(index) as block:
@@ -94,14 +95,16 @@ class Sensitivity:
         return total
 
 
-def _part(batches: Sequence[Batch], share: float) -> list[Batch]:
-    """A `share` of the texts: batches from everywhere, or where that is less than one, the first texts of the first."""
-    count = round(share * len(batches))
-    if count >= 1:
-        return [batches[round(i * len(batches) / count)] for i in range(count)]
-    first = batches[0]
-    texts = max(1, round(share * sequences(batches)))
-    return [Batch(first.input_ids[:texts], first.attention_mask[:texts])]
+def _part(batches: Sequence[Batch], share: float, causal: bool) -> list[Batch]:
+    """A `share` of the texts, or as many as make SCORED predictions: the first ones of batches from everywhere."""
+    texts = share * sequences(batches)
+    if causal:
+        texts = min(texts, SCORED * sequences(batches) / tokens(batches))
+    largest = max(len(batch.input_ids) for batch in batches)
+    count = max(1, round(texts / largest))
+    each = max(1, min(largest, round(texts / count)))
+    chosen = [batches[round(i * len(batches) / count)] for i in range(count)]
+    return [Batch(batch.input_ids[:each], batch.attention_mask[:each]) for batch in chosen]
 
 
 def _trim(linear: nn.Module, left: Tensor, weight: Tensor, mean: Tensor | None) -> None:
