@@ -128,8 +128,8 @@ class Calibration(Section):
     """Text source: hub:REPO:CONFIG:SPLIT:COLUMN, a txt / jsonl / parquet file or glob (from the working directory),
     stdlib, stdin. Default: WikiText-2 for causal LMs, stdlib for encoders."""
     samples: Positive | None = None
-    """Sequences to read: paragraphs for encoders, blocks of sequence_length tokens for causal LMs. Default: 800 and
-    128, fewer or more by effort."""
+    """Sequences to read: paragraphs for encoders, blocks of sequence_length tokens for causal LMs. Default: 800, and as
+    many as make eight tokens per inner neuron, at least 32; fewer or more by effort."""
     sequence_length: Positive | None = None
     """Tokens per sequence, at most."""
     batch_size: Positive = 16

@@ -1,5 +1,6 @@
 """Everything about a conversion that can be known before weights are loaded: sites, plan, sizes, estimates."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,9 @@ from pilon_compress.measure.size import Size, bank_size, ffn_size, kept_size, mo
 from pilon_compress.recipe import Recipe
 from pilon_compress.text import DEFAULT_LM
 
-SAMPLES = {"fast": (256, 32), "balanced": (800, 128), "best": (1600, 256)}  # paragraphs, blocks
+PARAGRAPHS = {"fast": 256, "balanced": 800, "best": 1600}  # of encoders' calibration
+PER_NEURON = {"fast": 4, "balanced": 8, "best": 32}  # tokens of causal LMs' (docs/results/conversion.md), and at least:
+BLOCKS = {"fast": 16, "balanced": 32, "best": 128}
 ENCODER_LENGTH = 128
 CAUSAL_LENGTH = 512
 PARAGRAPH = 0.42  # of an encoder's sequence length that a docstring's paragraph fills, measured
@@ -137,10 +140,11 @@ def prepare(recipe: Recipe) -> Job:
         plan = preview(sites, recipe.budget.ratio) or plan
     asked = recipe.calibration
     longest = getattr(config, "max_position_embeddings", None) or CAUSAL_LENGTH
+    length = asked.sequence_length or min(longest, CAUSAL_LENGTH if causal else ENCODER_LENGTH)
     calibration = Calibration(
         data=asked.data or (DEFAULT_LM if causal else "stdlib"),
-        samples=asked.samples or SAMPLES[recipe.effort][causal],
-        sequence_length=asked.sequence_length or min(longest, CAUSAL_LENGTH if causal else ENCODER_LENGTH),
+        samples=asked.samples or (blocks_for(sites, recipe.effort, length) if causal else PARAGRAPHS[recipe.effort]),
+        sequence_length=length,
         batch_size=asked.batch_size,
     )
     stored = getattr(config, "dtype", None) or torch.float32
@@ -152,6 +156,13 @@ def prepare(recipe: Recipe) -> Job:
     if recipe.refine.steps:
         raise BadInput("whole numbers cannot be refined: leave out --refine, or --bank-dtype")
     return replace(job, layout=plan.layout(job.quantization))
+
+
+def blocks_for(sites: list[Site], effort: str, length: int) -> int:
+    """Blocks of `length` tokens that a causal LM is calibrated on: its widest layer decides, whose neurons are regressed
+    on each other."""
+    widest = max(site.d_in for site in sites)
+    return max(BLOCKS[effort], math.ceil(PER_NEURON[effort] * widest / length))
 
 
 def estimate(job: Job) -> dict[str, float]:
