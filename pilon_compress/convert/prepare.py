@@ -159,8 +159,7 @@ def prepare(recipe: Recipe) -> Job:
 
 
 def blocks_for(sites: list[Site], effort: str, length: int) -> int:
-    """Blocks of `length` tokens that a causal LM is calibrated on: its widest layer decides, whose neurons are regressed
-    on each other."""
+    """Blocks of `length` tokens that calibrate a causal LM: the more neurons, the more of them."""
     widest = max(site.d_in for site in sites)
     return max(BLOCKS[effort], math.ceil(PER_NEURON[effort] * widest / length))
 
