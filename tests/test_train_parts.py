@@ -116,7 +116,7 @@ def test_factors_reach_their_groups_and_norms_do_not_decay(name):
     made = make_optimizers(built(), Optimizer(name=name, banks=0.5, compositions=3, learning_rate=0.1))
     groups = {group["name"]: group for optimizer in made for group in optimizer.param_groups}
     assert groups["compositions"]["base_lr"] == pytest.approx(0.3) and groups["compositions"]["weight_decay"] == 0
-    assert groups["banks"]["base_lr"] == pytest.approx(0.05 if name == "adamw" else 0.01)
+    assert groups["banks"]["base_lr"] == pytest.approx(0.05 if name == "adamw" else 0.0025)
     assert groups["vectors"]["weight_decay"] == 0 and groups["matrices"]["weight_decay"] == 0.1
 
 

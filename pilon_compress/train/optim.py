@@ -129,7 +129,7 @@ class Muon(torch.optim.Optimizer):
     0.2 · sqrt(max(m, n)), so that they are as large as AdamW's (Moonlight, Liu et al., 2025).
     """
 
-    def __init__(self, params: Sequence[dict[str, Any]], lr: float = 2e-2) -> None:
+    def __init__(self, params: Sequence[dict[str, Any]], lr: float = 5e-3) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": 0.0, "momentum": MOMENTUM})
 
     @torch.no_grad()

@@ -162,7 +162,8 @@ class Optimizer(Section):
     """Default for healing: 1e-2, relative; encoders want less, 3e-3."""
     relative: Switch = False
     """Learning rates of AdamW count in shares of each tensor's root mean square. Healing does so unless told not to."""
-    muon_learning_rate: Above = 2e-2
+    muon_learning_rate: Above = 5e-3
+    """Muon's steps are as large as AdamW's at the same rate. Thin factors fail at 2e-2 (docs/log.md)."""
     banks: Number = 1.0
     """Factor on the learning rate of banks."""
     compositions: Number = 1.0
