@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pilon_compress import hub
 from pilon_compress.errors import BadInput
@@ -27,6 +27,7 @@ FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parqu
 HELD_OUT = 5  # one document in five is kept from calibration
 NOT_PROSE = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__")
 SHORTEST_DOCSTRING = 200
+T = TypeVar("T")
 POOL = 20  # a sample is drawn from at most this many times as many texts, so that endless sources end
 
 Part = Literal["all", "calibration", "held-out"]
@@ -132,10 +133,10 @@ def paragraphs(documents: Iterable[str], min_chars: int = 80) -> Iterator[str]:
                 yield text
 
 
-def sample(texts: Iterable[str], count: int, seed: int) -> list[str]:
-    """At most `count` of `texts`, drawn without replacement from the first `POOL` times as many."""
-    pool = list(itertools.islice(texts, POOL * count))
-    return random.Random(seed).sample(pool, min(count, len(pool)))
+def sample(texts: Iterable[T], count: int, seed: int, pool: int | None = None) -> list[T]:
+    """At most `count` of `texts`, drawn without replacement from the first `pool` (default: `POOL` times as many)."""
+    found = list(itertools.islice(texts, POOL * count if pool is None else pool))
+    return random.Random(seed).sample(found, min(count, len(found)))
 
 
 def _documents(spec: str) -> Iterator[str]:

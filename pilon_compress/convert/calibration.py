@@ -1,6 +1,6 @@
 """The calibration text as batches of token ids."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,22 +34,21 @@ def encoder_batches(
     return batches
 
 
-def causal_batches(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: int, samples: int, batch_size: int
-) -> list[Batch]:
-    """Documents joined by EOS and cut into at most `samples` blocks of `length` tokens, in batches."""
-    blocks: list[list[int]] = []
+def causal_blocks(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: int) -> Iterator[list[int]]:
+    """Documents joined by EOS and cut into blocks of `length` tokens; what is left over at the end is dropped."""
     buffer: list[int] = []
     for document in documents:
         buffer += tokenizer(document, add_special_tokens=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             buffer.append(tokenizer.eos_token_id)
-        while len(buffer) >= length and len(blocks) < samples:
-            blocks.append(buffer[:length])
-            buffer = buffer[length:]
-        if len(blocks) == samples:
-            break
-    stacks = [torch.tensor(blocks[i : i + batch_size]) for i in range(0, len(blocks), batch_size)]
+        whole = len(buffer) - len(buffer) % length
+        yield from (buffer[start : start + length] for start in range(0, whole, length))
+        buffer = buffer[whole:]
+
+
+def causal_batches(blocks: Sequence[list[int]], batch_size: int) -> list[Batch]:
+    """Blocks of equal length as batches without padding."""
+    stacks = [torch.tensor(blocks[start : start + batch_size]) for start in range(0, len(blocks), batch_size)]
     return [Batch(ids, torch.ones_like(ids)) for ids in stacks]
 
 

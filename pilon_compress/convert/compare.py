@@ -4,7 +4,6 @@ seed -> calibrate -> method and ratio -> approximate -> install -> evaluate -> o
 cells -> measure.comparison -> compare.json, compare.html, compare.md
 """
 
-import random
 import secrets
 import shutil
 import time
@@ -35,7 +34,6 @@ from pilon_compress.measure.size import DENSE_ITEMSIZE, Size, linear_macs
 from pilon_compress.progress import track
 
 METHODS = (*OURS, *peers.PEERS)
-POOL = 4  # the blocks of a seed are drawn from this many times as many
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,8 @@ def compare(
     exam = pipeline.read_evaluation(job)
     if isinstance(exam, str):
         raise BadInput(f"a comparison needs text to judge by: {exam}")
-    drawn = {seed: draw(job, tokenizer, seed) for seed in asked.seeds}
+    drawings = {seed: replace(job, recipe=job.recipe.model_copy(update={"seed": seed})) for seed in asked.seeds}
+    drawn = {seed: pipeline.read_calibration(one, tokenizer) for seed, one in drawings.items()}
     dtype = pipeline.compute_dtype(job, torch.device(device))
     bench = Bench(job, checkpoint.load_model(job.recipe.model, dtype=dtype, device=device), tokenizer, exam)
     cells = Cells(output, bench.fingerprint())
@@ -167,18 +166,6 @@ def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         for left in (made, old):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def draw(job: Job, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Batch]:
-    """The calibration text of one seed: paragraphs as `convert` draws them, or a sample of blocks."""
-    if not job.causal:
-        settings = job.recipe.model_copy(update={"seed": seed})
-        return pipeline.read_calibration(replace(job, recipe=settings), tokenizer)
-    asked = job.calibration
-    larger = replace(job, calibration=replace(asked, samples=POOL * asked.samples))
-    blocks = torch.cat([batch.input_ids for batch in pipeline.read_calibration(larger, tokenizer)])
-    chosen = sorted(random.Random(seed).sample(range(len(blocks)), min(asked.samples, len(blocks))))
-    return [Batch(ids, torch.ones_like(ids)) for ids in blocks[chosen].split(asked.batch_size)]
 
 
 class Bench:

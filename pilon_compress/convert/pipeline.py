@@ -43,6 +43,7 @@ from pilon_compress.measure import composition, evaluate, report, size
 
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
+BLOCKS = 1024  # of text that a causal LM's are drawn from, or four times as many as are drawn
 LESSONS = 8  # refinement reads so many times the calibration's text
 CAUSAL_WINDOWS = 64  # scored by the evaluation that ends a conversion; `eval` scores all of the text
 
@@ -209,13 +210,13 @@ def fingerprint(job: Job, batches: list[calibration.Batch], source: Source) -> s
 
 
 def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[calibration.Batch]:
-    """Tokenise the calibration part of the text; the held-out part is left for evaluation."""
+    """Draw from the calibration part of the text, and tokenise; the held-out part is left for evaluation."""
     asked = job.calibration
     documents = text.open_text(asked.data, part="calibration")
     if job.causal:
-        batches = calibration.causal_batches(
-            tokenizer, documents, asked.sequence_length, asked.samples, asked.batch_size
-        )
+        blocks = calibration.causal_blocks(tokenizer, documents, asked.sequence_length)
+        drawn = text.sample(blocks, asked.samples, job.recipe.seed, max(BLOCKS, 4 * asked.samples))
+        batches = calibration.causal_batches(drawn, asked.batch_size)
         unit = f"blocks of {asked.sequence_length} tokens"
     else:
         texts = text.sample(text.paragraphs(documents), asked.samples, job.recipe.seed)
