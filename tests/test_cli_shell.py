@@ -12,16 +12,6 @@ import pilon_compress
 COMMANDS = ["convert", "eval", "bench", "inspect", "generate", "export", "recipes"]
 
 
-def shell(*arguments: str, module: str = "pilon_compress.cli", **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name != "PILON_DEBUG"}
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        env=kept | {"COLUMNS": "120"} | environment,
-    )
-
-
 @pytest.fixture
 def failing(tmp_path):
     """Runs `pilon-compress boom`, a command that executes the given statement, through the real main()."""
@@ -36,21 +26,22 @@ def failing(tmp_path):
             f"def boom():\n    {statement}\n"
             "main()\n"
         )
-        return shell("boom", module="boom", PYTHONPATH=str(tmp_path), **environment)
+        kept = {name: value for name, value in os.environ.items() if name != "PILON_DEBUG"}
+        surroundings = kept | {"PYTHONPATH": str(tmp_path), "COLUMNS": "120"} | environment
+        return subprocess.run([sys.executable, "-m", "boom", "boom"], capture_output=True, text=True, env=surroundings)
 
     return failing
 
 
-def test_help_lists_every_command():
-    done = shell("--help")
-    assert done.returncode == 0
+def test_help_lists_every_command(cli):
+    done = cli("--help")
     assert all(f" {command} " in done.stdout for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command):
-    done = shell(command, "--help")
-    assert done.returncode == 0 and "Usage:" in done.stdout
+def test_every_command_explains_itself(cli, command):
+    done = cli(command, "--help")
+    assert "Usage:" in done.stdout
 
 
 def test_help_and_recipes_do_not_wait_for_torch():
@@ -65,60 +56,56 @@ def test_help_and_recipes_do_not_wait_for_torch():
         assert done.stdout.splitlines()[-1] == "[]", (arguments, done)
 
 
-def test_version():
-    done = shell("--version")
-    assert (done.returncode, done.stdout) == (0, f"pilon-compress {pilon_compress.__version__}\n")
+def test_version(cli):
+    done = cli("--version")
+    assert done.stdout == f"pilon-compress {pilon_compress.__version__}\n"
 
 
 @pytest.mark.parametrize(
     "arguments", [["compres"], ["recipes", "shwo"], ["recipes", "list", "--nope"], ["recipes", "show"]]
 )
-def test_usage_errors(arguments):
-    done = shell(*arguments)
-    assert done.returncode == 2
+def test_usage_errors(cli, arguments):
+    done = cli(*arguments, code=2)
     assert done.stdout == "" and "Usage:" in done.stderr and "Traceback" not in done.stderr
 
 
 # --- recipes
 
 
-def test_recipes_list():
-    done = shell("recipes", "list")
-    assert done.returncode == 0
+def test_recipes_list(cli):
+    done = cli("recipes", "list")
     assert all(name in done.stdout for name in ("quickstart", "gpt2-half", "llama-half", "bert-half"))
-    listed = json.loads(shell("recipes", "list", "--json").stdout)["recipes"]
+    listed = json.loads(cli("recipes", "list", "--json").stdout)["recipes"]
     assert "quickstart" in {entry["name"] for entry in listed}
     assert all(entry["description"] for entry in listed)
 
 
-def test_recipes_show_is_a_start_for_ones_own(tmp_path):
-    shown = shell("recipes", "show", "quickstart")
-    assert shown.returncode == 0 and shown.stdout.startswith("# ")
+def test_recipes_show_is_a_start_for_ones_own(cli, tmp_path):
+    shown = cli("recipes", "show", "quickstart")
+    assert shown.stdout.startswith("# ")
     mine = tmp_path / "mine.yaml"
     mine.write_text(shown.stdout)
-    checked = shell("recipes", "check", str(mine), "--set", "budget.ffn_ratio=0.25", "--set", "seed=7")
-    assert checked.returncode == 0
+    checked = cli("recipes", "check", str(mine), "--set", "budget.ffn_ratio=0.25", "--set", "seed=7")
     assert "seed: 7\n" in checked.stdout and "ffn_ratio: 0.25\n" in checked.stdout
     assert checked.stdout.endswith(f"{mine}: ok\n") and not checked.stderr
 
 
-def test_recipes_check_names_file_line_and_the_likely_field(tmp_path):
+def test_recipes_check_names_file_line_and_the_likely_field(cli, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("model: gpt2\nbudget:\n  ffn_ratoi: 0.5\n")
-    done = shell("recipes", "check", str(mine))
-    assert (done.returncode, done.stdout) == (2, "")
+    done = cli("recipes", "check", str(mine), code=2)
+    assert done.stdout == ""
     assert done.stderr == f"error: {mine}:3: budget.ffn_ratoi: unknown field; did you mean 'ffn_ratio'?\n"
 
 
-def test_recipes_check_blames_the_override():
-    done = shell("recipes", "check", "quickstart", "--set", "budget.rank=many")
-    assert (done.returncode, done.stdout) == (2, "")
+def test_recipes_check_blames_the_override(cli):
+    done = cli("recipes", "check", "quickstart", "--set", "budget.rank=many", code=2)
+    assert done.stdout == ""
     assert done.stderr.startswith("error: --set budget.rank: ") and done.stderr.count("\n") == 1
 
 
-def test_recipes_show_unknown_name():
-    done = shell("recipes", "show", "quickstrat")
-    assert done.returncode == 2
+def test_recipes_show_unknown_name(cli):
+    done = cli("recipes", "show", "quickstrat", code=2)
     assert done.stderr == "error: no recipe or file 'quickstrat'; did you mean 'quickstart'?\n"
 
 
