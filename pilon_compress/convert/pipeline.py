@@ -43,7 +43,7 @@ from pilon_compress.measure import composition, evaluate, report, size
 
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
-BLOCKS = 1024  # of text that a causal LM's are drawn from, or four times as many as are drawn
+BLOCK_POOL = 1024  # blocks of text that calibration draws from, or four times as many as it draws
 LESSONS = 8  # refinement reads so many times the calibration's text
 CAUSAL_WINDOWS = 64  # scored by the evaluation that ends a conversion; `eval` scores all of the text
 
@@ -215,7 +215,7 @@ def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[calib
     documents = text.open_text(asked.data, part="calibration")
     if job.causal:
         blocks = calibration.causal_blocks(tokenizer, documents, asked.sequence_length)
-        drawn = text.sample(blocks, asked.samples, job.recipe.seed, max(BLOCKS, 4 * asked.samples))
+        drawn = text.sample(blocks, asked.samples, job.recipe.seed, max(BLOCK_POOL, 4 * asked.samples))
         batches = calibration.causal_batches(drawn, asked.batch_size)
         unit = f"blocks of {asked.sequence_length} tokens"
     else:

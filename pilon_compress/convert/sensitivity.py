@@ -24,7 +24,7 @@ from pilon_compress.progress import track
 
 ROWS = 64  # predictions compared at once: each holds the vocabulary several times
 SHARE = 1.5  # passes over all of the calibration text that the measurements may cost together
-SCORED = 2048  # tokens of a language model that are predicted, at most: by which layers compare to 4 %, measured
+SCORED = 2048  # predictions of a language model, at most: layers are then on one scale to 4 % (docs/log.md)
 
 
 class Sensitivity:
