@@ -1,6 +1,6 @@
 """Dense to PILON. In the order in which a conversion meets them:
 
-prepare, plan       what can be known before weights are loaded: sites, sizes, estimates
+prepare, plan       what can be known before weights are loaded: sites, sizes, estimates; effort: what may be spent
 calibration         text as batches; source, stream: the dense model's blocks and the states between them
 moments, shelf      what projections see, and what their outputs are worth: the two-sided metric
 neurons, blocks     what a layer may lose; sensitivity: what that really costs

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,7 @@ def compare(
     exam = pipeline.read_evaluation(job)
     if isinstance(exam, str):
         raise BadInput(f"a comparison needs text to judge by: {exam}")
-    drawings = {seed: replace(job, recipe=job.recipe.model_copy(update={"seed": seed})) for seed in asked.seeds}
-    drawn = {seed: pipeline.read_calibration(one, tokenizer) for seed, one in drawings.items()}
+    drawn = {seed: pipeline.read_calibration(job.seeded(seed), tokenizer) for seed in asked.seeds}
     dtype = pipeline.compute_dtype(job, torch.device(device))
     bench = Bench(job, checkpoint.load_model(job.recipe.model, dtype=dtype, device=device), tokenizer, exam)
     cells = Cells(output, bench.fingerprint())

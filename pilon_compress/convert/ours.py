@@ -1,7 +1,5 @@
 """Our own rows of a comparison: what each one's recipe changes, and how the pipeline makes its model."""
 
-from dataclasses import replace
-
 from pilon_compress import recipe
 from pilon_compress.convert import pipeline
 from pilon_compress.convert.calibration import Batch
@@ -32,7 +30,7 @@ def candidate(job: Job, source: Source, batches: list[Batch], moments: Moments, 
 
     `batches` is the text itself, `moments` what one pass over it has seen. Refinement learns from the same text only.
     """
-    asked = replace(job, recipe=job.recipe.model_copy(update={"seed": seed}))
+    asked = job.seeded(seed)
     model, _, solved = pipeline.compress(source, asked, batches, moments=moments)
     pipeline.improve(model, source.model, batches, asked.recipe)
     losses = [errors[job.recipe.method] for errors in solved.errors.values()]

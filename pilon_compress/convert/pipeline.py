@@ -8,7 +8,7 @@ Data goes down this list; each step is a function below that reads in one sittin
 import resource
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pilon_compress.convert import calibration
 from pilon_compress.convert.allocate import Allocation, allocate, size_layers
 from pilon_compress.convert.bands import similar_bands
 from pilon_compress.convert.build import build
+from pilon_compress.convert.effort import EFFORTS
 from pilon_compress.convert.fit import BankFit
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
@@ -46,17 +47,6 @@ SPECTRUM_POINTS = 128
 BLOCK_POOL = 1024  # blocks of text that calibration draws from, or four times as many as it draws
 LESSONS = 8  # refinement reads so many times the calibration's text
 CAUSAL_WINDOWS = 64  # scored by the evaluation that ends a conversion; `eval` scores all of the text
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What a conversion spends: whether layers follow the converted ones before them, and sweeps of a joint fit."""
-
-    anchored: bool
-    sweeps: int
-
-
-EFFORTS = {"fast": Effort(False, 12), "balanced": Effort(True, 24), "best": Effort(True, 64)}
 
 
 def convert(
@@ -111,7 +101,7 @@ def compress(
     Returns the model, its plan and the solution.
     """
     journal = journal or Journal()
-    settings, effort = job.recipe, EFFORTS[job.recipe.effort]
+    settings, sweeps = job.recipe, EFFORTS[job.recipe.effort].sweeps
     moments = moments or take_moments(source, batches, job, journal)
     plan, left, fits = job.plan, dict[int, Tensor | None](), dict[str, BankFit]()
     known = journal.get("allocation") if job.allocated else None
@@ -130,22 +120,21 @@ def compress(
                 bands = similar_bands(source, sizings, moments)
             else:
                 bands = split_bands([sizing.layer for sizing in sizings], None)
-            sharing = Sharing(source, moments, effort.sweeps, settings.seed, settings.budget.align)
+            sharing = Sharing(source, moments, sweeps, settings.seed, settings.budget.align)
             found, fits = sharing.apply(sizings, found, bands)
             for name, fit in fits.items():
                 journal.put(f"bank.{name}", fit.pack())
         plan, left = found.plan, found.left
         journal.put("allocation", found.pack())
-    pilon = settings.method == "pilon"
     task = Task(
         sites=job.sites,
         plan=plan,
         left=left,
         method=settings.method,
         peers=PEERS,
-        anchored=pilon and effort.anchored,
+        anchored=job.anchored,
         seed=settings.seed,
-        sweeps=effort.sweeps,
+        sweeps=sweeps,
         fits=fits,
         dtypes=(source.model.dtype, job.dtype) if source.streamed else (source.model.dtype,),
         quantization=job.quantization,

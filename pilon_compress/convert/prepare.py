@@ -1,6 +1,5 @@
 """Everything about a conversion that can be known before weights are loaded: sites, plan, sizes, estimates."""
 
-import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pilon_compress import checkpoint
+from pilon_compress.convert.effort import EFFORTS
 from pilon_compress.convert.plan import Plan, make_plan, preview
 from pilon_compress.convert.source import available, is_streamed
 from pilon_compress.convert.stream import blocks
@@ -19,9 +19,6 @@ from pilon_compress.measure.size import Size, bank_size, ffn_size, kept_size, mo
 from pilon_compress.recipe import Recipe
 from pilon_compress.text import DEFAULT_LM
 
-PARAGRAPHS = {"fast": 256, "balanced": 800, "best": 1600}  # of encoders' calibration
-PER_NEURON = {"fast": 4, "balanced": 8, "best": 32}  # tokens of causal LMs' (docs/results/conversion.md), and at least:
-BLOCKS = {"fast": 16, "balanced": 32, "best": 128}
 ENCODER_LENGTH = 128
 CAUSAL_LENGTH = 512
 PARAGRAPH = 0.42  # of an encoder's sequence length that a docstring's paragraph fills, measured
@@ -61,6 +58,10 @@ class Job:
     calibration: Calibration
     dtype: torch.dtype
 
+    def seeded(self, seed: int) -> "Job":
+        """The same conversion with another seed."""
+        return replace(self, recipe=self.recipe.model_copy(update={"seed": seed}))
+
     def describe(self) -> dict[str, Any]:
         """The plan and its sizes, as plain data."""
         return {"plan": describe_plan(self.plan, self.dtype.itemsize), **self.size()}
@@ -83,6 +84,11 @@ class Job:
     def allocated(self) -> bool:
         """Whether sizes follow from the calibration text: not where the recipe fixes the shape of the banks."""
         return allocated(self.recipe)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether layers are fitted behind the converted ones before them."""
+        return self.recipe.method == "pilon" and EFFORTS[self.recipe.effort].anchored
 
     @property
     def shares(self) -> bool:
@@ -143,7 +149,7 @@ def prepare(recipe: Recipe) -> Job:
     length = asked.sequence_length or min(longest, CAUSAL_LENGTH if causal else ENCODER_LENGTH)
     calibration = Calibration(
         data=asked.data or (DEFAULT_LM if causal else "stdlib"),
-        samples=asked.samples or (blocks_for(sites, recipe.effort, length) if causal else PARAGRAPHS[recipe.effort]),
+        samples=asked.samples or EFFORTS[recipe.effort].samples(causal, max(site.d_in for site in sites), length),
         sequence_length=length,
         batch_size=asked.batch_size,
     )
@@ -158,12 +164,6 @@ def prepare(recipe: Recipe) -> Job:
     return replace(job, layout=plan.layout(job.quantization))
 
 
-def blocks_for(sites: list[Site], effort: str, length: int) -> int:
-    """Blocks of `length` tokens that calibrate a causal LM: the more neurons, the more of them."""
-    widest = max(site.d_in for site in sites)
-    return max(BLOCKS[effort], math.ceil(PER_NEURON[effort] * widest / length))
-
-
 def estimate(job: Job) -> dict[str, float]:
     """`seconds` and `peak_gib` that the conversion will take here, from operation counts and this machine's speed.
 
@@ -175,7 +175,7 @@ def estimate(job: Job) -> dict[str, float]:
     tokens = calibration.samples * calibration.sequence_length * (1.0 if job.causal else PARAGRAPH)
     inputs = {site.input: site.d_in for site in job.sites}
     moments = sum(d * d for d in inputs.values()) + sum(site.d_out**2 for site in job.sites)
-    passes = PASSES if job.recipe.effort == "fast" or job.recipe.method != "pilon" else PASSES + ANCHOR_PASSES
+    passes = PASSES + ANCHOR_PASSES if job.anchored else PASSES
     flops = 2.0 * tokens * (passes * parameters + 2 * moments)
     for site in job.sites:
         narrow, wide = sorted((site.d_in, site.d_out))

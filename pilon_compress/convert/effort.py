@@ -1,0 +1,32 @@
+"""What `effort` buys: calibration text, sweeps, and layers that follow the converted ones before them."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a conversion spends.
+
+    anchored     layers are fitted behind the converted ones before them
+    sweeps       of a joint fit
+    paragraphs   that calibrate an encoder
+    per_neuron   tokens per inner neuron that calibrate a causal LM (docs/results/conversion.md), in `blocks` at least
+    """
+
+    anchored: bool
+    sweeps: int
+    paragraphs: int
+    per_neuron: int
+    blocks: int
+
+    def samples(self, causal: bool, neurons: int, length: int) -> int:
+        """Calibration sequences, of `length` tokens in a causal LM, whose widest layer has so many `neurons`."""
+        return max(self.blocks, math.ceil(self.per_neuron * neurons / length)) if causal else self.paragraphs
+
+
+EFFORTS = {
+    "fast": Effort(anchored=False, sweeps=12, paragraphs=256, per_neuron=4, blocks=16),
+    "balanced": Effort(anchored=True, sweeps=24, paragraphs=800, per_neuron=8, blocks=32),
+    "best": Effort(anchored=True, sweeps=64, paragraphs=1600, per_neuron=32, blocks=128),
+}
