@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
@@ -27,19 +28,31 @@ HEAVY = (
 )
 
 
-def fresh(
-    *words: object, cwd: Path | None = None, code: int | None = 0, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run it in a new interpreter, with variables of its own; `code` is what it must end with, None for any."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pilon_compress.cli", *map(str, words)],
+def start(
+    *words: object,
+    cwd: Path | None = None,
+    processes: int = 1,
+    preexec_fn: Callable[[], None] | None = None,
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """Start it in a new interpreter with variables of its own, under torchrun where there are several `processes`."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *(torchrun if processes > 1 else []), "pilon_compress.cli", *map(str, words)],
         cwd=cwd,
-        env={**os.environ, **SURROUNDINGS, **environment},
-        capture_output=True,
+        env={**os.environ, **SURROUNDINGS, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=preexec_fn,
     )
-    assert code is None or done.returncode == code, done.stderr + done.stdout
-    return done
+
+
+def finish(process: subprocess.Popen[str], code: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """Wait for its end; `code` is what it must end with, None for any."""
+    out, err = process.communicate()
+    assert code is None or process.returncode == code, err + out
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 class Forks:
@@ -62,7 +75,7 @@ class Forks:
         stdin: str = "",
         file_limit: int | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """`code` as in `fresh`; `file_limit`: bytes that any file it writes may have, as on a full disk."""
+        """`code` as in `finish`; `file_limit`: bytes that any file it writes may have, as on a full disk."""
         assert self.parent.stdin is not None and self.parent.stdout is not None
         with tempfile.TemporaryDirectory() as name:
             files = {stream: f"{name}/{stream}" for stream in ("stdin", "stdout", "stderr")}

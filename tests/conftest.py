@@ -42,7 +42,7 @@ def tiny() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def command_line() -> ModuleType:
-    """tests/command_line.py: `fresh(*words)` runs the command in a new interpreter."""
+    """tests/command_line.py: `start(*words)` and `finish(process)`, the command in a new interpreter."""
     return _load("command_line")
 
 

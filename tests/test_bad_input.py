@@ -6,8 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-# a port where nobody listens stands for a hub that is out of reach
-NO_HUB = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
 PROSE = "\n\n".join(
     f"Paragraph {i}: the quick brown fox jumps over the lazy dog, again and again, until both of them are tired."
     for i in range(200)
@@ -35,6 +33,13 @@ def convert(cli, place):
     return convert
 
 
+@pytest.fixture
+def without_hub(command_line):
+    """Runs the command where the hub is out of reach: at a port where nobody listens."""
+    nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    return lambda *words, cwd, code: command_line.finish(command_line.start(*words, cwd=cwd, **nowhere), code)
+
+
 def assert_refused(done, *expected):
     """Exit code 2 and one line on stderr that holds every expected word."""
     assert done.returncode == 2, done.stderr + done.stdout
@@ -55,14 +60,14 @@ def test_missing_path(convert):
     assert_refused(convert(model="./nowhere/model"), "./nowhere/model")
 
 
-def test_hub_unreachable(convert, command_line):
-    done = convert(model="somebody/some-model", run=command_line.fresh, **NO_HUB)
+def test_hub_unreachable(convert, without_hub):
+    done = convert(model="somebody/some-model", run=without_hub)
     assert_refused(done, "somebody/some-model", "hub")
 
 
-def test_text_hub_unreachable_names_the_alternatives(convert, command_line):
+def test_text_hub_unreachable_names_the_alternatives(convert, without_hub):
     source = "hub:Salesforce/wikitext:wikitext-2-raw-v1:train:text"
-    done = convert("--calibration", source, run=command_line.fresh, **NO_HUB)
+    done = convert("--calibration", source, run=without_hub)
     assert_refused(done, "Salesforce/wikitext", "stdlib", "stdin")
 
 

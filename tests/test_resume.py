@@ -1,9 +1,6 @@
 """A conversion that is killed and started again ends with the file that it would have written undisturbed."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,21 +13,18 @@ WORDS = ("--calibration", "text.txt", "--samples", "24", "--sequence-length", "6
 STREAMED = ("--max-memory", "0.0004")  # GiB: less than twice the tiny model
 
 
-def start(folder, output, *words):
-    """The command line, as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pilon_compress.cli", "convert", "dense", "-o", output, *WORDS, *words],
-        cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+@pytest.fixture(scope="module")
+def start(command_line):
+    """`start(folder, output, *words)` starts a conversion there."""
+    return lambda folder, output, *words: command_line.start(
+        "convert", "dense", "-o", output, *WORDS, *words, cwd=folder
     )
 
 
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err.decode() + out.decode()
-    return out.decode()
+@pytest.fixture(scope="module")
+def convert(command_line, start):
+    """The same, to its end: what it printed."""
+    return lambda *words: command_line.finish(start(*words)).stdout
 
 
 def kill_when(process, path):
@@ -48,17 +42,17 @@ def weights(folder):
 
 
 @pytest.fixture(scope="module")
-def plain(tiny, tmp_path_factory):
+def plain(convert, tiny, tmp_path_factory):
     """A folder with a dense model, its text, and `whole`: the conversion that nothing disturbed."""
     folder = tmp_path_factory.mktemp("resume")
     tiny.save_tiny("llama", folder / "dense", num_hidden_layers=6, intermediate_size=96)
     (folder / "text.txt").write_text(PROSE)
-    finish(start(folder, "whole", "--eval-data", "none"))
+    convert(folder, "whole", "--eval-data", "none")
     return folder
 
 
 @pytest.mark.parametrize("words", [(), STREAMED], ids=["whole", "streamed"])
-def test_killed_again_and_again_and_resumed_is_never_killed(plain, words):
+def test_killed_again_and_again_and_resumed_is_never_killed(command_line, start, plain, words):
     output = f"killed{len(words)}"
     partial = plain / f".{output}.partial"
     for point in ("moments", "reference/0.0", "layer.4") if words else ("allocation", "layer.4"):
@@ -71,22 +65,21 @@ def test_killed_again_and_again_and_resumed_is_never_killed(plain, words):
     while (partial / "layer.1.safetensors").exists():
         assert (partial / "layer.1.safetensors").stat().st_mtime_ns == finished, "computed again"
         time.sleep(0.02)
-    finish(process)
+    command_line.finish(process)
     assert weights(plain / output) == weights(plain / "whole")
     assert not partial.exists() and not stale.exists()
 
 
-def test_other_options_start_afresh(plain):
+def test_other_options_start_afresh(start, convert, plain):
     kill_when(
         start(plain, "changed", "--eval-data", "none", "--seed", "7"), plain / ".changed.partial/layer.4.safetensors"
     )
-    finish(start(plain, "changed", "--eval-data", "none", "--seed", "0"))
+    convert(plain, "changed", "--eval-data", "none", "--seed", "0")
     assert weights(plain / "changed") == weights(plain / "whole")
 
 
-def test_what_does_not_fit_is_said(plain):
-    report = finish(start(plain, "unscored", "--eval-data", "text.txt", *STREAMED))
+def test_what_does_not_fit_is_said(command_line, start, convert, plain):
+    report = convert(plain, "unscored", "--eval-data", "text.txt", *STREAMED)
     assert '"evaluation": null' in report and "both models in memory take" in report
-    process = start(plain, "refined", "--refine", "5", *STREAMED)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 2 and err.count(b"\n") == 1 and b"--max-memory" in err
+    err = command_line.finish(start(plain, "refined", "--refine", "5", *STREAMED), 2).stderr
+    assert err.count("\n") == 1 and "--max-memory" in err

@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,16 +22,11 @@ SHORT = ("schedule.tokens=24576", "run.checkpoint_every=0.01", "device=cpu")  # 
 WORDS = ["train", "--recipe", "smoke", *(word for item in SHORT for word in ("--set", item)), "--json"]
 
 
-def start(folder: Path, *words: str, **options) -> subprocess.Popen:
-    surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PILON_CACHE": str(folder / "tokens")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "pilon_compress.cli", *WORDS, *words],
-        cwd=folder,
-        env=surroundings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
+@pytest.fixture(scope="module")
+def start(command_line):
+    """`start(folder, *words)` starts such a training there, whose tokens stay there too."""
+    return lambda folder, *words, **options: command_line.start(
+        *WORDS, *words, cwd=folder, PILON_CACHE=str(folder / "tokens"), **options
     )
 
 
@@ -43,12 +37,10 @@ def until_checkpoint(folder: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(command_line, start, tmp_path_factory):
     """A finished smoke run: (folder, what --json printed)."""
     folder = tmp_path_factory.mktemp("smoke")
-    out, err = (process := start(folder, "-o", "out")).communicate()
-    assert process.returncode == 0, err
-    return folder, json.loads(out)
+    return folder, json.loads(command_line.finish(start(folder, "-o", "out")).stdout)
 
 
 def test_one_command_makes_a_model_within_its_budget_that_transformers_loads(undisturbed):
@@ -66,18 +58,17 @@ def test_one_command_makes_a_model_within_its_budget_that_transformers_loads(und
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_whatever_stops_it_resuming_ends_with_the_same_weights(undisturbed, tmp_path, number, code):
+def test_whatever_stops_it_resuming_ends_with_the_same_weights(
+    command_line, start, undisturbed, tmp_path, number, code
+):
     folder, expected = undisturbed
     process = start(tmp_path, "-o", "out")
     until_checkpoint(tmp_path / "out", process)
     process.send_signal(number)
-    _, err = process.communicate()
-    assert process.returncode == code
+    err = command_line.finish(process, code).stderr
     if code > 0:
         assert "--resume" in err and "Traceback" not in err
-    again = start(tmp_path, "-o", "out", "--resume")
-    out, err = again.communicate()
-    assert again.returncode == 0, err
+    out = command_line.finish(start(tmp_path, "-o", "out", "--resume")).stdout
     assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "out/model.safetensors").read_bytes()
     assert json.loads(out)["val_perplexity"] == expected["val_perplexity"]
     steps = [line["step"] for line in read_metrics(tmp_path / "out") if "loss" in line]
@@ -90,15 +81,14 @@ def limited() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
+def test_a_full_disk_keeps_the_checkpoint_before(command_line, start, tmp_path):
     quick(tmp_path, "run.checkpoint_every=0.001", "schedule.tokens=8192")
     for path in (tmp_path / "out/checkpoints").glob("step-*8"):
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
     process = start(tmp_path, "-o", "out", "--resume", "--set", "schedule.tokens=8192", preexec_fn=limited)
-    _, err = process.communicate()
-    assert process.returncode == 2
+    err = command_line.finish(process, 2).stderr
     assert err.strip().splitlines()[-1] == ("error: no checkpoint of step 8: file too large; that of step 7 stays")
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir() if path.name != "tokenizer"] == [
         "step-00000007"
@@ -182,10 +172,8 @@ def test_plans_are_within_half_of_the_dense_model_stored_and_computed(name):
     assert 0.44 < planned["ffn"]["stored_ratio"] <= 0.5 and 0.44 < planned["ffn"]["mac_ratio"] <= 0.5
 
 
-def test_dry_run_writes_nothing(tmp_path):
-    done = start(tmp_path, "-o", "out", "--dry-run")
-    out, err = done.communicate()
-    assert done.returncode == 0, err
+def test_dry_run_writes_nothing(command_line, start, tmp_path):
+    out = command_line.finish(start(tmp_path, "-o", "out", "--dry-run")).stdout
     assert json.loads(out)["parameters"] > 100_000 and not (tmp_path / "out").exists()
 
 

@@ -1,9 +1,6 @@
 """Two processes train what one would: DDP and FSDP2, under the real torchrun, and a run changes its number of them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,24 +10,21 @@ WORDS = ("train", "--recipe", "smoke", "--json", "--set", "device=cpu", "--set",
 TOLERANCE = 2e-4  # of weights around 0.1 after six steps: sums in another order
 
 
-def launch(folder: Path, output: str, processes: int, *words: str) -> dict:
-    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PILON_CACHE": str(folder / "tokens"), "HF_HUB_OFFLINE": "1"}
-    run = [sys.executable, "-m"]
-    if processes > 1:
-        run += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    done = subprocess.run(
-        [*run, "pilon_compress.cli", *WORDS, "-o", output, *words],
-        cwd=folder,
-        env=surroundings,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def launch(command_line):
+    """`launch(folder, output, processes, *words)`: what such a training prints as JSON."""
+
+    def launch(folder: Path, output: str, processes: int, *words: str) -> dict:
+        words = (*WORDS, "-o", output, *words)
+        cache = str(folder / "tokens")
+        process = command_line.start(*words, cwd=folder, processes=processes, PILON_CACHE=cache)
+        return json.loads(command_line.finish(process).stdout)
+
+    return launch
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     return folder, launch(folder, "one", 1, "--tokens", "6144")
 
@@ -42,7 +36,7 @@ def difference(folder: Path, first: str, second: str) -> float:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_train_the_same_model_as_one(alone, parallel):
+def test_two_processes_train_the_same_model_as_one(launch, alone, parallel):
     folder, expected = alone
     result = launch(folder, parallel, 2, "--tokens", "6144", "--set", f"run.parallel={parallel}")
     assert result["tokens"] == expected["tokens"] and result["processes"] == 2
@@ -50,7 +44,7 @@ def test_two_processes_train_the_same_model_as_one(alone, parallel):
     assert difference(folder, "one", parallel) < TOLERANCE
 
 
-def test_a_sharded_run_goes_on_alone(alone):
+def test_a_sharded_run_goes_on_alone(launch, alone):
     folder, expected = alone
     words = ("--tokens", "6144", "--set", "run.parallel=fsdp", "--set", "run.checkpoint_every=0.001")
     launch(folder, "moved", 2, *words, "--set", "run.keep=100")
@@ -67,7 +61,7 @@ def test_a_sharded_run_goes_on_alone(alone):
     }
 
 
-def test_two_processes_choose_alike_and_a_sharded_bank_keeps_what_was_not_used(alone):
+def test_two_processes_choose_alike_and_a_sharded_bank_keeps_what_was_not_used(launch, alone):
     folder, _ = alone
     words = ["--tokens", "4096", "--set", "selection.explore=gumbel", "--set", "staged.entropy=0.01"]
     words += ["--set", "ffn.rank=4", "--set", "ffn.n_primitives=12", "--set", "ffn.top_k=3"]

@@ -1,9 +1,6 @@
 """Two processes heal what one would: every parameter has a part in every step, sharded or not."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -34,21 +31,14 @@ def home(tiny, tmp_path_factory):
     ("parallel", "distill"),
     [("ddp", {"layerwise": 0.5, "hidden": 0.1, "ffn": 0.1}), ("fsdp", {"cache_teacher": 16})],
 )
-def test_two_processes_heal_the_same_model_as_one(home, tmp_path, parallel, distill):
+def test_two_processes_heal_the_same_model_as_one(command_line, home, tmp_path, parallel, distill):
     data = {"source": str(home / "text.jsonl"), "sequence_length": 32, "validation_sequences": 4}
     asked = {"task": "heal", "start": str(home / "pilon"), "device": "cpu", "data": data, "distill": distill}
     asked |= {"schedule": {"tokens": 6 * 8 * 32}, "run": {"batch_size": 8, "micro_batch_size": 3}}
     settings = recipes.build(asked, [f"run.parallel={parallel}"])
     (tmp_path / "recipe.yaml").write_text(recipes.dump(settings))
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    done = subprocess.run(
-        [*run, "pilon_compress.cli", "train", "--recipe", "recipe.yaml", "-o", "two", "--json"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    words = ("train", "--recipe", "recipe.yaml", "-o", "two", "--json")
+    done = command_line.finish(command_line.start(*words, cwd=tmp_path, processes=2))
     two = json.loads(done.stdout)
     one = train_model(recipes.build(asked), tmp_path / "one", quiet=True)
     assert two["processes"] == 2 and two["tokens"] == one["tokens"]

@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,25 +27,22 @@ WORDS += [word for item in (*SHORT, "ternary.warmup=0.5", "ternary.learned_scale
 IDS = torch.randint(3, 500, (3, 24), generator=torch.Generator().manual_seed(0))
 
 
-def start(folder: Path, *words: str, processes: int = 1) -> subprocess.Popen:
-    surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PILON_CACHE": str(folder / "tokens")}
-    run = [sys.executable, "-m"]
-    if processes > 1:
-        run += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*run, "pilon_compress.cli", *WORDS, *words], cwd=folder, env=surroundings, **pipes)
+@pytest.fixture(scope="module")
+def trained(command_line):
+    """`trained(folder, *words)`: what such a training there prints as JSON."""
 
+    def trained(folder: Path, *words: str, processes: int = 1) -> dict:
+        cache = str(folder / "tokens")
+        process = command_line.start(*WORDS, *words, cwd=folder, processes=processes, PILON_CACHE=cache)
+        return json.loads(command_line.finish(process).stdout)
 
-def ended(process: subprocess.Popen) -> dict:
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return json.loads(out)
+    return trained
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ternary")
-    return folder, ended(start(folder, "-o", "out"))
+    return folder, trained(folder, "-o", "out")
 
 
 def built(*overrides: str, **ternary) -> tuple:
@@ -76,7 +70,7 @@ def test_one_command_trains_a_ternary_model_that_loads_and_is_what_was_judged(un
     assert "ternary" in (folder / "out/README.md").read_text() and "ternary" in (folder / "out/train.html").read_text()
 
 
-def test_resumed_from_an_early_checkpoint_it_ends_with_the_same_bytes(undisturbed, tmp_path):
+def test_resumed_from_an_early_checkpoint_it_ends_with_the_same_bytes(trained, undisturbed, tmp_path):
     folder, expected = undisturbed
     shutil.copytree(folder / "out", tmp_path / "out")
     (tmp_path / "out/config.json").unlink()
@@ -85,15 +79,15 @@ def test_resumed_from_an_early_checkpoint_it_ends_with_the_same_bytes(undisturbe
         shutil.rmtree(path)
     names = {name for path in early.glob("*.safetensors") for name in load_file(path)}
     assert early.name == "step-00000005" and not any("digits" in name for name in names), "digits are made, not kept"
-    again = ended(start(tmp_path, "-o", "out", "--resume"))
+    again = trained(tmp_path, "-o", "out", "--resume")
     assert again["val_perplexity"] == expected["val_perplexity"]
     assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "out/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_does(undisturbed, parallel):
+def test_two_processes_train_what_one_does(trained, undisturbed, parallel):
     folder, expected = undisturbed
-    found = ended(start(folder, "-o", parallel, "--set", f"run.parallel={parallel}", processes=2))
+    found = trained(folder, "-o", parallel, "--set", f"run.parallel={parallel}", processes=2)
     assert found["processes"] == 2 and found["tokens"] == expected["tokens"]
     assert found["val_perplexity"] == pytest.approx(expected["val_perplexity"], rel=5e-3)  # digits flip on a hair
 
