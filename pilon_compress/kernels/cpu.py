@@ -10,7 +10,9 @@ PILON_KERNELS=0 asks for the fallback; PILON_ISA=portable, avx2, vnni, neon or d
 
 import logging
 import os
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from pilon_compress.kernels.tiles import BankTiles, MatrixTiles, Projection, mat
 __all__ = [
     "BankTiles",
     "MatrixTiles",
+    "Prepared",
     "Projection",
     "available",
     "compose",
@@ -33,6 +36,8 @@ __all__ = [
     "isas",
     "load",
     "matrix_tiles",
+    "prepared",
+    "prepared_ffn",
     "project",
     "ternary_linear",
     "tiles",
@@ -104,8 +109,7 @@ def project(x: Tensor, p: Projection) -> Tensor:
 
 def _projected(x: Tensor, p: Projection, bias: Tensor | None) -> Tensor:
     if x.device.type == "cpu" and p.fits() and available():
-        A, B, selected, scale, shift, _ = p.tensors()
-        return torch.ops.pilon.project(x, A, B, selected, scale, shift, bias, p.tiles.d_out, p.group)
+        return torch.ops.pilon.project(x, (*p.tensors()[:-1], bias), p.tiles.d_out, p.group)
     if isinstance(p.tiles, MatrixTiles):
         return reference.ternary_linear(x, p.tiles.digits(), p.scale, bias, p.group)
     assert p.selected is not None
@@ -124,24 +128,81 @@ def ffn(
     One call of the kernel where the activation is relu or relu2 and there is no norm inside; otherwise one for each
     projection, with torch's activation between them, so that the result is the same as of the layers one by one.
     """
-    if isinstance(activation, str) and activation in _FUSED and _fuses(x, up, down, gate):
-        gate_tensors = (None,) * 6 if gate is None else gate.tensors()
-        sizes = up.tiles.d_out, down.tiles.d_out, up.group, down.group
-        return torch.ops.pilon.ffn(
-            x.contiguous(), *up.tensors(), *gate_tensors, *down.tensors(), *sizes, _FUSED[activation]
-        )
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _fuses(up, down, gate, activation):
+        return torch.ops.pilon.ffn(x.contiguous(), *_parts(up, down, gate), *_sizes(up, down, activation))
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     hidden = act(project(x, up)) if gate is None else act(project(x, gate)) * project(x, up)
     return project(hidden, down)
 
 
-def _fuses(x: Tensor, up: Projection, down: Projection, gate: Projection | None) -> bool:
-    """Whether one call may compute the block: a type narrower than float32 rounds the hidden values in between."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or up.norm is not None or down.norm is not None:
+class Prepared:
+    """A projection or a block whose tensors the kernel has seen: a call hands over `x` alone.
+
+    It keeps the tensors, and computes with what they hold then; only `selected` must stay as it was. For dtypes other
+    than float32, and for compilers, which have to see the tensors, it does without.
+    """
+
+    def __init__(self, number: int, plain: Callable[[Tensor], Tensor]) -> None:
+        self._number, self._plain, self._run = number, plain, torch.ops.pilon.run.default
+        weakref.finalize(self, torch.ops.pilon.forget, number).atexit = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` (..., d_in) -> (..., d_out)."""
+        if x.dtype != torch.float32 or torch.compiler.is_compiling():
+            return self._plain(x)
+        y: Tensor = self._run(x.contiguous(), self._number)
+        return y
+
+
+def prepared(p: Projection) -> Callable[[Tensor], Tensor]:
+    """`project` by `p`, for many calls: a small projection takes as long as handing over its tensors."""
+    plain = partial(project, p=p)
+    if p.norm is not None or not _kernel_takes(p):
+        return plain
+    return Prepared(torch.ops.pilon.prepare_project(p.tensors(), p.tiles.d_in, p.tiles.d_out, p.group), plain)
+
+
+def prepared_ffn(
+    up: Projection,
+    down: Projection,
+    gate: Projection | None = None,
+    activation: str | Callable[[Tensor], Tensor] = "relu2",
+) -> Callable[[Tensor], Tensor]:
+    """`ffn` by these, for many calls."""
+    plain = partial(ffn, up=up, down=down, gate=gate, activation=activation)
+    if _fuses(up, down, gate, activation):
+        sizes = up.tiles.d_in, *_sizes(up, down, activation)
+        return Prepared(torch.ops.pilon.prepare_ffn(*_parts(up, down, gate), *sizes), plain)
+    act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+    first, last = prepared(up), prepared(down)
+    if gate is None:
+        return lambda x: last(act(first(x)))
+    gated = prepared(gate)
+    return lambda x: last(act(gated(x)) * first(x))
+
+
+def _parts(up: Projection, down: Projection, gate: Projection | None) -> tuple[tuple[Tensor | None, ...], ...]:
+    return up.tensors(), () if gate is None else gate.tensors(), down.tensors()
+
+
+def _sizes(up: Projection, down: Projection, activation: str | Callable[[Tensor], Tensor]) -> tuple[int, ...]:
+    assert isinstance(activation, str)
+    return up.tiles.d_out, down.tiles.d_out, up.group, down.group, _FUSED[activation]
+
+
+def _fuses(
+    up: Projection, down: Projection, gate: Projection | None, activation: str | Callable[[Tensor], Tensor]
+) -> bool:
+    """Whether one call may compute the block."""
+    if not isinstance(activation, str) or activation not in _FUSED:
         return False
-    if gate is not None and not (gate.norm is None and gate.group == up.group and gate.fits()):
+    if gate is not None and gate.group != up.group:
         return False
-    return up.fits() and down.fits() and available()
+    return all(p is None or (p.norm is None and _kernel_takes(p)) for p in (up, down, gate))
+
+
+def _kernel_takes(p: Projection) -> bool:
+    return p.tiles.A.device.type == "cpu" and p.fits() and available()
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -159,17 +220,7 @@ def _register_shapes() -> None:
     """What torch.compile and torch.export need to know of the operators."""
 
     @torch.library.register_fake("pilon::project")
-    def project(
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        selected: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        bias: Tensor,
-        d_out: int,
-        group: int,
-    ) -> Tensor:
+    def project(x: Tensor, parts: list[Tensor | None], d_out: int, group: int) -> Tensor:
         return x.new_empty(*x.shape[:-1], d_out)
 
     @torch.library.register_fake("pilon::ffn")

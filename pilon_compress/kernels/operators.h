@@ -15,44 +15,63 @@ const float* floats(const Maybe& tensor, int64_t n, const char* name) {
   return static_cast<const float*>(tensor->data_ptr());
 }
 
+// What describes a projection, in this order.
+enum Part : size_t { A, B, SELECTED, SCALE, SHIFT, BIAS, PARTS };
+using Parts = std::vector<Maybe>;
+
 // A (n, latent tiles, d_in blocks, 32) and B (n, d_out tiles, rank blocks, 32) of a bank, of which `selected` are used;
 // or A (1, d_out tiles, d_in blocks, 32) of a matrix, without B.
-void describe(Projection& p, int64_t d_in, const Tensor& A, const Maybe& B, const Maybe& selected, const Tensor& scale,
-              const Maybe& shift, const Maybe& bias, int64_t d_out, int64_t group) {
-  expect(A, ScalarType::Byte, "A");
-  const int64_t n = A.size(0), tiles = A.size(1), blocks = A.size(2);
-  STD_TORCH_CHECK(A.dim() == 4 && A.size(3) == BYTES && blocks == up_to(d_in, BLOCK) / BLOCK, "A does not fit x");
+void describe(Projection& p, int64_t d_in, const Parts& parts, int64_t d_out, int64_t group) {
+  STD_TORCH_CHECK(parts.size() == PARTS && parts[A] && parts[SCALE], "a projection has ", int(PARTS), " parts");
+  const Tensor &tiles_A = *parts[A], &scale = *parts[SCALE];
+  expect(tiles_A, ScalarType::Byte, "A");
+  const int64_t n = tiles_A.size(0), tiles = tiles_A.size(1), blocks = tiles_A.size(2);
+  STD_TORCH_CHECK(tiles_A.dim() == 4 && tiles_A.size(3) == BYTES && blocks == up_to(d_in, BLOCK) / BLOCK,
+                  "A does not fit x");
   STD_TORCH_CHECK(group >= 0 && group % TILE == 0, "group must be a multiple of ", TILE);
-  p.A = static_cast<const uint8_t*>(A.data_ptr()), p.B = nullptr;
+  p.A = static_cast<const uint8_t*>(tiles_A.data_ptr()), p.B = nullptr;
   p.d_in = d_in, p.d_out = d_out, p.latent = 0, p.group = group < d_in ? group : 0;
   const int64_t segments = p.group ? (d_in + p.group - 1) / p.group : 1, out_tiles = p.d_out_tiles();
   p.offsets.resize(segments);
   for (int64_t i = 0; i < segments; i++) p.offsets[i] = i * (p.group / BLOCK) * BYTES;
-  p.bias = floats(bias, d_out, "bias");
-  if (!B) {
+  p.bias = floats(parts[BIAS], d_out, "bias");
+  if (!parts[B]) {
     STD_TORCH_CHECK(n == 1 && tiles == out_tiles, "A must be one matrix of d_out outputs");
     p.scale = floats(scale, d_out, "scale"), p.shift = nullptr;
     p.starts.resize(tiles);
     for (int64_t t = 0; t < tiles; t++) p.starts[t] = t * blocks * BYTES;
     return;
   }
-  expect(*B, ScalarType::Byte, "B");
-  STD_TORCH_CHECK(bool(selected), "a bank needs `selected`");
-  expect(*selected, ScalarType::Long, "selected");
-  const int64_t k = selected->numel(), rank_blocks = tiles * TILE / BLOCK;
-  STD_TORCH_CHECK(B->dim() == 4 && B->size(0) == n && B->size(1) == out_tiles && B->size(2) == rank_blocks &&
-                  B->size(3) == BYTES, "B does not fit A and d_out");
-  p.B = static_cast<const uint8_t*>(B->data_ptr());
+  const Tensor& tiles_B = *parts[B];
+  expect(tiles_B, ScalarType::Byte, "B");
+  STD_TORCH_CHECK(bool(parts[SELECTED]), "a bank needs `selected`");
+  const Tensor& selected = *parts[SELECTED];
+  expect(selected, ScalarType::Long, "selected");
+  const int64_t k = selected.numel(), rank_blocks = tiles * TILE / BLOCK;
+  STD_TORCH_CHECK(tiles_B.dim() == 4 && tiles_B.size(0) == n && tiles_B.size(1) == out_tiles &&
+                  tiles_B.size(2) == rank_blocks && tiles_B.size(3) == BYTES, "B does not fit A and d_out");
+  p.B = static_cast<const uint8_t*>(tiles_B.data_ptr());
   p.latent = k * tiles * TILE, p.rank_blocks = rank_blocks;
-  p.scale = floats(scale, p.latent, "scale"), p.shift = floats(shift, p.latent, "shift");
+  p.scale = floats(scale, p.latent, "scale"), p.shift = floats(parts[SHIFT], p.latent, "shift");
   p.starts.resize(k * tiles), p.B_offsets.resize(k), p.B_starts.resize(out_tiles);
-  const int64_t* index = static_cast<const int64_t*>(selected->data_ptr());
+  const int64_t* index = static_cast<const int64_t*>(selected.data_ptr());
   for (int64_t i = 0; i < k; i++) {
     STD_TORCH_CHECK(index[i] >= 0 && index[i] < n, "selected names primitive ", index[i], " of ", n);
     for (int64_t t = 0; t < tiles; t++) p.starts[i * tiles + t] = (index[i] * tiles + t) * blocks * BYTES;
     p.B_offsets[i] = index[i] * out_tiles * rank_blocks * BYTES;
   }
   for (int64_t t = 0; t < out_tiles; t++) p.B_starts[t] = t * rank_blocks * BYTES;
+}
+
+// A block: down(act(up(x))), or with a gate down(act(gate(x)) * up(x)).
+struct Sizes {
+  int64_t d_in, hidden, d_out, group, down_group, activation;
+};
+void describe(Ffn& f, const Parts& up, const Parts& gate, const Parts& down, const Sizes& sizes) {
+  f.gated = !gate.empty(), f.activation = sizes.activation;
+  describe(f.up, sizes.d_in, up, sizes.hidden, sizes.group);
+  if (f.gated) describe(f.gate, sizes.d_in, gate, sizes.hidden, sizes.group);
+  describe(f.down, sizes.hidden, down, sizes.d_out, sizes.down_group);
 }
 
 struct Rows {  // x as (tokens, d_in), and an output to fill
@@ -82,29 +101,64 @@ Tensor computed(const Work& work, const Rows& io, int64_t d_out) {
 thread_local Projection one;
 thread_local Ffn three;
 
-Tensor op_project(const Tensor& x, const Tensor& A, const Maybe& B, const Maybe& selected, const Tensor& scale,
-                  const Maybe& shift, const Maybe& bias, int64_t d_out, int64_t group) {
+Tensor op_project(const Tensor& x, const Parts& parts, int64_t d_out, int64_t group) {
   const Rows io = rows(x, d_out);
-  describe(one, io.d_in, A, B, selected, scale, shift, bias, d_out, group);
+  describe(one, io.d_in, parts, d_out, group);
   return computed(one, io, d_out);
 }
 
-Tensor op_ffn(const Tensor& x, const Tensor& up_A, const Maybe& up_B, const Maybe& up_selected, const Tensor& up_scale,
-              const Maybe& up_shift, const Maybe& up_bias, const Maybe& gate_A, const Maybe& gate_B,
-              const Maybe& gate_selected, const Maybe& gate_scale, const Maybe& gate_shift, const Maybe& gate_bias,
-              const Tensor& down_A, const Maybe& down_B, const Maybe& down_selected, const Tensor& down_scale,
-              const Maybe& down_shift, const Maybe& down_bias, int64_t hidden, int64_t d_out, int64_t group,
-              int64_t down_group, int64_t activation) {
+Tensor op_ffn(const Tensor& x, const Parts& up, const Parts& gate, const Parts& down, int64_t hidden, int64_t d_out,
+              int64_t group, int64_t down_group, int64_t activation) {
   const Rows io = rows(x, d_out);
-  Ffn& f = three;
-  f.gated = bool(gate_A), f.activation = activation;
-  describe(f.up, io.d_in, up_A, up_B, up_selected, up_scale, up_shift, up_bias, hidden, group);
-  if (f.gated) {
-    STD_TORCH_CHECK(bool(gate_scale), "a gate needs a scale");
-    describe(f.gate, io.d_in, *gate_A, gate_B, gate_selected, *gate_scale, gate_shift, gate_bias, hidden, group);
+  describe(three, up, gate, down, {io.d_in, hidden, d_out, group, down_group, activation});
+  return computed(three, io, d_out);
+}
+
+// What was described once to be run many times: handing over two dozen tensors takes as long as a small projection.
+struct Prepared {
+  std::variant<Projection, Ffn> work;
+  int64_t d_in, d_out;
+  std::vector<Parts> kept;  // the memory that `work` points to
+};
+std::mutex guard;
+std::unordered_map<int64_t, std::shared_ptr<const Prepared>> prepared_works;
+
+int64_t keep(std::shared_ptr<const Prepared> work) {
+  static int64_t number = 0;  // none is given twice: a forgotten one stays unknown
+  const std::lock_guard lock(guard);
+  prepared_works[++number] = std::move(work);
+  return number;
+}
+
+int64_t op_prepare_project(const Parts& parts, int64_t d_in, int64_t d_out, int64_t group) {
+  Projection p;
+  describe(p, d_in, parts, d_out, group);
+  return keep(std::make_shared<Prepared>(Prepared{std::move(p), d_in, d_out, {parts}}));
+}
+
+int64_t op_prepare_ffn(const Parts& up, const Parts& gate, const Parts& down, int64_t d_in, int64_t hidden,
+                       int64_t d_out, int64_t group, int64_t down_group, int64_t activation) {
+  Ffn f;
+  describe(f, up, gate, down, {d_in, hidden, d_out, group, down_group, activation});
+  return keep(std::make_shared<Prepared>(Prepared{std::move(f), d_in, d_out, {up, gate, down}}));
+}
+
+Tensor op_run(const Tensor& x, int64_t number) {
+  std::shared_ptr<const Prepared> prepared;  // held while it runs: another thread may forget it
+  {
+    const std::lock_guard lock(guard);
+    const auto found = prepared_works.find(number);
+    STD_TORCH_CHECK(found != prepared_works.end(), "nothing is prepared under number ", number);
+    prepared = found->second;
   }
-  describe(f.down, hidden, down_A, down_B, down_selected, down_scale, down_shift, down_bias, d_out, down_group);
-  return computed(f, io, d_out);
+  const Rows io = rows(x, prepared->d_out);
+  STD_TORCH_CHECK(io.d_in == prepared->d_in, "x has ", io.d_in, " columns instead of ", prepared->d_in);
+  return std::visit([&](const auto& work) { return computed(work, io, prepared->d_out); }, prepared->work);
+}
+
+void op_forget(int64_t number) {
+  const std::lock_guard lock(guard);
+  prepared_works.erase(number);
 }
 
 Tensor op_int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const Maybe& bias) {
@@ -137,19 +191,26 @@ std::string op_isa() {
 }
 
 STABLE_TORCH_LIBRARY(pilon, m) {
-  m.def("project(Tensor x, Tensor A, Tensor? B, Tensor? selected, Tensor scale, Tensor? shift, Tensor? bias, int d_out, "
-        "int group) -> Tensor");
-  m.def("ffn(Tensor x, Tensor up_A, Tensor? up_B, Tensor? up_selected, Tensor up_scale, Tensor? up_shift, "
-        "Tensor? up_bias, Tensor? gate_A, Tensor? gate_B, Tensor? gate_selected, Tensor? gate_scale, "
-        "Tensor? gate_shift, Tensor? gate_bias, Tensor down_A, Tensor? down_B, Tensor? down_selected, "
-        "Tensor down_scale, Tensor? down_shift, Tensor? down_bias, int hidden, int d_out, int group, int down_group, "
+  m.def("project(Tensor x, Tensor?[] parts, int d_out, int group) -> Tensor");
+  m.def("ffn(Tensor x, Tensor?[] up, Tensor?[] gate, Tensor?[] down, int hidden, int d_out, int group, int down_group, "
         "int activation) -> Tensor");
+  m.def("prepare_project(Tensor?[] parts, int d_in, int d_out, int group) -> int");
+  m.def("prepare_ffn(Tensor?[] up, Tensor?[] gate, Tensor?[] down, int d_in, int hidden, int d_out, int group, "
+        "int down_group, int activation) -> int");
+  m.def("run(Tensor x, int number) -> Tensor");
+  m.def("forget(int number) -> ()");
   m.def("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   m.def("isa() -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(pilon, CPU, m) {
   m.impl("project", TORCH_BOX(&op_project));
   m.impl("ffn", TORCH_BOX(&op_ffn));
+  m.impl("prepare_project", TORCH_BOX(&op_prepare_project));
+  m.impl("prepare_ffn", TORCH_BOX(&op_prepare_ffn));
+  m.impl("run", TORCH_BOX(&op_run));
   m.impl("int8_linear", TORCH_BOX(&op_int8_linear));
 }
-STABLE_TORCH_LIBRARY_IMPL(pilon, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&op_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(pilon, CompositeExplicitAutograd, m) {
+  m.impl("forget", TORCH_BOX(&op_forget));
+  m.impl("isa", TORCH_BOX(&op_isa));
+}

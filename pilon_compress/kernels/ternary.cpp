@@ -15,9 +15,13 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <unordered_map>
+#include <variant>
 #include <vector>
 
 #if defined(__x86_64__)

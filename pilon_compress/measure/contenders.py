@@ -150,7 +150,7 @@ def _ternary(shape: Shape, projections: list[cpu.Projection]) -> Block:
     up, *gate, down = projections
     activation = shape.activation
     stored = [tensor for p in projections for tensor in p.tensors() if tensor is not None]
-    return Block(lambda x: cpu.ffn(x, up, down, gate[0] if gate else None, activation), _bytes([stored]))
+    return Block(cpu.prepared_ffn(up, down, gate[0] if gate else None, activation), _bytes([stored]))
 
 
 def ternary_matrix(d_in: int, d_out: int) -> cpu.Projection:

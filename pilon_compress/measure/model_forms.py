@@ -27,10 +27,10 @@ class TernaryProjection(nn.Module):
 
     def __init__(self, projection: cpu.Projection, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.projection, self.norm = projection, norm
+        self.project, self.norm = cpu.prepared(projection), norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return cpu.project(x if self.norm is None else self.norm(x), self.projection)
+        return self.project(x if self.norm is None else self.norm(x))
 
 
 class Int8Projection(nn.Module):
