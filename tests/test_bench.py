@@ -132,7 +132,7 @@ def test_int8_contenders_compute_the_block():
     exact = x @ weight.T
     for make, dtype in ((contenders.weight_only_int8, torch.bfloat16), (contenders.dynamic_int8, torch.float32)):
         close = make(weight)(x.to(dtype)).float()
-        assert (close - exact).norm() < 0.02 * exact.norm()
+        assert (close - exact).norm() < 0.05 * exact.norm()  # without VNNI torch gives activations seven bits
 
 
 def test_what_a_device_lacks_is_left_out_and_said(monkeypatch):

@@ -221,6 +221,27 @@ def test_narrower_types_round_between_layers_as_layers_do():
 
 
 @needs_kernel
+@pytest.mark.parametrize("activation", ["relu2", "silu"])
+def test_exact_when_prepared_and_what_nobody_holds_is_forgotten(activation):
+    up, gate, down = bank(3, 2, 16, 64, 96), matrix(64, 96), bank(3, 2, 16, 96, 64, group=32)
+    for second in (None, gate):
+        run = cpu.prepared_ffn(up, down, second, activation)
+        for x in (torch.randn(64), torch.randn(40, 2, 64), torch.randn(64, 3).T, torch.randn(2, 64).bfloat16()):
+            assert torch.equal(run(x), cpu.ffn(x, up, down, second, activation))
+    one = cpu.prepared(up)
+    x = torch.randn(3, 64)
+    assert torch.equal(one(x), cpu.project(x, up))
+    up.scale.mul_(2)
+    assert torch.equal(one(x), cpu.project(x, up)), "it computes with what its tensors hold"
+    with pytest.raises(RuntimeError, match="x has 63 columns instead of 64"):
+        one(x[:, 1:])
+    number = one._number
+    del one
+    with pytest.raises(RuntimeError, match="nothing is prepared"):
+        torch.ops.pilon.run(x, number)
+
+
+@needs_kernel
 def test_export_sees_one_operator_and_its_shape():
     up, down = bank(3, 2, 16, 64, 96), bank(3, 2, 16, 96, 64, group=32)
 

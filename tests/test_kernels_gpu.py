@@ -265,7 +265,7 @@ def test_without_triton_the_same_numbers_come_and_one_warning_says_why(gpu, draw
     (said,) = (record.getMessage() for record in caplog.records if record.name == choose.__name__)
     assert "plain torch" in said and reason in said
     monkeypatch.undo()
-    a, b = (choose.compose(x, packed, selected, scale, None, 32) for packed in (plain, by_triton))
+    a, b = (choose.composed(packed, selected, scale, None, 32)(x) for packed in (plain, by_triton))
     assert torch.equal(a, b)
 
 

@@ -1,5 +1,6 @@
 """Packed ternary models: exact codecs, the same outputs bit for bit, the bytes that are reported, refusals."""
 
+import copy
 import json
 import shutil
 
@@ -95,8 +96,41 @@ def test_where_triton_runs_a_model_computes_the_same_by_its_kernels(trained, tmp
         with torch.no_grad():
             y = model(input_ids=ids).logits
         assert y.dtype == dtype and torch.equal(y, expected)
-        made = {type(m._ready[1]) for m in model.modules() if isinstance(m, PackedBank | PackedLinear)}
+        made = {type(m._unpacked.value) for m in model.modules() if isinstance(m, PackedBank | PackedLinear)}
         assert made == {BankWords if trained.name == "rank16" else MatrixWords}
+
+
+@pytest.mark.parametrize("trained", ["rank16", "dense"], indirect=True)
+@pytest.mark.parametrize("ran", [False, True], ids=["at once", "after it ran"])
+def test_compilers_see_a_layer_whole(trained, tmp_path, ran):
+    export_packed(str(trained), tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 5, layer.host_shape[0])
+    with torch.no_grad():
+        if ran:
+            layer(x)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        exported = torch.export.export(layer, (x,)).module()(x)
+        assert torch.equal(compiled, layer(x)) and torch.equal(exported, layer(x))
+
+
+@pytest.mark.parametrize("trained", ["rank16", "dense"], indirect=True)
+def test_a_model_that_ran_follows_what_is_loaded_into_it_and_copies_go_their_own_way(trained, tmp_path):
+    export_packed(str(trained), tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        twin = copy.deepcopy(model)
+        mirrored = {
+            name: value.flip(-1) if name.endswith("codes") else value for name, value in model.state_dict().items()
+        }
+        model.load_state_dict(mirrored)
+        after = model(input_ids=IDS).logits
+        model.save_pretrained(tmp_path / "again")
+        del model
+        assert torch.equal(twin(input_ids=IDS).logits, before)
+    assert not torch.equal(after, before) and torch.equal(logits(tmp_path / "again", IDS), after)
 
 
 def test_generation_with_a_cache_and_any_batch_is_the_full_forward_pass(trained, tmp_path):

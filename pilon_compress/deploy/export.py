@@ -16,7 +16,19 @@ from pilon_compress.deploy import loader
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import FAMILIES, detect
-from pilon_compress.form import bank, composed, int8, integers, kept, layout, packed, packing, ternary, ternary_bank
+from pilon_compress.form import (
+    bank,
+    composed,
+    int8,
+    integers,
+    kept,
+    layout,
+    packed,
+    packing,
+    ready,
+    ternary,
+    ternary_bank,
+)
 from pilon_compress.form.fold import dense
 from pilon_compress.form.layout import BANKS, kept_matrices, linear_shape, projections
 from pilon_compress.kernels import reference
@@ -31,6 +43,7 @@ BUNDLED = (
     kept,
     ternary_bank,
     packing,
+    ready,
     packed,
     integers,
     int8,

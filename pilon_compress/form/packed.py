@@ -8,12 +8,15 @@
 Forward passes are the kernels' (`kernels.choose`), which compute what `form.ternary` computes, bit for bit.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import NORM_EPS, ComposedLinear
 from pilon_compress.form.packing import packed_size, unpack, valid
+from pilon_compress.form.ready import Ready
 from pilon_compress.kernels import choose
 from pilon_compress.kernels.tiles import BankTiles, MatrixTiles
 from pilon_compress.kernels.words import BankWords, MatrixWords
@@ -32,7 +35,9 @@ class PackedBank(PrimitiveBank):
         for name, numbers in (("A_codes", d_in * rank), ("B_codes", rank * d_out)):
             shape = (n_primitives, packed_size(numbers, encoding))
             self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
-        self._ready: tuple[tuple[int, int], BankTiles | BankWords | choose.Digits] | None = None
+        # quoted: an export that brings its code along holds this file, and not the kernels
+        self._unpacked: Ready[BankTiles | BankWords | choose.Digits] = Ready()
+        self._composed: dict[int, Ready[Callable[[Tensor], Tensor]]] = {}  # by the address of a layer's weight
 
     @property
     def n_primitives(self) -> int:
@@ -68,17 +73,16 @@ class PackedBank(PrimitiveBank):
         self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0, shift: Tensor | None = None
     ) -> Tensor:
         """The `selected` (k,) primitives on `x` (..., d_in), with scales `weight` (k, r) and a `shift` (k, r)."""
-        scale = weight.reshape(-1).float()
-        shift = None if shift is None else shift.reshape(-1).float()
-        return choose.compose(x, self._unpacked(group), selected, scale, shift, group)
 
-    # quoted: an export that brings its code along holds this file, and not the kernels
-    def _unpacked(self, group: int) -> "BankTiles | BankWords | choose.Digits":
-        """The digits as they are computed with, made at the first use."""
-        key = self.A_codes.data_ptr(), group
-        if self._ready is None or self._ready[0] != key:
-            self._ready = key, choose.bank(*self.digits(), group)
-        return self._ready[1]
+        def make() -> Callable[[Tensor], Tensor]:
+            digits = self._unpacked.get((self.A_codes, self.B_codes), lambda: choose.bank(*self.digits(), group))
+            offsets = None if shift is None else shift.reshape(-1).float()
+            return choose.composed(digits, selected, weight.reshape(-1).float(), offsets, group)
+
+        if torch.compiler.is_compiling():
+            return make()(x)
+        layer = self._composed.setdefault(weight.data_ptr(), Ready())
+        return layer.get((self.A_codes, self.B_codes, selected, weight, shift), make)(x)
 
     def refuse(self) -> str | None:
         """What is wrong with the bytes, if anything."""
@@ -111,7 +115,8 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         self.norm = nn.RMSNorm(d_in, eps=NORM_EPS) if norm else None
-        self._ready: tuple[int, MatrixTiles | MatrixWords | Tensor] | None = None
+        self._unpacked: Ready[MatrixTiles | MatrixWords | Tensor] = Ready()
+        self._computed: Ready[Callable[[Tensor], Tensor]] = Ready()
 
     def digits(self) -> Tensor:
         """(d_in, d_out), int8."""
@@ -121,9 +126,12 @@ class PackedLinear(nn.Module):
         """`x` (..., d_in) -> (..., d_out)."""
         if self.norm is not None:
             x = self.norm(x)
-        if self._ready is None or self._ready[0] != self.codes.data_ptr():
-            self._ready = self.codes.data_ptr(), choose.matrix(self.digits(), self.group)
-        y = choose.ternary_linear(x, self._ready[1], self.weight.float(), self.group)
+
+        def make() -> Callable[[Tensor], Tensor]:
+            digits = self._unpacked.get((self.codes,), lambda: choose.matrix(self.digits(), self.group))
+            return choose.multiplied(digits, self.weight.float(), self.group)
+
+        y = (make() if torch.compiler.is_compiling() else self._computed.get((self.codes, self.weight), make))(x)
         return y if self.bias is None else y + self.bias
 
     def matrix(self) -> Tensor:

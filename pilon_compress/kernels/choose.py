@@ -10,6 +10,7 @@ torch on a GPU too.
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -17,15 +18,19 @@ import torch
 from torch import Tensor
 
 from pilon_compress.kernels import cpu, reference
-from pilon_compress.kernels.tiles import BankTiles, MatrixTiles
+from pilon_compress.kernels.tiles import BankTiles, MatrixTiles, Projection
 from pilon_compress.kernels.words import GROUPS, MULTIPLE, BankWords, MatrixWords, matrix_words, words
 
 Digits = tuple[Tensor, Tensor]
+Run = Callable[[Tensor], Tensor]  # x (..., d_in) -> (..., d_out), in the dtype of x
 TRITON = {"cuda"}  # devices; with "cpu" among them, and TRITON_INTERPRET=1, tests run the kernels without a GPU
 
 
 def bank(A: Tensor, B: Tensor, group: int) -> BankTiles | BankWords | Digits:
-    """The digits A (n, d_in, r) and B (n, r, d_out), int8, as they are computed with; `group` as of `compose`."""
+    """The digits A (n, d_in, r) and B (n, r, d_out), int8, as they are computed with.
+
+    `group`: how many inputs share a scale; 0: all.
+    """
     rank = A.shape[2]
     if _by_triton(A.device.type, rank, group):
         return words(A, B)
@@ -39,37 +44,44 @@ def matrix(digits: Tensor, group: int) -> MatrixTiles | MatrixWords | Tensor:
     return cpu.matrix_tiles(digits) if digits.device.type == "cpu" and cpu.available() else digits
 
 
-def compose(
-    x: Tensor,
-    packed: BankTiles | BankWords | Digits,
-    selected: Tensor,
-    scale: Tensor,
-    shift: Tensor | None = None,
-    group: int = 0,
-) -> Tensor:
-    """`x` (..., d_in) -> (..., d_out) in the dtype of x, through a `bank`; the rest as of `reference.compose`."""
-    with torch.autocast(x.device.type, enabled=False):
-        if isinstance(packed, BankTiles):
-            return cpu.compose(x, packed, selected, scale, shift, None, group)
-        if isinstance(packed, BankWords):
-            from pilon_compress.kernels import gpu
+def composed(
+    packed: BankTiles | BankWords | Digits, selected: Tensor, scale: Tensor, shift: Tensor | None = None, group: int = 0
+) -> Run:
+    """A layer's projection through a `bank`, for many calls; the rest as of `reference.compose`."""
+    if isinstance(packed, BankTiles):
+        return _alone(cpu.prepared(Projection(packed, scale, selected, shift, None, group)))
+    if isinstance(packed, BankWords):
+        from pilon_compress.kernels import gpu
 
-            with _on(x):
-                return gpu.compose(x, packed, selected, scale, shift, None, group)
-        return reference.compose(x, *packed, selected, scale, shift, None, group).to(x.dtype)
+        words = packed
+        return _alone(lambda x: gpu.compose(x, words, selected, scale, shift, None, group))
+    A, B = packed
+    return _alone(lambda x: reference.compose(x, A, B, selected, scale, shift, None, group).to(x.dtype))
 
 
-def ternary_linear(x: Tensor, packed: MatrixTiles | MatrixWords | Tensor, scale: Tensor, group: int = 0) -> Tensor:
-    """`x` (..., d_in) -> (..., d_out) in the dtype of x, through a `matrix`."""
-    with torch.autocast(x.device.type, enabled=False):
-        if isinstance(packed, MatrixTiles):
-            return cpu.ternary_linear(x, packed, scale, None, group)
-        if isinstance(packed, MatrixWords):
-            from pilon_compress.kernels import gpu
+def multiplied(packed: MatrixTiles | MatrixWords | Tensor, scale: Tensor, group: int = 0) -> Run:
+    """The same for a `matrix`."""
+    if isinstance(packed, MatrixTiles):
+        return _alone(cpu.prepared(Projection(packed, scale, group=group)))
+    if isinstance(packed, MatrixWords):
+        from pilon_compress.kernels import gpu
 
-            with _on(x):
-                return gpu.ternary_linear(x, packed, scale, None, group)
-        return reference.ternary_linear(x, packed, scale, None, group).to(x.dtype)
+        words = packed
+        return _alone(lambda x: gpu.ternary_linear(x, words, scale, None, group))
+    digits = packed
+    return _alone(lambda x: reference.ternary_linear(x, digits, scale, None, group).to(x.dtype))
+
+
+def _alone(run: Run) -> Run:
+    """`run` out of reach of autocast, and on the GPU of its input."""
+    if isinstance(run, cpu.Prepared):  # it has nothing that autocast would touch
+        return run
+
+    def undisturbed(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False), _on(x):
+            return run(x)
+
+    return undisturbed
 
 
 def _by_triton(device: str, outputs: int, group: int) -> bool:
@@ -106,4 +118,4 @@ def _works(device: str) -> bool:
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current GPU, which need not be that of `x`; compilers see to that themselves."""
-    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
+    return nullcontext() if torch.compiler.is_compiling() or not x.is_cuda else torch.cuda.device_of(x)

@@ -29,7 +29,6 @@ __all__ = [
     "Prepared",
     "Projection",
     "available",
-    "compose",
     "ffn",
     "int8_linear",
     "int8_rows",
@@ -39,7 +38,6 @@ __all__ = [
     "prepared",
     "prepared_ffn",
     "project",
-    "ternary_linear",
     "tiles",
 ]
 
@@ -74,27 +72,6 @@ def available() -> bool:
 def isas() -> list[str]:
     """The instruction set in use, then all that this machine has, best first; empty without the kernel."""
     return str(torch.ops.pilon.isa()).split() if available() else []
-
-
-def compose(
-    x: Tensor,
-    bank: BankTiles,
-    selected: Tensor,
-    scale: Tensor,
-    shift: Tensor | None = None,
-    bias: Tensor | None = None,
-    group: int = 0,
-) -> Tensor:
-    """A composed projection in one call: `x` (..., d_in) -> (..., d_out), in the dtype of x.
-
-    `selected` (k,) int64; `scale`, `shift` (k·r,) and `bias` (d_out,) float32; `group` a multiple of 16, or 0.
-    """
-    return project(x, Projection(bank, scale, selected, shift, bias, group))
-
-
-def ternary_linear(x: Tensor, matrix: MatrixTiles, scale: Tensor, bias: Tensor | None = None, group: int = 0) -> Tensor:
-    """A dense ternary projection: `x` (..., d_in) -> (..., d_out), in the dtype of x; `scale` (d_out,) float32."""
-    return project(x, Projection(matrix, scale, bias=bias, group=group))
 
 
 def project(x: Tensor, p: Projection) -> Tensor:
@@ -157,7 +134,7 @@ class Prepared:
 def prepared(p: Projection) -> Callable[[Tensor], Tensor]:
     """`project` by `p`, for many calls: a small projection takes as long as handing over its tensors."""
     plain = partial(project, p=p)
-    if p.norm is not None or not _kernel_takes(p):
+    if p.norm is not None or not _kernel_takes(p) or torch.compiler.is_compiling():
         return plain
     return Prepared(torch.ops.pilon.prepare_project(p.tensors(), p.tiles.d_in, p.tiles.d_out, p.group), plain)
 

@@ -353,12 +353,17 @@ template <class Work>
 void in_chunks(const Work& work, const float* x, int64_t d_in, float* y, int64_t d_out, int64_t tokens) {
   const int64_t chunks = (tokens + CHUNK - 1) / CHUNK;
   const int size = threads();
-  if (size == 1 || chunks >= size) {
-#pragma omp parallel for num_threads(size) if (size > 1)
-    for (int64_t c = 0; c < chunks; c++) {
-      const int64_t done = c * CHUNK, count = std::min(CHUNK, tokens - done);
-      run(work, x + done * d_in, y + done * d_out, count, Team{}, prepared(work, count));
-    }
+  const auto chunk = [&](int64_t c) {
+    const int64_t done = c * CHUNK, count = std::min(CHUNK, tokens - done);
+    run(work, x + done * d_in, y + done * d_out, count, Team{}, prepared(work, count));
+  };
+  if (size == 1) {  // OpenMP makes a team even of one
+    for (int64_t c = 0; c < chunks; c++) chunk(c);
+    return;
+  }
+  if (chunks >= size) {
+#pragma omp parallel for num_threads(size)
+    for (int64_t c = 0; c < chunks; c++) chunk(c);
     return;
   }
   Buffers& shared = prepared(work, std::min(CHUNK, tokens));

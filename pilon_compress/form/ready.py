@@ -1,0 +1,40 @@
+"""What a module computes with, made of its tensors at the first use."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+class Ready(Generic[Value]):
+    """A value made of tensors when it is first asked for, and again once one of them was replaced or written to.
+
+    Copies, such as copies of a module have, begin without one. Compilers, which know no addresses, get what is there.
+    """
+
+    def __init__(self) -> None:
+        self.value: Value | None = None
+        self._marks: list[tuple[int, int] | None] = []
+        self._kept: list[Tensor | None] = []  # as long as the tensors live nothing else has their addresses
+
+    def get(self, tensors: Sequence[Tensor | None], make: Callable[[], Value]) -> Value:
+        if torch.compiler.is_compiling():
+            return make() if self.value is None else self.value
+        marks = [None if tensor is None else _mark(tensor) for tensor in tensors]
+        if self.value is None or marks != self._marks:
+            self.value, self._marks = make(), marks
+            self._kept = [None if tensor is None else tensor.detach() for tensor in tensors]
+        return self.value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ready[Value]":
+        return Ready()
+
+    def __reduce__(self) -> tuple[type["Ready[Value]"], tuple[()]]:
+        return Ready, ()
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
