@@ -29,8 +29,7 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            y = cpu.int8_linear(x, self.weight, self.scale.float())
+        y = cpu.int8_linear(x, self.weight, self.scale.float())
         return y if self.bias is None else y + self.bias
 
 
@@ -65,8 +64,7 @@ class Int8Head(nn.Module):
     embedding: Int8Embedding
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            y = cpu.int8_linear(x, self.weight, self.embedding.scale.float())
+        y = cpu.int8_linear(x, self.weight, self.embedding.scale.float())
         return y if self.bias is None else y + self.bias
 
 

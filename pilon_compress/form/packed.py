@@ -9,6 +9,7 @@ Forward passes are the kernels' (`kernels.choose`), which compute what `form.ter
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,8 @@ class PackedBank(PrimitiveBank):
         for name, numbers in (("A_codes", d_in * rank), ("B_codes", rank * d_out)):
             shape = (n_primitives, packed_size(numbers, encoding))
             self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
-        # quoted: an export that brings its code along holds this file, and not the kernels
         self._unpacked: Ready[BankTiles | BankWords | choose.Digits] = Ready()
-        self._composed: dict[int, Ready[Callable[[Tensor], Tensor]]] = {}  # by the address of a layer's weight
+        self._layers: dict[int, Ready[Callable[[Tensor], Tensor]]] = {}  # by the address of a layer's weight
 
     @property
     def n_primitives(self) -> int:
@@ -73,16 +73,18 @@ class PackedBank(PrimitiveBank):
         self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0, shift: Tensor | None = None
     ) -> Tensor:
         """The `selected` (k,) primitives on `x` (..., d_in), with scales `weight` (k, r) and a `shift` (k, r)."""
-
-        def make() -> Callable[[Tensor], Tensor]:
-            digits = self._unpacked.get((self.A_codes, self.B_codes), lambda: choose.bank(*self.digits(), group))
-            offsets = None if shift is None else shift.reshape(-1).float()
-            return choose.composed(digits, selected, weight.reshape(-1).float(), offsets, group)
-
         if torch.compiler.is_compiling():
-            return make()(x)
-        layer = self._composed.setdefault(weight.data_ptr(), Ready())
-        return layer.get((self.A_codes, self.B_codes, selected, weight, shift), make)(x)
+            return self._layer(selected, weight, group, shift)(x)
+        ready = self._layers.get(weight.data_ptr())
+        if ready is None:
+            ready = self._layers[weight.data_ptr()] = Ready()
+        # what is loaded, moved or dropped changes these, whatever else it changes
+        return ready.get((self.A_codes, selected, weight), partial(self._layer, selected, weight, group, shift))(x)
+
+    def _layer(self, selected: Tensor, weight: Tensor, group: int, shift: Tensor | None) -> Callable[[Tensor], Tensor]:
+        digits = self._unpacked.get((self.A_codes, self.B_codes), lambda: choose.bank(*self.digits(), group))
+        offsets = None if shift is None else shift.reshape(-1).float()
+        return choose.composed(digits, selected, weight.reshape(-1).float(), offsets, group)
 
     def refuse(self) -> str | None:
         """What is wrong with the bytes, if anything."""
@@ -126,13 +128,14 @@ class PackedLinear(nn.Module):
         """`x` (..., d_in) -> (..., d_out)."""
         if self.norm is not None:
             x = self.norm(x)
-
-        def make() -> Callable[[Tensor], Tensor]:
-            digits = self._unpacked.get((self.codes,), lambda: choose.matrix(self.digits(), self.group))
-            return choose.multiplied(digits, self.weight.float(), self.group)
-
-        y = (make() if torch.compiler.is_compiling() else self._computed.get((self.codes, self.weight), make))(x)
+        compiling = torch.compiler.is_compiling()
+        run = self._run() if compiling else self._computed.get((self.codes, self.weight), self._run)
+        y = run(x)
         return y if self.bias is None else y + self.bias
+
+    def _run(self) -> Callable[[Tensor], Tensor]:
+        digits = self._unpacked.get((self.codes,), lambda: choose.matrix(self.digits(), self.group))
+        return choose.multiplied(digits, self.weight.float(), self.group)
 
     def matrix(self) -> Tensor:
         """(d_in, d_out), as it counts in the forward pass."""

@@ -17,16 +17,16 @@ class Ready(Generic[Value]):
 
     def __init__(self) -> None:
         self.value: Value | None = None
-        self._marks: list[tuple[int, int] | None] = []
-        self._kept: list[Tensor | None] = []  # as long as the tensors live nothing else has their addresses
+        self._marks: list[tuple[int, int]] = []
+        self._kept: list[Tensor] = []  # as long as the tensors live nothing else has their addresses
 
-    def get(self, tensors: Sequence[Tensor | None], make: Callable[[], Value]) -> Value:
+    def get(self, tensors: Sequence[Tensor], make: Callable[[], Value]) -> Value:
         if torch.compiler.is_compiling():
             return make() if self.value is None else self.value
-        marks = [None if tensor is None else _mark(tensor) for tensor in tensors]
+        marks = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         if self.value is None or marks != self._marks:
             self.value, self._marks = make(), marks
-            self._kept = [None if tensor is None else tensor.detach() for tensor in tensors]
+            self._kept = [tensor.detach() for tensor in tensors]
         return self.value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ready[Value]":
@@ -34,7 +34,3 @@ class Ready(Generic[Value]):
 
     def __reduce__(self) -> tuple[type["Ready[Value]"], tuple[()]]:
         return Ready, ()
-
-
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

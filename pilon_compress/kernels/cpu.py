@@ -190,7 +190,8 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     values = x.float().contiguous()
     if x.device.type == "cpu" and available():
         return torch.ops.pilon.int8_linear(values, weight, scale, bias).to(x.dtype)
-    return reference.int8_linear(values, weight, scale, bias).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.int8_linear(values, weight, scale, bias).to(x.dtype)
 
 
 def _register_shapes() -> None:

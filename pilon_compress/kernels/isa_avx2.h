@@ -2,7 +2,7 @@
 //
 // A block adds two such products to each int16: at most 2 · (2·2·127) = 1016, so 32 blocks stay below 2^15 and the sums
 // are widened to int32 then. Layout of a block: isa_vnni.h.
-constexpr int WIDE_TILES = 8, WIDE_FROM = 48, ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 4;
+constexpr int WIDE_TILES = 8, WIDE_FROM = 48, ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 4, ONE_ROWS = 1;
 constexpr int64_t WIDEN = 32;
 
 struct Sum { __m256i low16, high16, low, high; };  // outputs 0-7 and 8-15
@@ -49,6 +49,8 @@ static inline void value(const Sum& sum, int32_t codes, float scale, float* y, b
   _mm256_storeu_ps(y + 8, high);
 }
 
+constexpr int64_t AHEAD = 4096;  // bytes; rows one by one are one long stream, which memory gives fastest
+
 // |w| (u8, up to 128) times the code with w's sign: at most 2·128·127 = 32512 in an int16.
 template <int R>
 static inline void dot_int8(const int8_t* w, const int8_t* q, int64_t d, int32_t* out) {
@@ -59,7 +61,7 @@ static inline void dot_int8(const int8_t* w, const int8_t* q, int64_t d, int32_t
   for (; k + 32 <= d; k += 32) {
     const __m256i codes = _mm256_loadu_si256((const __m256i*)(q + k));
     UNROLL for (int r = 0; r < R; r++) {
-      __builtin_prefetch(w + (R + r) * d + k);  // the next R rows
+      __builtin_prefetch(w + (R == 1 ? AHEAD : (R + r) * d) + k);  // the next R rows
       const __m256i row = _mm256_loadu_si256((const __m256i*)(w + r * d + k));
       const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(row), _mm256_sign_epi8(codes, row));
       sum[r] = _mm256_add_epi32(sum[r], _mm256_madd_epi16(pairs, one));

@@ -1,5 +1,5 @@
 // NEON, with the dot product instructions of ARMv8.2 where PILON_DOT is 1. Layout of a block: isa_vnni.h.
-constexpr int WIDE_TILES = 4, WIDE_FROM = 48, ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 4;
+constexpr int WIDE_TILES = 4, WIDE_FROM = 48, ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 4, ONE_ROWS = 4;
 constexpr int64_t WIDEN = int64_t(1) << 40;
 
 struct Sum { int32x4_t v[4]; };  // four outputs each

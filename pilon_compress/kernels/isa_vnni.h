@@ -2,7 +2,7 @@
 //
 // A block of 32 bytes, bits 2f and 2f+1 of byte j: field f = 0, 1 holds outputs 0-7 and inputs 0-3, 4-7; fields 2, 3
 // the same for outputs 8-15. Output = j / 4, input = j % 4 within a field.
-constexpr int WIDE_TILES = 16, WIDE_FROM = 8, ONE_TILES = 4, MANY_TILES = 2, MANY_TOKENS = 8, ROWS = 4;
+constexpr int WIDE_TILES = 16, WIDE_FROM = 8, ONE_TILES = 4, MANY_TILES = 2, MANY_TOKENS = 8, ROWS = 4, ONE_ROWS = 4;
 constexpr int64_t WIDEN = int64_t(1) << 40;  // never: the sums are int32 from the start
 
 struct Sum { __m512i even, odd; };  // two chains, because dpbusd takes several cycles

@@ -145,15 +145,17 @@ static void activate(float* h, const float* gate, int64_t n, int64_t activation)
   }
 }
 
-static void int8_rows(const Int8Job& job, int64_t begin, int64_t end) {
+// R rows at a time.
+template <int R>
+static void int8_blocks(const Int8Job& job, int64_t begin, int64_t end) {
   const Codes& in = *job.in;
-  for (int64_t row = begin; row < end; row += ROWS) {
-    const int64_t rows = std::min<int64_t>(ROWS, end - row);
+  for (int64_t row = begin; row < end; row += R) {
+    const int64_t rows = std::min<int64_t>(R, end - row);
     for (int64_t m = 0; m < job.tokens; m++) {
-      int32_t sums[ROWS];
+      int32_t sums[R];
       const int8_t *w = job.weight + row * job.d, *q = in.q.data() + m * in.stride;
-      if (rows == ROWS) {
-        dot_int8<ROWS>(w, q, job.d, sums);
+      if (rows == R) {
+        dot_int8<R>(w, q, job.d, sums);
       } else {
         for (int64_t r = 0; r < rows; r++) dot_int8<1>(w + r * job.d, q, job.d, sums + r);
       }
@@ -163,6 +165,9 @@ static void int8_rows(const Int8Job& job, int64_t begin, int64_t end) {
       }
     }
   }
+}
+static void int8_rows(const Int8Job& job, int64_t begin, int64_t end) {
+  job.tokens == 1 ? int8_blocks<ONE_ROWS>(job, begin, end) : int8_blocks<ROWS>(job, begin, end);
 }
 
 static const Table table = {quantise, tiles, activate, int8_rows};
