@@ -17,13 +17,12 @@ import torch
 
 from pilon_compress import checkpoint, recipe
 from pilon_compress.convert import ours, pipeline
-from pilon_compress.convert.candidate import dense_size, install, problem_of
+from pilon_compress.convert.candidate import baseline, dense_size, install, problem_of
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Task, solve
 from pilon_compress.convert.moments import gather
 from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.prepare import Job, prepare
-from pilon_compress.convert.rounding import nearest, round_matrix
 from pilon_compress.convert.source import Source
 from pilon_compress.form.integers import KINDS
 from pilon_compress.form.layout import layout_of
@@ -38,7 +37,8 @@ CAUSAL = {
 PILON = ["int4:0.82", "int4:0.595", "int3:1.0", "int3:0.8", "int3:0.7", "int3:0.5", "int2:1.0", "int2:0.7"]
 PILON += ["int8:1.0", "int4:1.0", "int8:0.54", "int4:0.4"]
 FIGURES = ("cosine", "neighbors10", "kl", "perplexity_ratio")
-DENSE = [f"{kind}:{how}" for how in ("nearest", "GPTQ", "GPTQ, anchored") for kind in KINDS]
+PEERS = {"nearest": "rtn", "GPTQ": "gptq"}
+DENSE = [f"{kind}:{how}" for how in (*PEERS, "GPTQ, anchored") for kind in KINDS]
 ROWS = [f"pilon:{row}" for row in PILON] + [f"dense:{row}" for row in DENSE]
 
 
@@ -71,24 +71,16 @@ class Bench:
         print(f"| {method} | {stored:.2f} | {ratio:.3f} |", *(f"{value:.3f} |" for value in quality), flush=True)
 
     def rounded(self, quantization: str, how: str) -> None:
-        weights, biases = {}, {}
-        if how == "GPTQ, anchored":
-            plan = Plan(1.0, [[layer] for layer in sorted({s.layer for s in self.sites})], [], list(self.sites))
-            task = Task(self.sites, plan, {}, "pilon", (), True, 0, 0, quantization=quantization)
-            solved = solve(self.source, self.batches, task, self.moments, Journal())
-            weights, biases = solved.kept, solved.biases
-        else:
-            for site in self.sites:
-                target = self.problem.targets[site.name]
-                find = nearest(target.weight[None], quantization) if how == "nearest" else None
-                weights[site.name] = (find or round_matrix(target, quantization)).values[0]
-                if site.bias and how != "nearest":
-                    error = target.weight - weights[site.name]
-                    mean = self.problem.moments[site.input].mean.double()
-                    biases[site.name] = self.problem.biases[site.name] + mean @ error
+        name = f"dense, {quantization}, {how}"
+        if how != "GPTQ, anchored":
+            made = baseline(f"{PEERS[how]}-{quantization}", 1.0, self.problem, self.dense)
+            self.row(name, 1.0, made.size.to_dict()["bytes_ratio"], made.model)
+            return
+        plan = Plan(1.0, [[layer] for layer in sorted({s.layer for s in self.sites})], [], list(self.sites))
+        task = Task(self.sites, plan, {}, "pilon", (), True, 0, 0, quantization=quantization)
+        solved = solve(self.source, self.batches, task, self.moments, Journal())
         size = sum(sum(KINDS[quantization].size(s.d_in, s.d_out)) + 2 * s.bias * s.d_out for s in self.sites)
-        whole = dense_size(self.sites).bytes
-        self.row(f"dense, {quantization}, {how}", 1.0, size / whole, install(self.dense, weights, biases))
+        self.row(name, 1.0, size / dense_size(self.sites).bytes, install(self.dense, solved.kept, solved.biases))
 
     def pilon(self, bank_dtype: str, ratio: float) -> None:
         job = replace(self.job_for(self.job.recipe.model, bank_dtype, ratio), dtype=torch.bfloat16)

@@ -28,8 +28,10 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated, default all: pilon, pilon-shared, pilon-low-rank, pilon-refined, svd, asvd, "
-            "whitened-svd (SVD-LLM), basis-sharing, nystrom (MoDeGPT), original-pilon.",
+            help="Comma-separated; default: pilon, pilon-shared, pilon-low-rank, pilon-refined, svd, asvd, "
+            "whitened-svd (SVD-LLM), basis-sharing, nystrom (MoDeGPT), original-pilon. In whole numbers, where named: "
+            "pilon-int8, pilon-int4, pilon-int3, pilon-int2, dense weights rtn-int8, rtn-int4, rtn-int3, rtn-int2 "
+            "(to the nearest), gptq-int8, gptq-int4, gptq-int3, gptq-int2.",
             rich_help_panel=PANELS["what"],
         ),
     ] = None,
@@ -77,6 +79,7 @@ def compare(
     """Compare PILON with published methods: quality, stored size and MACs, over several calibration texts.
 
     pilon-compress compare gpt2 --ffn-ratio 0.6 --ffn-ratio 0.4 -o out/gpt2-compared
+    pilon-compress compare gpt2 --ffn-ratio 0.8 --methods pilon,pilon-int3,rtn-int4,gptq-int3 -o out/gpt2-bytes
 
     An interrupted comparison goes on where it stopped when the same command is given again.
     """
@@ -102,7 +105,7 @@ def compare(
 
     if output is not None:
         comparing.check(Path(output), overwrite)
-    chosen = [name.strip() for name in methods.split(",")] if methods is not None else list(comparing.METHODS)
+    chosen = [name.strip() for name in methods.split(",")] if methods is not None else list(comparing.DEFAULT)
     asked = comparing.plan(settings, ffn_ratio or [0.6, 0.4], chosen, seeds)
     if dry_run:
         result = {"dry_run": True, **asked.describe()}

@@ -184,6 +184,26 @@ def test_a_killed_comparison_goes_on_where_it_stopped(cli, inside, tmp_path):
     assert len({cell["quality"]["perplexity"] for cell in whole["cells"]}) == 4, "every draw is another text"
 
 
+def test_whole_numbers_are_compared_by_bytes(inside, tmp_path):
+    names = ["pilon", "pilon-int3", "rtn-int4", "gptq-int4", "gptq-int3"]
+    asked = comparing.plan(settings(), [0.8, 0.6], names, 1)
+    assert asked.ratios == [1.0, 0.8, 0.6] and asked.describe()["cells"] == 2 * 2 + 3
+    result = comparing.compare(asked, tmp_path / "out")
+    rows = {(row["method"], row["ratio"]): row for row in result["rows"]}
+    assert set(rows) == {*((m, r) for m in names[:2] for r in (0.8, 0.6)), *((m, 1.0) for m in names[2:])}
+    size = {key: row["bytes_ratio"]["mean"] for key, row in rows.items()}
+    assert size["rtn-int4", 1.0] == size["gptq-int4", 1.0] > size["gptq-int3", 1.0] > size["pilon-int3", 0.8]
+    assert size["pilon-int3", 0.6] < size["pilon-int3", 0.8] < 0.5 * size["pilon", 0.8]
+    lost = {key: row["kl"]["mean"] for key, row in rows.items()}
+    assert 0 < lost["gptq-int4", 1.0] < lost["gptq-int3", 1.0]
+    made = (tmp_path / "out" / "compare.md").read_text()
+    assert "bytes ÷ dense" in made and "| GPTQ, int3 |" in made and "## Stored FFN ratio 1" in made
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert (
+        page.count("<dt>GPTQ</dt>") == 1 and "<dt>round to nearest</dt>" in page and "bytes are what to compare" in page
+    )
+
+
 def test_a_failure_while_writing_keeps_the_earlier_comparison_and_the_cells(inside, tmp_path, monkeypatch):
     asked = comparing.plan(settings(), [0.5], ["svd"], 1)
     first = comparing.compare(asked, tmp_path / "out")
@@ -279,8 +299,8 @@ def test_a_baseline_is_installed_into_a_copy(tiny, family):
 def test_every_method_is_named_explained_and_drawn_apart():
     hints = typing.get_type_hints(cli.compare, include_extras=True)
     said = hints["methods"].__metadata__[0].help.replace(",", " ").replace(".", " ").split()
-    for method in comparing.METHODS:
-        assert method in said and method in frontier.ABOUT and method in frontier.LOOKS
-    names = {frontier.method_name(method) for method in comparing.METHODS}
-    colours = {frontier.LOOKS[method].colour for method in comparing.METHODS}
-    assert len(names) == len(colours) == len(comparing.METHODS)
+    lines = {frontier.series(method) for method in comparing.METHODS}
+    assert all(method in said for method in comparing.METHODS)
+    assert lines <= frontier.ABOUT.keys() and lines <= frontier.LOOKS.keys()
+    assert len({frontier.method_name(method) for method in comparing.METHODS}) == len(comparing.METHODS)
+    assert len({frontier.LOOKS[line].colour for line in lines}) == len(lines)

@@ -10,6 +10,7 @@ from pilon_compress.convert.peers import PEERS, approximate, basis_sharing, budg
 from pilon_compress.convert.peers.problem import Problem
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
+from pilon_compress.form.integers import KINDS
 
 HIDDEN, INNER, LAYERS, TOKENS = 16, 40, 4, 300
 RATIOS = [0.2, 0.35, 0.6, 0.83, 1.0]
@@ -219,7 +220,7 @@ def test_budgets_are_met_and_counted(method, ratio, bias, gated):
     solution = PEERS[method].solve(problem, asked)
     biases = sum(b.numel() for name, b in problem.biases.items() if name not in solution.kept)
     biases += sum(len(kept) for name, kept in solution.kept.items() if name in problem.biases)
-    assert found.stored == planned(asked) == sum(f.numel() for f in solution.factors) + biases
+    assert found.stored == planned(method, problem.sites, ratio) == sum(f.numel() for f in solution.factors) + biases
     assert found.stored <= budget
     growing = [unit.price for unit, count in asked if count < unit.most]
     assert not growing or budget - found.stored < max(growing), "no whole step is left over"
@@ -276,3 +277,28 @@ def test_the_last_unit_is_served_before_another_gets_more():
     sites = [Site(f"l{layer}.up", layer, "up", 8, 8, False, f"l{layer}.up") for layer in range(3)]
     units = [budget.Unit((site,), price, 0, 8) for site, price in zip(sites, (6, 6, 10), strict=True)]
     assert [count for _, count in budget.deal(units, 0.14, "any")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_error_feedback_beats_rounding_to_the_nearest_in_the_same_bytes(kind, bias):
+    problem, inputs = make_problem(bias)
+    nearest, fed_back = (approximate(f"{how}-{kind}", problem, 1.0) for how in ("rtn", "gptq"))
+    bytes_of = {"int8": 1.0, "int4": 0.5, "int3": 0.375, "int2": 0.25}[kind]
+    scales = sum(2 * site.d_out * (1 if kind == "int8" else -(-site.d_in // 64)) for site in problem.sites)
+    numbers = sum(weight.numel() for weight in problem.weights.values())
+    biases = sum(bias.numel() for bias in problem.biases.values())
+    assert nearest.bytes == fed_back.bytes == bytes_of * numbers + scales + 2 * biases
+    assert nearest.stored == fed_back.stored == numbers + biases == dense_numbers(problem)
+    assert sum(fed_back.losses.values()) < 0.9 * sum(nearest.losses.values())
+    assert not nearest.biases and set(fed_back.biases) == set(problem.biases)
+    for site in problem.sites:
+        x, weight = inputs[site.input], problem.weights[site.name]
+        error = x @ (fed_back.weights[site.name] - weight)
+        if bias:
+            error = error + fed_back.biases[site.name] - problem.biases[site.name]
+        centred = x - x.mean(0) if bias else x
+        lost = error.square().sum() / (centred @ weight).square().sum()
+        assert fed_back.losses[site.name] == pytest.approx(float(lost), rel=0.15, abs=1e-7), "to the damping"
+        for column in nearest.weights[site.name].T[:4]:
+            assert len(column[:64].unique()) <= {"int8": 255, "int4": 16, "int3": 8, "int2": 4}[kind]

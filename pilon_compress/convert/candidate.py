@@ -27,13 +27,13 @@ class Candidate:
 
 
 def baseline(method: str, ratio: float, problem: Problem, dense: PreTrainedModel) -> Candidate:
-    """Run one of `peers.PEERS` and put its weights into a copy of `dense`."""
+    """Run one of the `peers` and put its weights into a copy of `dense`."""
     found = peers.approximate(method, problem, ratio)
     whole = dense_size(problem.sites)
     size = Size(
         stored=found.stored,
         dense_stored=whole.stored,
-        bytes=found.stored * DENSE_ITEMSIZE,
+        bytes=found.bytes,
         dense_bytes=whole.bytes,
         macs=found.macs,
         dense_macs=whole.macs,

@@ -25,38 +25,45 @@ from pilon_compress.convert.candidate import baseline, dense_size, problem_of
 from pilon_compress.convert.cells import Cells
 from pilon_compress.convert.moments import gather
 from pilon_compress.convert.ours import OURS
+from pilon_compress.convert.peers.rounded import ROUNDED
 from pilon_compress.convert.prepare import Job, prepare
 from pilon_compress.convert.source import Source
 from pilon_compress.deploy.save import check_output, fresh_folder
 from pilon_compress.errors import BadInput
+from pilon_compress.form.integers import KINDS
 from pilon_compress.measure import comparison, evaluate
 from pilon_compress.measure.size import DENSE_ITEMSIZE, Size, linear_macs
 from pilon_compress.progress import track
 
-METHODS = (*OURS, *peers.PEERS)
+METHODS = (*OURS, *peers.PEERS, *ROUNDED)
+WHOLE = {method for method in METHODS if method.split("-")[-1] in KINDS}  # in whole numbers: compared where named
+DEFAULT = tuple(method for method in METHODS if method not in WHOLE)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison before it starts. `jobs`: what our own methods would do, by method and ratio; `base`: any job."""
+    """A comparison before it starts. `jobs`: what our own methods would do, by method and ratio; `base`: any job.
+
+    `ratios` are those of all methods together: 1 is among them for those that keep all numbers.
+    """
 
     base: Job
     ratios: list[float]
     methods: list[str]
     seeds: list[int]
     jobs: dict[tuple[str, float], Job]
+    work: list[tuple[str, float]]
 
     def describe(self) -> dict[str, Any]:
         """What would be measured, as plain data: `planned` has the stored ratio that each method reaches."""
         dense = dense_size(self.base.sites).stored
         planned = []
-        for ratio in self.ratios:
-            for method in self.methods:
-                if method in OURS:
-                    stored = self.jobs[method, ratio].size()["ffn"]["stored"]
-                else:
-                    stored = peers.planned(peers.shares(method, self.base.sites, ratio))
-                planned.append({"method": method, "ratio": ratio, "stored": stored, "stored_ratio": stored / dense})
+        for method, ratio in sorted(self.work, key=lambda item: -item[1]):
+            if method in OURS:
+                stored = self.jobs[method, ratio].size()["ffn"]["stored"]
+            else:
+                stored = peers.planned(method, self.base.sites, ratio)
+            planned.append({"method": method, "ratio": ratio, "stored": stored, "stored_ratio": stored / dense})
         return {
             "source": self.base.recipe.model,
             "seeds": self.seeds,
@@ -78,15 +85,17 @@ def plan(settings: recipe.Recipe, ratios: Sequence[float], methods: Sequence[str
         raise BadInput("a comparison needs at least one method, one ratio and one seed")
     ratios, methods = sorted(set(ratios), reverse=True), list(dict.fromkeys(methods))
     base = prepare(ours.settings(settings, "pilon", 1.0))  # at full size: a small ratio is for each method to refuse
+    for ratio in ratios:  # refused where it is no ratio, whatever is compared
+        ours.settings(settings, "pilon", ratio)
+    work = [(method, ratio) for method in methods for ratio in ([1.0] if method in ROUNDED else ratios)]
     jobs = {}
-    for ratio in ratios:
-        asked = {method: ours.settings(settings, method, ratio) for method in OURS}  # refuses what is no ratio
-        for method in methods:
-            if method in OURS:
-                jobs[method, ratio] = prepare(asked[method])
-            else:
-                peers.shares(method, base.sites, ratio)
-    return Comparison(base, ratios, methods, list(range(settings.seed, settings.seed + seeds)), jobs)
+    for method, ratio in work:
+        if method in OURS:
+            jobs[method, ratio] = prepare(ours.settings(settings, method, ratio))
+        else:
+            peers.planned(method, base.sites, ratio)
+    shown = sorted({ratio for _, ratio in work}, reverse=True)
+    return Comparison(base, shown, methods, list(range(settings.seed, settings.seed + seeds)), jobs, work)
 
 
 def compare(
@@ -217,7 +226,7 @@ def _dense(bench: Bench, cells: Cells) -> dict[str, Any]:
 def _measure(asked: Comparison, seed: int, batches: list[Batch], bench: Bench, cells: Cells) -> list[dict[str, Any]]:
     """The cells of one seed: every method at every ratio. Calibrates only if one is missing."""
     ids = blake2b(b"".join(batch.input_ids.numpy().tobytes() for batch in batches), digest_size=8).hexdigest()
-    work = {(method, ratio): f"{method} {ratio:g} {seed} {ids}" for method in asked.methods for ratio in asked.ratios}
+    work = {(method, ratio): f"{method} {ratio:g} {seed} {ids}" for method, ratio in asked.work}
     missing = [item for item, key in work.items() if key not in cells.found]
     if missing:
         torch.manual_seed(seed)

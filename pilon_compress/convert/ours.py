@@ -7,6 +7,7 @@ from pilon_compress.convert.candidate import Candidate
 from pilon_compress.convert.moments import Moments
 from pilon_compress.convert.prepare import Job
 from pilon_compress.convert.source import Source
+from pilon_compress.form.integers import KINDS
 from pilon_compress.form.layout import layout_of
 from pilon_compress.measure.size import ffn_size
 
@@ -16,6 +17,7 @@ OURS: dict[str, list[str]] = {
     "pilon-shared": ["budget.sharing=auto"],
     "pilon-low-rank": ["budget.neurons=false"],
     "pilon-refined": ["refine.steps=600"],
+    **{f"pilon-{kind}": [f"form.bank_dtype={kind}"] for kind in KINDS},
 }
 
 

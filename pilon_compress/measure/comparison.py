@@ -83,7 +83,7 @@ def write(result: Result, folder: Path) -> None:
 
 def table(result: Result, ratio: float, spread: bool = True) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of one ratio as text, best first, the dense model last; `spread` adds low–high over seeds."""
-    shown = {key: column for key, column in columns(result["kind"]).items() if key in _shown(result["kind"])}
+    shown = {key: column for key, column in columns(result["kind"]).items() if key in _shown(result)}
     rows = [
         [frontier.method_name(row["method"]), *(figure(row[key], spread) for key in shown)]
         for row in result["rows"]
@@ -94,8 +94,14 @@ def table(result: Result, ratio: float, spread: bool = True) -> tuple[list[str],
     return ["method", *(column.label for column in shown.values())], rows
 
 
-def _shown(kind: str) -> tuple[str, ...]:
-    return ("stored_ratio", "mac_ratio", "whitened_loss", *QUALITY[kind])
+def _shown(result: Result) -> tuple[str, ...]:
+    sizes = ("stored_ratio", "bytes_ratio") if _differ_in_bits(result) else ("stored_ratio",)
+    return (*sizes, "mac_ratio", "whitened_loss", *QUALITY[result["kind"]])
+
+
+def _differ_in_bits(result: Result) -> bool:
+    """Whether bytes say more than the numbers that are stored."""
+    return any(row["bytes_ratio"]["mean"] < 0.9 * row["stored_ratio"]["mean"] for row in result["rows"])
 
 
 def figure(values: Mapping[str, float], spread: bool = True) -> str:
@@ -149,13 +155,15 @@ def page(result: Result) -> str:
     environment.filters |= {"colour": frontier.method_colour, "method": frontier.method_name}
     source = resources.files("pilon_compress.measure").joinpath("compare.html.j2").read_text(encoding="utf-8")
     main = QUALITY[result["kind"]][0]
+    lines = dict.fromkeys(map(frontier.series, result["methods"]))
     return environment.from_string(source).render(
         result=result,
         lead=_lead(result),
         better="lower" if main in LESS_IS_BETTER else "higher",
         plots=[(LABELS[key], _plot(result, key), key in LESS_IS_BETTER) for key in PLOTTED[result["kind"]]],
         tables=[(ratio, *_with_keys(result, ratio)) for ratio in result["ratios"]],
-        methods=[(method, frontier.ABOUT[method]) for method in result["methods"] if method in frontier.ABOUT],
+        methods=[(line, frontier.ABOUT[line]) for line in lines if line in frontier.ABOUT],
+        sorted_by=LABELS[main],
         circumstances=_circumstances(result),
     )
 
@@ -166,16 +174,18 @@ def _plot(result: Result, key: str) -> Markup:
 
 def _lead(result: Result) -> str:
     """Who comes first, in one sentence per ratio; nobody does where the draws of the first two overlap."""
-    main = QUALITY[result["kind"]][0]
+    main, bits = QUALITY[result["kind"]][0], _differ_in_bits(result)
+    cost, unit = ("bytes_ratio", "bytes") if bits else ("mac_ratio", "MACs")
 
     def said(row: Mapping[str, Any]) -> str:
-        quality, macs = figure(row[main], spread=False), figure(row["mac_ratio"], spread=False)
-        return f"{frontier.method_name(row['method'])} ({quality} at {macs} of the MACs)"
+        quality, spent = figure(row[main], spread=False), figure(row[cost], spread=False)
+        return f"{frontier.method_name(row['method'])} ({quality} at {spent} of the {unit})"
 
-    sentences = []
+    sentences = ["Numbers differ in their bits: bytes are what to compare by."] if bits else []
     for ratio in result["ratios"]:
         best, *others = [row for row in result["rows"] if row["ratio"] == ratio]
         text = f"At {ratio:g} of the FFN’s numbers, by {LABELS[main]}: "
+        text = text if ratio < 1 else f"With all of the FFN’s numbers, by {LABELS[main]}: "
         if others and best["seeds"] > 1 and _overlap(best[main], others[0][main]):
             text += f"{said(best)} and {said(others[0])} are level over the calibration draws"
         else:

@@ -34,6 +34,12 @@ LOOKS = {
     "asvd": Look("#9a6fb0", "<"),
     "svd": Look("#CC79A7", "^"),
     "original-pilon": Look("#8a8f98", "X", ":"),
+    "pilon-int8": Look("#7aa6c2", "p", "-."),
+    "pilon-int4": Look("#2f6f9f", "H", "-."),
+    "pilon-int3": Look("#12355b", ">", "-."),
+    "pilon-int2": Look("#4c5f9e", "8", "-."),
+    "gptq": Look("#b5651d", "d", "--"),
+    "rtn": Look("#a0522d", "x", ":"),
     "dense": Look("#1f2937", "*"),
 }
 NAMES = {
@@ -46,6 +52,8 @@ NAMES = {
     "basis-sharing": "Basis Sharing",
     "nystrom": "Nyström neurons (MoDeGPT)",
     "original-pilon": "original PILON",
+    "gptq": "GPTQ",
+    "rtn": "round to nearest",
 }
 ABOUT = {
     "pilon": "neurons, ranks and plain matrices allocated over all layers in a two-sided metric, each layer fitted "
@@ -59,31 +67,48 @@ ABOUT = {
     "basis-sharing": "two neighbouring layers share the input side of their factors (Wang et al., 2025)",
     "nystrom": "whole neurons are dropped and the down-projection makes up for them (MoDeGPT, Lin et al., 2025); what "
     "stays of up and gate is exact, so all of its loss is in down",
+    **{
+        f"pilon-{kind}": f"the same with its numbers in {bits} bits, rounded in the metric that it was fitted in"
+        for kind, bits in (("int8", 8), ("int4", 4), ("int3", 3), ("int2", 2))
+    },
+    "gptq": "all dense weights in whole numbers; rows that are still free make up for the rounded ones, in the metric "
+    "of the inputs (Frantar et al., 2023)",
+    "rtn": "all dense weights in whole numbers, every one on its own; knows no activations",
     "original-pilon": "primitives from a band's mean weight, mixed by softmax top-k, no activations",
 }
 COSTS = {"bytes_ratio": "FFN bytes ÷ dense", "mac_ratio": "FFN MACs per token ÷ dense"}
 
 
+def series(method: str) -> str:
+    """The line that a method is a point of: dense weights in 8, 4, 3 and 2 bits make one, `rtn` or `gptq`."""
+    stem, _, bits = method.partition("-")
+    return stem if stem in ("gptq", "rtn") and bits.startswith("int") else method
+
+
 def method_name(method: str) -> str:
-    """How a method is called in tables and legends."""
-    return NAMES.get(method, method)
+    """How a method is called in tables."""
+    line, bits = series(method), method.rpartition("-")[2]
+    if line != method:
+        return f"{NAMES[line]}, {bits}"
+    return f"PILON, {bits}" if method.startswith("pilon-int") else NAMES.get(method, method)
 
 
 def method_colour(method: str) -> str:
     """The colour that stands for a method."""
-    return LOOKS[method].colour if method in LOOKS else plots.method_colour(method)
+    line = series(method)
+    return LOOKS[line].colour if line in LOOKS else plots.method_colour(method)
 
 
 def frontier(rows: Sequence[Row], key: str, label: str, dense: float) -> str:
     """Inline SVG: the figure `key` of every row over stored bytes and over MACs, bars from lowest to highest seed."""
-    methods = in_order((row["method"] for row in rows), list(LOOKS))
+    lines = in_order((series(row["method"]) for row in rows), list(LOOKS))
     values = [row[key][end] for row in rows for end in ("low", "high")]
     with matplotlib.rc_context(plots._STYLE):
         figure = Figure(figsize=(plots._WIDTH, 4.2), layout="constrained")
         axes = list(figure.subplots(1, len(COSTS), sharey=True))
         for axis, (cost, name) in zip(axes, COSTS.items(), strict=True):
-            for method in methods:
-                _line(axis, [row for row in rows if row["method"] == method], cost, key)
+            for line in lines:
+                _line(axis, line, [row for row in rows if series(row["method"]) == line], cost, key)
             axis.plot(1, dense, "*", color=LOOKS["dense"].colour, ms=13, label="dense", zorder=6, clip_on=False)
             axis.set_xlabel(name)
             costs = [row[cost]["mean"] for row in rows]
@@ -103,11 +128,11 @@ def frontier(rows: Sequence[Row], key: str, label: str, dense: float) -> str:
         return plots._svg(figure, f"frontier-{key}", f"{label} against bytes and multiply-accumulates")
 
 
-def _line(axis: Axes, rows: Sequence[Row], cost: str, key: str) -> None:
-    """One method: its ratios joined in order of cost."""
+def _line(axis: Axes, name: str, rows: Sequence[Row], cost: str, key: str) -> None:
+    """The rows of one `series`, joined in order of cost."""
     points = sorted((row[cost]["mean"], row[key]["mean"], row[key]["low"], row[key]["high"]) for row in rows)
     x, mean, low, high = zip(*points, strict=True)
-    look = LOOKS.get(rows[0]["method"], Look(method_colour(rows[0]["method"]), "D"))
+    look = LOOKS.get(name, Look(method_colour(name), "D"))
     below = [m - v for m, v in zip(mean, low, strict=True)]
     above = [v - m for m, v in zip(mean, high, strict=True)]
     axis.errorbar(
@@ -123,5 +148,5 @@ def _line(axis: Axes, rows: Sequence[Row], cost: str, key: str) -> None:
         linewidth=1.7,
         elinewidth=1.2,
         capsize=2.5,
-        label=method_name(rows[0]["method"]),
+        label=method_name(name),
     )
