@@ -105,6 +105,7 @@ def ffn(
     One call of the kernel where the activation is relu or relu2 and there is no norm inside; otherwise one for each
     projection, with torch's activation between them, so that the result is the same as of the layers one by one.
     """
+    # a narrower type rounds the hidden values in between
     if x.dtype == torch.float32 and x.device.type == "cpu" and _fuses(up, down, gate, activation):
         return torch.ops.pilon.ffn(x.contiguous(), *_parts(up, down, gate), *_sizes(up, down, activation))
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation

@@ -326,14 +326,14 @@ void feed_forward(const Ffn& f, const float* x, float* y, int64_t tokens, Team t
 }
 
 // Room for `tokens` at a time, in the buffers of this thread.
-Buffers& prepared(const Ffn& f, int64_t tokens) {
+Buffers& room(const Ffn& f, int64_t tokens) {
   own.u_up.reserve(tokens * f.up.latent), own.u_gate.reserve(f.gated ? tokens * f.gate.latent : 0);
   own.u_down.reserve(tokens * f.down.latent);
   for (Buffer<float>* h : {&own.h_up, &own.h_gate}) h->reserve(tokens * f.up.d_out_tiles() * TILE);
   if (f.down.group) own.hidden.reserve(tokens, f.up.d_out, f.down.group);
   return own;
 }
-Buffers& prepared(const Projection& p, int64_t tokens) {
+Buffers& room(const Projection& p, int64_t tokens) {
   own.u_up.reserve(tokens * p.latent);
   return own;
 }
@@ -355,7 +355,7 @@ void in_chunks(const Work& work, const float* x, int64_t d_in, float* y, int64_t
   const int size = threads();
   const auto chunk = [&](int64_t c) {
     const int64_t done = c * CHUNK, count = std::min(CHUNK, tokens - done);
-    run(work, x + done * d_in, y + done * d_out, count, Team{}, prepared(work, count));
+    run(work, x + done * d_in, y + done * d_out, count, Team{}, room(work, count));
   };
   if (size == 1) {  // OpenMP makes a team even of one
     for (int64_t c = 0; c < chunks; c++) chunk(c);
@@ -366,7 +366,7 @@ void in_chunks(const Work& work, const float* x, int64_t d_in, float* y, int64_t
     for (int64_t c = 0; c < chunks; c++) chunk(c);
     return;
   }
-  Buffers& shared = prepared(work, std::min(CHUNK, tokens));
+  Buffers& shared = room(work, std::min(CHUNK, tokens));
 #pragma omp parallel num_threads(size)
   {
     Team team;
