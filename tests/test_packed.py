@@ -111,7 +111,8 @@ def test_compilers_see_a_layer_whole(trained, tmp_path, ran):
         if ran:
             layer(x)
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
-        exported = torch.export.export(layer, (x,)).module()(x)
+        torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")
+        exported = torch.export.load(tmp_path / "layer.pt2").module()(x)
         assert torch.equal(compiled, layer(x)) and torch.equal(exported, layer(x))
 
 
