@@ -11,7 +11,7 @@ from pilon_compress.deploy.save import save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.form.initialise import initialise
 from pilon_compress.form.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install, projections
-from pilon_compress.kernels import cpu
+from pilon_compress.kernels import choose, cpu
 from pilon_compress.measure import contenders
 from pilon_compress.measure.model_forms import FORMS
 from pilon_compress.measure.timing import Times
@@ -133,6 +133,25 @@ def test_int8_contenders_compute_the_block():
     for make, dtype in ((contenders.weight_only_int8, torch.bfloat16), (contenders.dynamic_int8, torch.float32)):
         close = make(weight)(x.to(dtype)).float()
         assert (close - exact).norm() < 0.05 * exact.norm()  # without VNNI torch gives activations seven bits
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("name", ["pilon_ternary", "dense_ternary"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_on_a_gpu_ternary_contenders_run_its_kernels_and_compute_the_same(name, gated, monkeypatch):
+    shape = contenders.Shape(64, 256, 32, 16, gated, "relu2", 1)
+    x, blocks = torch.randn(1, 64), []
+    for triton_on in ({"cuda"}, {"cpu"}):
+        monkeypatch.setattr(choose, "TRITON", triton_on)  # as if this were a GPU: in the interpreter (conftest.py)
+        torch.manual_seed(0)
+        blocks.append(contenders.CONTENDERS[name](shape, torch.device("cpu")))
+    here, there = blocks
+    assert torch.equal(there.run(x), here.run(x))
+    assert there.dtype == torch.bfloat16 and there.run(x.bfloat16()).dtype == torch.bfloat16
+    assert 0.9 < there.bytes / here.bytes < 1.1
+    monkeypatch.setattr(choose, "_works", lambda device: False)
+    with pytest.raises(contenders.NotHere, match="Triton kernels do not run here"):
+        contenders.CONTENDERS[name](shape, torch.device("cpu"))
 
 
 def test_what_a_device_lacks_is_left_out_and_said(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 
 from pilon_compress.checkpoint import find_device
 from pilon_compress.errors import BadInput
-from pilon_compress.kernels import cpu
+from pilon_compress.kernels import choose, cpu
 from pilon_compress.kernels.reference import ACTIVATIONS
 from pilon_compress.measure.contenders import BASELINE, CONTENDERS, Block, NotHere, Shape
 from pilon_compress.measure.timing import bandwidth, interleaved
@@ -104,11 +104,14 @@ def set_threads(threads: int | None) -> None:
 def circumstances(device: torch.device, rounds: int) -> dict[str, Any]:
     """What the figures depend on besides the model."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    sets = cpu.isas()
+    if device.type in choose.TRITON:
+        kernel = "triton" if choose.available(device.type) else "torch"
+    else:
+        kernel = next(iter(cpu.isas()), "torch")
     return {
         "device": str(device),
         "hardware": where,
-        "kernel": sets[0] if sets else "torch",
+        "kernel": kernel,
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "torch": torch.__version__,

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pilon_compress.form.ternary import GROUP
-from pilon_compress.kernels import cpu
+from pilon_compress.kernels import choose, cpu
 from pilon_compress.kernels.reference import ACTIVATIONS
+from pilon_compress.kernels.words import MatrixWords
 from pilon_compress.measure.timing import once
 
 Linear = Callable[[Tensor], Tensor]
@@ -67,7 +68,9 @@ def dense_int8(shape: Shape, device: torch.device) -> Block:
 
 
 def dense_ternary(shape: Shape, device: torch.device) -> Block:
-    _only_on_cpu(device)
+    if device.type in choose.TRITON:
+        return _ternary_matrices_on_gpu(shape, device)
+    _needs_kernel(device)
     return _ternary(shape, [ternary_matrix(*sizes) for sizes in shape.projections])
 
 
@@ -84,9 +87,11 @@ def pilon_int8(shape: Shape, device: torch.device) -> Block:
 
 
 def pilon_ternary(shape: Shape, device: torch.device) -> Block:
-    _only_on_cpu(device)
     if shape.rank % 16:
         raise NotHere("ranks must be multiples of 16")
+    if device.type in choose.TRITON:
+        return _ternary_banks_on_gpu(shape, device)
+    _needs_kernel(device)
     return _ternary(shape, [ternary_bank(*sizes, shape.active, shape.rank) for sizes in shape.projections])
 
 
@@ -153,6 +158,33 @@ def _ternary(shape: Shape, projections: list[cpu.Projection]) -> Block:
     return Block(cpu.prepared_ffn(up, down, gate[0] if gate else None, activation), _bytes([stored]))
 
 
+def _ternary_matrices_on_gpu(shape: Shape, device: torch.device) -> Block:
+    runs, stored = [], []
+    for d_in, d_out in shape.projections:
+        matrix = choose.matrix(_digits(d_in, d_out).to(device), _group(d_in, d_out))
+        if not isinstance(matrix, MatrixWords):
+            raise NotHere("the Triton kernels do not run here, or take no such shape")
+        scale = torch.rand(d_out, device=device)
+        runs.append(choose.multiplied(matrix, scale, _group(d_in, d_out)))
+        stored.append([matrix.A, scale])
+    return Block(_block(shape, runs), _bytes(stored), torch.bfloat16)
+
+
+def _ternary_banks_on_gpu(shape: Shape, device: torch.device) -> Block:
+    if not choose.available(device.type):
+        raise NotHere("the Triton kernels do not run here")
+    from pilon_compress.kernels import gpu
+
+    made, k = [], shape.active // shape.rank
+    for d_in, d_out in shape.projections:
+        words = gpu.words(*(_digits(k, *sizes).to(device) for sizes in ((d_in, shape.rank), (shape.rank, d_out))))
+        scale = torch.rand(shape.active, device=device)
+        made.append(gpu.Projection(words, torch.randperm(k, device=device), scale))
+    up, *gate, down = made
+    run = partial(gpu.ffn, up=up, down=down, gate=gate[0] if gate else None, activation=shape.activation)
+    return Block(run, _bytes([[p.words.A, p.words.B, p.selected, p.scale] for p in made]), torch.bfloat16)
+
+
 def ternary_matrix(d_in: int, d_out: int) -> cpu.Projection:
     """Random digits and scales."""
     return cpu.Projection(cpu.matrix_tiles(_digits(d_in, d_out)), torch.rand(d_out), group=_group(d_in, d_out))
@@ -216,8 +248,8 @@ def _bytes(parts: list[list[Tensor]]) -> int:
     return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part)
 
 
-def _only_on_cpu(device: torch.device) -> None:
+def _needs_kernel(device: torch.device) -> None:
     if device.type != "cpu":
-        raise NotHere("the ternary kernel is for CPUs")
+        raise NotHere(f"there is no ternary kernel for {device.type}")
     if not cpu.available():
         raise NotHere("the ternary kernel could not be had")
