@@ -29,8 +29,7 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = cpu.int8_linear(x, self.weight, self.scale.float())
-        return y if self.bias is None else y + self.bias
+        return cpu.int8_linear(x, self.weight, self.scale.float(), self.bias)
 
 
 class Int8Embedding(nn.Module):
@@ -64,8 +63,7 @@ class Int8Head(nn.Module):
     embedding: Int8Embedding
 
     def forward(self, x: Tensor) -> Tensor:
-        y = cpu.int8_linear(x, self.weight, self.embedding.scale.float())
-        return y if self.bias is None else y + self.bias
+        return cpu.int8_linear(x, self.weight, self.embedding.scale.float(), self.bias)
 
 
 Int8 = Int8Linear | Int8Embedding | Int8Head

@@ -188,11 +188,14 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
     `x` is quantised per token; the sums are exact integers. `int8_rows` makes `weight` and `scale`. In the dtype of x.
     """
-    values = x.float().contiguous()
+    if x.dtype != torch.float32:  # the bias is added as a layer adds it, after rounding
+        y = int8_linear(x.float(), weight, scale).to(x.dtype)
+        return y if bias is None else y + bias.to(x.dtype)
+    bias = None if bias is None else bias.float()
     if x.device.type == "cpu" and available():
-        return torch.ops.pilon.int8_linear(values, weight, scale, bias).to(x.dtype)
+        return torch.ops.pilon.int8_linear(x.contiguous(), weight, scale, bias)
     with torch.autocast(x.device.type, enabled=False):
-        return reference.int8_linear(values, weight, scale, bias).to(x.dtype)
+        return reference.int8_linear(x.contiguous(), weight, scale, bias)
 
 
 def _register_shapes() -> None:
