@@ -39,7 +39,7 @@ LOOKS = {
     "pilon-int3": Look("#12355b", ">", "-."),
     "pilon-int2": Look("#4c5f9e", "8", "-."),
     "gptq": Look("#b5651d", "d", "--"),
-    "rtn": Look("#a0522d", "x", ":"),
+    "rtn": Look("#a0522d", "D", ":"),
     "dense": Look("#1f2937", "*"),
 }
 NAMES = {
