@@ -122,11 +122,12 @@ def print_plan(result: dict[str, Any]) -> None:
     from pilon_compress.measure.frontier import method_name
     from pilon_compress.readable import number, short_count
 
-    rows = [
-        [method_name(one["method"]), f"{one['ratio']:g}", short_count(one["stored"]), number(one["stored_ratio"])]
-        for one in result["planned"]
-    ]
-    print_table(result["source"], ["method", "asked FFN ratio", "stored", "stored ÷ dense"], rows)
+    rows = []
+    for one in result["planned"]:
+        counts = [short_count(one["stored"]), number(one["stored_ratio"]), number(one["bytes_ratio"])]
+        rows.append([method_name(one["method"]), f"{one['ratio']:g}", *counts])
+    headings = ["method", "asked FFN ratio", "stored", "stored ÷ dense", "bytes ÷ dense"]
+    print_table(result["source"], headings, rows)
     calibration = result["calibration"]
     print(
         f"{len(result['seeds'])} draws of {number(calibration['samples'])} sequences from {calibration['data']}; "

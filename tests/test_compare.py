@@ -190,6 +190,9 @@ def test_whole_numbers_are_compared_by_bytes(inside, tmp_path):
     assert asked.ratios == [1.0, 0.8, 0.6] and asked.describe()["cells"] == 2 * 2 + 3
     result = comparing.compare(asked, tmp_path / "out")
     rows = {(row["method"], row["ratio"]): row for row in result["rows"]}
+    for one in asked.describe()["planned"]:
+        size = rows[one["method"], one["ratio"]]["bytes_ratio"]["mean"]
+        assert one["bytes_ratio"] == pytest.approx(size, rel=0.05 if "pilon" in one["method"] else 1e-9), one
     assert set(rows) == {*((m, r) for m in names[:2] for r in (0.8, 0.6)), *((m, 1.0) for m in names[2:])}
     size = {key: row["bytes_ratio"]["mean"] for key, row in rows.items()}
     assert size["rtn-int4", 1.0] == size["gptq-int4", 1.0] > size["gptq-int3", 1.0] > size["pilon-int3", 0.8]

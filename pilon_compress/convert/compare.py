@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -55,15 +55,17 @@ class Comparison:
     work: list[tuple[str, float]]
 
     def describe(self) -> dict[str, Any]:
-        """What would be measured, as plain data: `planned` has the stored ratio that each method reaches."""
-        dense = dense_size(self.base.sites).stored
+        """What would be measured, as plain data: `planned` has the stored and bytes ratio that each method reaches."""
+        dense = dense_size(self.base.sites)
         planned = []
         for method, ratio in sorted(self.work, key=lambda item: -item[1]):
             if method in OURS:
-                stored = self.jobs[method, ratio].size()["ffn"]["stored"]
+                size = replace(self.jobs[method, ratio], dtype=torch.bfloat16).size()["ffn"]  # as all are counted
+                stored, asked = size["stored"], size["bytes"]
             else:
-                stored = peers.planned(method, self.base.sites, ratio)
-            planned.append({"method": method, "ratio": ratio, "stored": stored, "stored_ratio": stored / dense})
+                stored, asked = peers.planned(method, self.base.sites, ratio)
+            row = {"method": method, "ratio": ratio, "stored": stored, "stored_ratio": stored / dense.stored}
+            planned.append({**row, "bytes_ratio": asked / dense.bytes})
         return {
             "source": self.base.recipe.model,
             "seeds": self.seeds,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pilon_compress.convert.peers import basis_sharing, low_rank, nystrom, original, rounded
-from pilon_compress.convert.peers.budget import Share, Unit, bias_numbers, deal
+from pilon_compress.convert.peers.budget import Share, Unit, deal
 from pilon_compress.convert.peers.problem import Problem, Solution
 from pilon_compress.convert.peers.rounded import ROUNDED
 from pilon_compress.families import Site
@@ -58,11 +58,12 @@ def shares(method: str, sites: Sequence[Site], ratio: float) -> list[Share]:
     return deal(PEERS[method].units(sites), ratio, method)
 
 
-def planned(method: str, sites: Sequence[Site], ratio: float) -> int:
-    """Numbers that will be stored, known before anything is solved. Raises BadInput as `shares` does."""
+def planned(method: str, sites: Sequence[Site], ratio: float) -> tuple[int, int]:
+    """Numbers that will be stored, and bytes, known before anything is solved. Raises BadInput as `shares` does."""
     if method in ROUNDED:
-        return sum(site.parameters for site in sites)
-    return sum(unit.fixed + unit.price * count for unit, count in shares(method, sites, ratio))
+        return sum(site.parameters for site in sites), rounded.size(method, sites)
+    stored = sum(unit.fixed + unit.price * count for unit, count in shares(method, sites, ratio))
+    return stored, stored * DENSE_ITEMSIZE
 
 
 def approximate(method: str, problem: Problem, ratio: float) -> Approximation:
@@ -93,9 +94,8 @@ def _rounded(method: str, problem: Problem) -> Approximation:
     biased = [site for site in problem.sites if site.bias and not method.startswith("rtn-")]
     biases = {site.name: _absorbing(problem, site, weights[site.name]) for site in biased}
     losses = {name: max(0.0, target.output_loss(weights[name])) for name, target in problem.targets.items()}
-    size = rounded.size(method, problem) + DENSE_ITEMSIZE * bias_numbers(problem.sites)
     macs = sum(site.d_in * site.d_out for site in problem.sites)
-    return Approximation(weights, biases, planned(method, problem.sites, 1.0), size, macs, losses)
+    return Approximation(weights, biases, *planned(method, problem.sites, 1.0), macs, losses)
 
 
 def _absorbing(problem: Problem, site: Site, approximation: Tensor) -> Tensor:

@@ -7,11 +7,16 @@
 Scales are bfloat16, one for 64 rows of a column (int8: for all), and chosen alike for both.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from pilon_compress.convert.peers.budget import bias_numbers
 from pilon_compress.convert.peers.problem import Problem
 from pilon_compress.convert.rounding import nearest, round_matrix
+from pilon_compress.families import Site
 from pilon_compress.form.integers import KINDS
+from pilon_compress.measure.size import DENSE_ITEMSIZE
 
 ROUNDED: dict[str, tuple[str, str]] = {f"{how}-{kind}": (how, kind) for how in ("rtn", "gptq") for kind in KINDS}
 
@@ -26,7 +31,7 @@ def solve(method: str, problem: Problem) -> dict[str, Tensor]:
     return found
 
 
-def size(method: str, problem: Problem) -> int:
-    """Bytes of codes and scales; biases are not among them."""
+def size(method: str, sites: Sequence[Site]) -> int:
+    """Bytes of codes, scales and biases."""
     kind = KINDS[ROUNDED[method][1]]
-    return sum(sum(kind.size(site.d_in, site.d_out)) for site in problem.sites)
+    return sum(sum(kind.size(site.d_in, site.d_out)) for site in sites) + DENSE_ITEMSIZE * bias_numbers(sites)
