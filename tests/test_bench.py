@@ -128,11 +128,12 @@ def test_folded_and_loaded_forms_compute_what_the_model_computes(folder):
 
 
 def test_int8_contenders_compute_the_block():
+    torch.manual_seed(0)
     weight, x = torch.randn(48, 64), torch.randn(3, 64)
     exact = x @ weight.T
     for make, dtype in ((contenders.weight_only_int8, torch.bfloat16), (contenders.dynamic_int8, torch.float32)):
         close = make(weight)(x.to(dtype)).float()
-        assert (close - exact).norm() < 0.05 * exact.norm()  # without VNNI torch gives activations seven bits
+        assert (close - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.usefixtures("triton")
