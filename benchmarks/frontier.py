@@ -21,6 +21,7 @@ from pilon_compress.convert.candidate import baseline, dense_size, install, prob
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Task, solve
 from pilon_compress.convert.moments import gather
+from pilon_compress.convert.peers import rounded
 from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.prepare import Job, prepare
 from pilon_compress.convert.source import Source
@@ -79,7 +80,7 @@ class Bench:
         plan = Plan(1.0, [[layer] for layer in sorted({s.layer for s in self.sites})], [], list(self.sites))
         task = Task(self.sites, plan, {}, "pilon", (), True, 0, 0, quantization=quantization)
         solved = solve(self.source, self.batches, task, self.moments, Journal())
-        size = sum(sum(KINDS[quantization].size(s.d_in, s.d_out)) + 2 * s.bias * s.d_out for s in self.sites)
+        size = rounded.size(f"gptq-{quantization}", self.sites)
         self.row(name, 1.0, size / dense_size(self.sites).bytes, install(self.dense, solved.kept, solved.biases))
 
     def pilon(self, bank_dtype: str, ratio: float) -> None:

@@ -163,7 +163,7 @@ def exact_layers(device: str) -> Iterator[tuple[str, str]]:
     for x, expected in zip(batches, before, strict=True):
         for name, y in expected.items():
             yield f"packed, {len(x)} in {str(x.dtype)[6:]}: {name}", apart(moved[name](x.to(device)), y)
-    forms = type(moved["bank"]._unpacked.value).__name__, type(moved["matrix"]._unpacked.value).__name__
+    forms = type(moved["bank"]._unpacked[128].value.digits).__name__, type(moved["matrix"]._unpacked.value).__name__
     yield "packed layers are computed as", ", ".join(forms)
 
 

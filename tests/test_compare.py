@@ -202,9 +202,8 @@ def test_whole_numbers_are_compared_by_bytes(inside, tmp_path):
     made = (tmp_path / "out" / "compare.md").read_text()
     assert "bytes ÷ dense" in made and "| GPTQ, int3 |" in made and "## Stored FFN ratio 1" in made
     page = (tmp_path / "out" / "compare.html").read_text()
-    assert (
-        page.count("<dt>GPTQ</dt>") == 1 and "<dt>round to nearest</dt>" in page and "bytes are what to compare" in page
-    )
+    assert page.count("<dt>GPTQ</dt>") == 1 and "<dt>round to nearest</dt>" in page
+    assert "bytes are what to compare" in page
 
 
 def test_a_failure_while_writing_keeps_the_earlier_comparison_and_the_cells(inside, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -96,7 +97,9 @@ def test_where_triton_runs_a_model_computes_the_same_by_its_kernels(trained, tmp
         with torch.no_grad():
             y = model(input_ids=ids).logits
         assert y.dtype == dtype and torch.equal(y, expected)
-        made = {type(m._unpacked.value) for m in model.modules() if isinstance(m, PackedBank | PackedLinear)}
+        banks = [one for m in model.modules() if isinstance(m, PackedBank) for one in m._unpacked.values()]
+        made = {type(one.value.digits) for one in banks}
+        made |= {type(m._unpacked.value) for m in model.modules() if isinstance(m, PackedLinear)}
         assert made == {BankWords if trained.name == "rank16" else MatrixWords}
 
 
@@ -132,6 +135,23 @@ def test_a_model_that_ran_follows_what_is_loaded_into_it_and_copies_go_their_own
         del model
         assert torch.equal(twin(input_ids=IDS).logits, before)
     assert not torch.equal(after, before) and torch.equal(logits(tmp_path / "again", IDS), after)
+
+
+@pytest.mark.parametrize("trained", ["rank16"], indirect=True)
+def test_what_a_bank_was_unpacked_to_goes_when_its_codes_are_replaced(trained, tmp_path):
+    export_packed(str(trained), tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    bank = next(m for m in model.modules() if isinstance(m, PackedBank))
+    held = []
+    with torch.no_grad():
+        for _ in range(2):
+            model(input_ids=IDS)
+            held += [weakref.ref(one.value.digits) for one in bank._unpacked.values()]
+            bank.A_codes, bank.B_codes = bank.A_codes.clone(), bank.B_codes.clone()
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()  # as moving a model does
+        model(input_ids=IDS)
+    assert len(held) == 2 and not any(one() for one in held)
 
 
 def test_generation_with_a_cache_and_any_batch_is_the_full_forward_pass(trained, tmp_path):

@@ -36,7 +36,7 @@ from pilon_compress.measure.size import DENSE_ITEMSIZE, Size, linear_macs
 from pilon_compress.progress import track
 
 METHODS = (*OURS, *peers.PEERS, *ROUNDED)
-WHOLE = {method for method in METHODS if method.split("-")[-1] in KINDS}  # in whole numbers: compared where named
+WHOLE = {method for method in METHODS if method.partition("-")[2] in KINDS}  # in whole numbers: compared where named
 DEFAULT = tuple(method for method in METHODS if method not in WHOLE)
 
 

@@ -8,7 +8,9 @@
 Forward passes are the kernels' (`kernels.choose`), which compute what `form.ternary` computes, bit for bit.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -21,6 +23,14 @@ from pilon_compress.form.ready import Ready
 from pilon_compress.kernels import choose
 from pilon_compress.kernels.tiles import BankTiles, MatrixTiles
 from pilon_compress.kernels.words import BankWords, MatrixWords
+
+
+@dataclass
+class Unpacked:
+    """A bank's digits as they are computed with, and the layers that do, by the address of their weight."""
+
+    digits: "BankTiles | BankWords | choose.Digits"  # quoted: a bundle holds this file, and not the kernels
+    layers: defaultdict[int, Ready[Callable[[Tensor], Tensor]]] = field(default_factory=lambda: defaultdict(Ready))
 
 
 class PackedBank(PrimitiveBank):
@@ -36,8 +46,7 @@ class PackedBank(PrimitiveBank):
         for name, numbers in (("A_codes", d_in * rank), ("B_codes", rank * d_out)):
             shape = (n_primitives, packed_size(numbers, encoding))
             self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
-        self._unpacked: Ready[BankTiles | BankWords | choose.Digits] = Ready()
-        self._layers: dict[int, Ready[Callable[[Tensor], Tensor]]] = {}  # by the address of a layer's weight
+        self._unpacked: defaultdict[int, Ready[Unpacked]] = defaultdict(Ready)  # by group
 
     @property
     def n_primitives(self) -> int:
@@ -73,18 +82,12 @@ class PackedBank(PrimitiveBank):
         self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0, shift: Tensor | None = None
     ) -> Tensor:
         """The `selected` (k,) primitives on `x` (..., d_in), with scales `weight` (k, r) and a `shift` (k, r)."""
+        codes = (self.A_codes, self.B_codes)
+        unpacked = self._unpacked[group].get(codes, lambda: Unpacked(choose.bank(*self.digits(), group)))
+        make = partial(_layer, unpacked.digits, selected, weight, shift, group)
         if torch.compiler.is_compiling():
-            return self._layer(selected, weight, group, shift)(x)
-        ready = self._layers.get(weight.data_ptr())
-        if ready is None:
-            ready = self._layers[weight.data_ptr()] = Ready()
-        # what is loaded, moved or dropped changes these, whatever else it changes
-        return ready.get((self.A_codes, selected, weight), partial(self._layer, selected, weight, group, shift))(x)
-
-    def _layer(self, selected: Tensor, weight: Tensor, group: int, shift: Tensor | None) -> Callable[[Tensor], Tensor]:
-        digits = self._unpacked.get((self.A_codes, self.B_codes), lambda: choose.bank(*self.digits(), group))
-        offsets = None if shift is None else shift.reshape(-1).float()
-        return choose.composed(digits, selected, weight.reshape(-1).float(), offsets, group)
+            return make()(x)
+        return unpacked.layers[weight.data_ptr()].get((selected, weight), make)(x)
 
     def refuse(self) -> str | None:
         """What is wrong with the bytes, if anything."""
@@ -93,6 +96,13 @@ class PackedBank(PrimitiveBank):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, encoding={self.encoding}"
+
+
+def _layer(
+    digits: "BankTiles | BankWords | choose.Digits", selected: Tensor, weight: Tensor, shift: Tensor | None, group: int
+) -> Callable[[Tensor], Tensor]:
+    shift = None if shift is None else shift.reshape(-1).float()
+    return choose.composed(digits, selected, weight.reshape(-1).float(), shift, group)
 
 
 class PackedLinear(nn.Module):

@@ -108,9 +108,8 @@ def ffn(
     # a narrower type rounds the hidden values in between
     if x.dtype == torch.float32 and x.device.type == "cpu" and _fuses(up, down, gate, activation):
         return torch.ops.pilon.ffn(x.contiguous(), *_parts(up, down, gate), *_sizes(up, down, activation))
-    act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
-    hidden = act(project(x, up)) if gate is None else act(project(x, gate)) * project(x, up)
-    return project(hidden, down)
+    runs = [partial(project, p=p) for p in (up, down, gate) if p is not None]
+    return _one_by_one(x, activation, *runs)
 
 
 class Prepared:
@@ -151,12 +150,19 @@ def prepared_ffn(
     if _fuses(up, down, gate, activation):
         sizes = up.tiles.d_in, *_sizes(up, down, activation)
         return Prepared(torch.ops.pilon.prepare_ffn(*_parts(up, down, gate), *sizes), plain)
+    runs = [prepared(p) for p in (up, down, gate) if p is not None]
+    return lambda x: _one_by_one(x, activation, *runs)
+
+
+def _one_by_one(
+    x: Tensor,
+    activation: str | Callable[[Tensor], Tensor],
+    up: Callable[[Tensor], Tensor],
+    down: Callable[[Tensor], Tensor],
+    gate: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
-    first, last = prepared(up), prepared(down)
-    if gate is None:
-        return lambda x: last(act(first(x)))
-    gated = prepared(gate)
-    return lambda x: last(act(gated(x)) * first(x))
+    return down(act(up(x)) if gate is None else act(gate(x)) * up(x))
 
 
 def _parts(up: Projection, down: Projection, gate: Projection | None) -> tuple[tuple[Tensor | None, ...], ...]:

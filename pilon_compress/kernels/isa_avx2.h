@@ -61,7 +61,7 @@ static inline void dot_int8(const int8_t* w, const int8_t* q, int64_t d, int32_t
   for (; k + 32 <= d; k += 32) {
     const __m256i codes = _mm256_loadu_si256((const __m256i*)(q + k));
     UNROLL for (int r = 0; r < R; r++) {
-      __builtin_prefetch(w + (R == 1 ? AHEAD : (R + r) * d) + k);  // the next R rows
+      __builtin_prefetch(w + (R == 1 ? AHEAD : (R + r) * d) + k);  // the next R rows, or farther in the stream
       const __m256i row = _mm256_loadu_si256((const __m256i*)(w + r * d + k));
       const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(row), _mm256_sign_epi8(codes, row));
       sum[r] = _mm256_add_epi32(sum[r], _mm256_madd_epi16(pairs, one));

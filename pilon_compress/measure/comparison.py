@@ -184,8 +184,8 @@ def _lead(result: Result) -> str:
     sentences = ["Numbers differ in their bits: bytes are what to compare by."] if bits else []
     for ratio in result["ratios"]:
         best, *others = [row for row in result["rows"] if row["ratio"] == ratio]
-        text = f"At {ratio:g} of the FFN’s numbers, by {LABELS[main]}: "
-        text = text if ratio < 1 else f"With all of the FFN’s numbers, by {LABELS[main]}: "
+        part = f"At {ratio:g}" if ratio < 1 else "With all"
+        text = f"{part} of the FFN’s numbers, by {LABELS[main]}: "
         if others and best["seeds"] > 1 and _overlap(best[main], others[0][main]):
             text += f"{said(best)} and {said(others[0])} are level over the calibration draws"
         else:

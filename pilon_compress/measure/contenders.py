@@ -70,7 +70,7 @@ def dense_int8(shape: Shape, device: torch.device) -> Block:
 def dense_ternary(shape: Shape, device: torch.device) -> Block:
     if device.type in choose.TRITON:
         return _ternary_matrices_on_gpu(shape, device)
-    _needs_kernel(device)
+    needs_kernel(device)
     return _ternary(shape, [ternary_matrix(*sizes) for sizes in shape.projections])
 
 
@@ -91,7 +91,7 @@ def pilon_ternary(shape: Shape, device: torch.device) -> Block:
         raise NotHere("ranks must be multiples of 16")
     if device.type in choose.TRITON:
         return _ternary_banks_on_gpu(shape, device)
-    _needs_kernel(device)
+    needs_kernel(device)
     return _ternary(shape, [ternary_bank(*sizes, shape.active, shape.rank) for sizes in shape.projections])
 
 
@@ -249,8 +249,9 @@ def _bytes(parts: list[list[Tensor]]) -> int:
     return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part)
 
 
-def _needs_kernel(device: torch.device) -> None:
+def needs_kernel(device: torch.device) -> None:
+    """Raises NotHere where the CPU's ternary kernel does not run."""
     if device.type != "cpu":
-        raise NotHere(f"there is no ternary kernel for {device.type}")
+        raise NotHere("the ternary kernel is for CPUs")
     if not cpu.available():
         raise NotHere("the ternary kernel could not be had")

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
+from pilon_compress.form.integers import KINDS
 from pilon_compress.measure import plots
 from pilon_compress.readable import METHOD_NAMES, in_order
 
@@ -68,8 +69,8 @@ ABOUT = {
     "nystrom": "whole neurons are dropped and the down-projection makes up for them (MoDeGPT, Lin et al., 2025); what "
     "stays of up and gate is exact, so all of its loss is in down",
     **{
-        f"pilon-{kind}": f"the same with its numbers in {bits} bits, rounded in the metric that it was fitted in"
-        for kind, bits in (("int8", 8), ("int4", 4), ("int3", 3), ("int2", 2))
+        f"pilon-{name}": f"the same with its numbers in {kind.bits} bits, rounded in the metric that it was fitted in"
+        for name, kind in KINDS.items()
     },
     "gptq": "all dense weights in whole numbers; rows that are still free make up for the rounded ones, in the metric "
     "of the inputs (Frantar et al., 2023)",
@@ -81,16 +82,14 @@ COSTS = {"bytes_ratio": "FFN bytes รท dense", "mac_ratio": "FFN MACs per token ร
 
 def series(method: str) -> str:
     """The line that a method is a point of: dense weights in 8, 4, 3 and 2 bits make one, `rtn` or `gptq`."""
-    stem, _, bits = method.partition("-")
-    return stem if stem in ("gptq", "rtn") and bits.startswith("int") else method
+    stem, _, kind = method.partition("-")
+    return stem if stem in ("gptq", "rtn") and kind in KINDS else method
 
 
 def method_name(method: str) -> str:
     """How a method is called in tables."""
-    line, bits = series(method), method.rpartition("-")[2]
-    if line != method:
-        return f"{NAMES[line]}, {bits}"
-    return f"PILON, {bits}" if method.startswith("pilon-int") else NAMES.get(method, method)
+    stem, _, kind = method.partition("-")
+    return f"{NAMES.get(stem, stem)}, {kind}" if kind in KINDS else NAMES.get(method, method)
 
 
 def method_colour(method: str) -> str:

@@ -19,7 +19,7 @@ from pilon_compress.form.fold import fold
 from pilon_compress.form.kept import KeptLinear
 from pilon_compress.form.layout import BANKS, kept_matrices, projections
 from pilon_compress.kernels import cpu
-from pilon_compress.measure.contenders import NotHere, ternary_bank, ternary_matrix, weight_only_int8
+from pilon_compress.measure.contenders import NotHere, needs_kernel, ternary_bank, ternary_matrix, weight_only_int8
 
 
 class TernaryProjection(nn.Module):
@@ -66,7 +66,7 @@ def dense_int8(pilon: PreTrainedModel) -> PreTrainedModel:
 
 def dense_ternary(pilon: PreTrainedModel) -> PreTrainedModel:
     """Feed-forward matrices ternary, the rest in float32."""
-    _needs_kernel(pilon)
+    needs_kernel(pilon.device)
     model = dense_fp32(pilon)
     for site in find_sites(model):
         model.base_model.set_submodule(site.name, TernaryProjection(ternary_matrix(site.d_in, site.d_out)))
@@ -97,7 +97,7 @@ def pilon_int8(pilon: PreTrainedModel) -> PreTrainedModel:
 
 def pilon_ternary(pilon: PreTrainedModel) -> PreTrainedModel:
     """Feed-forward banks ternary, the rest in float32."""
-    _needs_kernel(pilon)
+    needs_kernel(pilon.device)
     model = copy.deepcopy(pilon)
     for name, composed in list(projections(model)):
         bank, k = composed.bank, composed.top_k
@@ -139,10 +139,3 @@ def _in_int8(model: PreTrainedModel, whole: bool) -> PreTrainedModel:
 def _biased(made: cpu.Projection, bias: Tensor | None) -> cpu.Projection:
     made.bias = None if bias is None else bias.detach().float()
     return made
-
-
-def _needs_kernel(model: PreTrainedModel) -> None:
-    if model.device.type != "cpu":
-        raise NotHere("the ternary kernel is for CPUs")
-    if not cpu.available():
-        raise NotHere("the ternary kernel could not be had")

@@ -91,7 +91,7 @@ def approximate(method: str, problem: Problem, ratio: float) -> Approximation:
 
 def _rounded(method: str, problem: Problem) -> Approximation:
     weights = rounded.solve(method, problem)
-    biased = [site for site in problem.sites if site.bias and not method.startswith("rtn-")]
+    biased = [site for site in problem.sites if site.bias and ROUNDED[method][0] != "rtn"]
     biases = {site.name: _absorbing(problem, site, weights[site.name]) for site in biased}
     losses = {name: max(0.0, target.output_loss(weights[name])) for name, target in problem.targets.items()}
     macs = sum(site.d_in * site.d_out for site in problem.sites)
