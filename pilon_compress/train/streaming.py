@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from pilon_compress import text
+from pilon_compress.data import text
 from pilon_compress.errors import BadInput
 from pilon_compress.train.batch import Batch, from_windows
 from pilon_compress.train.tokens import PARTS, Part, encoded, fingerprint
