@@ -22,7 +22,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens by which windows advance (LMs); default: the window.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the sample of texts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:

@@ -20,6 +20,7 @@ INTERVAL = 30.0  # seconds between two lines where stderr is no terminal
 PRIOR = 0.05  # share of the expected seconds that counts as taken as expected, before any of them is measured
 
 _said: set[str] = set()
+_held: list[str] | None = None  # notes to write later; None: they are written at once
 _current: list["Line"] = []  # the line that is being shown, if any
 
 
@@ -83,11 +84,29 @@ def say(message: str) -> None:
         stderr.flush()
 
 
-def say_once(message: str) -> None:
-    """Write a line to stderr unless this process has written it before."""
-    if message not in _said:
-        _said.add(message)
+def note(message: str) -> None:
+    """Say something about the input, once in a process: at once, or after `hold_notes` later."""
+    if message in _said:
+        return
+    _said.add(message)
+    if _held is None:
         say(message)
+    else:
+        _held.append(message)
+
+
+def hold_notes() -> None:
+    """Keep notes back where stderr is no terminal: a command that ends with an error says nothing but its error."""
+    global _held
+    _held = None if Stderr().isatty() else []
+
+
+def release_notes() -> None:
+    """Write the notes that are held back."""
+    global _held
+    for message in _held or []:
+        say(message)
+    _held = None
 
 
 class Stderr:
@@ -244,10 +263,9 @@ def _reporting(line: Line) -> Iterator[None]:
     ended = threading.Event()
 
     def report() -> None:
-        stderr = Stderr()
         while not ended.wait(INTERVAL):
-            stderr.write(f"{line.describe().strip()}\n")
-            stderr.flush()
+            release_notes()
+            say(line.describe().strip())
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()

@@ -83,7 +83,7 @@ def _paths(pattern: str) -> list[Path]:
         readable = [path for path in files if path.suffix.lower() in FORMATS]
         if readable and len(readable) < len(files):
             others = ", ".join(sorted({path.suffix or path.name for path in files} - {p.suffix for p in readable}))
-            progress.say_once(f"{pattern}: {len(files) - len(readable)} of {len(files)} files are left out ({others})")
+            progress.note(f"{pattern}: {len(files) - len(readable)} of {len(files)} files are left out ({others})")
         return readable
     try:
         return [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]

@@ -47,13 +47,13 @@ def paragraphs(documents: Iterable[str], min_chars: int = 80) -> Iterator[str]:
         _say_short(min_chars, full)
         yield from short
     elif not full and other:
-        progress.say_once("paragraphs that are not prose are taken: the text has no others")
+        progress.note("paragraphs that are not prose are taken: the text has no others")
         yield from other
 
 
 def _say_short(min_chars: int, full: int) -> None:
     longer = f"only {full} are longer" if full else "none is longer"
-    progress.say_once(f"paragraphs of fewer than {min_chars} characters are taken, too: {longer}")
+    progress.note(f"paragraphs of fewer than {min_chars} characters are taken, too: {longer}")
 
 
 def _blocks(documents: Iterable[str]) -> Iterator[str]:

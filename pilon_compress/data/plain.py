@@ -123,7 +123,7 @@ class Held:
 
 def say_cut(name: str) -> None:
     """Say once that documents of `name` are cut."""
-    progress.say_once(f"{name}: documents of more than {LONGEST:,} characters are read in pieces of at most that")
+    progress.note(f"{name}: documents of more than {LONGEST:,} characters are read in pieces of at most that")
 
 
 def _invalid_byte(file: IO[bytes], start: int, fallback: int) -> int:

@@ -105,7 +105,7 @@ def texts(rows: Iterable[Any], column: str, origin: str) -> Iterator[str]:
 
 def _say_skipped(origin: str, column: str, skipped: int, count: int) -> None:
     if skipped:
-        progress.say_once(f"{origin}: {skipped} of {count} rows hold no text in column {column!r} and were skipped")
+        progress.note(f"{origin}: {skipped} of {count} rows hold no text in column {column!r} and were skipped")
 
 
 def _opened(path: Path) -> IO[bytes]:

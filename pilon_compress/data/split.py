@@ -50,7 +50,7 @@ def _of_small(documents: list[str], part: Part, source: str) -> Iterator[str]:
     pieces = {document: [piece for piece in cut(document, limit) if piece.strip()] for document in whole}
     distinct = list(dict.fromkeys(piece for document in whole for piece in pieces[document]))
     if len(distinct) > len(whole):
-        progress.say_once(f"{source}: {len(whole)} documents were cut into {len(distinct)} to hold some of them back")
+        progress.note(f"{source}: {len(whole)} documents were cut into {len(distinct)} to hold some of them back")
     held_out = _held_out(distinct)
     chosen = [piece for text in documents for piece in pieces[text] if (piece in held_out) == (part == "held-out")]
     if documents and not chosen:
