@@ -24,7 +24,7 @@ _held: list[str] | None = None  # notes to write later; None: they are written a
 _current: list["Line"] = []  # the line that is being shown, if any
 
 
-@dataclass
+@dataclass(eq=False)
 class Phase:
     """A loop that `track` runs: items done of `total`, if that is known; `inner`: progress within the next item."""
 
@@ -110,27 +110,32 @@ def release_notes() -> None:
 
 
 class Stderr:
-    """sys.stderr, whose errors end nothing: a line of progress is not worth a run."""
+    """sys.stderr as it is now, less its errors: a line of progress is not worth a run.
+
+    Bound when it is made, since rich puts itself in the place of sys.stderr while a line is live.
+    """
 
     encoding = "utf-8"
 
+    def __init__(self) -> None:
+        self.stream = sys.stderr  # None where Python has none
+
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError, AttributeError):  # full, closed, or None
-            sys.stderr.write(text)
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         with suppress(OSError, ValueError, AttributeError):
-            sys.stderr.flush()
+            self.stream.flush()
 
     def isatty(self) -> bool:
-        try:
-            return sys.stderr.isatty()
-        except (OSError, ValueError, AttributeError):
-            return False
+        with suppress(OSError, ValueError, AttributeError):
+            return self.stream.isatty()
+        return False
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()
+        return self.stream.fileno()
 
 
 @dataclass
@@ -143,7 +148,7 @@ class Line:
     reached: float = 0.0  # share of the stage; never falls
     phases: list[Phase] = field(default_factory=list)
     title: str = ""
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
     bar: Progress | None = None
     task: Any = None
 
@@ -179,6 +184,12 @@ class Line:
         return sum(weight for _, weight in self.weights)
 
     @property
+    def known(self) -> bool:
+        """True if the position of the whole can be told: not for a single loop over items without a length."""
+        endless = len(self.weights) == 1 and self.phases and self.phases[0].total is None
+        return self.total > 0 and not endless
+
+    @property
     def position(self) -> float:
         """Expected seconds of what is done."""
         if self.stage < 0:
@@ -189,7 +200,7 @@ class Line:
     @property
     def remaining(self) -> float:
         """Seconds that are left at the speed until now; expected seconds before anything is done."""
-        if not self.position and len(self.weights) == 1:
+        if not self.known or (not self.position and len(self.weights) == 1):
             return float("nan")
         prior = PRIOR * self.total if len(self.weights) > 1 else 0.0
         elapsed = time.monotonic() - self.began
@@ -197,13 +208,13 @@ class Line:
 
     def describe(self) -> str:
         """Percentage, phase with its own count, elapsed time and ETA, as plain text."""
-        share = f"{self.position / self.total:4.0%}  " if self.total else ""
+        share = f"{self.position / self.total:4.0%}  " if self.known else ""
         elapsed = time.monotonic() - self.began
         return f"{share}{self._phase()}  {_clock(elapsed)} elapsed, ETA {_clock(self.remaining)}"
 
     def draw(self) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.position, total=self.total or 1.0)
+            self.bar.update(self.task, completed=self.position, total=self.total if self.known else None)
 
     def _phase(self) -> str:
         return " · ".join(map(str, self.phases)) or self.title
