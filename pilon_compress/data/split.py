@@ -1,6 +1,6 @@
 """The split of a source into a calibration part and a held-out part that share no document."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from hashlib import blake2b
 from typing import Literal
 
@@ -26,8 +26,9 @@ def split(documents: Iterable[str], part: Part, source: str) -> Iterator[str]:
     """Yield the documents of a part, in order: every document belongs to one, by a hash of its text.
 
     A source with few documents or little text is read whole first, so that neither part is empty, nor nearly so, by
-    luck: a document that is more than a tenth of it is cut, and where the hashes hold out less than a tenth of the text
-    or more than two fifths, the smallest hashes are held out up to a fifth. Raises BadInput if the part stays empty.
+    luck. Where the hashes hold out less than a tenth of its text or more than two fifths, documents that are more than
+    a tenth of it are cut, and where that does not help, the smallest hashes are held out, up to a fifth of the text.
+    Raises BadInput if the part stays empty.
     """
     stream = iter(documents)
     head: list[str] = []
@@ -45,13 +46,12 @@ def split(documents: Iterable[str], part: Part, source: str) -> Iterator[str]:
 
 
 def _of_small(documents: list[str], part: Part, source: str) -> Iterator[str]:
-    whole = list(dict.fromkeys(documents))
-    limit = max(SHORTEST, sum(map(len, whole)) // LARGEST)
-    pieces = {document: [piece for piece in cut(document, limit) if piece.strip()] for document in whole}
-    distinct = list(dict.fromkeys(piece for document in whole for piece in pieces[document]))
-    if len(distinct) > len(whole):
-        progress.note(f"{source}: {len(whole)} documents were cut into {len(distinct)} to hold some of them back")
-    held_out = _held_out(distinct)
+    pieces = {document: [document] for document in documents}
+    held_out = _by_hash(pieces)
+    if held_out is None:
+        pieces = _cut(pieces, source)
+        distinct = list(dict.fromkeys(piece for of_one in pieces.values() for piece in of_one))
+        held_out = _by_hash(distinct) or _smallest_hashes(distinct)
     chosen = [piece for text in documents for piece in pieces[text] if (piece in held_out) == (part == "held-out")]
     if documents and not chosen:
         raise BadInput(
@@ -60,18 +60,33 @@ def _of_small(documents: list[str], part: Part, source: str) -> Iterator[str]:
     yield from chosen
 
 
-def _held_out(documents: list[str]) -> set[str]:
-    """The documents, all different, to hold out: by their hashes, or the smallest hashes where that is unfair."""
-    total = sum(map(len, documents))
+def _cut(documents: Iterable[str], source: str) -> dict[str, list[str]]:
+    """Cut every document that is more than a tenth of them all; the pieces by document."""
+    limit = max(SHORTEST, sum(map(len, documents)) // LARGEST)
+    pieces = {document: [piece for piece in cut(document, limit) if piece.strip()] for document in documents}
+    before, after = len(pieces), sum(map(len, pieces.values()))
+    if after > before:
+        progress.note(f"{source}: of {before} documents the largest were cut, into {after}, to hold some text back")
+    return pieces
+
+
+def _by_hash(documents: Collection[str]) -> set[str] | None:
+    """The documents, all different, that their hashes hold out; None where that is not a fair share of the text."""
     chosen = {document for document in documents if belongs(document, "held-out")}
-    if FAIR[0] * total <= sum(map(len, chosen)) <= FAIR[1] * total:
-        return chosen
-    chosen, size = set(), 0
+    share = sum(map(len, chosen)) / max(1, sum(map(len, documents)))
+    return chosen if FAIR[0] <= share <= FAIR[1] else None
+
+
+def _smallest_hashes(documents: Collection[str]) -> set[str]:
+    """The documents, all different, to hold out where hashes alone are unfair: up to a fifth, at least one of two."""
+    limit = sum(map(len, documents)) / HELD_OUT
+    chosen: set[str] = set()
+    size = 0
     for document in sorted(documents, key=_digest)[: len(documents) - 1]:
-        if chosen and size + len(document) > total / HELD_OUT:
+        size += len(document)
+        if chosen and size > limit:
             break
         chosen.add(document)
-        size += len(document)
     return chosen
 
 
