@@ -12,7 +12,7 @@ HELD_OUT = 5  # one document in five is held out
 FEW, SMALL = 20, 2**20  # documents, characters: a source with no more of either is split as a whole
 LARGEST = 10  # no document of a small source may be more than a tenth of it
 SHORTEST = 80  # characters; shorter documents are not cut
-FAIR = (0.1, 0.4)  # share of a small source's characters that may be held out
+FAIR = (0.05, 0.4)  # share of a small source that may be held out, in characters
 
 Part = Literal["all", "calibration", "held-out"]
 
@@ -26,8 +26,8 @@ def split(documents: Iterable[str], part: Part, source: str) -> Iterator[str]:
     """Yield the documents of a part, in order: every document belongs to one, by a hash of its text.
 
     A source with few documents or little text is read whole first, so that neither part is empty, nor nearly so, by
-    luck. Where the hashes hold out less than a tenth of its text or more than two fifths, documents that are more than
-    a tenth of it are cut, and where that does not help, the smallest hashes are held out, up to a fifth of the text.
+    luck. Where the hashes hold out less than a twentieth of its text or more than two fifths, documents that are more
+    than a tenth of it are cut, and where that does not help, the smallest hashes are held out, up to a fifth.
     Raises BadInput if the part stays empty.
     """
     stream = iter(documents)
