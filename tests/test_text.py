@@ -13,6 +13,7 @@ import pytest
 
 from pilon_compress import progress
 from pilon_compress.data import stdin, text
+from pilon_compress.data.split import split_items
 from pilon_compress.errors import BadInput
 
 DOCUMENTS = [f"Document {i}: naïve café.\nIts second line." for i in range(40)]
@@ -104,6 +105,15 @@ def test_one_large_document_among_small_ones_does_not_leave_a_part_without_text(
         path = write(tmp_path / f"{seed}.jsonl", [*DOCUMENTS[:30], large])
         sizes = {part: sum(map(len, read(path, part))) for part in ("calibration", "held-out", "all")}
         assert sizes["calibration"] + sizes["held-out"] == sizes["all"] and sizes["held-out"] < sizes["calibration"]
+
+
+def test_a_few_items_with_equal_keys_stay_together_and_leave_no_part_empty():
+    for seed in range(12):
+        items = [(f"Question {i % 3} of {seed}?", i) for i in range(9)]
+        parts = [list(split_items(items, lambda item: item[0], part)) for part in ("calibration", "held-out")]
+        assert sorted(sum(parts, [])) == sorted(items) and all(parts)
+        assert not {key for key, _ in parts[0]} & {key for key, _ in parts[1]}
+    assert list(split_items(items, lambda item: item[0], "all")) == items
 
 
 def feed(monkeypatch, stream):

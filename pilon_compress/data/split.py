@@ -1,8 +1,9 @@
 """The split of a source into a calibration part and a held-out part that share no document."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from hashlib import blake2b
-from typing import Literal
+from itertools import chain
+from typing import Literal, TypeVar
 
 from pilon_compress import progress
 from pilon_compress.data.plain import cut
@@ -15,6 +16,7 @@ SHORTEST = 80  # characters; shorter documents are not cut
 FAIR = (0.05, 0.4)  # share of a small source that may be held out, in characters
 
 Part = Literal["all", "calibration", "held-out"]
+T = TypeVar("T")
 
 
 def belongs(document: str, part: Part) -> bool:
@@ -30,19 +32,38 @@ def split(documents: Iterable[str], part: Part, source: str) -> Iterator[str]:
     than a tenth of it are cut, and where that does not help, the smallest hashes are held out, up to a fifth.
     Raises BadInput if the part stays empty.
     """
-    stream = iter(documents)
-    head: list[str] = []
-    size = 0
-    for document in stream:
-        head.append(document)
-        size += len(document)
-        if len(head) > FEW and size > SMALL:
-            break
-    else:
+    head, rest = _beginning(documents, len)
+    if rest is None:
         yield from _of_small(head, part, source)
+    else:
+        yield from (document for document in chain(head, rest) if belongs(document, part))
+
+
+def split_items(items: Iterable[T], key: Callable[[T], str], part: Part) -> Iterator[T]:
+    """Yield the items of a part, in order: as `split` those with the same key, but nothing is cut."""
+    if part == "all":
+        yield from items
         return
-    yield from (document for document in head if belongs(document, part))
-    yield from (document for document in stream if belongs(document, part))
+    head, rest = _beginning(items, lambda item: len(key(item)))
+    if rest is None:
+        keys = list(dict.fromkeys(key(item) for item in head))
+        held_out = _by_hash(keys) or _smallest_hashes(keys)
+        yield from (item for item in head if (key(item) in held_out) == (part == "held-out"))
+    else:
+        yield from (item for item in chain(head, rest) if belongs(key(item), part))
+
+
+def _beginning(items: Iterable[T], size: Callable[[T], int]) -> tuple[list[T], Iterator[T] | None]:
+    """The first items, until they are neither few nor small, and the others; None where that is all."""
+    stream = iter(items)
+    head: list[T] = []
+    total = 0
+    for item in stream:
+        head.append(item)
+        total += size(item)
+        if len(head) > FEW and total > SMALL:
+            return head, stream
+    return head, None
 
 
 def _of_small(documents: list[str], part: Part, source: str) -> Iterator[str]:

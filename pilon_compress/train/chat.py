@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pilon_compress.data import text
+from pilon_compress.data.split import split_items
 from pilon_compress.errors import BadInput
 from pilon_compress.train.tokens import PARTS, Item, Part, TokenFile, cached, described, fingerprint
 
@@ -48,15 +49,18 @@ def tokenise_chat(source: str, tokenizer: PreTrainedTokenizerBase, part: Part, f
 
 def _items(source: str, tokenizer: PreTrainedTokenizerBase, part: Part) -> Iterator[Item]:
     """Raises BadInput when nothing can be learned from the source."""
-    table, column = _table(source)
     found = spoken = 0
     refusal = ""
     rendering = Rendering(tokenizer)
-    for where, row in text.open_rows(table):
-        messages = _messages(row, column, where)
-        found += 1
-        if not text.belongs(_prompt(messages), PARTS[part]):
-            continue
+
+    def conversations() -> Iterator[tuple[str, list[Message]]]:
+        nonlocal found
+        table, column = _table(source)
+        for where, row in text.open_rows(table):
+            found += 1
+            yield where, _messages(row, column, where)
+
+    for where, messages in split_items(conversations(), lambda item: _prompt(item[1]), PARTS[part]):
         items = []
         try:
             items = rendering.documents(messages)
