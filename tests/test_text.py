@@ -181,11 +181,14 @@ def test_paragraphs_of_one_sentence_a_line_are_taken_though_they_are_short(capfd
     assert "not prose" in capfd.readouterr().err
 
 
-def test_a_paragraph_longer_than_any_encoder_reads_is_cut():
+def test_a_few_long_paragraphs_are_cut_into_many():
     letters = "abcdefghijklmnopqrstuvwxyz"
     sentences = [f"Sentence {letters[i % 26]}{letters[i // 26]} is one of very many." for i in range(600)]
     cut = list(text.paragraphs([" ".join(sentences)]))
-    assert len(cut) > 4 and " ".join(cut) == " ".join(sentences) and all(len(part) <= 4096 for part in cut)
+    assert len(cut) > 30 and " ".join(cut) == " ".join(sentences) and all(80 < len(part) < 400 for part in cut)
+    short = [f"{sentence} And here is another sentence, so that it has full length." for sentence in sentences]
+    *many, last = text.paragraphs([*short, " ".join(sentences)])
+    assert many[:600] == short and len(last) > 400, "many paragraphs are cut only where they are extremely long"
 
 
 def test_a_sample_depends_on_the_seed_alone():

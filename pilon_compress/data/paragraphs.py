@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from unicodedata import category
 
 from pilon_compress import progress
 from pilon_compress.data.plain import cut
 
 LONGEST = 2**12  # characters of a paragraph; a longer one is cut
-ENOUGH = 32  # paragraphs of full length after which short ones are no longer looked at
+ENOUGH = 32  # paragraphs; fewer are cut into more, or joined by short ones
+SHORTEST_PIECE = 200  # characters to which the paragraphs of a small text are cut
 SCARCE = 4  # short ones are taken where they are so many times as many
 POOL = 2**15  # short ones that are held back until it is known that they are needed
 
@@ -17,14 +19,14 @@ def paragraphs(documents: Iterable[str], min_chars: int = 80) -> Iterator[str]:
     """Yield the distinct prose paragraphs of `documents`, white space folded, cut after `LONGEST` characters.
 
     Prose is at least `min_chars` long and four fifths letters and spaces: no tables, code or signatures. Where nearly
-    all text is in shorter paragraphs (one sentence a line), these are taken too, and where there is no prose at all,
-    any paragraph; a line on stderr says so.
+    all text is in shorter paragraphs (one sentence a line), these are taken too, where there is no prose at all, any
+    paragraph, and fewer than `ENOUGH` paragraphs are cut into shorter ones; a line on stderr says so.
     """
     seen: set[int] = set()
     short: list[str] = []
     other: list[str] = []
     full = 0
-    for block in _blocks(documents):
+    for block in _enough(_blocks(documents)):
         if (key := hash(block)) in seen:
             continue
         seen.add(key)
@@ -62,6 +64,17 @@ def _blocks(documents: Iterable[str]) -> Iterator[str]:
             for piece in cut(" ".join(block.split()), LONGEST):
                 if piece := piece.strip():
                     yield piece
+
+
+def _enough(blocks: Iterator[str]) -> Iterator[str]:
+    """The blocks; if there are fewer than `ENOUGH`, the long ones are cut, down to `SHORTEST_PIECE` characters."""
+    head = list(islice(blocks, ENOUGH))
+    limit = LONGEST if len(head) == ENOUGH else max(SHORTEST_PIECE, sum(map(len, head)) // (2 * ENOUGH))
+    pieces = [piece.strip() for block in head for piece in cut(block, limit)]
+    if len(pieces) > len(head):
+        progress.note(f"the text has only {len(head)} paragraphs: they were cut into {len(pieces)}")
+    yield from pieces
+    yield from blocks
 
 
 def _is_prose(text: str) -> bool:
