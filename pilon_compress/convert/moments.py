@@ -24,6 +24,7 @@ from pilon_compress.convert.source import Source
 from pilon_compress.convert.stream import Stream
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
+from pilon_compress.models.task import vocabulary
 from pilon_compress.progress import track
 
 LOGITS = 2**23  # numbers of logits that exist at once; with their gradients about seven times that
@@ -147,7 +148,7 @@ def _output_gradients(stream: Stream, causal: bool, seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         rows = len(hidden)
         if causal:
-            rows = max(1, LOGITS // (hidden.shape[1] * stream.model.config.vocab_size))
+            rows = max(1, LOGITS // (hidden.shape[1] * vocabulary(stream.model.config)))
         parts: list[Tensor] = []
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)

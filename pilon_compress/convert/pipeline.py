@@ -35,12 +35,14 @@ from pilon_compress.convert.sensitivity import Sensitivity
 from pilon_compress.convert.share import Sharing
 from pilon_compress.convert.shelf import Shelf
 from pilon_compress.convert.source import Source, available, open_source
+from pilon_compress.data import sequences
 from pilon_compress.deploy.card import model_card
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
 from pilon_compress.form.layout import layout_of
 from pilon_compress.measure import composition, evaluate, report, size
+from pilon_compress.models.task import vocabulary
 
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
@@ -203,8 +205,8 @@ def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[calib
     asked = job.calibration
     documents = text.open_text(asked.data, part="calibration")
     if job.causal:
-        blocks = calibration.causal_blocks(tokenizer, documents, asked.sequence_length)
-        drawn = text.sample(blocks, asked.samples, job.recipe.seed, max(BLOCK_POOL, 4 * asked.samples))
+        windows = sequences.windows(tokenizer, documents, asked.sequence_length)
+        drawn = text.sample(windows, asked.samples, job.recipe.seed, max(BLOCK_POOL, 4 * asked.samples))
         batches = calibration.causal_batches(drawn, asked.batch_size)
         unit = f"blocks of {asked.sequence_length} tokens"
     else:
@@ -217,6 +219,7 @@ def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[calib
             f"{asked.data} holds {found} {unit} for calibration, one batch needs {needed}: "
             "give more text, or lower --batch-size or --sequence-length"
         )
+    sequences.check_ids(tokenizer, calibration.largest_id(batches), vocabulary(job.config))
     return batches
 
 

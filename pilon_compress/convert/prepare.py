@@ -16,6 +16,8 @@ from pilon_compress.errors import BadInput
 from pilon_compress.families import Site, find_sites
 from pilon_compress.form.layout import Layout
 from pilon_compress.measure.size import Size, bank_size, ffn_size, kept_size, model_size
+from pilon_compress.models.limits import check_length, longest_input
+from pilon_compress.models.task import text_config
 from pilon_compress.recipe import Recipe
 from pilon_compress.text import DEFAULT_LM
 
@@ -145,8 +147,9 @@ def prepare(recipe: Recipe) -> Job:
     if allocated(recipe):
         plan = preview(sites, recipe.budget.ratio) or plan
     asked = recipe.calibration
-    longest = getattr(config, "max_position_embeddings", None) or CAUSAL_LENGTH
+    longest = longest_input(dense) or CAUSAL_LENGTH
     length = asked.sequence_length or min(longest, CAUSAL_LENGTH if causal else ENCODER_LENGTH)
+    check_length(dense, length, "calibration.sequence_length")
     calibration = Calibration(
         data=asked.data or (DEFAULT_LM if causal else "stdlib"),
         samples=asked.samples or EFFORTS[recipe.effort].samples(causal, max(site.d_in for site in sites), length),
@@ -191,7 +194,7 @@ def estimate(job: Job) -> dict[str, float]:
         sides = bank.d_in**2 + bank.d_out**2 + 2 * bank.d_in * bank.d_out
         steps = 4 * inner * (bank.d_in + bank.d_out) * (4 * len(bank.sites) + 20) if len(bank.sites) > 1 else 0
         work = max(work, 12 * len(bank.sites) * sides + 40 * inner * inner + steps)
-    states = 4 * tokens * (getattr(job.config, "hidden_size", None) or 0) * STATES
+    states = 4 * tokens * (getattr(text_config(job.config), "hidden_size", None) or 0) * STATES
     held = _held(job, parameters, 4 * moments) + states
     return {"seconds": flops / speed, "peak_gib": (PROCESS_BYTES + held + max(work, _block_bytes(job))) / 2**30}
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pilon_compress.convert.calibration import Batch
 from pilon_compress.convert.descent import Objective, Stage, descend, restore, snapshot
@@ -29,6 +28,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.layout import banks, kept_matrices, projections
+from pilon_compress.models.task import is_causal, vocabulary
 
 STEPS = 600
 RATE = 3e-3  # short searches settle on too small a rate for a longer run
@@ -299,7 +299,7 @@ class _Whole:
         self.model, self.dense, self.batches, self.training = model, dense, [*train, *held], len(train)
         self.known: dict[int, tuple[list[Tensor], Tensor]] = {}
         self.bytes = 0
-        self.causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        self.causal = is_causal(model.config)
         with torch.no_grad():
             outputs = [_outputs(dense, batch, False) for batch in held]
         masks = [batch.attention_mask.to(dense.device).bool() for batch in held]
@@ -318,7 +318,7 @@ class _Whole:
         batch = self.batches[index]
         rows = len(batch.input_ids)
         if self.causal:
-            rows = max(1, LOGITS // (batch.input_ids.shape[1] * self.model.config.vocab_size))
+            rows = max(1, LOGITS // (batch.input_ids.shape[1] * vocabulary(self.model.config)))
         total, tokens = 0.0, float(batch.attention_mask.sum())
         for start in range(0, len(batch.input_ids), rows):
             part = Batch(batch.input_ids[start : start + rows], batch.attention_mask[start : start + rows])

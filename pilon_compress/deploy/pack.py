@@ -22,6 +22,7 @@ from pilon_compress.form.packing import pack
 from pilon_compress.form.ternary import digits
 from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
 from pilon_compress.measure.size import ffn_size, model_size
+from pilon_compress.models.task import vocabulary
 
 SAMPLE = (2, 48)  # sequences and tokens on which packed and unpacked are compared
 
@@ -133,7 +134,7 @@ def _matrix(matrix: Kept, encoding: str) -> PackedLinear:
 @torch.no_grad()
 def _outputs(model: PreTrainedModel) -> torch.Tensor:
     """Logits, or of an encoder the last states, on random tokens."""
-    ids = torch.randint(0, model.config.vocab_size, SAMPLE, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, vocabulary(model.config), SAMPLE, generator=torch.Generator().manual_seed(0))
     return model.eval()(input_ids=ids.to(model.device))[0].float()
 
 

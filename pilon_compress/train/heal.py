@@ -21,6 +21,7 @@ from pilon_compress import checkpoint
 from pilon_compress.errors import BadInput
 from pilon_compress.lineage import lineage
 from pilon_compress.measure import encoder
+from pilon_compress.models.task import vocabulary
 from pilon_compress.train import schedule
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Corpus
@@ -206,8 +207,8 @@ def remembered(
         rows=loader.rows,
         indices=np.array(seen, np.int64),
         length=recipe.data.sequence_length,
-        count=min(asked.cache_teacher, model.config.vocab_size),
-        vocabulary=model.config.vocab_size,
+        count=min(asked.cache_teacher, vocabulary(model.config)),
+        vocabulary=vocabulary(model.config),
         temperature=asked.temperature,
         made_from=f"{fingerprint(reference)}\n{tokens.tokens.about.key}\n{recipe.data.respect_documents}",
     )

@@ -24,8 +24,9 @@ from pilon_compress.convert.ternarise import ternarise
 from pilon_compress.errors import BadInput
 from pilon_compress.families import find_sites
 from pilon_compress.form.layout import layout_of
-from pilon_compress.measure import encoder, sample
+from pilon_compress.measure import sample
 from pilon_compress.measure.size import ffn_size, linear_macs
+from pilon_compress.models.limits import longest_input
 from pilon_compress.train import hosts
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Corpus, open_corpus, open_paragraphs, source_of
@@ -207,7 +208,7 @@ def open_text(run: Run, tokenizer: PreTrainedTokenizerBase, micro_batches: int) 
     """The text: one stretch of tokens, or separate paragraphs for an encoder that is healed."""
     recipe, world = run.recipe, run.world
     if recipe.start is not None and not checkpoint.is_causal(config := checkpoint.load_config(recipe.start)):
-        longest = encoder.positions(checkpoint.empty_model(config))
+        longest = longest_input(checkpoint.empty_model(config))
         return open_paragraphs(recipe, tokenizer, micro_batches, longest)
     return open_corpus(recipe, tokenizer, micro_batches, world.rank, world.size)
 
