@@ -10,7 +10,7 @@ import typer
 from pilon_compress.errors import BadInput
 
 from .convert import MODEL
-from .output import print_json, print_table
+from .output import print_json, print_table, wait_passively
 
 PANELS = {"what": "What is compared", "data": "Calibration and evaluation", "run": "Running"}
 
@@ -93,6 +93,8 @@ def compare(
         "evaluation.data": eval_data,
         "evaluation.samples": eval_samples,
     }
+    wait_passively()
+
     from pilon_compress import recipe
 
     settings = recipe.build({}, [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None])

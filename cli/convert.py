@@ -9,7 +9,7 @@ import typer
 
 from pilon_compress.errors import BadInput
 
-from .output import print_json, print_table
+from .output import print_json, print_table, wait_passively
 
 MODEL = "Hub id, local folder, or package:NAME of an installed package that ships a checkpoint."
 PANELS = {"budget": "Budget", "data": "Calibration and evaluation", "scope": "What is replaced", "run": "Running"}
@@ -161,6 +161,7 @@ def convert(
     settings = _read(recipe, [*_ratio(ffn_ratio), *overrides, *(set_ or [])])
     if not dry_run and output is None:
         raise BadInput("name the folder to write with -o")
+    wait_passively()
 
     from pilon_compress.convert.prepare import estimate, prepare
     from pilon_compress.deploy.save import check_output

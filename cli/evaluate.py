@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .output import print_json, print_table
+from .output import print_json, print_table, wait_passively
 
 
 def evaluate(
@@ -14,7 +14,9 @@ def evaluate(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Text source, as for convert; default: WikiText-2 test for LMs, stdlib for encoders."),
+        typer.Option(
+            help="Text source, as for convert; default: what the folder's recipe names, else WikiText-2 test, encoders stdlib."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Texts (encoders) or windows (LMs); default: 500 / all.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of context per window (LMs).")] = None,
@@ -22,7 +24,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens by which windows advance (LMs); default: the window.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the sample of texts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
@@ -30,6 +32,8 @@ def evaluate(
 
     pilon-compress eval out/gpt2-half --against gpt2 --data stdlib
     """
+    wait_passively()
+
     from pilon_compress import recipe
 
     fields = {"samples": samples, "window": window, "stride": stride, "batch_size": batch_size}

@@ -1,6 +1,7 @@
 """How results reach the terminal: tables on stdout, or one JSON object."""
 
 import json
+import os
 import textwrap
 from typing import Any
 
@@ -9,6 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 WIDTH = 120
+
+
+def wait_passively() -> None:
+    """Let OpenMP threads sleep while they wait, unless the user says otherwise. To be called before torch is imported.
+
+    By default they spin, which on cores that others use makes small decompositions seven times as slow
+    (docs/results/real-models.md). Kernels of microseconds want the spinning, so this is for conversions only.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -153,6 +153,7 @@ _CIRCUMSTANCES = {
     "bytes": "Bytes of text",
     "window": "Window, tokens",
     "stride": "Stride, tokens",
+    "begins_with": "Sequences begin with",
     "eos": "EOS between documents",
 }
 _DENSE_KEYS = {dense for _, _, dense in _QUALITY.values() if dense}
@@ -174,6 +175,8 @@ def circumstances(details: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     rows = []
     for key in in_order(details or {}, list(_CIRCUMSTANCES)):
         value = (details or {})[key]
+        if key == "begins_with" and value is None:
+            value = "text, no token before it"
         if key in _QUALITY or key in _DENSE_KEYS or value is None:
             continue
         if isinstance(value, bool):

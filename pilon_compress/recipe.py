@@ -134,6 +134,9 @@ class Calibration(Section):
     """Tokens per sequence, at most."""
     batch_size: Positive = 16
     """Sequences per forward pass."""
+    begins_with: Text | None = None
+    """Tokens that every sequence of a causal LM begins with, as `convert` saves them: those that the tokenizer puts
+    before a text. A recipe that names others than the tokenizer puts is refused."""
 
 
 class Refine(Section):
@@ -153,7 +156,8 @@ class Evaluation(Section):
     data: Text | None = None
     """Text source, as for calibration; none: do not evaluate. Default: the held-out part of the calibration source."""
     samples: Positive | None = None
-    """Texts to compare for encoders, windows to score for causal LMs."""
+    """Texts to compare for encoders, windows to score for causal LMs. Default: 500 texts; at the end of a conversion as
+    many windows as make 16,384 tokens, in `eval` all of the text."""
     window: Positive | None = None
     """Tokens of context per window (causal LMs)."""
     stride: Positive | None = None

@@ -41,14 +41,14 @@ from pilon_compress.deploy.save import check_output, copy_companions, fresh_fold
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
 from pilon_compress.form.layout import layout_of
-from pilon_compress.measure import composition, evaluate, report, size
+from pilon_compress.measure import composition, evaluate, language, report, size
 from pilon_compress.models.task import vocabulary
 
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
 BLOCK_POOL = 1024  # blocks of text that calibration draws from, or four times as many as it draws
 LESSONS = 8  # refinement reads so many times the calibration's text
-CAUSAL_WINDOWS = 64  # scored by the evaluation that ends a conversion; `eval` scores all of the text
+EVALUATED = 2**14  # tokens scored by the evaluation that ends a conversion; `eval` scores all of the text
 
 
 def convert(
@@ -67,6 +67,7 @@ def convert(
     torch.manual_seed(settings.seed)
     device = checkpoint.find_device(settings.device)
     tokenizer = checkpoint.load_tokenizer(settings.model)
+    job = say_beginning(job, tokenizer)
     batches = read_calibration(job, tokenizer)
     lessons = read_lessons(job, tokenizer, batches)
     exam = read_evaluation(job)
@@ -200,6 +201,20 @@ def fingerprint(job: Job, batches: list[calibration.Batch], source: Source) -> s
     return state.hexdigest()
 
 
+def say_beginning(job: Job, tokenizer: PreTrainedTokenizerBase) -> Job:
+    """The job with the tokens that begin every sequence in its recipe. Raises BadInput if that has named others."""
+    found, named = sequences.begins_with(tokenizer), job.recipe.calibration.begins_with
+    if not job.causal:  # texts of an encoder are framed by the tokenizer alone
+        return job
+    if named is not None and named != found:
+        raise BadInput(
+            f"calibration.begins_with is {named!r} in the recipe, but the tokenizer puts {found or 'nothing'} before a "
+            "text: leave it out, or give the tokenizer that the recipe was made with"
+        )
+    calibration = job.recipe.calibration.model_copy(update={"begins_with": found})
+    return replace(job, recipe=job.recipe.model_copy(update={"calibration": calibration}))
+
+
 def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[calibration.Batch]:
     """Draw from the calibration part of the text, and tokenise; the held-out part is left for evaluation."""
     asked = job.calibration
@@ -284,6 +299,7 @@ def describe(
             "data": job.calibration.data,
             "texts": calibration.sequences(batches),
             "tokens": calibration.tokens(batches),
+            "begins_with": job.recipe.calibration.begins_with,
         },
     }
 
@@ -327,7 +343,8 @@ def judge(
         return {"evaluation": None, "evaluation_skipped": exam}
     asked = job.recipe.evaluation
     if job.causal and asked.samples is None:
-        asked = asked.model_copy(update={"samples": CAUSAL_WINDOWS})
+        window = asked.window or language.default_window(dense)
+        asked = asked.model_copy(update={"samples": max(1, EVALUATED // window)})
     figures = evaluate.measure(saved, tokenizer, exam, against=dense, settings=asked, seed=job.recipe.seed)
     data = asked.data or f"{job.calibration.data} (held-out part)"
     return {"evaluation": {**figures, "data": data}}

@@ -44,7 +44,7 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
         prune_unused(model)
         if corpus.ends and model.generation_config is not None:  # an answer ends where the chats' answers did
             model.generation_config.eos_token_id = list(corpus.ends)
-        result = describe(run, job, model, loss)
+        result = describe(run, job, model, loss) | {"begins_with": corpus.begins_with}
         if job.told is not None and run.asked.task == "heal":  # otherwise nobody has named a teacher
             result |= job.told(loss, job.before)
         if run.stages:

@@ -21,12 +21,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from pilon_compress import checkpoint, text
 from pilon_compress.convert.stream import blocks
 from pilon_compress.convert.ternarise import ternarise
+from pilon_compress.data.sequences import check_ids
 from pilon_compress.errors import BadInput
 from pilon_compress.families import find_sites
 from pilon_compress.form.layout import layout_of
 from pilon_compress.measure import sample
 from pilon_compress.measure.size import ffn_size, linear_macs
 from pilon_compress.models.limits import longest_input
+from pilon_compress.models.task import vocabulary
 from pilon_compress.train import hosts
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Corpus, open_corpus, open_paragraphs, source_of
@@ -161,6 +163,7 @@ def set_up(run: Run, resume: bool) -> tuple[Training, PreTrainedTokenizerBase, C
     micro_batches = -(-mine // min(mine, recipe.run.micro_batch_size or mine))
     corpus = open_text(run, tokenizer, micro_batches)
     model = open_model(run, tokenizer, corpus)
+    check_ids(tokenizer, corpus.largest, vocabulary(model.config))
     healing = open_healing(recipe, world, model, corpus, run.quiet) if recipe.task == "heal" else None
     job = assemble(run, model, healing.corpus if healing else corpus, micro_batches, healing)
     prompt = recipe.run.sample
