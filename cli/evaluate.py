@@ -15,7 +15,7 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text source, as for convert; default: what the folder's recipe names, else WikiText-2 test, encoders stdlib."
+            help="Text source, as for convert; default: what the folder's recipe names, else WikiText-2 or stdlib."
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Texts (encoders) or windows (LMs); default: 500 / all.")] = None,

@@ -107,3 +107,53 @@ def damaged(source: Path, target: Path, damage: Callable[[dict[str, torch.Tensor
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(config))
     return target
+
+
+def save_gguf(path: str | Path, *, bos: bool = False, kind: str = "Q8_0", split: int = 0, seed: int = 0) -> None:
+    """Write a tiny Llama with a byte tokenizer as a GGUF file.
+
+    `bos`: the tokenizer puts BOS before a text. `kind`: type of the matrices. `split`: files that it says there are.
+    """
+    import gguf
+
+    words = [*SPECIAL[:5], *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    hidden, inner, heads, layers = 32, 64, 4, 2
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(POSITIONS)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words)
+    writer.add_token_types([3] * 5 + [1] * (len(words) - 5))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(bos)
+    if split:
+        writer.add_uint16("split.count", split)
+    generator = torch.Generator().manual_seed(seed)
+    names = {"token_embd": (len(words), hidden)}
+    for layer in range(layers):
+        attention = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (hidden, hidden))
+        mlp = {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
+        names |= {f"blk.{layer}.{name}": shape for name, shape in {**attention, **mlp}.items()}
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{norm}.weight", torch.ones(hidden).numpy())
+    writer.add_tensor("output_norm.weight", torch.ones(hidden).numpy())
+    quantization = gguf.GGMLQuantizationType[kind]
+    for name, shape in names.items():
+        weight = 0.2 * torch.randn(shape, generator=generator)
+        data = weight.half().numpy() if kind == "F16" else gguf.quants.quantize(weight.numpy(), quantization)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=None if kind == "F16" else quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

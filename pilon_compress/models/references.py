@@ -29,6 +29,8 @@ def resolve(reference: str) -> str:
         return str(_in_package(reference.removeprefix(PACKAGE)))
     if re.match(r"https?://", reference):
         reference = _from_url(reference)
+    if not reference:
+        raise BadInput(f"the model has no name: name {KINDS}")
     path = Path(reference).expanduser()
     try:
         folder, file = path.is_dir(), path.is_file()
