@@ -8,8 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pilon_compress import checkpoint
+from pilon_compress import checkpoint, recipe
+from pilon_compress.convert.pipeline import convert
 from pilon_compress.errors import BadInput
+from pilon_compress.measure.anatomy import anatomy
+from pilon_compress.measure.evaluate import evaluate
 from pilon_compress.models import gguf, references
 
 TEXT = "\n\n".join(f"Paragraph {i}: about bananas and cabbages, number {i * i % 97}." for i in range(120))
@@ -94,19 +97,19 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(tiny, tmp_path, cache
     assert not any(one.name.startswith("m-") for one in cache.iterdir()), "nothing half-read is kept"
 
 
-def test_a_gguf_is_inspected_converted_and_evaluated(file, tmp_path, command_line):
-    def cli(*words, cwd):
-        return command_line.finish(command_line.start(*words, cwd=cwd))
-
+def test_a_gguf_is_inspected_converted_and_evaluated(file, tmp_path, monkeypatch):
     shutil.copy2(file, tmp_path / "tiny.gguf")
     (tmp_path / "text.txt").write_text(TEXT)
-    shown = json.loads(cli("inspect", "tiny.gguf", "--json", cwd=tmp_path).stdout)
-    assert shown["architecture"] == "LlamaForCausalLM"
-    words = ["--calibration", "text.txt", "--samples", "8", "--sequence-length", "32", "--batch-size", "4"]
-    done = cli("convert", "tiny.gguf", "-o", "out", "--ffn-ratio", "0.7", *words, "--json", cwd=tmp_path)
-    report = json.loads(done.stdout)
+    monkeypatch.chdir(tmp_path)
+    assert anatomy("tiny.gguf")["architecture"] == "LlamaForCausalLM"
+    calibration = {"data": "text.txt", "samples": 8, "sequence_length": 32, "batch_size": 4}
+    asked = {"model": "tiny.gguf", "calibration": calibration, "budget": {"ffn_ratio": 0.7}}
+    report = convert(recipe.build(asked), "out")
     assert report["calibration"]["begins_with"] == report["evaluation"]["begins_with"] == "<bos>"
     assert "begins_with: <bos>" in (tmp_path / "out" / "recipe.yaml").read_text()
-    found = json.loads(cli("eval", "out", "--window", "32", "--json", cwd=tmp_path).stdout)
+    found = evaluate("out", settings=recipe.evaluation({"window": 32}))
     assert found["against"] == "tiny.gguf" and found["data"].startswith("text.txt")
     assert found["begins_with"] == "<bos>" and found["perplexity_ratio"] > 0
+    asked["calibration"] |= {"begins_with": "<cls>"}
+    with pytest.raises(BadInput, match="begins_with is '<cls>'"):
+        convert(recipe.build(asked), "other")
