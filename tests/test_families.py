@@ -27,7 +27,7 @@ def test_every_family_row_names_real_projections(tiny, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_detection_by_shape_finds_what_the_table_says(tiny, family):
-    assert detect(tiny.tiny_model(family).base_model) == FAMILIES[family]
+    assert detect(tiny.tiny_model(family)) == FAMILIES[family]
 
 
 def test_unknown_architecture_is_detected(tiny):

@@ -123,7 +123,10 @@ def gather(
     stream.hidden.clear()
     for index in track(range(len(source.names) - 1, -1, -1), "calibrating, backward"):
         inside = [site for site in sites if site.name.startswith(f"{source.names[index]}.")]
-        with source.block(index) as block, _watching(block, source.names[index], inside, stream.masks, dtype) as watch:
+        with (
+            source.block(index) as block,
+            _watching(block, source.names[index], inside, stream.block_masks, dtype) as watch,
+        ):
             for batch in range(len(batches)):
                 watch.batch = batch
                 states = shelf.take(f"states.{index}.{batch}").detach().requires_grad_()
@@ -147,7 +150,7 @@ def _output_gradients(stream: Stream, causal: bool, seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         rows = len(hidden)
         if causal:
-            rows = max(1, LOGITS // (hidden.shape[1] * stream.model.config.vocab_size))
+            rows = max(1, LOGITS // (hidden.shape[1] * stream.vocab_size))
         parts: list[Tensor] = []
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)

@@ -1,0 +1,1 @@
+"""Opening models, and the architectures that can be converted."""
