@@ -1,4 +1,4 @@
-"""Cholesky factors of second moments, which may be singular: dead neurons, constant inputs, fewer tokens than inputs."""
+"""Cholesky factors of second moments, singular ones too: dead neurons, constant inputs, fewer tokens than inputs."""
 
 import torch
 from torch import Tensor

@@ -133,8 +133,18 @@ def gather(
                 with torch.enable_grad():
                     output = stream.call(block, batch, states, position=index)
                 (gradients[batch],) = grad(output, states, gradients[batch])
+            _cut_graphs(block)
         watch.store(shelf)
     return Moments(shelf, source.device)
+
+
+def _cut_graphs(block: nn.Module) -> None:
+    """Detach what modules of a block remember of their last run (RecurrentGemma): it holds the graph, and cannot be
+    copied."""
+    for module in block.modules():
+        for name, value in list(vars(module).items()):
+            if torch.is_tensor(value) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
 
 
 def _put(shelf: Shelf, index: int, hidden: Sequence[Tensor]) -> None:

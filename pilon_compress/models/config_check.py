@@ -49,9 +49,7 @@ def check_shapes(config: PretrainedConfig) -> None:
             _check_bound(name, key, value)
         _check_bound(name, "num_hidden_layers", _value(part, "num_hidden_layers"))
         if (size := _parameters(part)) > PARAMETERS:
-            raise BadInput(
-                f"config.json of {name} declares a model of {size:.1g} parameters: it is damaged, or not ours"
-            )
+            raise BadInput(f"config.json of {name} declares {size:.1g} parameters: too large to be read")
 
 
 def _parts(config: PretrainedConfig, depth: int = 4) -> Iterator[PretrainedConfig]:
