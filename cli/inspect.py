@@ -51,3 +51,5 @@ def print_anatomy(result: dict[str, Any]) -> None:
             f"{number(replaced)} of {number(total)} parameters ({number(100 * replaced / total)} %) would be replaced, "
             f"{number(result['replaced_macs'])} of {number(result['macs'])} MACs per token"
         )
+    for note in result["notes"]:
+        print(note)

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
 from pilon_compress import hub
 from pilon_compress.errors import BadInput
@@ -167,7 +167,7 @@ def _stored_dtype(folder: str) -> torch.dtype | None:
         except BadInput:  # said where weights are wanted
             return None
     try:
-        found = cached_file(folder, files.SINGLE, local_files_only=hub.offline())
+        found = cached_file(folder, SAFE_WEIGHTS_NAME, local_files_only=hub.offline())
     except OSError:  # in shards: transformers reads the dtype when it loads them
         return None
     return files.stored_dtype([Path(found)]) if found else None

@@ -1,7 +1,6 @@
 """GGUF files are models like any other: read by transformers, converted, evaluated, refused in one line."""
 
 import hashlib
-import json
 import shutil
 
 import pytest

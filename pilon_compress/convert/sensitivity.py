@@ -20,7 +20,6 @@ from pilon_compress.convert.neurons import refit
 from pilon_compress.convert.shelf import Shelf
 from pilon_compress.convert.source import Source
 from pilon_compress.convert.stream import Stream
-from pilon_compress.models.task import vocabulary
 from pilon_compress.progress import track
 
 ROWS = 64  # predictions compared at once: each holds the vocabulary several times
@@ -79,7 +78,7 @@ class Sensitivity:
                 kept = mask[..., None].float()
                 yield f"{index}", normalize((states * kept).sum(1) / kept.sum(1).clamp_min(1), dim=1)
                 continue
-            rows = max(1, LOGITS // (hidden.shape[1] * vocabulary(stream.model.config)))
+            rows = max(1, LOGITS // (hidden.shape[1] * stream.vocab_size))
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 logits = stream.finish(index, hidden[part], part, head=True)[mask[part]]

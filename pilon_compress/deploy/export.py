@@ -15,7 +15,7 @@ from pilon_compress import checkpoint
 from pilon_compress.deploy import loader
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
 from pilon_compress.errors import BadInput
-from pilon_compress.families import FAMILIES, detect
+from pilon_compress.families import family_of
 from pilon_compress.form import (
     bank,
     composed,
@@ -79,7 +79,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Replace, in place, every composed projection by the layer class that the host architecture has there."""
     whole = checkpoint.empty_model(_host_config(model))
     skeleton, base = whole.base_model, model.base_model
-    family = FAMILIES.get(model.config.model_type) or detect(skeleton)
+    family = family_of(whole)
     fused = family.projections.get("gate_up", "") if family else ""
     found = [(name, *dense(one)) for name, one in projections(model)]
     found += [(name, one.matrix(), one.bias) for name, one in kept_matrices(model)]

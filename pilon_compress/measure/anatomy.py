@@ -7,13 +7,15 @@ from pilon_compress import checkpoint
 from pilon_compress.families import find_sites
 from pilon_compress.form.layout import Layout
 from pilon_compress.measure.size import DENSE_ITEMSIZE, bank_size, ffn_size, linear_macs, model_size
+from pilon_compress.models.untouched import notes, untouched
 
 
 def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> dict[str, Any]:
     """The projections that a conversion of `model` would replace, or has replaced, and what they cost.
 
     `projections`: one entry per projection (name, layer, role, d_in, d_out, parameters, bytes, macs, bank). For a PILON
-    model the parameters are those of the dense projection and `ffn`, `model_size` hold the ratios.
+    model the parameters are those of the dense projection and `ffn`, `model_size` hold the ratios. `untouched`: the
+    experts and routers that stay as they are (name, parameters, share); `notes`: the same in words.
     """
     config = checkpoint.load_config(model)
     empty = checkpoint.empty_model(config)
@@ -45,6 +47,8 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
         "replaced": sum(site.parameters for site in sites),
         "replaced_macs": sum(site.d_in * site.d_out for site in sites),
         "projections": entries,
+        "untouched": untouched(empty, sites),
+        "notes": notes(empty, sites),
     }
     if layout:
         result["ffn"] = ffn_size(layout).to_dict()

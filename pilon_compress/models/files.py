@@ -1,54 +1,81 @@
-"""Which files hold a model's weights, as transformers would choose them, and whether they are whole."""
+"""Which files of a folder are the model: the ones that transformers would load."""
 
 import json
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from pilon_compress.errors import BadInput
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that transformers reads in `folder`: model.safetensors, else those of the index.
+    """Return the safetensors files that hold the model in `folder`, sorted; others beside them are not the model's.
 
-    Other safetensors files beside them (an older checkpoint, moving averages, an adapter) are not the model. Raises
-    BadInput where weights are missing, pickled only, an adapter's only, or lie outside the folder.
+    As transformers resolves it: the file that config.json names (`transformers_weights`), else model.safetensors, else
+    the files that model.safetensors.index.json names. Raises BadInput where there is none (pickled weights only, an
+    adapter only), where one is missing, or where a name leads out of the folder.
     """
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        return _indexed(folder)
-    if (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
-        raise BadInput(f"{folder} holds an adapter (LoRA) alone: merge it into its base model and save that")
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise BadInput(f"{folder} holds only pickled weights (.bin), which are not loaded; save it as safetensors")
-    stray = sorted(path.name for path in folder.glob("*.safetensors"))
-    hint = f" under the name {SINGLE} (there is {stray[0]})" if stray else ""
-    raise BadInput(f"{folder} holds no weights{hint}")
+    named = _read(folder / CONFIG_NAME).get("transformers_weights") if (folder / CONFIG_NAME).is_file() else None
+    if named is not None:
+        entry = _inside(folder, named, CONFIG_NAME)
+        return _indexed(folder, entry) if entry.name.endswith(INDEX_SUFFIX) else [entry]
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return _indexed(folder, folder / SAFE_WEIGHTS_INDEX_NAME)
+    raise BadInput(f"{folder} holds {_reason(folder)}")
 
 
-def _indexed(folder: Path) -> list[Path]:
-    index = folder / INDEX
+def _indexed(folder: Path, index: Path) -> list[Path]:
+    files = _read(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise BadInput(f"{index} is not a weight index: it has no weight_map of file names")
+    return [_inside(folder, name, index.name) for name in sorted(set(files.values()))]
+
+
+def _inside(folder: Path, name: object, source: str) -> Path:
+    """The existing safetensors file, or index, of that name below the folder."""
+    parts = PurePosixPath(name).parts if isinstance(name, str) and "\0" not in name else ()
+    if (
+        not parts
+        or ".." in parts
+        or PurePosixPath(*parts).is_absolute()
+        or not str(name).endswith((".safetensors", INDEX_SUFFIX))
+    ):
+        raise BadInput(f"{folder / source} names {name!r}, which is no safetensors file in the folder")
+    path = folder.joinpath(*parts)
+    if not path.is_file():
+        raise BadInput(f"{folder} lacks {name}, which {source} names")
+    return path
+
+
+def _reason(folder: Path) -> str:
+    """Say what the folder holds in place of weights that can be loaded."""
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return "an adapter (LoRA), not a model: merge it into its base model and save that"
+    if any(path.suffix in (".bin", ".pt", ".pth") for path in folder.iterdir()):
+        return "only pickled weights (.bin), which are not loaded; save it as safetensors"
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return f"no {SAFE_WEIGHTS_NAME} and no index, only {others[0]}, which transformers would not load"
+    return "no weights"
+
+
+def _read(path: Path) -> dict[str, object]:
+    """A JSON object. Raises BadInput."""
     try:
-        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        paths = sorted(folder / name for name in named)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{index} is not a weight index: {_first_line(error)}") from None
-    if not paths:
-        raise BadInput(f"{index} is not a weight index: it names no file")
-    for path in paths:
-        if path.suffix != ".safetensors":
-            raise BadInput(f"{index} names {path.name}, which is no safetensors file")
-        if path.parent != folder:
-            raise BadInput(f"{index} names {path}, which is outside the folder")
-        if not path.is_file():
-            raise BadInput(f"{folder} lacks {path.name}, which its index names")
-    return paths
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise BadInput(f"{path} cannot be read: {str(error).splitlines()[0] or type(error).__name__}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} is not a JSON object")
+    return found
 
 
 def check_weights(folder: Path) -> None:
@@ -74,9 +101,5 @@ def _opened(path: Path) -> list[tuple[str, int]]:
             slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
             return [(one.get_dtype(), torch.Size(one.get_shape()).numel()) for one in slices]
     except (SafetensorError, OSError, ValueError) as error:
-        raise BadInput(f"{path} is truncated or corrupt: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BadInput(f"{path} is truncated or corrupt: {first}") from error
