@@ -29,7 +29,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: torch's].")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times that every variant has its turn.")] = 20,
     variants: Annotated[list[str] | None, typer.Option(help="Only these, beside dense_fp32; may be repeated.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     plot: Annotated[Path | None, typer.Option(help="Also draw the speedups into this SVG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from pilon_compress import __version__
+from pilon_compress import __version__, progress
 from pilon_compress.errors import BadInput
 
 from . import recipes
@@ -73,6 +73,7 @@ def main() -> NoReturn:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # half-written folders are removed on the way out
+    progress.hold_notes()
     try:
         app()
     except KeyboardInterrupt:
@@ -82,6 +83,8 @@ def main() -> NoReturn:
             _leave(130, "interrupted")
         if leaving.code == 143:
             _leave(143, "terminated")
+        if not leaving.code:
+            progress.release_notes()
         raise
     except Exception as error:  # the outermost frame: whatever happened, the user gets one line and the right code
         if os.environ.get("PILON_DEBUG") == "1":
@@ -91,6 +94,7 @@ def main() -> NoReturn:
         if _disk_is_full(error):
             _leave(2, f"error: no space left on the disk: {error}")
         _leave(1, f"failed: {type(error).__name__}: {error} (PILON_DEBUG=1 shows the traceback)")
+    progress.release_notes()
     sys.exit(0)
 
 

@@ -12,7 +12,7 @@ import time
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pilon_compress.text import open_text
+from pilon_compress.data.text import open_text
 from pilon_compress.train.hosts import train_tokenizer
 
 shape, output = sys.argv[1:]

@@ -5,12 +5,14 @@ import json
 import pydoc_data.topics
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pilon_compress import text
+from pilon_compress import progress
+from pilon_compress.data import stdin, text
 from pilon_compress.errors import BadInput
 
 DOCUMENTS = [f"Document {i}: naïve café.\nIts second line." for i in range(40)]
@@ -75,25 +77,64 @@ def test_parts_do_not_overlap_and_are_the_same_on_every_machine(tmp_path):
     assert set(read(again, "held-out")) == set(held_out), "neither order nor repetition moves a document"
 
 
-def test_a_part_without_documents_is_assert_refused(tmp_path):
+def test_two_documents_are_enough_for_two_parts_and_one_is_not(tmp_path):
     path = write(tmp_path / "t.txt", [DOCUMENTS[0], DOCUMENTS[2]])
-    assert len(read(path, "calibration")) == 2
-    assert_refused(path, "held-out", "2 documents", part="held-out")
+    assert sorted(read(path, "calibration") + read(path, "held-out")) == [DOCUMENTS[0], DOCUMENTS[2]]
+    path.write_text("One short line.")
+    assert read(path, "calibration") == ["One short line."]
+    assert_refused(path, "held-out", "1 documents", part="held-out")
 
 
-def test_standard_input_can_be_read_twice_by_one_run(monkeypatch):
-    class Input:
-        buffer = io.BytesIO("\n\n".join(DOCUMENTS).encode())
+@pytest.mark.parametrize("mark", ["\n\n", "\n", " "])
+def test_a_single_document_or_a_few_are_cut_so_that_some_text_is_held_out(tmp_path, mark):
+    for seed in range(8):
+        words = [f"Sentence {i} of text {seed} is about the fox and the dog." for i in range(300)]
+        path = tmp_path / f"{seed}.jsonl"
+        path.write_text(json.dumps({"text": mark.join(words)}))
+        assert read(path) == [mark.join(words)]
+        calibration, held_out = ("".join(read(path, part)) for part in ("calibration", "held-out"))
+        assert len(calibration) + len(held_out) == len(mark.join(words))
+        assert 0.05 <= len(held_out) / len(calibration) <= 0.7
+        assert all(word[:-1] in calibration or word[:-1] in held_out for word in words), "cut within a sentence"
 
-    monkeypatch.setattr(sys, "stdin", Input)
-    text._standard_input.cache_clear()
-    calibration, held_out = read("stdin", "calibration"), read("stdin", "held-out")
-    text._standard_input.cache_clear()
-    assert sorted(calibration + held_out) == sorted(DOCUMENTS)
+
+def test_one_large_document_among_small_ones_does_not_leave_a_part_without_text(tmp_path):
+    for seed in range(8):
+        large = " ".join(f"Large sentence {i} of {seed}." for i in range(5000))
+        path = write(tmp_path / f"{seed}.jsonl", [*DOCUMENTS[:30], large])
+        sizes = {part: sum(map(len, read(path, part))) for part in ("calibration", "held-out", "all")}
+        assert sizes["calibration"] + sizes["held-out"] == sizes["all"] and sizes["held-out"] < sizes["calibration"]
+
+
+def feed(monkeypatch, stream):
+    """Make `stream` the standard input of this process."""
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=stream))
+    stdin._kept.cache_clear()
+    monkeypatch.setattr(stdin, "IN_MEMORY", 100)
+
+
+@pytest.mark.parametrize("seekable", [True, False])
+def test_standard_input_can_be_read_twice_by_one_run(monkeypatch, seekable):
+    class Pipe(io.BytesIO):
+        def seekable(self):
+            return seekable
+
+    feed(monkeypatch, Pipe("\n\n".join(DOCUMENTS).encode()))
+    calibration, held_out = text.open_text("stdin", "calibration"), text.open_text("stdin", "held-out")
+    assert sorted([*calibration, *held_out]) == sorted(DOCUMENTS)
+    feed(monkeypatch, Pipe("\n\n".join(DOCUMENTS).encode()))
+    mixed = list(zip(text.open_text("stdin"), text.open_text("stdin"), strict=True))
+    assert mixed == list(zip(DOCUMENTS, DOCUMENTS, strict=True)), "two readers at once"
+    before = text.fingerprint("stdin")
+    feed(monkeypatch, Pipe("\n\n".join(DOCUMENTS[1:]).encode()))
+    assert text.fingerprint("stdin") != before
+    feed(monkeypatch, Pipe(b"caf\xe9"))
+    assert_refused("stdin", "stdin", "UTF-8", "byte 3")
+    stdin._kept.cache_clear()
 
 
 def test_standard_library_prose_is_long_and_deterministic():
-    code = "from pilon_compress.text import open_text; import json; print(json.dumps(list(open_text('stdlib'))))"
+    code = "from pilon_compress.data.text import open_text; import json; print(json.dumps(list(open_text('stdlib'))))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     documents = read("stdlib")
     assert json.loads(other.stdout) == documents and other.stderr == b""
@@ -114,6 +155,27 @@ def test_paragraphs_are_distinct_prose():
     kept = list(text.paragraphs(documents))
     assert kept == [" ".join(prose.split()), " ".join(prose.split()).replace("first", "second")]
     assert list(text.paragraphs(documents, min_chars=10))[1] == "Too short."
+
+
+def test_paragraphs_of_one_sentence_a_line_are_taken_though_they_are_short(capfd):
+    progress._said.clear()
+    short = [f"Line {'abcdefghij'[i]} is short." for i in range(10)]
+    assert list(text.paragraphs([*short, short[0]])) == short
+    assert "fewer than 80 characters" in capfd.readouterr().err
+    long = "This one is long enough to stand on its own, because it goes on and on about nothing in particular."
+    assert list(text.paragraphs([short[0], long, *short[1:]])) == [long, *short], "nearly all are short"
+    assert list(text.paragraphs([short[0], long, short[1]])) == [long], "the short ones are headings"
+    assert list(text.paragraphs(["ประเทศไทยมีประชากรจำนวนมาก"])) == ["ประเทศไทยมีประชากรจำนวนมาก"]
+    code = ["x[0] += f(y[1], z{2});", "for (i = 0; i < 9; i++) {}"]
+    assert list(text.paragraphs(code)) == code
+    assert "not prose" in capfd.readouterr().err
+
+
+def test_a_paragraph_longer_than_any_encoder_reads_is_cut():
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    sentences = [f"Sentence {letters[i % 26]}{letters[i // 26]} is one of very many." for i in range(600)]
+    cut = list(text.paragraphs([" ".join(sentences)]))
+    assert len(cut) > 4 and " ".join(cut) == " ".join(sentences) and all(len(part) <= 4096 for part in cut)
 
 
 def test_a_sample_depends_on_the_seed_alone():
@@ -146,7 +208,7 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path):
 SCRIPT = """
 import sys
 from pilon_compress.errors import BadInput
-from pilon_compress.text import open_text
+from pilon_compress.data.text import open_text
 for spec, part in zip(sys.argv[1::2], sys.argv[2::2]):
     try:
         documents = list(open_text(spec, part))

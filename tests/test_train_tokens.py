@@ -184,7 +184,7 @@ def test_an_interrupted_build_leaves_nothing(source, tokenizer, tmp_path, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sequences, "CHARACTERS", 1)
-    monkeypatch.setattr("pilon_compress.text.open_text", stopped)
+    monkeypatch.setattr("pilon_compress.data.text.open_text", stopped)
     with pytest.raises(KeyboardInterrupt):
         tokenise(source, tokenizer, "all", tmp_path / "cache")
     assert [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
@@ -219,7 +219,7 @@ def test_what_cannot_be_tokenised_is_said_in_one_line(tiny, source, tokenizer, t
 
 
 def test_sources_are_told_apart(tmp_path, tokenizer):
-    from pilon_compress.text import fingerprint
+    from pilon_compress.data.text import fingerprint
 
     a, b = (write(tmp_path / name, DOCUMENTS[:3]) for name in ("a.jsonl", "b.jsonl"))
     assert fingerprint(str(a)) != fingerprint(str(b)) != fingerprint(str(tmp_path / "*.jsonl"))

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
-from pilon_compress import checkpoint, recipe, text
+from pilon_compress import checkpoint, recipe
 from pilon_compress.convert import calibration
 from pilon_compress.convert.allocate import Allocation, allocate, size_layers
 from pilon_compress.convert.bands import similar_bands
@@ -35,7 +35,7 @@ from pilon_compress.convert.sensitivity import Sensitivity
 from pilon_compress.convert.share import Sharing
 from pilon_compress.convert.shelf import Shelf
 from pilon_compress.convert.source import Source, available, open_source
-from pilon_compress.data import sequences
+from pilon_compress.data import sequences, text
 from pilon_compress.deploy.card import model_card
 from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
 from pilon_compress.errors import BadInput

@@ -12,6 +12,7 @@ from pilon_compress.convert.effort import EFFORTS
 from pilon_compress.convert.plan import Plan, make_plan, preview
 from pilon_compress.convert.source import available, is_streamed
 from pilon_compress.convert.stream import blocks
+from pilon_compress.data.text import DEFAULT_LM
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site, find_sites
 from pilon_compress.form.layout import Layout
@@ -19,7 +20,6 @@ from pilon_compress.measure.size import Size, bank_size, ffn_size, kept_size, mo
 from pilon_compress.models.limits import check_length, longest_input
 from pilon_compress.models.task import text_config
 from pilon_compress.recipe import Recipe
-from pilon_compress.text import DEFAULT_LM
 
 ENCODER_LENGTH = 128
 CAUSAL_LENGTH = 512

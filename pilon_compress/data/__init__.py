@@ -1,1 +1,1 @@
-"""Text and token sequences."""
+"""Text sources, and the token sequences that are made of them."""

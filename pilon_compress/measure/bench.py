@@ -39,7 +39,7 @@ def block_shape(
 
 @torch.inference_mode()
 def bench_block(
-    shape: Shape, *, rounds: int = 20, threads: int | None = None, device: str = "cpu", only: Sequence[str] = ()
+    shape: Shape, *, rounds: int = 20, threads: int | None = None, device: str = "auto", only: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Time all contenders on inputs (batch, d), caches cold, in turns. `only`: these, besides the baseline.
 

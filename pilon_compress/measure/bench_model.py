@@ -26,7 +26,7 @@ def bench_model(
     batch: int = 1,
     rounds: int = 20,
     threads: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Time `model`, a PILON folder, against its dense host: `decode` (causal LMs) and `prefill`, in turns.

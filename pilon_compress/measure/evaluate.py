@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pilon_compress import checkpoint, recipe, text
+from pilon_compress import checkpoint, recipe
+from pilon_compress.data import text
 from pilon_compress.errors import BadInput
 from pilon_compress.lineage import lineage
 from pilon_compress.measure import encoder, language

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from pilon_compress import text
+from pilon_compress.data import text
 from pilon_compress.errors import BadInput
 from pilon_compress.train.tokens import PARTS, Item, Part, TokenFile, cached, described, fingerprint
 

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from pilon_compress.data.sequences import begins_with
+from pilon_compress.data.text import DEFAULT_LM
 from pilon_compress.errors import BadInput
 from pilon_compress.measure.evaluate import ENCODER_DATA
-from pilon_compress.text import DEFAULT_LM
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.blocks import Blocks
 from pilon_compress.train.chat import tokenise_chat

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from pilon_compress import text
+from pilon_compress.data import text
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.order import Loader, Rows
 from pilon_compress.train.tokens import PARTS, SMALL, About, Item, Part, TokenFile, cached, fingerprint

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pilon_compress import checkpoint, text
+from pilon_compress import checkpoint
 from pilon_compress.convert.stream import blocks
 from pilon_compress.convert.ternarise import ternarise
+from pilon_compress.data import text
 from pilon_compress.data.sequences import check_ids
 from pilon_compress.errors import BadInput
 from pilon_compress.families import find_sites

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pilon_compress import text
-from pilon_compress.data import sequences
+from pilon_compress.data import sequences, text
 from pilon_compress.errors import BadInput
 from pilon_compress.train.batch import Batch, Row, from_rows
 from pilon_compress.train.tokens import PARTS, Part, fingerprint

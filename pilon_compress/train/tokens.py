@@ -15,8 +15,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from pilon_compress import text
-from pilon_compress.data import sequences
+from pilon_compress.data import sequences, text
 from pilon_compress.deploy.save import disk_full
 from pilon_compress.errors import BadInput
 from pilon_compress.progress import track

@@ -1,0 +1,71 @@
+"""Paragraphs: the unit of text for encoders."""
+
+import re
+from collections.abc import Iterable, Iterator
+from unicodedata import category
+
+from pilon_compress import progress
+from pilon_compress.data.plain import cut
+
+LONGEST = 2**12  # characters of a paragraph; a longer one is cut
+ENOUGH = 32  # paragraphs of full length after which short ones are no longer looked at
+SCARCE = 4  # short ones are taken where they are so many times as many
+POOL = 2**15  # short ones that are held back until it is known that they are needed
+
+
+def paragraphs(documents: Iterable[str], min_chars: int = 80) -> Iterator[str]:
+    """Yield the distinct prose paragraphs of `documents`, white space folded, cut after `LONGEST` characters.
+
+    Prose is at least `min_chars` long and four fifths letters and spaces: no tables, code or signatures. Where nearly
+    all text is in shorter paragraphs (one sentence a line), these are taken too, and where there is no prose at all,
+    any paragraph; a line on stderr says so.
+    """
+    seen: set[int] = set()
+    short: list[str] = []
+    other: list[str] = []
+    full = 0
+    for block in _blocks(documents):
+        if (key := hash(block)) in seen:
+            continue
+        seen.add(key)
+        if not _is_prose(block):
+            if not full and len(other) < POOL:
+                other.append(block)
+        elif len(block) >= min_chars:
+            full += 1
+            yield block
+        elif full < ENOUGH:
+            short.append(block)
+            if len(short) >= POOL:
+                _say_short(min_chars, full)
+                yield from short
+                short.clear()
+        if full >= ENOUGH:
+            short.clear()
+            other.clear()
+    if full < ENOUGH and len(short) > SCARCE * full:
+        _say_short(min_chars, full)
+        yield from short
+    elif not full and other:
+        progress.note("paragraphs that are not prose are taken: the text has no others")
+        yield from other
+
+
+def _say_short(min_chars: int, full: int) -> None:
+    longer = f"only {full} are longer" if full else "none is longer"
+    progress.note(f"paragraphs of fewer than {min_chars} characters are taken, too: {longer}")
+
+
+def _blocks(documents: Iterable[str]) -> Iterator[str]:
+    for document in documents:
+        for block in re.split(r"\n\s*\n", document):
+            for piece in cut(" ".join(block.split()), LONGEST):
+                if piece := piece.strip():
+                    yield piece
+
+
+def _is_prose(text: str) -> bool:
+    plain = sum(c.isalpha() or c == " " for c in text)
+    if plain < 0.8 * len(text):
+        plain += sum(category(c)[0] == "M" for c in text)  # vowel signs of Thai, Hindi and others
+    return plain >= 0.8 * len(text)

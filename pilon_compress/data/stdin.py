@@ -1,0 +1,65 @@
+"""Standard input, which one run reads several times: its calibration part, its held-out part, its fingerprint."""
+
+import io
+import shutil
+import sys
+import tempfile
+from functools import cache
+from typing import IO
+
+from pilon_compress.errors import BadInput
+
+IN_MEMORY = 2**26  # bytes; more go to a temporary file without a name
+CHUNK = 2**20
+
+
+def opened() -> IO[bytes]:
+    """Return standard input from its beginning, independent of other readers. Raises BadInput if there is none."""
+    file, start = _kept()
+    return io.BufferedReader(_Reader(file, start), CHUNK)
+
+
+@cache
+def _kept() -> tuple[IO[bytes], int]:
+    """A file with random access that holds standard input, and where in it the text begins."""
+    if sys.stdin is None:
+        raise BadInput("there is no standard input to read text from")
+    given: IO[bytes] = sys.stdin.buffer
+    if given.seekable():
+        return given, given.tell()
+    data = given.read(IN_MEMORY)
+    if len(data) < IN_MEMORY:
+        return io.BytesIO(data), 0
+    kept = tempfile.TemporaryFile()  # noqa: SIM115 (open until the process ends)
+    kept.write(data)
+    shutil.copyfileobj(given, kept, CHUNK)
+    return kept, 0
+
+
+class _Reader(io.RawIOBase):
+    """A position of its own in a file that others read, too."""
+
+    def __init__(self, file: IO[bytes], start: int) -> None:
+        self.file, self.start, self.place = file, start, start
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("only positions from the beginning")
+        self.place = self.start + offset
+        return offset
+
+    def tell(self) -> int:
+        return self.place - self.start
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        self.file.seek(self.place)
+        data = self.file.read(len(buffer))
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)

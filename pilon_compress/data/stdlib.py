@@ -1,0 +1,55 @@
+"""The documentation of Python itself: text that every machine has."""
+
+import ast
+import os
+import pydoc_data.topics
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pilon_compress.errors import BadInput
+
+NOT_PROSE = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__")
+SHORTEST_DOCSTRING = 200  # characters
+
+
+def read(half: str) -> Iterator[str]:
+    """Yield the documents of "topics", of "docstrings", or of both (""). Raises BadInput for another name."""
+    sources: dict[str, Callable[[], Iterator[str]]] = {"": _both, "topics": _topics, "docstrings": _docstrings}
+    if half not in sources:
+        raise BadInput(f"stdlib:{half}: the standard library's text is stdlib, stdlib:topics or stdlib:docstrings")
+    return sources[half]()
+
+
+def _both() -> Iterator[str]:
+    yield from _topics()
+    yield from _docstrings()
+
+
+def _topics() -> Iterator[str]:
+    for _, text in sorted(pydoc_data.topics.topics.items()):
+        yield text
+
+
+def _docstrings() -> Iterator[str]:
+    root = sysconfig.get_path("stdlib")
+    for folder, inner, names in os.walk(root):
+        inner[:] = sorted(set(inner) - set(NOT_PROSE))
+        for name in sorted(names):
+            if name.endswith(".py"):
+                yield from _docstrings_of(Path(folder, name))
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in other people's strings
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text is not None and len(text) >= SHORTEST_DOCSTRING:
+                yield text

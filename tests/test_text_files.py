@@ -1,0 +1,251 @@
+"""Text files as people have them: lines, paragraphs, long lines, rows without text, names in any case."""
+
+import json
+import os
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pilon_compress import progress
+from pilon_compress.data import plain, rows, text
+from pilon_compress.errors import BadInput
+
+LINES = [f"Line {i}: naïve café." for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_said():
+    progress._said.clear()
+
+
+def read(spec, part="all"):
+    return list(text.open_text(str(spec), part))
+
+
+def refusal(spec, read=read):
+    with pytest.raises(BadInput) as error:
+        read(spec)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def write_rows(path, table):
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, table)))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(table))
+    else:
+        pq.write_table(pa.Table.from_pylist(table), path)
+    return path
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_without_blank_lines_every_line_is_a_document(tmp_path, end):
+    path = tmp_path / "t.txt"
+    path.write_bytes((end * 2 + end.join(LINES) + end * 3).encode())
+    assert read(path) == LINES, "blank lines before and behind the text separate nothing"
+    path.write_bytes(f"one{end}more{end} \t{end}two{end}".encode())
+    assert read(path) == ["one\nmore", "two"]
+
+
+def test_paragraphs_are_told_from_lines_by_the_beginning_of_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(plain, "LOOK", 300)
+    path = tmp_path / "t.txt"
+    path.write_text("\n".join(LINES) + "\n\nlate\n")
+    assert read(path) == [*LINES, "late"]
+    path.write_text("\n\n" + "\n".join(LINES[:3]) + "\n\n" + "\n".join(LINES[3:]))
+    assert read(path) == ["\n".join(LINES[:3]), "\n".join(LINES[3:])]
+
+
+def test_a_line_of_any_length_is_read_in_pieces_and_bounded_memory(tmp_path, capfd):
+    path = tmp_path / "t.txt"
+    words = [f"word{i}" for i in range(100_000)]
+    with path.open("w") as file:
+        for _ in range(24):
+            file.write(" ".join(words) + " ")
+        file.write("\nlast line")
+    assert path.stat().st_size > 20e6
+    tracemalloc.start()
+    sizes, ends = [], set()
+    for document in text.open_text(str(path)):
+        sizes.append(len(document))
+        ends.add(document[-1])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(sizes) == path.stat().st_size - 1 and max(sizes) <= plain.LONGEST
+    assert sizes[-1] == len("last line") and ends == {" ", "e"}
+    assert peak < 16e6 + 4 * plain.LOOK
+    assert capfd.readouterr().err.count("t.txt") == 1
+
+
+def test_text_is_cut_at_the_best_boundary_and_nothing_is_lost():
+    prose = "A first paragraph. It has two sentences.\n\nA second one\nof two lines. " * 30
+    pieces = list(plain.cut(prose, 100))
+    assert "".join(pieces) == prose and max(map(len, pieces)) <= 100
+    assert sum(piece.endswith("\n\n") for piece in pieces) > len(pieces) // 3
+    assert all(piece.endswith((" ", "\n")) for piece in pieces)
+    assert list(plain.cut("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_long_texts_of_rows_are_cut_too(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(plain, "LONGEST", 100)
+    path = write_rows(tmp_path / f"t.{suffix}", [{"text": "seven words and a blank behind it " * 9}, {"text": "short"}])
+    *pieces, short = read(path)
+    assert len(pieces) > 2 and all(len(piece) <= 100 for piece in pieces) and short == "short"
+
+
+def test_suffixes_count_in_any_case(tmp_path):
+    table = [{"text": line} for line in LINES]
+    for name in ("a.TXT", "b.Txt"):
+        (tmp_path / name).write_text("\n".join(LINES))
+        assert read(tmp_path / name) == LINES
+    for suffix in ("jsonl", "json", "parquet"):
+        path = write_rows(tmp_path / f"t.{suffix}", table)
+        assert read(path.rename(tmp_path / f"T.{suffix.upper()}")) == LINES
+    assert len(list(text.open_rows(str(tmp_path / "T.JSONL")))) == 40
+
+
+def test_home_folder_and_names_with_brackets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a[0].txt", "b*.txt", "c?.txt", "d [final] (1).txt"):
+        (tmp_path / name).write_text(f"{name}\nmore")
+        assert read(tmp_path / name)[0] == name == read(f"~/{name}")[0]
+        assert name in text.fingerprint(f"~/{name}")
+    (tmp_path / "b2.txt").write_text("two")
+    assert read(tmp_path / "b*.txt") == ["b*.txt", "more"], "a file of that name is meant"
+    assert len(read("~/[bc]*.txt")) == 5
+    path = write_rows(tmp_path / "e[1].jsonl", [{"body": "in a column"}])
+    assert read(f"{path}::body") == ["in a column"]
+
+
+def test_a_folder_stands_for_its_text_files(tmp_path, capfd):
+    assert "folder" in refusal(tmp_path)
+    (tmp_path / "b.txt").write_text("two\nthree")
+    write_rows(tmp_path / "a.jsonl", [{"text": "one"}])
+    (tmp_path / ".hidden").write_text("no")
+    assert read(tmp_path) == ["one", "two", "three"] and capfd.readouterr().err == ""
+    (tmp_path / "notes.md").write_text("no")
+    assert read(f"{tmp_path}/") == ["one", "two", "three"]
+    assert "1 of 3 files are left out (.md)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("t.md", ".txt"), ("t.csv", "parquet"), ("t.txt.gz", "unpack"), ("t.TSV", "parquet"), ("t", ".txt"), ("t.x", "")],
+)
+def test_another_format_is_refused_with_advice(tmp_path, name, advice):
+    (tmp_path / name).write_text("text")
+    message = refusal(tmp_path / name)
+    assert name in message and advice in message.rpartition(";")[2]
+
+
+def test_names_that_no_file_can_have_are_refused(tmp_path):
+    for name in ("x" * 5000, "a\0b.txt", "[", "", "Some text instead of a name."):
+        assert "no " in refusal(name)
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "no such file" in refusal(tmp_path / "pipe.txt")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_rows_without_text_are_skipped_and_counted(tmp_path, capfd, suffix):
+    table = [{"id": 0, "text": None}, {"id": 1}, {"id": 2, "text": "two"}, {"id": 3, "text": " \n"}, {"text": "four"}]
+    path = write_rows(tmp_path / f"t.{suffix}", table)
+    assert read(path) == ["two", "four"] == read(path)
+    assert capfd.readouterr().err == f"{path}: 3 of 5 rows hold no text in column 'text' and were skipped\n"
+    assert "id, text" in refusal(f"{path}::body")
+    wrong = write_rows(tmp_path / f"w.{suffix}", [{"text": None}, {"text": [1]}])
+    assert "row 2" in refusal(wrong) and "list" in refusal(wrong)
+    empty = write_rows(tmp_path / f"e.{suffix}", [{"text": None}, {"text": ""}])
+    assert "'text'" in refusal(empty) and "2 rows" in refusal(empty)
+    assert "skipped" not in capfd.readouterr().err
+
+
+def test_reading_that_ends_early_counts_what_was_read(tmp_path, capfd):
+    path = write_rows(tmp_path / "t.jsonl", [{"text": ""}, *({"text": line} for line in LINES)])
+    documents = text.open_text(str(path))
+    assert next(documents) == LINES[0]
+    documents.close()
+    assert "1 of 2 rows" in capfd.readouterr().err
+
+
+def test_a_column_that_is_missing_is_noticed_before_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "LOOK", 10)
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(['{"a": 1, "b": 2}'] * 20 + ["not json"]))
+    assert "a, b" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "words"),
+    [
+        ("jsonl", '{"text": "a"}\n5', "row 2, is no object but int"),
+        ("jsonl", '{"text": "a"}\n[1]', "row 2, is no object but list"),
+        ("jsonl", '{"text": "a"}\n\n{"text": ', "line 3, is not JSON"),
+        ("jsonl", "[" * 200_000, "line 1, is nested too deeply"),
+        ("jsonl", '{"text": ' + "9" * 5000 + "}", "line 1"),
+        ("jsonl", b'{"text": "caf\xe9"}', "line 1, is not JSON"),
+        ("json", '[{"text": "a"}, 5]', "row 2, is no object but int"),
+        ("json", '[{"text": "a"}, {"text": "b"}', "ends within the array"),
+        ("json", '[{"text": "a"} {"text": "b"}]', "a comma is missing"),
+        ("json", '[{"text": "a"},]', "a value is missing"),
+        ("json", '[{"text": "a"}, {"text": b}]', "row 2, is not JSON"),
+        ("json", '[{"text": "a"}, ' + "[" * 200_000, "row 2, is nested too deeply"),
+        ("json", b'[{"text": "caf\xe9"}]', "row 1, cannot be read"),
+        ("parquet", b"PAR1", "cannot be read"),
+    ],
+)
+def test_broken_rows_are_refused_in_one_line_with_their_number(tmp_path, capfd, suffix, content, words):
+    path = tmp_path / f"t.{suffix}"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert f"{path}" in refusal(path) and words in refusal(path)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_row_longer_than_the_limit_is_refused(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(rows, "LONGEST_ROW", 2**20)
+    path = write_rows(tmp_path / f"t.{suffix}", [{"text": "fine"}, {"text": "x" * (3 << 20)}])
+    message = refusal(path)
+    assert "line 2" in message or "row 2" in message
+
+
+def test_json_of_all_shapes_gives_the_same_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "CHUNK", 7)  # every value straddles a chunk
+    path = tmp_path / "t.json"
+    objects = [{"id": i, "text": line} for i, line in enumerate(LINES)]
+    columns = {"id": list(range(40)), "text": LINES}
+    by_index = {name: {str(i): value for i, value in enumerate(values)} for name, values in columns.items()}
+    for content in (
+        json.dumps(objects, indent=1),
+        "\ufeff" + json.dumps(objects),
+        "\n".join(map(json.dumps, objects)),
+        json.dumps(columns),
+        json.dumps(by_index),
+        json.dumps(LINES),
+    ):
+        path.write_text(content, "utf-8")
+        assert read(path) == LINES
+    path.write_text('{"text": "the only row"}')
+    assert read(path) == ["the only row"]
+    for content in ("", "[]", " "):
+        path.write_text(content)
+        assert "no text" in refusal(path)
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
+    (tmp_path / "t.jsonl").write_text(r'{"text": "half \ud83d of one"}' + "\n" + r'{"text": "\ud83d\ude00"}')
+    assert read(tmp_path / "t.jsonl") == ["half \ufffd of one", "😀"]
+
+
+def test_parquet_reads_the_column_that_is_asked_for(tmp_path):
+    columns = {
+        "text": pa.array(LINES).dictionary_encode(),
+        "large": pa.array(LINES, pa.large_string()),
+        "raw": pa.array([b"x"] * 40),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    assert read(tmp_path / "t.parquet") == LINES == read(f"{tmp_path}/t.parquet::large")
+    assert "bytes" in refusal(f"{tmp_path}/t.parquet::raw")
