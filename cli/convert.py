@@ -87,7 +87,7 @@ def convert(
         ),
     ] = None,
     mac_ratio: Annotated[
-        float | None, typer.Option(help="Limit on FFN MACs over dense.", rich_help_panel=PANELS["budget"])
+        str | None, typer.Option(help="Limit on FFN MACs over dense.", rich_help_panel=PANELS["budget"])
     ] = None,
     effort: Annotated[str | None, typer.Option(help="fast, balanced or best.", rich_help_panel=PANELS["run"])] = None,
     refine: Annotated[
@@ -235,10 +235,11 @@ def print_result(report: dict[str, Any]) -> None:
 def _ratio(value: str | None) -> list[str]:
     if value is None:
         return []
-    try:
-        return [f"budget.ffn_ratio={float(value)}", "budget.preset=null"]
-    except ValueError:
-        return [f"budget.preset={json.dumps(value)}", "budget.ffn_ratio=null"]
+    from pilon_compress.recipe import PRESETS
+
+    word = value.isalpha() and value.lower() not in ("nan", "inf", "infinity")
+    key, other = ("preset", "ffn_ratio") if value in PRESETS or word else ("ffn_ratio", "preset")
+    return [f"budget.{key}={json.dumps(value)}", f"budget.{other}=null"]
 
 
 def _yaml(value: str) -> Any:
