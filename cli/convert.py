@@ -171,20 +171,41 @@ def convert(
         check_output(Path(output), overwrite, settings.model)
     job = prepare(settings)
     expected = estimate(job)
-    if dry_run:
-        result = {"dry_run": True, **job.describe(), "estimate": expected}
-        print_json(result) if as_json else print_plan(result)
-        return
-    if not as_json:
-        print_plan({**job.describe(), "estimate": expected})
 
     from pilon_compress.convert.pipeline import convert as run
+    from pilon_compress.convert.pipeline import settle
     from pilon_compress.memory import give_back_freed
 
     give_back_freed(scarce=settings.max_memory is not None)
+    if dry_run:
+        result = {"dry_run": True, **settle(job).describe(), "estimate": expected}
+        print_json(result) if as_json else print_plan(result)
+        return
     assert output is not None
-    report = run(settings, output, overwrite=overwrite, command=shlex.join(["pilon-compress", *sys.argv[1:]]), job=job)
+    if not as_json:
+        print_estimate({**job.describe(), "estimate": expected})
+    report = run(
+        settings,
+        output,
+        overwrite=overwrite,
+        command=shlex.join(["pilon-compress", *sys.argv[1:]]),
+        job=job,
+        on_plan=None if as_json else lambda planned: print_plan(planned.describe()),
+    )
     print_json(report) if as_json else print_result(report)
+
+
+def print_estimate(result: dict[str, Any]) -> None:
+    """What is known before anything is read: the budget, and the price of the conversion on this machine."""
+    from pilon_compress.readable import number
+
+    expected = result["estimate"]
+    sizes = "the plan follows" if result["final"] else "sizes per layer follow after calibration"
+    print(
+        f"FFN to at most {number(result['plan']['ffn_ratio'])} of its dense parameters; {sizes}; "
+        f"about {number(expected['seconds'])} s and {number(expected['peak_gib'])} GiB here\n",
+        flush=True,
+    )
 
 
 def print_plan(result: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pydantic_core.core_schema import ValidationInfo
 
 from pilon_compress import settings, strict_yaml
 from pilon_compress.conflicts import refuse_conflicts
+from pilon_compress.errors import BadInput
 from pilon_compress.ratio import Ratio
 from pilon_compress.settings import Positive, Section, Selector, Switch, Text
 from pilon_compress.strict_yaml import Document
@@ -184,6 +185,12 @@ class Evaluation(Section):
         if value is not None and window is not None and value > window:
             raise ValueError(f"larger than the window of {window}: tokens would be skipped")
         return value
+
+    def check_kind(self, causal: bool) -> None:
+        """Raise BadInput for settings that the kind of model has no use for: windows of an encoder."""
+        for name in ("window", "stride"):
+            if not causal and getattr(self, name) is not None:
+                raise BadInput(f"evaluation.{name} is for causal LMs, and this model is an encoder: leave it out")
 
 
 class Recipe(Section):
