@@ -28,7 +28,7 @@ from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
 from pilon_compress.convert.moments import Moments
 from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.planned import Planned, plan_conversion
-from pilon_compress.convert.prepare import PROCESS_BYTES, Job, describe_plan, prepare
+from pilon_compress.convert.prepare import PROCESS_BYTES, Job, prepare
 from pilon_compress.convert.refine import refine
 from pilon_compress.convert.source import Source, available, open_source
 from pilon_compress.deploy.card import model_card
@@ -248,10 +248,7 @@ def describe(job: Job, plan: Plan, solved: Solved, batches: list[calibration.Bat
         "pilon_compress": pilon_compress.__version__,
         "source": job.recipe.model,
         "method": job.recipe.method,
-        "plan": describe_plan(plan, job.dtype.itemsize),
-        "ffn": size.ffn_size(job.layout, job.dtype.itemsize).to_dict(),
-        "model": size.model_size(job.layout, job.dense, job.dtype.itemsize).to_dict(),
-        "dtype": str(job.dtype).removeprefix("torch."),
+        **job.describe(),
         "whitened_loss": {method: sum(values) / len(values) for method, values in losses.items()},
         "projections": [describe_projection(site, plan, solved) for site in job.sites],
         "banks": [

@@ -16,7 +16,9 @@ from pilon_compress.convert.stream import blocks
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site, find_sites
 from pilon_compress.form.layout import Layout
-from pilon_compress.measure.size import Size, bank_size, ffn_size, kept_size, model_size
+from pilon_compress.measure.anatomy import stored_dtype
+from pilon_compress.measure.parts import layout_parts
+from pilon_compress.measure.size import ffn_size, model_size
 from pilon_compress.recipe import Recipe
 from pilon_compress.text import DEFAULT_LM
 
@@ -58,6 +60,8 @@ class Job:
     layout: Layout
     calibration: Calibration
     dtype: torch.dtype
+    source_dtype: torch.dtype
+    """Of the dense model's file."""
     final: bool = True
     """False while `plan` is a guess by uniform shares: the calibration text decides the sizes of the layers."""
 
@@ -82,8 +86,8 @@ class Job:
         """`ffn` and `model`: numbers stored, bytes, MACs, and their ratios."""
         itemsize = self.dtype.itemsize
         return {
-            "ffn": ffn_size(self.layout, itemsize).to_dict(),
-            "model": model_size(self.layout, self.dense, itemsize).to_dict(),
+            "ffn": ffn_size(self.layout, itemsize).to_dict(self.source_dtype.itemsize),
+            "model": model_size(self.layout, self.dense, itemsize).to_dict(self.source_dtype.itemsize),
         }
 
     @property
@@ -129,26 +133,15 @@ def initial_plan(recipe: Recipe, sites: list[Site]) -> Plan:
     return plan
 
 
-def describe_plan(plan: Plan, itemsize: int) -> dict[str, Any]:
-    """The plan as plain data, bank by bank and then the kept matrices, for the terminal, report.json and the card."""
-    layout, entries = plan.layout(), []
-    for bank in plan.banks:
-        sizes = bank_size(layout, bank.name, itemsize)
-        entry = {"band": bank.band, "role": bank.role, "layers": bank.layers, "d_in": bank.d_in, "d_out": bank.d_out}
-        entry |= {"n_primitives": bank.n_primitives, "rank": bank.rank, "top_k": bank.top_k}
-        entries.append({**entry, "composition": bank.composition, **_figures(sizes)})
-    for site in plan.kept:
-        band = next(index for index, layers in enumerate(plan.bands) if site.layer in layers)
-        entry = {"band": band, "role": site.role, "layers": [site.layer], "d_in": site.d_in, "d_out": site.d_out}
-        entry |= {"n_primitives": None, "rank": None, "top_k": None, "composition": None}
-        entries.append({**entry, **_figures(kept_size(layout, site.name, itemsize))})
+def describe_plan(plan: Plan, itemsize: int, quantization: str | None = None) -> dict[str, Any]:
+    """The plan as plain data, bank by bank and matrix by matrix, for the terminal, report.json and the card."""
+    sites = [site for bank in plan.banks for site in bank.sites] + plan.kept
+    band = {layer: index for index, layers in enumerate(plan.bands) for layer in layers}
+    parts = layout_parts(plan.layout(quantization), sites, itemsize)
+    entries = [{"band": band[part["layers"][0]], **part} for part in parts]
     order = {role: place for place, role in enumerate(dict.fromkeys(entry["role"] for entry in entries))}
     entries.sort(key=lambda entry: (entry["band"], order[entry["role"]]))
     return {"ffn_ratio": plan.ratio, "bands": plan.bands, "banks": entries}
-
-
-def _figures(sizes: Size) -> dict[str, int]:
-    return {key: getattr(sizes, key) for key in ("stored", "dense_stored", "macs", "dense_macs")}
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -171,10 +164,10 @@ def prepare(recipe: Recipe) -> Job:
         sequence_length=length,
         batch_size=asked.batch_size,
     )
-    stored = getattr(config, "dtype", None) or torch.float32
+    stored = stored_dtype(config)
     dtype = checkpoint.find_dtype(recipe.dtype) or stored
     pinned = recipe.model_copy(update={"calibration": asked.model_copy(update=vars(calibration))})
-    job = Job(pinned, config, dense, causal, sites, plan, plan.layout(), calibration, dtype)
+    job = Job(pinned, config, dense, causal, sites, plan, plan.layout(), calibration, dtype, stored)
     return replace(job.planned(plan), final=not job.allocated)
 
 
