@@ -19,7 +19,7 @@ def compare(
     model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")] = None,
     ffn_ratio: Annotated[
-        list[float] | None,
+        list[str] | None,
         typer.Option(
             help="Stored FFN parameters over dense; may be given several times. Default: 0.6, 0.4.",
             rich_help_panel=PANELS["what"],
@@ -104,11 +104,13 @@ def compare(
     from pathlib import Path
 
     from pilon_compress.convert import compare as comparing
+    from pilon_compress.ratio import parse_ratios
 
     if output is not None:
         comparing.check(Path(output), overwrite)
     chosen = [name.strip() for name in methods.split(",")] if methods is not None else list(comparing.DEFAULT)
-    asked = comparing.plan(settings, ffn_ratio or [0.6, 0.4], chosen, seeds)
+    ratios = [ratio for value in ffn_ratio or ["0.6", "0.4"] for ratio in parse_ratios("--ffn-ratio", value)]
+    asked = comparing.plan(settings, ratios, chosen, seeds)
     if dry_run:
         result = {"dry_run": True, **asked.describe()}
         print_json(result) if as_json else print_plan(result)

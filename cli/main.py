@@ -23,6 +23,7 @@ from .export import export
 from .generate import generate
 from .inspect import inspect
 from .train import train
+from .usage import Command, application, usage_line
 
 # What the libraries are told unless the user says otherwise: our own progress and messages are enough, and torch may
 # have large pages for large tensors (on Linux; a sixth of the time of a calibration goes into small ones).
@@ -36,20 +37,15 @@ SETTINGS = {
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("convert")(convert)
-app.command("compare")(compare)
-app.command("train")(train)
-app.command("eval")(evaluate)
-app.command("bench")(bench)
-app.command("inspect")(inspect)
-app.command("generate")(generate)
-app.command("export")(export)
+app = application(context_settings={"help_option_names": ["-h", "--help"]})
+app.command("convert", cls=Command)(convert)
+app.command("compare", cls=Command)(compare)
+app.command("train", cls=Command)(train)
+app.command("eval", cls=Command)(evaluate)
+app.command("bench", cls=Command)(bench)
+app.command("inspect", cls=Command)(inspect)
+app.command("generate", cls=Command)(generate)
+app.command("export", cls=Command)(export)
 app.add_typer(recipes.app, name="recipes")
 
 
@@ -75,7 +71,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # half-written folders are removed on the way out
     progress.hold_notes()
     try:
-        app()
+        code = app(standalone_mode=False)
     except KeyboardInterrupt:
         _leave(130, "interrupted")
     except SystemExit as leaving:  # typer turns Ctrl-C into exit code 130, without a word
@@ -87,6 +83,8 @@ def main() -> NoReturn:
             progress.release_notes()
         raise
     except Exception as error:  # the outermost frame: whatever happened, the user gets one line and the right code
+        if line := usage_line(error):
+            _leave(2, line)
         if os.environ.get("PILON_DEBUG") == "1":
             raise
         if isinstance(error, BadInput):
@@ -95,7 +93,9 @@ def main() -> NoReturn:
             _leave(2, f"error: no space left on the disk: {error}")
         _leave(1, f"failed: {type(error).__name__}: {error} (PILON_DEBUG=1 shows the traceback)")
     progress.release_notes()
-    sys.exit(0)
+    if code == 130:  # typer's word for Ctrl-C
+        _leave(130, "interrupted")
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _disk_is_full(error: Exception) -> bool:

@@ -1,6 +1,6 @@
 """The road from a dense checkpoint to a PILON folder.
 
-    prepare -> load -> moments -> allocate -> solve layer by layer -> install -> save -> load back -> evaluate -> report
+    prepare -> load -> moments -> plan -> solve layer by layer -> install -> save -> load back -> evaluate -> report
 
 Data goes down this list; each step is a function below that reads in one sitting.
 """
@@ -8,32 +8,28 @@ Data goes down this list; each step is a function below that reads in one sittin
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
 from pilon_compress import checkpoint, recipe
 from pilon_compress.convert import calibration
-from pilon_compress.convert.allocate import Allocation, allocate, size_layers
-from pilon_compress.convert.bands import similar_bands
 from pilon_compress.convert.build import build
 from pilon_compress.convert.effort import EFFORTS
-from pilon_compress.convert.fit import BankFit
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
-from pilon_compress.convert.moments import Moments, gather
-from pilon_compress.convert.plan import Plan, split_bands
-from pilon_compress.convert.prepare import PROCESS_BYTES, Job, describe_plan, prepare, shelf_bytes
+from pilon_compress.convert.moments import Moments
+from pilon_compress.convert.plan import Plan
+from pilon_compress.convert.planned import Planned, plan_conversion
+from pilon_compress.convert.prepare import PROCESS_BYTES, Job, prepare
 from pilon_compress.convert.refine import refine
-from pilon_compress.convert.sensitivity import Sensitivity
-from pilon_compress.convert.share import Sharing
-from pilon_compress.convert.shelf import Shelf
 from pilon_compress.convert.source import Source, available, open_source
 from pilon_compress.data import sequences, text
 from pilon_compress.deploy.card import model_card
@@ -52,13 +48,20 @@ EVALUATED = 2**14  # tokens scored by the evaluation that ends a conversion; `ev
 
 
 def convert(
-    settings: recipe.Recipe, output: str | Path, *, overwrite: bool = False, command: str = "", job: Job | None = None
+    settings: recipe.Recipe,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    job: Job | None = None,
+    on_plan: Callable[[Job], None] | None = None,
 ) -> dict[str, Any]:
     """Convert the dense model that `settings` names and write a PILON model folder to `output`.
 
     The folder appears whole or not at all: weights (safetensors), config, tokenizer, recipe.yaml, README.md (model
     card), report.html, report.json. Returns the report (the contents of report.json). Raises BadInput for anything
-    that the user can mend: see `errors.BadInput`. `job` is `prepare(settings)`, where the caller has it already.
+    that the user can mend: see `errors.BadInput`. `job` is `prepare(settings)`, where the caller has it
+    already; `on_plan` is told the job once its plan is final.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -74,9 +77,14 @@ def convert(
     source = open_dense(job, device)
     journal = Journal(output, fingerprint(job, batches, source))
     with journal.open():
-        model, plan, solved = compress(source, job, batches, journal)
+        planned = plan_conversion(source, job, batches, journal)
+        job = planned.job
+        if on_plan is not None:
+            on_plan(job)
+        model, plan, solved = solve_plan(source, planned, batches, journal)
+        del planned
         refined = improve(model, source.model, lessons, settings)
-        result = describe(job, plan, model, solved, batches) | {"refinement": refined}
+        result = describe(job, plan, solved, batches) | {"refinement": refined}
         result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
         with fresh_folder(output, overwrite) as folder:
             save_model(model, tokenizer, folder, job.dtype)
@@ -92,6 +100,26 @@ def convert(
     return result
 
 
+def settle(job: Job) -> Job:
+    """The job with the plan that `convert` would make of it: reads text and weights where that needs them.
+
+    Writes nothing that stays. A model whose weights are not there keeps its plan as it is, not final, and says so.
+    """
+    if job.final:
+        return job
+    folder = Path(checkpoint.resolve(job.recipe.model))
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        print(f"{job.recipe.model} holds no weights: sizes are about, layers are sized by calibration", file=sys.stderr)
+        return job
+    torch.manual_seed(job.recipe.seed)
+    batches = read_calibration(job, checkpoint.load_tokenizer(job.recipe.model))
+    read_evaluation(job)
+    source = open_dense(job, checkpoint.find_device(job.recipe.device))
+    with TemporaryDirectory(prefix="pilon-compress-") as scratch:  # what does not fit in memory, see `put_away`
+        journal = Journal(Path(scratch) / "plan") if source.streamed else Journal()
+        return plan_conversion(source, job, batches, journal).job
+
+
 def compress(
     source: Source,
     job: Job,
@@ -99,51 +127,34 @@ def compress(
     journal: Journal | None = None,
     moments: Moments | None = None,
 ) -> tuple[PreTrainedModel, Plan, Solved]:
-    """The conversion itself: moments (where not given), allocation, and every layer solved.
+    """Plan and solve: the model, its plan and the solution."""
+    planned = plan_conversion(source, job, batches, journal, moments)
+    return solve_plan(source, planned, batches, journal)
 
-    Returns the model, its plan and the solution.
-    """
-    journal = journal or Journal()
-    settings, sweeps = job.recipe, EFFORTS[job.recipe.effort].sweeps
-    moments = moments or take_moments(source, batches, job, journal)
-    plan, left, fits = job.plan, dict[int, Tensor | None](), dict[str, BankFit]()
-    known = journal.get("allocation") if job.allocated else None
-    if known is not None:
-        found = Allocation.unpack(known)
-        plan, left = found.plan, found.left
-    elif job.allocated:
-        waiting = put_away(source, job, journal, "reference")
-        truth = Sensitivity(source, batches, job.causal, waiting)
-        sizings = size_layers(source, job.sites, moments, settings.budget.ratio, truth, settings.budget.neurons)
-        del truth
-        waiting.clear()
-        found = allocate(sizings, settings.budget.ratio, job.mac_ratio)
-        if job.shares:
-            if settings.budget.banding == "similar":
-                bands = similar_bands(source, sizings, moments)
-            else:
-                bands = split_bands([sizing.layer for sizing in sizings], None)
-            sharing = Sharing(source, moments, sweeps, settings.seed, settings.budget.align)
-            found, fits = sharing.apply(sizings, found, bands)
-            for name, fit in fits.items():
-                journal.put(f"bank.{name}", fit.pack())
-        plan, left = found.plan, found.left
-        journal.put("allocation", found.pack())
+
+def solve_plan(
+    source: Source, planned: Planned, batches: list[calibration.Batch], journal: Journal | None = None
+) -> tuple[PreTrainedModel, Plan, Solved]:
+    """Solve every layer in the sizes of the plan; the model, its plan and the solution."""
+    job, settings = planned.job, planned.job.recipe
     task = Task(
         sites=job.sites,
-        plan=plan,
-        left=left,
+        plan=job.plan,
+        left=planned.left,
         method=settings.method,
         peers=PEERS,
         anchored=job.anchored,
         seed=settings.seed,
-        sweeps=sweeps,
-        fits=fits,
+        sweeps=EFFORTS[settings.effort].sweeps,
+        fits=planned.fits,
         dtypes=(source.model.dtype, job.dtype) if source.streamed else (source.model.dtype,),
         quantization=job.quantization,
     )
-    solved = solve(source, batches, task, moments, journal)
-    return build(source, plan, solved, job.dtype, job.quantization), plan, solved
+    solved = solve(source, batches, task, planned.moments, journal or Journal())
+    model = build(source, job.plan, solved, job.dtype, job.quantization)
+    if layout_of(model) != job.layout:
+        raise RuntimeError("the model that was built is not the one that was planned")
+    return model, job.plan, solved
 
 
 def open_dense(job: Job, device: torch.device) -> Source:
@@ -157,27 +168,6 @@ def open_dense(job: Job, device: torch.device) -> Source:
             "little for that: leave out --refine, or raise --max-memory"
         )
     return source
-
-
-def take_moments(source: Source, batches: list[calibration.Batch], job: Job, journal: Journal) -> Moments:
-    """The moments; of a streamed model they and the states between its blocks are files, which outlive a kill."""
-    shelf = put_away(source, job, journal, "moments")
-    if source.streamed and journal.folder is not None:
-        names = journal.get_plain("moments")
-        if names is not None:
-            shelf.adopt(names, source.device)
-            return Moments(shelf, source.device)
-    moments = gather(source, batches, job.sites, causal=job.causal, seed=job.recipe.seed, shelf=shelf)
-    if source.streamed:
-        journal.put_plain("moments", shelf.names())
-    return moments
-
-
-def put_away(source: Source, job: Job, journal: Journal, name: str) -> Shelf:
-    """A shelf that turns to files beside the output, if there is one, beyond a share of the memory, or at once."""
-    if journal.folder is None:
-        return Shelf()
-    return Shelf(journal.folder / name, 0 if source.streamed else shelf_bytes(job.recipe.max_memory))
 
 
 def improve(
@@ -267,11 +257,8 @@ def read_evaluation(job: Job) -> list[str] | str:
     return documents
 
 
-def describe(
-    job: Job, plan: Plan, model: PreTrainedModel, solved: Solved, batches: list[calibration.Batch]
-) -> dict[str, Any]:
+def describe(job: Job, plan: Plan, solved: Solved, batches: list[calibration.Batch]) -> dict[str, Any]:
     """The report's contents, less what is known only after saving."""
-    layout = layout_of(model)  # the plan's, less the primitives that no layer selected
     methods = next(iter(solved.errors.values()))
     losses = {method: [errors[method] for errors in solved.errors.values()] for method in methods}
     return {
@@ -279,10 +266,7 @@ def describe(
         "pilon_compress": pilon_compress.__version__,
         "source": job.recipe.model,
         "method": job.recipe.method,
-        "plan": describe_plan(plan, job.dtype.itemsize),
-        "ffn": size.ffn_size(layout, job.dtype.itemsize).to_dict(),
-        "model": size.model_size(layout, job.dense, job.dtype.itemsize).to_dict(),
-        "dtype": str(job.dtype).removeprefix("torch."),
+        **job.describe(),
         "whitened_loss": {method: sum(values) / len(values) for method, values in losses.items()},
         "projections": [describe_projection(site, plan, solved) for site in job.sites],
         "banks": [

@@ -26,6 +26,7 @@ def measure(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Perplexity and its kin for a causal LM, fidelity to `against` for an encoder; `kind` says which."""
+    settings.check_kind(checkpoint.is_causal(model.config))
     if checkpoint.is_causal(model.config):
         figures = language.measure(
             model,
