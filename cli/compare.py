@@ -99,12 +99,11 @@ def compare(
     if not dry_run and output is None:
         raise BadInput("name the folder to write with -o")
 
-    from pathlib import Path
-
     from pilon_compress.convert import compare as comparing
+    from pilon_compress.io.folders import check_output
 
     if output is not None:
-        comparing.check(Path(output), overwrite)
+        check_output(output, overwrite, kind="comparison")
     chosen = [name.strip() for name in methods.split(",")] if methods is not None else list(comparing.DEFAULT)
     asked = comparing.plan(settings, ffn_ratio or [0.6, 0.4], chosen, seeds)
     if dry_run:

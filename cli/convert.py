@@ -163,26 +163,32 @@ def convert(
         raise BadInput("name the folder to write with -o")
 
     from pilon_compress.convert.prepare import estimate, prepare
-    from pilon_compress.deploy.save import check_output
+    from pilon_compress.io.folders import check_output, open_output
 
-    if output is not None:
-        from pathlib import Path
-
-        check_output(Path(output), overwrite, settings.model)
-    job = prepare(settings)
-    expected = estimate(job)
-    if dry_run:
-        result = {"dry_run": True, **job.describe(), "estimate": expected}
-        print_json(result) if as_json else print_plan(result)
+    if not dry_run:
+        assert output is not None
+        with open_output(output, overwrite, settings.model) as path:
+            _run(settings, path, overwrite, as_json)
         return
+    if output is not None:
+        check_output(output, overwrite, settings.model)
+    job = prepare(settings)
+    result = {"dry_run": True, **job.describe(), "estimate": estimate(job)}
+    print_json(result) if as_json else print_plan(result)
+
+
+def _run(settings: Any, output: Any, overwrite: bool, as_json: bool) -> None:
+    """Plan and convert into `output`, a path which this process holds."""
+    from pilon_compress.convert.prepare import estimate, prepare
+
+    job = prepare(settings)
     if not as_json:
-        print_plan({**job.describe(), "estimate": expected})
+        print_plan({**job.describe(), "estimate": estimate(job)})
 
     from pilon_compress.convert.pipeline import convert as run
     from pilon_compress.memory import give_back_freed
 
     give_back_freed(scarce=settings.max_memory is not None)
-    assert output is not None
     report = run(settings, output, overwrite=overwrite, command=shlex.join(["pilon-compress", *sys.argv[1:]]), job=job)
     print_json(report) if as_json else print_result(report)
 
@@ -242,11 +248,11 @@ def _ratio(value: str | None) -> list[str]:
 
 
 def _yaml(value: str) -> Any:
-    import yaml
+    from pilon_compress import strict_yaml
 
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return strict_yaml.parse(value, "--bands").data
+    except BadInput:
         raise BadInput(f"--bands {value!r} is neither a number nor a list of lists") from None
 
 

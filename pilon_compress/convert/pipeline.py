@@ -36,10 +36,12 @@ from pilon_compress.convert.share import Sharing
 from pilon_compress.convert.shelf import Shelf
 from pilon_compress.convert.source import Source, available, open_source
 from pilon_compress.deploy.card import model_card
-from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
+from pilon_compress.deploy.save import save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
 from pilon_compress.form.layout import layout_of
+from pilon_compress.io import companions
+from pilon_compress.io.folders import fresh_folder, open_output
 from pilon_compress.measure import composition, evaluate, report, size
 
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
@@ -58,10 +60,14 @@ def convert(
     card), report.html, report.json. Returns the report (the contents of report.json). Raises BadInput for anything
     that the user can mend: see `errors.BadInput`. `job` is `prepare(settings)`, where the caller has it already.
     """
+    with open_output(output, overwrite, settings.model) as path:
+        return _convert(settings, path, overwrite, command, job or prepare(settings))
+
+
+def _convert(settings: recipe.Recipe, output: Path, overwrite: bool, command: str, job: Job) -> dict[str, Any]:
+    """Convert into `output`, which this process holds."""
     started = time.perf_counter()
-    output = Path(output)
-    check_output(output, overwrite, settings.model)
-    job = job or prepare(settings)
+    beside = companions.find(checkpoint.resolve(settings.model))
     torch.manual_seed(settings.seed)
     device = checkpoint.find_device(settings.device)
     tokenizer = checkpoint.load_tokenizer(settings.model)
@@ -77,7 +83,7 @@ def convert(
         result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
         with fresh_folder(output, overwrite) as folder:
             save_model(model, tokenizer, folder, job.dtype)
-            copy_companions(checkpoint.resolve(settings.model), folder)
+            companions.copy(beside, folder)
             del model, solved
             result |= judge(job, folder, source, tokenizer, exam)
             result["seconds"] = time.perf_counter() - started
