@@ -97,7 +97,7 @@ def main() -> NoReturn:
         if isinstance(error, BrokenPipeError):
             _unread()
         if reason := disk_full(error):
-            _leave(2, f"error: cannot write: {reason}: {error}")
+            _leave(2, f"error: no space left on the disk: {reason}: {error}")
         _leave(1, f"failed: {type(error).__name__}: {error} (PILON_DEBUG=1 shows the traceback)")
     _flush()
     sys.exit(0)
@@ -136,7 +136,6 @@ def _flush() -> None:
     except BrokenPipeError:
         _unread()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         _leave(2, f"error: cannot write the output: {error.strerror or error}")
 
 
@@ -147,5 +146,9 @@ def _unread() -> NoReturn:
 
 
 def _leave(code: int, message: str) -> NoReturn:
+    try:
+        sys.stdout.flush()
+    except OSError:  # what cannot be written must not fail once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(code)

@@ -110,9 +110,9 @@ def compress(
     settings, sweeps = job.recipe, EFFORTS[job.recipe.effort].sweeps
     moments = moments or take_moments(source, batches, job, journal)
     plan, left, fits = job.plan, dict[int, Tensor | None](), dict[str, BankFit]()
-    known = journal.get("allocation") if job.allocated else None
+    known: Allocation | None = journal.get("allocation", Allocation.unpack) if job.allocated else None
     if known is not None:
-        found = Allocation.unpack(known)
+        found = known
         plan, left = found.plan, found.left
     elif job.allocated:
         waiting = put_away(source, job, journal, "reference")
@@ -166,13 +166,17 @@ def take_moments(source: Source, batches: list[calibration.Batch], job: Job, jou
     """The moments; of a streamed model they and the states between its blocks are files, which outlive a kill."""
     shelf = put_away(source, job, journal, "moments")
     if source.streamed and journal.folder is not None:
-        names = journal.get_plain("moments")
-        if names is not None:
-            shelf.adopt(names, source.device)
-            return Moments(shelf, source.device)
+        sums = journal.get_plain("moments")
+        if isinstance(sums, dict):
+            reason = shelf.damage(sums)
+            if reason is None:
+                shelf.adopt(sums, source.device)
+                return Moments(shelf, source.device)
+            print(f"{reason}: the moments are taken again", file=sys.stderr)
+            shelf.clear()
     moments = gather(source, batches, job.sites, causal=job.causal, seed=job.recipe.seed, shelf=shelf)
     if source.streamed:
-        journal.put_plain("moments", shelf.names())
+        journal.put_plain("moments", shelf.checksums())
     return moments
 
 
