@@ -101,13 +101,12 @@ def compare(
     if not dry_run and output is None:
         raise BadInput("name the folder to write with -o")
 
-    from pathlib import Path
-
     from pilon_compress.convert import compare as comparing
+    from pilon_compress.io.folders import check_output
     from pilon_compress.ratio import parse_ratios
 
     if output is not None:
-        comparing.check(Path(output), overwrite)
+        check_output(output, overwrite, kind="comparison")
     chosen = [name.strip() for name in methods.split(",")] if methods is not None else list(comparing.DEFAULT)
     ratios = [ratio for value in ffn_ratio or ["0.6", "0.4"] for ratio in parse_ratios("--ffn-ratio", value)]
     asked = comparing.plan(settings, ratios, chosen, seeds)

@@ -173,27 +173,38 @@ def convert(
     wait_passively()
 
     from pilon_compress.convert.prepare import estimate, prepare
-    from pilon_compress.deploy.save import check_output
+    from pilon_compress.io.folders import check_output, open_output
 
+    if not dry_run:
+        assert output is not None
+        with open_output(output, overwrite, settings.model) as path:
+            _run(settings, path, overwrite, as_json, verbose)
+        return
     if output is not None:
-        from pathlib import Path
-
-        check_output(Path(output), overwrite, settings.model)
+        check_output(output, overwrite, settings.model)
     job = prepare(settings)
     expected = estimate(job)
 
-    from pilon_compress.convert.pipeline import convert as run
     from pilon_compress.convert.pipeline import settle
     from pilon_compress.memory import give_back_freed
 
     give_back_freed(scarce=settings.max_memory is not None)
-    if dry_run:
-        result = {"dry_run": True, **settle(job).describe(), "estimate": expected}
-        print_json(result) if as_json else print_plan(result, verbose)
-        return
-    assert output is not None
+    result = {"dry_run": True, **settle(job).describe(), "estimate": expected}
+    print_json(result) if as_json else print_plan(result, verbose)
+
+
+def _run(settings: Any, output: Any, overwrite: bool, as_json: bool, verbose: bool) -> None:
+    """Plan and convert into `output`, a path which this process holds."""
+    from pilon_compress.convert.prepare import estimate, prepare
+
+    job = prepare(settings)
     if not as_json:
-        print_estimate({**job.describe(), "estimate": expected})
+        print_estimate({**job.describe(), "estimate": estimate(job)})
+
+    from pilon_compress.convert.pipeline import convert as run
+    from pilon_compress.memory import give_back_freed
+
+    give_back_freed(scarce=settings.max_memory is not None)
     report = run(
         settings,
         output,
@@ -266,11 +277,11 @@ def _ratio(value: str | None) -> list[str]:
 
 
 def _yaml(value: str) -> Any:
-    import yaml
+    from pilon_compress import strict_yaml
 
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return strict_yaml.parse(value, "--bands").data
+    except BadInput:
         raise BadInput(f"--bands {value!r} is neither a number nor a list of lists") from None
 
 

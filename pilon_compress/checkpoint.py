@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,7 +17,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
 from pilon_compress import hub
 from pilon_compress.errors import BadInput
+from pilon_compress.io.errors import UNREADABLE, first_line, unreadable
+from pilon_compress.io.manifest import read_ours, verify_folder
 from pilon_compress.models import files
+from pilon_compress.models.config_check import check_declared, check_shapes
 from pilon_compress.models.references import resolve
 from pilon_compress.models.task import architecture, is_causal, text_config, vocabulary
 
@@ -27,12 +28,6 @@ __all__ = ["architecture", "is_causal", "resolve", "text_config", "vocabulary"] 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HUB_HELP = "a local folder, a .gguf file or package:NAME works without it"
-
-UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, IndexError, RuntimeError, ZeroDivisionError,
-    OverflowError, AssertionError, RecursionError, StrictDataclassError,
-)  # fmt: skip
-"""What libraries raise for a config, tokenizer or weights that they cannot read (JSON errors are ValueErrors)."""
 
 logging.disable_progress_bar()  # ours are enough
 logging.set_verbosity_error()  # what matters of its reports is refused here, in one line
@@ -47,6 +42,9 @@ def load_config(reference: str) -> PretrainedConfig:
     by a method other than PILON.
     """
     folder = resolve(reference)
+    if Path(folder).is_dir():
+        check_declared(read_ours(Path(folder) / "config.json"))
+        verify_folder(folder, weights=False)
     try:
         config = AutoConfig.from_pretrained(folder, **_where(folder))
         _check_method(reference, config)
@@ -54,6 +52,7 @@ def load_config(reference: str) -> PretrainedConfig:
             config.dtype = _stored_dtype(folder)
     except UNREADABLE as error:
         raise _refusal(reference, folder, error) from error
+    check_shapes(config)
     architecture(config)
     return config
 
@@ -64,10 +63,12 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_where(folder))
         known = len(tokenizer) > len(tokenizer.all_special_ids)
-    except Exception as error:  # the tokenizers library raises plain Exceptions
+    except Exception as error:
+        if not unreadable(error):
+            raise
         if not Path(folder).is_dir():
             raise _refusal(reference, folder, error) from error
-        raise BadInput(f"{reference} has no tokenizer that loads: {_first_line(error)}") from error
+        raise BadInput(f"{reference} has no tokenizer that loads: {first_line(error)}") from error
     if not known:  # without files transformers invents one that knows no words
         raise BadInput(f"{reference} has no tokenizer: copy the files (tokenizer.json, ...) of the model it comes from")
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -97,7 +98,7 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
             del plain.quantization_config
         return kind(plain) if kind is not None else AutoModel.from_config(plain)
     except UNREADABLE as error:
-        raise BadInput(f"cannot build a model from config type {config.model_type}: {_first_line(error)}") from error
+        raise BadInput(f"cannot build a model from config type {config.model_type}: {first_line(error)}") from error
 
 
 def check_dense(reference: str, config: PretrainedConfig) -> None:
@@ -136,6 +137,7 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
     kind = architecture(config)
     if Path(folder).is_dir():
         files.check_weights(Path(folder))
+        verify_folder(folder)
     try:
         model, loaded = (kind or AutoModel).from_pretrained(
             folder,
@@ -144,7 +146,7 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
             output_loading_info=True,
             **_where(folder),
         )
-    except (*UNREADABLE, SafetensorError) as error:
+    except UNREADABLE as error:
         raise _refusal(reference, folder, error) from error
     if missing := sorted(loaded["missing_keys"]):  # transformers leaves them random
         raise BadInput(f"{reference} lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}")
@@ -205,14 +207,9 @@ def _where(folder: str) -> dict[str, Any]:
 
 def _refusal(reference: str, folder: str, error: Exception) -> BadInput:
     if Path(folder).is_dir():
-        return BadInput(f"{reference} does not load: {_first_line(error)}")
+        return BadInput(f"{reference} does not load: {first_line(error)}")
     if reason := hub.unreachable():
         return BadInput(
             f"{reference} is neither a folder nor cached, and the hub is out of reach ({reason}); {HUB_HELP}"
         )
-    return BadInput(f"{reference} does not load from the hub: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return BadInput(f"{reference} does not load from the hub: {first_line(error)}")

@@ -1,11 +1,12 @@
 """Where a model folder comes from, as its recipe tells: the dense model at the beginning, and the text that it saw."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from pilon_compress import strict_yaml
 from pilon_compress.errors import BadInput
+from pilon_compress.io import manifest
+from pilon_compress.io.disk import read_bounded
 
 RECIPE, REPORT = "recipe.yaml", "report.json"
 GENERATIONS = 20  # of healing and fine-tuning; more is a circle
@@ -32,10 +33,11 @@ def lineage(folder: str | Path) -> Lineage:
     for _ in range(GENERATIONS):
         found = _told(Path(place).expanduser()) if place is not None else {}
         data = found.get("calibration") or found.get("data") or {}
-        texts += [data[key] for key in ("data", "source") if isinstance(data, dict) and data.get(key)]
+        named = [data.get(key) for key in ("data", "source")] if isinstance(data, dict) else []
+        texts += [one for one in named if isinstance(one, str) and one]
         judged_by = judged_by or _judged_by(found, data)
-        named = found.get("model") or found.get("teacher") or (found.get("start") if found.get("shrink") else None)
-        dense = dense or _located(named, place)
+        origin = found.get("model") or found.get("teacher") or (found.get("start") if found.get("shrink") else None)
+        dense = dense or _located(origin, place)
         if "task" not in found or found.get("start") is None:
             break
         place = _located(found["start"], place)
@@ -56,9 +58,10 @@ def _told(folder: Path) -> dict[str, object]:
     """The fields of a folder's recipe; of a report, where there is no recipe."""
     try:
         if (folder / RECIPE).is_file():
-            found = strict_yaml.parse((folder / RECIPE).read_text("utf-8"), str(folder / RECIPE)).data
+            text = read_bounded(folder / RECIPE, strict_yaml.LENGTH)
+            found = strict_yaml.parse(text, str(folder / RECIPE)).data
         elif (folder / REPORT).is_file():
-            found = {"model": json.loads((folder / REPORT).read_text("utf-8")).get("source")}
+            found = {"model": manifest.read_ours(folder / REPORT).get("source")}
         else:
             return {}
     except (OSError, ValueError) as error:

@@ -153,7 +153,7 @@ def test_a_failure_is_one_line_and_an_exit_code(failing, statement, code, line):
 
 def test_termination_leaves_no_half_written_folder(failing, tmp_path):
     place = f"__import__('pathlib').Path({str(tmp_path / 'new' / 'out')!r})"
-    writing = f"from pilon_compress.deploy.save import fresh_folder\n    with fresh_folder({place}) as work:\n"
+    writing = f"from pilon_compress.io.folders import fresh_folder\n    with fresh_folder({place}) as work:\n"
     done = failing(writing + "        (work / 'a').write_text('1')\n        os.kill(os.getpid(), signal.SIGTERM)")
     assert done.returncode == 143 and [p.name for p in tmp_path.iterdir()] == ["boom.py"], done.stderr
 

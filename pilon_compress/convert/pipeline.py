@@ -33,18 +33,20 @@ from pilon_compress.convert.refine import refine
 from pilon_compress.convert.source import Source, available, open_source
 from pilon_compress.data import sequences, text
 from pilon_compress.deploy.card import model_card
-from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
+from pilon_compress.deploy.save import save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
 from pilon_compress.form.layout import layout_of
-from pilon_compress.measure import composition, evaluate, language, report, size
+from pilon_compress.io import companions
+from pilon_compress.io.folders import fresh_folder, open_output
+from pilon_compress.measure import composition, evaluate, report, size
+from pilon_compress.models.stream_check import check_stream
 from pilon_compress.models.task import vocabulary
 
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
 BLOCK_POOL = 1024  # blocks of text that calibration draws from, or four times as many as it draws
 LESSONS = 8  # refinement reads so many times the calibration's text
-EVALUATED = 2**14  # tokens scored by the evaluation that ends a conversion; `eval` scores all of the text
 
 
 def convert(
@@ -63,10 +65,21 @@ def convert(
     that the user can mend: see `errors.BadInput`. `job` is `prepare(settings)`, where the caller has it
     already; `on_plan` is told the job once its plan is final.
     """
+    with open_output(output, overwrite, settings.model) as path:
+        return _convert(settings, path, overwrite, command, job or prepare(settings), on_plan)
+
+
+def _convert(
+    settings: recipe.Recipe,
+    output: Path,
+    overwrite: bool,
+    command: str,
+    job: Job,
+    on_plan: Callable[[Job], None] | None,
+) -> dict[str, Any]:
+    """Convert into `output`, which this process holds."""
     started = time.perf_counter()
-    output = Path(output)
-    check_output(output, overwrite, settings.model)
-    job = job or prepare(settings)
+    beside = companions.find(checkpoint.resolve(settings.model))
     torch.manual_seed(settings.seed)
     device = checkpoint.find_device(settings.device)
     tokenizer = checkpoint.load_tokenizer(settings.model)
@@ -75,6 +88,7 @@ def convert(
     lessons = read_lessons(job, tokenizer, batches)
     exam = read_evaluation(job)
     source = open_dense(job, device)
+    check_stream(source, batches[0])
     journal = Journal(output, fingerprint(job, batches, source))
     with journal.open():
         planned = plan_conversion(source, job, batches, journal)
@@ -88,7 +102,7 @@ def convert(
         result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
         with fresh_folder(output, overwrite) as folder:
             save_model(model, tokenizer, folder, job.dtype)
-            copy_companions(checkpoint.resolve(settings.model), folder)
+            companions.copy(beside, folder)
             del model, solved
             result |= judge(job, folder, source, tokenizer, exam)
             result["seconds"] = time.perf_counter() - started
@@ -112,9 +126,12 @@ def settle(job: Job) -> Job:
         print(f"{job.recipe.model} holds no weights: sizes are about, layers are sized by calibration", file=sys.stderr)
         return job
     torch.manual_seed(job.recipe.seed)
-    batches = read_calibration(job, checkpoint.load_tokenizer(job.recipe.model))
+    tokenizer = checkpoint.load_tokenizer(job.recipe.model)
+    job = say_beginning(job, tokenizer)
+    batches = read_calibration(job, tokenizer)
     read_evaluation(job)
     source = open_dense(job, checkpoint.find_device(job.recipe.device))
+    check_stream(source, batches[0])
     with TemporaryDirectory(prefix="pilon-compress-") as scratch:  # what does not fit in memory, see `put_away`
         journal = Journal(Path(scratch) / "plan") if source.streamed else Journal()
         return plan_conversion(source, job, batches, journal).job
@@ -325,10 +342,7 @@ def judge(
     saved = checkpoint.load_model(str(folder), dtype=dtype, device=str(source.device))
     if isinstance(exam, str):
         return {"evaluation": None, "evaluation_skipped": exam}
-    asked = job.recipe.evaluation
-    if job.causal and asked.samples is None:
-        window = asked.window or language.default_window(dense)
-        asked = asked.model_copy(update={"samples": max(1, EVALUATED // window)})
+    asked = evaluate.affordable(job.recipe.evaluation, dense)
     figures = evaluate.measure(saved, tokenizer, exam, against=dense, settings=asked, seed=job.recipe.seed)
     data = asked.data or f"{job.calibration.data} (held-out part)"
     return {"evaluation": {**figures, "data": data}}

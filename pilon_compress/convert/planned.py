@@ -3,6 +3,7 @@
 A dry run and a conversion both come here, so that what one announces is what the other makes.
 """
 
+import sys
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -48,10 +49,9 @@ def plan_conversion(
     moments = moments or take_moments(source, batches, job, journal)
     if not job.allocated:
         return Planned(job, moments)
-    known = journal.get("allocation")
+    known: Allocation | None = journal.get("allocation", Allocation.unpack)
     if known is not None:
-        found = Allocation.unpack(known)
-        return Planned(job.planned(found.plan), moments, found.left)
+        return Planned(job.planned(known.plan), moments, known.left)
     waiting = put_away(source, job, journal, "reference")
     truth = Sensitivity(source, batches, job.causal, waiting)
     sizings = size_layers(source, job.sites, moments, budget.ratio, truth, budget.neurons)
@@ -75,13 +75,17 @@ def take_moments(source: Source, batches: list[Batch], job: Job, journal: Journa
     """The moments; of a streamed model they and the states between its blocks are files, which outlive a kill."""
     shelf = put_away(source, job, journal, "moments")
     if source.streamed and journal.folder is not None:
-        names = journal.get_plain("moments")
-        if names is not None:
-            shelf.adopt(names, source.device)
-            return Moments(shelf, source.device)
+        sums = journal.get_plain("moments")
+        if isinstance(sums, dict):
+            reason = shelf.damage(sums)
+            if reason is None:
+                shelf.adopt(sums, source.device)
+                return Moments(shelf, source.device)
+            print(f"{reason}: the moments are taken again", file=sys.stderr)
+            shelf.clear()
     moments = gather(source, batches, job.sites, causal=job.causal, seed=job.recipe.seed, shelf=shelf)
     if source.streamed:
-        journal.put_plain("moments", shelf.names())
+        journal.put_plain("moments", shelf.checksums())
     return moments
 
 

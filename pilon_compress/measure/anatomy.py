@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from pilon_compress import checkpoint
 from pilon_compress.families import Site, find_sites
 from pilon_compress.form.layout import Layout
+from pilon_compress.form.stored import stored_layout
 from pilon_compress.measure.parts import layout_parts
 from pilon_compress.measure.size import bank_size, ffn_size, linear_macs, model_size
 from pilon_compress.models.untouched import notes, untouched
@@ -27,8 +28,7 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
     """
     config = checkpoint.load_config(model)
     empty = checkpoint.empty_model(config)
-    stored = getattr(config, "quantization_config", None)
-    layout = Layout.from_dict(stored["layout"]) if stored and stored.get("quant_method") == "pilon" else None
+    layout = stored_layout(config)
     if layout and not targets:
         targets = [*layout.projections, *layout.kept]  # what was replaced, which --targets may have chosen
     sites = find_sites(empty, targets, ignore)

@@ -14,6 +14,7 @@ from pilon_compress.measure import encoder, language
 CAUSAL_DATA = "hub:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 ENCODER_DATA = "stdlib"
 ENCODER_TEXTS = 500
+EVALUATED = 2**14  # tokens scored by the evaluation that ends a conversion; `eval` scores all of the text
 
 
 def measure(
@@ -46,6 +47,14 @@ def measure(
         "kind": "encoder",
         **encoder.measure(model, against, tokenizer, texts, batch_size=settings.batch_size),
     }
+
+
+def affordable(settings: recipe.Evaluation, model: PreTrainedModel) -> recipe.Evaluation:
+    """Return `settings` with the windows of a language model limited to EVALUATED tokens, unless they say how many."""
+    if settings.samples is not None or not checkpoint.is_causal(model.config):
+        return settings
+    window = settings.window or language.default_window(model)
+    return settings.model_copy(update={"samples": max(1, EVALUATED // window)})
 
 
 def check(documents: Sequence[str], causal: bool) -> None:

@@ -20,6 +20,8 @@ import psutil
 from filelock import FileLock
 
 from pilon_compress.errors import BadInput
+from pilon_compress.io import manifest
+from pilon_compress.io.disk import rename, sync_tree
 
 SUFFIX = ".gguf"
 MOST_PARTS = 100
@@ -94,7 +96,8 @@ def _make(place: Path, files: Sequence[Path], origin: str, sums: Path | None) ->
             raise BadInput(f"{origin} cannot be read: {last}")
         if len(files) > 1:
             source.unlink()
-        work.rename(place)
+        sync_tree(work)
+        rename(work, place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -147,6 +150,7 @@ def read(source: Path, folder: Path) -> None:
     config["dtype"] = "bfloat16" if kinds and stored == "float32" else stored
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / DONE).write_text(json.dumps({"format": FORMAT, "types": sorted(kinds)}) + "\n")
+    manifest.write(folder)
 
 
 def _main() -> None:

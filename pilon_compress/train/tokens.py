@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from pilon_compress.data import sequences, text
-from pilon_compress.deploy.save import disk_full
 from pilon_compress.errors import BadInput
+from pilon_compress.io import manifest, signals
+from pilon_compress.io.checksum import MANIFEST, damage
+from pilon_compress.io.disk import disk_full, rename, sync_tree
 from pilon_compress.progress import track
 
 FORMAT = 2  # of the folder; raise it whenever the same text would give other files
@@ -164,7 +167,13 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _opened(place: Path) -> TokenFile | None:
-    """The files there, if they are whole."""
+    """The files there, if they are whole and have the contents that they were made with; a line says if not."""
+    if not place.is_dir():
+        return None
+    reason = damage(place) if (place / MANIFEST).is_file() else f"{place} has no {MANIFEST}"
+    if reason is not None:
+        print(f"{reason}: it is made again", file=sys.stderr)
+        return None
     try:
         about = About(**json.loads((place / "about.json").read_text("utf-8")))
         if any((place / name).stat().st_size != size for name, size in about.sizes.items()):
@@ -182,12 +191,15 @@ def _build(place: Path, about: About, items: Iterable[Item]) -> None:
     work = place.with_name(f".{place.name}.part")
     shutil.rmtree(work, ignore_errors=True)  # by a process that was killed
     work.mkdir()
-    try:
-        _write(work, about, items)
-        shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
-        work.rename(place)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with signals.cleanup(lambda: shutil.rmtree(work, ignore_errors=True)):
+        try:
+            _write(work, about, items)
+            manifest.write(work)
+            sync_tree(work)
+            shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
+            rename(work, place)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _write(work: Path, about: About, items: Iterable[Item]) -> None:
