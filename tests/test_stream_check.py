@@ -11,7 +11,7 @@ from pilon_compress.convert.source import Source, Streamed
 from pilon_compress.convert.stream import Stream, last_states
 from pilon_compress.errors import BadInput
 from pilon_compress.families import find_sites
-from pilon_compress.models.stream_check import check_stream
+from pilon_compress.models.stream_check import check_stream, check_walk
 from pilon_compress.recipe import build
 
 CPU = torch.device("cpu")
@@ -51,6 +51,13 @@ def test_other_architectures_are_refused_by_name(tiny, name, reason):
     with pytest.raises(BadInput, match=reason) as refusal:
         check_stream(Source(tiny.other_model(name)), batch())
     assert "\n" not in str(refusal.value)
+
+
+def test_what_cannot_be_walked_is_refused_before_weights_are_read(tiny):
+    with pytest.raises(BadInput, match="AlbertModel does not run each of its 1 blocks once"):
+        check_walk(checkpoint.empty_model(tiny.other_model("albert").config))
+    for name in ("t5", "xlnet", "mamba", "llava"):
+        check_walk(checkpoint.empty_model(tiny.other_model(name).config))
 
 
 def test_a_step_between_the_blocks_is_noticed(tiny):

@@ -172,8 +172,9 @@ def run_base(model: PreTrainedModel, batch: Batch, device: torch.device | None =
     """The base model's output (no head) on one batch, without a key-value cache."""
     no_cache = {"use_cache": False} if getattr(text_config(model.config), "use_cache", None) is not None else {}
     device = device or model.device
-    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-    return model.base_model(input_ids=ids, attention_mask=mask, **no_cache)
+    # code that looks into the mask, to leave it out, cannot do so on the meta device
+    mask = {} if device.type == "meta" else {"attention_mask": batch.attention_mask.to(device)}
+    return model.base_model(input_ids=batch.input_ids.to(device), **mask, **no_cache)
 
 
 def last_states(model: PreTrainedModel, batch: Batch, device: torch.device | None = None) -> Tensor:

@@ -1,27 +1,25 @@
 """The block-by-block stream against the model's own forward."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pilon_compress.convert.calibration import Batch
+from pilon_compress.convert.source import Source
 from pilon_compress.convert.stream import Stream, last_states, run_head
 from pilon_compress.errors import BadInput
-
-if TYPE_CHECKING:
-    from pilon_compress.convert.source import Source
 
 ROWS = 2  # texts that are compared
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 HALF = 3e-2  # half precision
+TOKENS = 8
 
 
 @torch.no_grad()
-def check_stream(source: "Source", batch: Batch, head: bool = False) -> float:
+def check_stream(source: Source, batch: Batch, head: bool = False) -> float:
     """Compare the last hidden states (with `head`: and the logits) of two rows of `batch` with those of the model.
 
     Returns the largest relative error (norms, padding left out). Raises BadInput if that exceeds what rounding explains
@@ -47,6 +45,26 @@ def check_stream(source: "Source", batch: Batch, head: bool = False) -> float:
             f"error {worst:.2g}, at most {limit:g}): it cannot be converted block by block"
         )
     return worst
+
+
+@torch.no_grad()
+def check_walk(model: PreTrainedModel) -> None:
+    """Raise BadInput for a model on the meta device whose blocks are not each run once, first to last.
+
+    Costs next to nothing, since stand-ins run in the place of the blocks: what `check_stream` would refuse after the
+    weights are read is refused before a plan is shown. Where the model's code cannot run without weights, nothing is
+    known and nothing is refused.
+    """
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    with suppress(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        Stream(_Skeleton(model), [Batch(ids, torch.ones_like(ids))])
+
+
+class _Skeleton(Source):
+    """A model on the meta device."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._adopt(model)
 
 
 def _relative_error(ours: Tensor, own: Tensor, mask: Tensor) -> float:
