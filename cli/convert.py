@@ -189,7 +189,8 @@ def convert(
     from pilon_compress.memory import give_back_freed
 
     give_back_freed(scarce=settings.max_memory is not None)
-    result = {"dry_run": True, **settle(job).describe(), "estimate": expected}
+    job = settle(job)
+    result = {"dry_run": True, "final": job.final, **job.describe(), "estimate": expected}
     print_json(result) if as_json else print_plan(result, verbose)
 
 
@@ -199,7 +200,7 @@ def _run(settings: Any, output: Any, overwrite: bool, as_json: bool, verbose: bo
 
     job = prepare(settings)
     if not as_json:
-        print_estimate({**job.describe(), "estimate": estimate(job)})
+        print_estimate(job.plan.ratio, job.final, estimate(job))
 
     from pilon_compress.convert.pipeline import convert as run
     from pilon_compress.memory import give_back_freed
@@ -216,14 +217,13 @@ def _run(settings: Any, output: Any, overwrite: bool, as_json: bool, verbose: bo
     print_json(report) if as_json else print_result(report)
 
 
-def print_estimate(result: dict[str, Any]) -> None:
+def print_estimate(ratio: float, final: bool, expected: dict[str, float]) -> None:
     """What is known before anything is read: the budget, and the price of the conversion on this machine."""
     from pilon_compress.readable import number
 
-    expected = result["estimate"]
-    sizes = "the plan follows" if result["final"] else "sizes per layer follow after calibration"
+    sizes = "the plan follows" if final else "sizes per layer follow after calibration"
     say(
-        f"FFN to at most {number(result['plan']['ffn_ratio'])} of its dense parameters; {sizes}; "
+        f"FFN to at most {number(ratio)} of its dense parameters; {sizes}; "
         f"about {number(expected['seconds'])} s and {number(expected['peak_gib'])} GiB here\n"
     )
 
@@ -232,10 +232,11 @@ def print_plan(result: dict[str, Any], verbose: bool = False) -> None:
     """The plan that will be made; sizes alone where it is not final."""
     from pilon_compress.readable import mib, number
 
-    if result["final"]:
+    final = result.get("final", True)
+    if final:
         print_parts("Plan", result["plan"]["banks"], result["dtype"], verbose=verbose)
     ffn, whole, expected = result["ffn"], result["model"], result.get("estimate")
-    about = "" if result["final"] else "about "
+    about = "" if final else "about "
     text = (
         f"FFN {about}{number(ffn['stored_ratio'])} of the dense parameters, {number(ffn['mac_ratio'])} of its MACs; "
         f"whole model {about}{number(whole['stored_ratio'])}, {mib(whole['bytes'])}: "

@@ -36,7 +36,7 @@ def terminal_width() -> int | None:
 def say(text: str) -> None:
     """Print sentences; in a terminal they wrap at spaces."""
     width = terminal_width()
-    print(text if width is None else "\n".join(_wrapped(line, width) for line in text.split("\n")))
+    print(text if width is None else "\n".join(_wrapped(line, width) for line in text.split("\n")), flush=True)
 
 
 def print_table(

@@ -66,6 +66,7 @@ class Budget(Section):
     @classmethod
     def _default_ratio(cls, data: Any) -> Any:
         fixed = isinstance(data, dict) and None not in (data.get("n_primitives"), data.get("rank"))
+        fixed = fixed and data.get("optimize") != "compute"  # whose limit on MACs is the ratio
         if isinstance(data, dict) and data.get("ffn_ratio") is None and data.get("preset") is None and not fixed:
             return {**data, "ffn_ratio": DEFAULT_RATIO}
         return data

@@ -77,12 +77,13 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """The plan and its sizes, as plain data; before the plan is `final` no bank is listed, and sizes are about."""
-        plan = (
-            describe_plan(self.plan, self.dtype.itemsize)
-            if self.final
-            else describe_plan(Plan(self.plan.ratio, [], []), 2)
-        )
-        return {"final": self.final, "plan": plan, **self.size()}
+        shown = self.plan if self.final else Plan(self.plan.ratio, [], [])
+        dtypes = {"dtype": self.dtype, "source_dtype": self.source_dtype}
+        return {
+            "plan": describe_plan(shown, self.dtype.itemsize, self.quantization),
+            **{key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()},
+            **self.size(),
+        }
 
     def size(self) -> dict[str, Any]:
         """`ffn` and `model`: numbers stored, bytes, MACs, and their ratios."""
