@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from pilon_compress.errors import BadInput
 from pilon_compress.form.layout import linear_shape
-from pilon_compress.models.blocks import blocks, text_config
+from pilon_compress.models.blocks import blocks
+from pilon_compress.models.task import text_config
 
 
 @dataclass(frozen=True)

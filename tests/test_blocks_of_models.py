@@ -6,7 +6,8 @@ from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
 
 from pilon_compress.errors import BadInput
 from pilon_compress.families import FAMILIES, find_sites
-from pilon_compress.models.blocks import block_path, blocks, text_config
+from pilon_compress.models.blocks import block_path, blocks
+from pilon_compress.models.task import text_config
 
 PATHS = {"gpt2": "h", "opt": "decoder.layers", "distilbert": "transformer.layer"}
 PATHS |= dict.fromkeys(("bert", "roberta"), "encoder.layer")

@@ -39,8 +39,7 @@ def test_inspect_says_it(cli, tiny, tmp_path):
     model.save_pretrained(tmp_path / "moe")
     shown = cli("inspect", "moe", cwd=tmp_path)
     assert shown.returncode == 0
-    assert "mixture of experts: " in shown.stdout and "% of the parameters are not touched (layers.*.mlp.experts" in (
-        shown.stdout
-    )
+    said = shown.stdout + shown.stderr
+    assert "mixture of experts: " in said and "% of the parameters are not touched (layers.*.mlp.experts" in said
     few = find_sites(model, targets=["layers.0.mlp.shared_expert.up_proj"])
     assert any(note.startswith("only ") and "would be replaced" in note for note in notes(model, few))

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from pilon_compress.convert.calibration import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.models.block_call import Call, Result, hidden_of
-from pilon_compress.models.blocks import blocks, text_config
+from pilon_compress.models.blocks import blocks
+from pilon_compress.models.task import text_config
 
 if TYPE_CHECKING:
     from pilon_compress.convert.source import Source

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pilon_compress.errors import BadInput
+from pilon_compress.models.task import text_config
 
 
 def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -43,20 +44,12 @@ def text_tower(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
     for models of several towers (vision and language, audio and language)."""
     base = model.base_model
     config = text_config(base.config)
-    if config is base.config:
+    if type(config) is type(base.config):
         return "", base
     for name, module in base.named_modules():  # outermost first
         if name and isinstance(module, PreTrainedModel) and type(module.config) is type(config):
             return name, module
     return "", base
-
-
-def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the part of a config that describes the text tower; the config itself for a model of one tower."""
-    try:
-        return config.get_text_config()
-    except ValueError:  # several text towers, none of them first
-        return config
 
 
 def check_reads_tokens(model: PreTrainedModel) -> None:

@@ -12,9 +12,11 @@ def longest_input(model: PreTrainedModel) -> int | None:
     RoBERTa and its kin count positions from the padding id + 1 on: their config promises more than they can take.
     """
     stated: int | None = getattr(text_config(model.config), "max_position_embeddings", None)
+    if not isinstance(stated, int) or stated < 1:  # -1: XLNet
+        return None
     for name, module in model.base_model.named_modules():
         padding = getattr(module, "padding_idx", None)
-        if stated and padding is not None and name.endswith("position_embeddings"):
+        if padding is not None and name.endswith("position_embeddings"):
             return int(stated - padding - 1)
     return stated
 

@@ -64,7 +64,10 @@ def is_causal(config: PretrainedConfig) -> bool:
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return the settings of the text tower; of a text model, `config` itself."""
-    found: PretrainedConfig = config.get_text_config(decoder=True)
+    try:
+        found: PretrainedConfig = config.get_text_config(decoder=True)
+    except ValueError:  # several text towers, none of them the model's own
+        return config
     return found
 
 
