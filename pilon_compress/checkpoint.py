@@ -46,6 +46,7 @@ def load_config(reference: str) -> PretrainedConfig:
         check_declared(read_ours(Path(folder) / "config.json"))
         verify_folder(folder, weights=False)
     try:
+        check_declared(PretrainedConfig.get_config_dict(folder, **_where(folder))[0])
         config = AutoConfig.from_pretrained(folder, **_where(folder))
         _check_method(reference, config)
         if getattr(config, "dtype", None) is None:
@@ -54,6 +55,7 @@ def load_config(reference: str) -> PretrainedConfig:
         raise _refusal(reference, folder, error) from error
     check_shapes(config)
     architecture(config)
+    check_shapes(config)
     return config
 
 

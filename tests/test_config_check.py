@@ -1,5 +1,7 @@
 """Shapes that no model has are refused before anything of that size is made."""
 
+import json
+
 import pytest
 from transformers import AutoConfig
 
@@ -54,3 +56,12 @@ def test_a_tower_inside_is_checked_too():
     nested = {"model_type": "llava", "text_config": {"towers": [{"num_hidden_layers": 10**9}]}}
     with pytest.raises(BadInput, match="config.json of llava: num_hidden_layers is 1000000000"):
         check_declared(nested)
+
+
+def test_inspect_of_a_million_layers_ends_at_once(cli, tiny, tmp_path):
+    tiny.save_tiny("qwen2", tmp_path / "deep")
+    config = json.loads((tmp_path / "deep" / "config.json").read_text())
+    (tmp_path / "deep" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1_000_000}))
+    refused = cli("inspect", "deep", cwd=tmp_path)
+    assert refused.returncode == 2 and "num_hidden_layers is 1000000" in refused.stderr
+    assert refused.stderr.strip().count("\n") == 0
