@@ -41,6 +41,10 @@ def bench(
         raise BadInput("name a PILON folder, or one block with --ffn 768x3072: one of the two")
     if plot is not None and plot.suffix != ".svg":
         raise BadInput(f"--plot {plot} does not end in .svg")
+    if plot is not None:
+        from pilon_compress.io.folders import check_file
+
+        plot = check_file(plot)
     common: dict[str, Any] = {"rounds": rounds, "threads": threads, "device": device, "only": variants or []}
     if ffn is not None:
         from pilon_compress.measure.bench import bench_block, block_shape

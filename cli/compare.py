@@ -10,7 +10,7 @@ import typer
 from pilon_compress.errors import BadInput
 
 from .convert import MODEL
-from .output import print_json, print_table
+from .output import print_json, print_table, wait_passively
 
 PANELS = {"what": "What is compared", "data": "Calibration and evaluation", "run": "Running"}
 
@@ -19,7 +19,7 @@ def compare(
     model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")] = None,
     ffn_ratio: Annotated[
-        list[float] | None,
+        list[str] | None,
         typer.Option(
             help="Stored FFN parameters over dense; may be given several times. Default: 0.6, 0.4.",
             rich_help_panel=PANELS["what"],
@@ -93,20 +93,23 @@ def compare(
         "evaluation.data": eval_data,
         "evaluation.samples": eval_samples,
     }
+    wait_passively()
+
     from pilon_compress import recipe
 
     settings = recipe.build({}, [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None])
     if not dry_run and output is None:
         raise BadInput("name the folder to write with -o")
 
-    from pathlib import Path
-
     from pilon_compress.convert import compare as comparing
+    from pilon_compress.io.folders import check_output
+    from pilon_compress.ratio import parse_ratios
 
     if output is not None:
-        comparing.check(Path(output), overwrite)
+        check_output(output, overwrite, kind="comparison")
     chosen = [name.strip() for name in methods.split(",")] if methods is not None else list(comparing.DEFAULT)
-    asked = comparing.plan(settings, ffn_ratio or [0.6, 0.4], chosen, seeds)
+    ratios = [ratio for value in ffn_ratio or ["0.6", "0.4"] for ratio in parse_ratios("--ffn-ratio", value)]
+    asked = comparing.plan(settings, ratios, chosen, seeds)
     if dry_run:
         result = {"dry_run": True, **asked.describe()}
         print_json(result) if as_json else print_plan(result)

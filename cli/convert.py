@@ -9,7 +9,8 @@ import typer
 
 from pilon_compress.errors import BadInput
 
-from .output import print_json, print_table
+from .output import print_json, print_table, say, wait_passively
+from .part_table import print_parts
 
 MODEL = "Hub id, local folder, or package:NAME of an installed package that ships a checkpoint."
 PANELS = {"budget": "Budget", "data": "Calibration and evaluation", "scope": "What is replaced", "run": "Running"}
@@ -87,7 +88,7 @@ def convert(
         ),
     ] = None,
     mac_ratio: Annotated[
-        float | None, typer.Option(help="Limit on FFN MACs over dense.", rich_help_panel=PANELS["budget"])
+        str | None, typer.Option(help="Limit on FFN MACs over dense.", rich_help_panel=PANELS["budget"])
     ] = None,
     effort: Annotated[str | None, typer.Option(help="fast, balanced or best.", rich_help_panel=PANELS["run"])] = None,
     refine: Annotated[
@@ -121,7 +122,15 @@ def convert(
         bool, typer.Option("--overwrite", help="Replace an earlier output.", rich_help_panel=PANELS["run"])
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Stop after the plan and its estimates.", rich_help_panel=PANELS["run"])
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan, found by calibration, and stop.",
+            rich_help_panel=PANELS["run"],
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="List every layer in tables.", rich_help_panel=PANELS["run"])
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=PANELS["run"])
@@ -161,61 +170,87 @@ def convert(
     settings = _read(recipe, [*_ratio(ffn_ratio), *overrides, *(set_ or [])])
     if not dry_run and output is None:
         raise BadInput("name the folder to write with -o")
+    wait_passively()
 
     from pilon_compress.convert.prepare import estimate, prepare
-    from pilon_compress.deploy.save import check_output
+    from pilon_compress.io.folders import check_output, open_output
 
+    if not dry_run:
+        assert output is not None
+        with open_output(output, overwrite, settings.model) as path:
+            _run(settings, path, overwrite, as_json, verbose)
+        return
     if output is not None:
-        from pathlib import Path
-
-        check_output(Path(output), overwrite, settings.model)
+        check_output(output, overwrite, settings.model)
     job = prepare(settings)
     expected = estimate(job)
-    if dry_run:
-        result = {"dry_run": True, **job.describe(), "estimate": expected}
-        print_json(result) if as_json else print_plan(result)
-        return
+
+    from pilon_compress.convert.pipeline import settle
+    from pilon_compress.memory import give_back_freed
+
+    give_back_freed(scarce=settings.max_memory is not None)
+    job = settle(job)
+    result = {"dry_run": True, "final": job.final, **job.describe(), "estimate": expected}
+    print_json(result) if as_json else print_plan(result, verbose)
+
+
+def _run(settings: Any, output: Any, overwrite: bool, as_json: bool, verbose: bool) -> None:
+    """Plan and convert into `output`, a path which this process holds."""
+    from pilon_compress.convert.prepare import estimate, prepare
+
+    job = prepare(settings)
     if not as_json:
-        print_plan({**job.describe(), "estimate": expected})
+        print_estimate(job.plan.ratio, job.final, estimate(job))
 
     from pilon_compress.convert.pipeline import convert as run
     from pilon_compress.memory import give_back_freed
 
     give_back_freed(scarce=settings.max_memory is not None)
-    assert output is not None
-    report = run(settings, output, overwrite=overwrite, command=shlex.join(["pilon-compress", *sys.argv[1:]]), job=job)
+    report = run(
+        settings,
+        output,
+        overwrite=overwrite,
+        command=shlex.join(["pilon-compress", *sys.argv[1:]]),
+        job=job,
+        on_plan=None if as_json else lambda planned: print_plan(planned.describe(), verbose),
+    )
     print_json(report) if as_json else print_result(report)
 
 
-def print_plan(result: dict[str, Any]) -> None:
-    """The plan and its price, before anything starts."""
-    from pilon_compress.readable import layer_list, mib, number
+def print_estimate(ratio: float, final: bool, expected: dict[str, float]) -> None:
+    """What is known before anything is read: the budget, and the price of the conversion on this machine."""
+    from pilon_compress.readable import number
 
-    rows = [
-        [
-            f"{bank['role']} {layer_list(bank['layers'])}",
-            f"{bank['d_in']}→{bank['d_out']}",
-            number(bank["n_primitives"]),
-            number(bank["rank"]),
-            number(bank["top_k"]),
-            number(bank["stored"] / bank["dense_stored"]),
-            number(bank["macs"] / bank["dense_macs"]),
-        ]
-        for bank in result["plan"]["banks"]
-    ]
-    print_table(
-        "Plan", ["bank (layers)", "shape", "primitives", "rank", "top-k", "stored ÷ dense", "MACs ÷ dense"], rows
-    )
-    ffn, whole, expected = result["ffn"], result["model"], result["estimate"]
-    print(
-        f"FFN {number(ffn['stored_ratio'])} of the dense parameters, {number(ffn['mac_ratio'])} of its MACs; "
-        f"whole model {number(whole['stored_ratio'])}, {mib(whole['bytes'])}; "
+    sizes = "the plan follows" if final else "sizes per layer follow after calibration"
+    say(
+        f"FFN to at most {number(ratio)} of its dense parameters; {sizes}; "
         f"about {number(expected['seconds'])} s and {number(expected['peak_gib'])} GiB here\n"
     )
 
 
+def print_plan(result: dict[str, Any], verbose: bool = False) -> None:
+    """The plan that will be made; sizes alone where it is not final."""
+    from pilon_compress.readable import mib, number
+
+    final = result.get("final", True)
+    if final:
+        print_parts("Plan", result["plan"]["banks"], result["dtype"], verbose=verbose)
+    ffn, whole, expected = result["ffn"], result["model"], result.get("estimate")
+    about = "" if final else "about "
+    text = (
+        f"FFN {about}{number(ffn['stored_ratio'])} of the dense parameters, {number(ffn['mac_ratio'])} of its MACs; "
+        f"whole model {about}{number(whole['stored_ratio'])}, {mib(whole['bytes'])}: "
+        f"{number(whole['bytes_ratio_to_source'])} of the dense file ({result['source_dtype']})"
+    )
+    if result["source_dtype"] != "bfloat16":
+        text += f", {number(whole['bytes_ratio_to_bf16'])} of the dense model in bfloat16"
+    if expected:
+        text += f"; about {number(expected['seconds'])} s and {number(expected['peak_gib'])} GiB here"
+    say(f"{text}\n")
+
+
 def print_result(report: dict[str, Any]) -> None:
-    """What came of it, and where to look."""
+    """The measured sizes, errors and quality, and where the model is."""
     from pilon_compress.readable import method_name, number, quality, ratios
 
     rows = [[ratio.label, ratio.part, number(ratio.value), ratio.detail] for ratio in ratios(report)]
@@ -226,27 +261,28 @@ def print_result(report: dict[str, Any]) -> None:
         rows = [[figure.label, figure.value, figure.dense] for figure in quality(report["evaluation"])]
         print_table(f"Quality on {report['evaluation']['data']}", ["", "PILON", "dense"], rows)
     else:
-        print(f"not evaluated: {report['evaluation_skipped']}\n")
+        say(f"not evaluated: {report['evaluation_skipped']}\n")
     output = report["output"]
-    print(f"{number(report['seconds'])} s, {number(report['peak_rss_gib'])} GiB at the peak")
+    say(f"{number(report['seconds'])} s, {number(report['peak_rss_gib'])} GiB at the peak")
     print(f"model  {output}\nreport {output}/report.html")
 
 
 def _ratio(value: str | None) -> list[str]:
     if value is None:
         return []
-    try:
-        return [f"budget.ffn_ratio={float(value)}", "budget.preset=null"]
-    except ValueError:
-        return [f"budget.preset={json.dumps(value)}", "budget.ffn_ratio=null"]
+    from pilon_compress.recipe import PRESETS
+
+    word = value.isalpha() and value.lower() not in ("nan", "inf", "infinity")
+    key, other = ("preset", "ffn_ratio") if value in PRESETS or word else ("ffn_ratio", "preset")
+    return [f"budget.{key}={json.dumps(value)}", f"budget.{other}=null"]
 
 
 def _yaml(value: str) -> Any:
-    import yaml
+    from pilon_compress import strict_yaml
 
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return strict_yaml.parse(value, "--bands").data
+    except BadInput:
         raise BadInput(f"--bands {value!r} is neither a number nor a list of lists") from None
 
 

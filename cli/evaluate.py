@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .output import print_json, print_table
+from .output import print_json, print_table, wait_passively
 
 
 def evaluate(
@@ -14,7 +14,9 @@ def evaluate(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Text source, as for convert; default: WikiText-2 test for LMs, stdlib for encoders."),
+        typer.Option(
+            help="Text source, as for convert; default: what the folder's recipe names, else WikiText-2 or stdlib."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Texts (encoders) or windows (LMs); default: 500 / all.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of context per window (LMs).")] = None,
@@ -30,6 +32,8 @@ def evaluate(
 
     pilon-compress eval out/gpt2-half --against gpt2 --data stdlib
     """
+    wait_passively()
+
     from pilon_compress import recipe
 
     fields = {"samples": samples, "window": window, "stride": stride, "batch_size": batch_size}

@@ -1,16 +1,19 @@
 """`pilon-compress inspect`: what is inside a model, and what a conversion would replace. Loads no weights."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from .output import print_json, print_table
+from .output import print_json, print_table, say
+from .part_table import SCREEN, Part, join_equal, name_label, print_parts
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help="Dense or PILON model: hub id, local folder, or package:NAME.")],
     targets: Annotated[list[str] | None, typer.Option(help="Only these modules: name, class or re:REGEX.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Not these modules.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="List every layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show the projections of a model per layer, with parameters, bytes and MACs per token.
@@ -20,34 +23,63 @@ def inspect(
     from pilon_compress.measure.anatomy import anatomy
 
     result = anatomy(model, targets or [], ignore or [])
-    print_json(result) if as_json else print_anatomy(result)
+    if as_json:
+        print_json(result)
+        return
+    print_converted(result, verbose) if result["form"] == "pilon" else print_dense(result, verbose)
+    for note in result["notes"]:
+        say(note)
 
 
-def print_anatomy(result: dict[str, Any]) -> None:
-    from pilon_compress.readable import mib, number
+def print_dense(result: dict[str, Any], verbose: bool = False) -> None:
+    """The projections that a conversion would replace, in the dtype of the model's file."""
+    from pilon_compress.readable import mib, number, short_count
 
-    rows = [
-        [
-            str(entry["name"]),
-            str(entry["role"]),
-            f"{entry['d_in']}→{entry['d_out']}",
-            number(entry["parameters"]),
-            mib(entry["bytes"]),
-            number(entry["macs"]),
-            str(entry["bank"] or ""),
-        ]
+    parts = [
+        {**entry, "names": [entry["name"]], "layers": [entry["layer"]], "stored": entry["parameters"]}
         for entry in result["projections"]
     ]
-    columns = ["projection", "role", "shape", "parameters", "bytes (bf16)", "MACs/token", "bank"]
-    print_table(f"{result['model']}  {result['architecture']}", columns, rows)
-    if result["form"] == "pilon":
-        ffn = result["ffn"]
-        print(
-            f"PILON: {number(ffn['stored_ratio'])} of the dense FFN parameters, {number(ffn['mac_ratio'])} of its MACs"
+    groups: list[list[Part]] = [[part] for part in parts]
+    if len(groups) > SCREEN and not verbose:
+        groups = join_equal(parts)
+
+    def row(label: str, group: Sequence[Part], shape: str) -> list[str]:
+        counts, size, macs = (sum(part[key] for part in group) for key in ("parameters", "bytes", "macs"))
+        return [label, group[0]["role"] if shape else "", shape, short_count(counts), mib(size), short_count(macs)]
+
+    rows = [row(name_label(group), group, f"{group[0]['d_in']}→{group[0]['d_out']}") for group in groups]
+    roles = dict.fromkeys(part["role"] for part in parts)
+    totals = [row(f"all {role}", [part for part in parts if part["role"] == role], "") for role in roles]
+    columns = ["projection", "role", "shape", "parameters", f"bytes ({result['dtype']})", "MACs per token"]
+    title = f"{result['model']}  {result['architecture']}"
+    print_table(title, columns, rows, totals=[*totals, row("total", parts, "")], optional=["role", "shape"])
+    total, replaced = result["parameters"], result["replaced"]
+    say(
+        f"{number(replaced)} of {number(total)} parameters ({number(100 * replaced / total)} %) would be replaced, "
+        f"{number(result['replaced_macs'])} of {number(result['macs'])} MACs per token"
+    )
+
+
+def print_converted(result: dict[str, Any], verbose: bool = False) -> None:
+    """The banks and matrices of a PILON model as they are stored, its ratios, and how it was judged."""
+    from pilon_compress.readable import circumstances, number, quality
+
+    title = f"{result['model']}  {result['architecture']}"
+    print_parts(title, result["parts"], result["dtype"], names=True, verbose=verbose)
+    for key, part in (("ffn", "FFN"), ("model_size", "whole model")):
+        sizes, source = result[key], result["source_dtype"]
+        text = (
+            f"{part}: {number(sizes['stored_ratio'])} of the dense parameters, {number(sizes['mac_ratio'])} of its "
+            f"MACs, {number(sizes['bytes_ratio_to_source'])} of its bytes in {source}"
         )
+        if source != "bfloat16":
+            text += f", {number(sizes['bytes_ratio_to_bf16'])} in bfloat16"
+        say(text)
+    figures = quality(result["evaluation"])
+    if figures:
+        rows = [[figure.label, figure.value, figure.dense] for figure in figures]
+        data = dict(circumstances(result["evaluation"])).get("Text", "text that the report does not name")
+        print()
+        print_table(f"Quality on {data}, from its report", ["", "PILON", "dense"], rows)
     else:
-        total, replaced = result["parameters"], result["replaced"]
-        print(
-            f"{number(replaced)} of {number(total)} parameters ({number(100 * replaced / total)} %) would be replaced, "
-            f"{number(result['replaced_macs'])} of {number(result['macs'])} MACs per token"
-        )
+        say("quality: no evaluation is beside the weights; `pilon-compress eval` measures it")

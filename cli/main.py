@@ -1,18 +1,21 @@
 """The `pilon-compress` command: its sub-commands, and what every failure looks like.
 
-Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr says what to change), 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr says what to change); 128 + the signal's number where a
+signal ended it: 129 hang-up, 130 interrupted, 141 nobody reads the output any more, 143 terminated.
 """
 
-import errno
+import io
 import os
-import signal
 import sys
-from typing import Annotated, NoReturn
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from pilon_compress import __version__, progress
 from pilon_compress.errors import BadInput
+from pilon_compress.io import signals
+from pilon_compress.io.disk import disk_full
 
 from . import recipes
 from .bench import bench
@@ -23,6 +26,7 @@ from .export import export
 from .generate import generate
 from .inspect import inspect
 from .train import train
+from .usage import Command, application, usage_line
 
 # What the libraries are told unless the user says otherwise: our own progress and messages are enough, and torch may
 # have large pages for large tensors (on Linux; a sixth of the time of a calibration goes into small ones).
@@ -36,20 +40,15 @@ SETTINGS = {
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("convert")(convert)
-app.command("compare")(compare)
-app.command("train")(train)
-app.command("eval")(evaluate)
-app.command("bench")(bench)
-app.command("inspect")(inspect)
-app.command("generate")(generate)
-app.command("export")(export)
+app = application(context_settings={"help_option_names": ["-h", "--help"]})
+app.command("convert", cls=Command)(convert)
+app.command("compare", cls=Command)(compare)
+app.command("train", cls=Command)(train)
+app.command("eval", cls=Command)(evaluate)
+app.command("bench", cls=Command)(bench)
+app.command("inspect", cls=Command)(inspect)
+app.command("generate", cls=Command)(generate)
+app.command("export", cls=Command)(export)
 app.add_typer(recipes.app, name="recipes")
 
 
@@ -72,38 +71,87 @@ def main() -> NoReturn:
     """Run the command line and leave with its exit code. PILON_DEBUG=1 lets exceptions through, tracebacks and all."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # half-written folders are removed on the way out
     progress.hold_notes()
+    signals.listen()
+    sys.stderr = _Unfailing.around(sys.stderr)
     try:
-        app()
+        code = app(standalone_mode=False)
     except KeyboardInterrupt:
         _leave(130, "interrupted")
-    except SystemExit as leaving:  # typer turns Ctrl-C into exit code 130, without a word
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # typer ends with 1, without a word
+            _unread()
         if leaving.code == 130:
             _leave(130, "interrupted")
-        if leaving.code == 143:
-            _leave(143, "terminated")
-        if not leaving.code:
+        if leaving.code in (None, 0):
             progress.release_notes()
+            _flush()
         raise
     except Exception as error:  # the outermost frame: whatever happened, the user gets one line and the right code
+        if line := usage_line(error):
+            _leave(2, line)
         if os.environ.get("PILON_DEBUG") == "1":
             raise
         if isinstance(error, BadInput):
             _leave(2, f"error: {error}")
-        if _disk_is_full(error):
-            _leave(2, f"error: no space left on the disk: {error}")
+        if isinstance(error, BrokenPipeError):
+            _unread()
+        if reason := disk_full(error):
+            _leave(2, f"error: no space left on the disk: {reason}: {error}")
         _leave(1, f"failed: {type(error).__name__}: {error} (PILON_DEBUG=1 shows the traceback)")
     progress.release_notes()
-    sys.exit(0)
+    if code == 130:  # typer's word for Ctrl-C
+        _leave(130, "interrupted")
+    _flush()
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _disk_is_full(error: Exception) -> bool:
-    """Libraries written in other languages report it in words only."""
-    number = error.errno if isinstance(error, OSError) else None
-    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+class _Unfailing(io.TextIOWrapper):
+    """A stderr that cannot end the work: lines that cannot be written (a full disk, a closed pipe) are lost."""
+
+    inner: Any
+
+    @classmethod
+    def around(cls, stream: Any) -> Any:
+        """`stream` as an unfailing one, where it has a buffer; one that is closed or replaced stays as it is."""
+        buffer = getattr(stream, "buffer", None)
+        if buffer is None or isinstance(stream, cls):
+            return stream
+        found = cls(buffer, stream.encoding, "backslashreplace", line_buffering=True)
+        found.inner = stream  # its end would close the buffer
+        return found
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            super().flush()
+
+
+def _flush() -> None:
+    """Write out what is buffered: whether stdout takes it decides the exit code."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _unread()
+    except OSError as error:
+        _leave(2, f"error: cannot write the output: {error.strerror or error}")
+
+
+def _unread() -> NoReturn:
+    """End as a command whose reader has gone away: quietly."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os._exit(128 + 13)  # SIGPIPE
 
 
 def _leave(code: int, message: str) -> NoReturn:
+    try:
+        sys.stdout.flush()
+    except OSError:  # what cannot be written must not fail once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(code)

@@ -1,14 +1,26 @@
-"""How results reach the terminal: tables on stdout, or one JSON object."""
+"""How results reach the terminal: tables and sentences that fit its width, or one JSON object, on stdout."""
 
 import json
+import os
+import shutil
+import sys
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+PIPE_WIDTH = 120  # a pipe has no width: tables there are not cut short
+GAP = 2
+TEXT = 24  # cells with spaces that are longer are sentences, which wrap
+SHORTEST = 8  # letters of a name that stay at least
 
-WIDTH = 120
+
+def wait_passively() -> None:
+    """Let OpenMP threads sleep while they wait, unless the user says otherwise. To be called before torch is imported.
+
+    By default they spin, which on cores that others use makes small decompositions seven times as slow
+    (docs/results/real-models.md). Kernels of microseconds want the spinning, so this is for conversions only.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -16,24 +28,129 @@ def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=2))
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout; the first column is text, the others are right-aligned figures. Empty columns are left out."""
-    used = [index for index in range(len(columns)) if any(row[index] for row in rows)]
-    columns, rows = [columns[index] for index in used], [[row[index] for index in used] for row in rows]
-    console = Console(highlight=False, emoji=False)
-    if not console.is_terminal:
-        console.width = WIDTH  # a pipe has no width; do not cut figures short
-    widest = [max((len(row[index]) for row in rows), default=0) for index in range(len(columns))]
-    if sum(2 + max(len(column), width) for column, width in zip(columns, widest, strict=True)) > console.width:
-        # wrapped here, because rich would cut figures where it could wrap headings
-        columns = [
-            textwrap.fill(column, max(8, width), break_long_words=False)
-            for column, width in zip(columns, widest, strict=True)
-        ]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*row)
-    console.print(title, style="bold", markup=False)
-    console.print(table)
+def terminal_width() -> int | None:
+    """Columns of the terminal behind stdout; None for a pipe or a file."""
+    return shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else None
+
+
+def say(text: str) -> None:
+    """Print sentences; in a terminal they wrap at spaces."""
+    width = terminal_width()
+    print(text if width is None else "\n".join(_wrapped(line, width) for line in text.split("\n")), flush=True)
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    totals: Sequence[Sequence[str]] = (),
+    optional: Sequence[str] = (),
+) -> None:
+    """A table on stdout: the first column is text, the others are right-aligned figures; `totals` end it.
+
+    Empty columns are left out. Headings wrap at spaces. Where the terminal is too narrow the `optional` columns go, in
+    that order, then others from the right, and a line says which.
+    """
+    every = [*rows, *totals]
+    used = [index for index in range(len(columns)) if any(row[index] for row in every)]
+    width = terminal_width()
+    shown = used if width is None else _fitting(columns, every, used, optional, width)
+    widths = _widths(columns, every, shown, width or PIPE_WIDTH)
+    name = title if width is None else _wrapped(title, width)
+    print(f"\033[1m{name}\033[0m" if width is not None and "NO_COLOR" not in os.environ else name)
+    print()
+    rule = "─" * (sum(widths) + GAP * (len(widths) - 1))
+    for line in _lines([columns[index] for index in shown], widths, _prose(every, shown), bottom=True):
+        print(line)
+    print(rule)
+    for place, row in enumerate(every):
+        if totals and place == len(rows):
+            print(rule)
+        for line in _lines([row[index] for index in shown], widths, _prose(every, shown)):
+            print(line)
+    if lost := [columns[index] for index in used if index not in shown]:
+        say(f"No room for: {', '.join(lost)}.")
+    print()
+
+
+def _fitting(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], used: list[int], optional: Sequence[str], width: int
+) -> list[int]:
+    """The columns that stay, so that their least widths fit into `width`."""
+    going = [columns.index(name) for name in optional if columns.index(name) in used]
+    going += [index for index in reversed(used[1:]) if index not in going]
+    shown = list(used)
+    for index in going:
+        least = [_least(columns, rows, one, place == 0) for place, one in enumerate(shown)]
+        if sum(least) + GAP * (len(shown) - 1) <= width or len(shown) <= 2:
+            break
+        shown.remove(index)
+    return shown
+
+
+def _least(columns: Sequence[str], rows: Sequence[Sequence[str]], index: int, name: bool) -> int:
+    """The least width of a column: of its figures, and of its longest word where it wraps."""
+    cells = [row[index] for row in rows]
+    heading = max(map(len, columns[index].split()), default=0)
+    if not name and _is_prose(cells):
+        return max(heading, *(len(word) for cell in cells for word in cell.split()))
+    longest = max(map(len, cells), default=0)
+    return max(heading, min(longest, 3 * SHORTEST) if name else longest)
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], shown: list[int], width: int) -> list[int]:
+    """Least widths, and what is left of `width` to the names, to the sentences, and then to the headings."""
+    found = [_least(columns, rows, index, place == 0) for place, index in enumerate(shown)]
+    left = width - sum(found) - GAP * (len(shown) - 1)
+    cells = [max(map(len, [row[index] for row in rows]), default=0) for index in shown]
+    headings = [len(columns[index]) for index in shown]
+    for wishes in (cells, headings):
+        if wishes is headings and sum(max(0, wish - own) for wish, own in zip(wishes, found, strict=True)) > left:
+            break  # all headings in one line, or each wraps
+        for place, wish in enumerate(wishes):
+            more = min(max(0, wish - found[place]), max(0, left))
+            found[place], left = found[place] + more, left - more
+    return found
+
+
+def _lines(cells: Sequence[str], widths: Sequence[int], prose: Sequence[bool], bottom: bool = False) -> list[str]:
+    """A row as lines of text: sentences and headings wrap, a name that is too long loses its beginning."""
+    wrapped = []
+    for place, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        if bottom or prose[place]:
+            parts = textwrap.wrap(cell, max(1, width), break_long_words=False, break_on_hyphens=False) or [""]
+        else:
+            parts = [_shortened(cell, width) if place == 0 else cell]
+        wrapped.append(parts)
+    height = max(map(len, wrapped))
+    lines = []
+    for level in range(height):
+        texts = []
+        for place, (parts, width) in enumerate(zip(wrapped, widths, strict=True)):
+            at = level - (height - len(parts)) if bottom else level
+            text = parts[at] if 0 <= at < len(parts) else ""
+            texts.append(text.ljust(width) if place == 0 or prose[place] else text.rjust(width))
+        lines.append((" " * GAP).join(texts).rstrip())
+    return lines
+
+
+def _shortened(name: str, width: int) -> str:
+    """The end of a dotted name that fits into `width`, from a dot on if there is one."""
+    if len(name) <= width:
+        return name
+    end = name[len(name) - width + 1 :]
+    return "…" + (end[end.index(".") :] if "." in end else end)
+
+
+def _prose(rows: Sequence[Sequence[str]], shown: Sequence[int]) -> list[bool]:
+    """True for the columns of sentences; never for the first, which names the rows."""
+    return [place > 0 and _is_prose([row[index] for row in rows]) for place, index in enumerate(shown)]
+
+
+def _is_prose(cells: Sequence[str]) -> bool:
+    return any(len(cell) > TEXT and " " in cell for cell in cells)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)) or text

@@ -8,11 +8,12 @@ import typer
 from pilon_compress import recipe
 
 from .output import print_json
+from .usage import Command, application
 
-app = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
+app = application(help="List, show and check recipes.")
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
@@ -26,7 +27,7 @@ def list_(
             print(f"{kind:<7}  {name:<{width}}  {description}")
 
 
-@app.command()
+@app.command(cls=Command)
 def show(name: Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")]) -> None:
     """Print a recipe as written: a start for your own.
 
@@ -35,7 +36,7 @@ def show(name: Annotated[str, typer.Argument(help="Name of a bundled recipe, or 
     sys.stdout.write(recipe.source(name))
 
 
-@app.command()
+@app.command(cls=Command)
 def check(
     file: Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled recipe.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field: a.b=value.")] = None,

@@ -206,10 +206,9 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def _ratios(value: str) -> list[float]:
-    try:
-        return [float(part) for part in value.split(",")]
-    except ValueError:
-        raise BadInput(f"--shrink {value}: ratios are numbers with commas between them, as in 0.6,0.4,0.2") from None
+    from pilon_compress.ratio import parse_ratios
+
+    return parse_ratios("--shrink", value)
 
 
 def _read(name: str | None, task: str | None, overrides: list[str]) -> Any:

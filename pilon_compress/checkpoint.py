@@ -1,15 +1,10 @@
 """Where models come from: a folder, an installed package, or the hub; and what is wrong with one that does not load."""
 
-import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -18,18 +13,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
 from pilon_compress import hub
 from pilon_compress.errors import BadInput
+from pilon_compress.io.errors import UNREADABLE, first_line, unreadable
+from pilon_compress.io.manifest import read_ours, verify_folder
+from pilon_compress.models import files
+from pilon_compress.models.config_check import check_declared, check_shapes
+from pilon_compress.models.references import resolve
+from pilon_compress.models.task import architecture, is_causal, text_config, vocabulary
+
+__all__ = ["architecture", "is_causal", "resolve", "text_config", "vocabulary"]  # beside what is defined here
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-PACKAGE = "package:"
-HUB_HELP = "a local folder or package:NAME works without it"
-
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
-"""What transformers raises for a config or tokenizer that it cannot read (JSON errors are ValueErrors)."""
+HUB_HELP = "a local folder, a .gguf file or package:NAME works without it"
 
 logging.disable_progress_bar()  # ours are enough
 logging.set_verbosity_error()  # what matters of its reports is refused here, in one line
@@ -37,57 +35,43 @@ logging.set_verbosity_error()  # what matters of its reports is refused here, in
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
-def resolve(reference: str) -> str:
-    """A local folder for a path or `package:NAME`; a hub id unchanged. Raises BadInput for what cannot be one of these.
-
-    `package:NAME` is the folder inside the installed package NAME that holds a config.json beside weights. The package
-    is found, not imported.
-    """
-    if reference.startswith(PACKAGE):
-        return str(_in_package(reference.removeprefix(PACKAGE)))
-    path = Path(reference).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BadInput(f"{reference} holds no config.json: not a model folder")
-        return str(path)
-    if path.exists():
-        raise BadInput(f"{reference} is a file; a model is a folder with config.json and safetensors")
-    if reference.startswith((".", "/", "~")) or reference.count("/") > 1 or os.sep != "/" and os.sep in reference:
-        raise BadInput(f"there is no folder {reference}")
-    return reference
-
-
-def _in_package(name: str) -> Path:
-    spec = find_spec(name) if name.isidentifier() else None
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        configs = sorted(Path(root).rglob("config.json"), key=lambda path: (len(path.parts), str(path)))
-        for config in configs:
-            if any(config.parent.glob("*.safetensors")):
-                return config.parent
-    what = "ships no config.json beside safetensors" if spec else "is not installed"
-    raise BadInput(f"package {name!r} {what}")
-
-
 def load_config(reference: str) -> PretrainedConfig:
-    """The model's config. Raises BadInput if it is missing, unreadable or of an unknown architecture."""
+    """Return the model's config, with the dtype of its weights.
+
+    Raises BadInput if the config is missing, unreadable or of an unknown architecture, or if the weights are quantised
+    by a method other than PILON.
+    """
     folder = resolve(reference)
+    if Path(folder).is_dir():
+        check_declared(read_ours(Path(folder) / "config.json"))
+        verify_folder(folder, weights=False)
     try:
+        check_declared(PretrainedConfig.get_config_dict(folder, **_where(folder))[0])
         config = AutoConfig.from_pretrained(folder, **_where(folder))
+        _check_method(reference, config)
+        if getattr(config, "dtype", None) is None:
+            config.dtype = _stored_dtype(folder)
     except UNREADABLE as error:
         raise _refusal(reference, folder, error) from error
+    check_shapes(config)
+    architecture(config)
+    check_shapes(config)
     return config
 
 
 def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises BadInput if there is none."""
+    """Return the model's tokenizer. Raises BadInput if there is none, or one that cannot pad."""
     folder = resolve(reference)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_where(folder))
-    except UNREADABLE as error:
+        known = len(tokenizer) > len(tokenizer.all_special_ids)
+    except Exception as error:
+        if not unreadable(error):
+            raise
         if not Path(folder).is_dir():
             raise _refusal(reference, folder, error) from error
-        raise BadInput(f"{reference} has no tokenizer that loads: {_first_line(error)}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # without files transformers invents one that knows no words
+        raise BadInput(f"{reference} has no tokenizer that loads: {first_line(error)}") from error
+    if not known:  # without files transformers invents one that knows no words
         raise BadInput(f"{reference} has no tokenizer: copy the files (tokenizer.json, ...) of the model it comes from")
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -95,54 +79,102 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The dense architecture of `config` on the meta device: shapes without memory. A PILON config gives its host."""
+    """The dense architecture of `config` on the meta device: shapes without memory. A PILON config gives its host.
+
+    Raises BadInput for an architecture that cannot be built, or does not read token ids.
+    """
     with torch.device("meta"):
-        return build(config)
+        model = build(config)
+    if model.main_input_name != "input_ids":
+        raise BadInput(f"{type(model).__name__} reads {model.main_input_name}, not text")
+    vocabulary(config)
+    return model
 
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
     """The dense architecture of `config`, where and how the caller has parameters made."""
-    plain = type(config).from_dict(config.to_dict())
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    kind = _architecture(config)
+    kind = architecture(config)
     try:
+        plain = type(config).from_dict(config.to_dict())
+        if hasattr(plain, "quantization_config"):
+            del plain.quantization_config
         return kind(plain) if kind is not None else AutoModel.from_config(plain)
-    except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        raise BadInput(f"{config.model_type} is no model that can be built: {_first_line(error)}") from error
+    except UNREADABLE as error:
+        raise BadInput(f"cannot build a model from config type {config.model_type}: {first_line(error)}") from error
 
 
 def check_dense(reference: str, config: PretrainedConfig) -> None:
     """Raise BadInput for a model whose weights are not plain matrices: PILON already, or quantised."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    if method == "pilon":
+    if _method(config) == "pilon":
         raise BadInput(f"{reference} is a PILON model already: convert the dense model that it was made from")
-    raise BadInput(f"{reference} is quantised ({method}): convert the model that it was made from")
+    _check_method(reference, config)
+
+
+def _check_method(reference: str, config: PretrainedConfig) -> None:
+    """Raise BadInput for weights in a quantised format that is not PILON's."""
+    method = _method(config)
+    if method not in (None, "pilon"):
+        raise BadInput(f"{reference} is quantised ({method}): give the model that it was made from")
+
+
+def _method(config: PretrainedConfig) -> object:
+    """The quantization method that a config names; None where weights are plain."""
+    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return getattr(method, "value", method) or "by a method that its config does not name"
 
 
 def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load weights (safetensors only, no code from the checkpoint) with the class that the config names, in eval mode.
 
-    Raises BadInput for files that are missing, truncated, or hold other tensors than the architecture.
+    Raises BadInput for files that are missing, truncated, or hold other tensors than the architecture, and for values
+    that are NaN or infinite.
     """
     wanted = find_dtype(dtype) if isinstance(dtype, str) else dtype
     target = find_device(device)
     folder = resolve(reference)
-    kind = _architecture(load_config(reference)) or AutoModel
+    config = load_config(reference)
+    kind = architecture(config)
     if Path(folder).is_dir():
-        _check_weights(Path(folder))
+        files.check_weights(Path(folder))
+        verify_folder(folder)
     try:
-        model, loaded = kind.from_pretrained(
-            folder, dtype=wanted or "auto", use_safetensors=True, output_loading_info=True, **_where(folder)
+        model, loaded = (kind or AutoModel).from_pretrained(
+            folder,
+            dtype=wanted or config.dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            **_where(folder),
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise _refusal(reference, folder, error) from error
     if missing := sorted(loaded["missing_keys"]):  # transformers leaves them random
         raise BadInput(f"{reference} lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}")
-    return model.to(target).eval()
+    lost = sorted(loaded["unexpected_keys"])
+    if lost and type(model).__name__ not in (config.architectures or []):
+        raise BadInput(
+            f"{reference} holds tensors that a {type(model).__name__} has no place for, the first is {lost[0]}: "
+            "name its class as `architectures` in config.json"
+        )
+    model = model.to(target).eval()
+    check_finite(model)
+    return model
+
+
+def _stored_dtype(folder: str) -> torch.dtype | None:
+    """The dtype of most weights in the files, for a config that does not say."""
+    if Path(folder).is_dir():
+        try:
+            return files.stored_dtype(files.weight_files(Path(folder))[:1])
+        except BadInput:  # said where weights are wanted
+            return None
+    try:
+        found = cached_file(folder, SAFE_WEIGHTS_NAME, local_files_only=hub.offline())
+    except OSError:  # in shards: transformers reads the dtype when it loads them
+        return None
+    return files.stored_dtype([Path(found)]) if found else None
 
 
 def find_dtype(name: str) -> torch.dtype | None:
@@ -163,11 +195,6 @@ def find_device(name: str) -> torch.device:
         raise BadInput(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None
 
 
-def is_causal(config: PretrainedConfig) -> bool:
-    """Whether the model predicts the next token."""
-    return any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in config.architectures or [])
-
-
 def check_finite(model: PreTrainedModel) -> None:
     """Raise BadInput naming the first parameter that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
@@ -175,53 +202,16 @@ def check_finite(model: PreTrainedModel) -> None:
             raise BadInput(f"the weight {name} holds NaN or infinite values")
 
 
-def _architecture(config: PretrainedConfig) -> Any:
-    """The class that the config names, so that heads are kept; None if it names none that is known."""
-    for name in config.architectures or []:
-        kind = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-            return kind
-    return None
-
-
 def _where(folder: str) -> dict[str, Any]:
     """Local folders never ask the hub, and nothing does when it is out of reach."""
     return {"local_files_only": Path(folder).is_dir() or hub.offline(), "trust_remote_code": False}
 
 
-def _check_weights(folder: Path) -> None:
-    """Open every safetensors file and read its header, which also checks the length of the file."""
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON and UTF-8 errors are ValueErrors
-            raise BadInput(f"{index} is not a weight index: {_first_line(error)}") from None
-        if lost := sorted(named - {path.name for path in files}):
-            raise BadInput(f"{folder} lacks {lost[0]}, which its index names")
-    if not files:
-        legacy = any(folder.glob("*.bin"))
-        reason = "only pickled weights (.bin), which are not loaded; save it as safetensors" if legacy else "no weights"
-        raise BadInput(f"{folder} holds {reason}")
-    for path in files:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{path} is truncated or corrupt: {_first_line(error)}") from error
-
-
 def _refusal(reference: str, folder: str, error: Exception) -> BadInput:
     if Path(folder).is_dir():
-        return BadInput(f"{reference} does not load: {_first_line(error)}")
+        return BadInput(f"{reference} does not load: {first_line(error)}")
     if reason := hub.unreachable():
         return BadInput(
             f"{reference} is neither a folder nor cached, and the hub is out of reach ({reason}); {HUB_HELP}"
         )
-    return BadInput(f"{reference} does not load from the hub: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return BadInput(f"{reference} does not load from the hub: {first_line(error)}")

@@ -10,35 +10,41 @@ from transformers import PreTrainedModel
 
 from pilon_compress.errors import BadInput
 from pilon_compress.form.layout import linear_shape
+from pilon_compress.models.blocks import blocks
+from pilon_compress.models.task import text_config
 
 
 @dataclass(frozen=True)
 class Family:
-    """`layers`: path of the layer list below the base model. `projections`: role -> path below one layer."""
+    """`projections`: role -> path below one transformer block."""
 
-    layers: str
     projections: dict[str, str]
 
 
+HEADS = {"num_heads", "n_heads", "n_head", "num_attention_heads", "head_dim", "attention_head_size"} | {
+    *("num_key_value_heads", "num_key_value_groups", "ssm_state_size", "state_size", "d_state")
+}
+"""Attributes of modules that mix tokens: attention and state-space models."""
+
 GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
-BERT = Family("encoder.layer", {"up": "intermediate.dense", "down": "output.dense"})
+BERT = Family({"up": "intermediate.dense", "down": "output.dense"})
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("h", {"up": "mlp.c_fc", "down": "mlp.c_proj"}),
-    "llama": Family("layers", GATED),
-    "mistral": Family("layers", GATED),
-    "qwen2": Family("layers", GATED),
-    "qwen3": Family("layers", GATED),
-    "gemma": Family("layers", GATED),
-    "gemma2": Family("layers", GATED),
-    "gemma3_text": Family("layers", GATED),
-    "phi3": Family("layers", {"gate_up": "mlp.gate_up_proj", "down": "mlp.down_proj"}),
-    "arcee": Family("layers", {"up": "mlp.up_proj", "down": "mlp.down_proj"}),
-    "opt": Family("decoder.layers", {"up": "fc1", "down": "fc2"}),
-    "gpt_neox": Family("layers", {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}),
+    "gpt2": Family({"up": "mlp.c_fc", "down": "mlp.c_proj"}),
+    "llama": Family(GATED),
+    "mistral": Family(GATED),
+    "qwen2": Family(GATED),
+    "qwen3": Family(GATED),
+    "gemma": Family(GATED),
+    "gemma2": Family(GATED),
+    "gemma3_text": Family(GATED),
+    "phi3": Family({"gate_up": "mlp.gate_up_proj", "down": "mlp.down_proj"}),
+    "arcee": Family({"up": "mlp.up_proj", "down": "mlp.down_proj"}),
+    "opt": Family({"up": "fc1", "down": "fc2"}),
+    "gpt_neox": Family({"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}),
     "bert": BERT,
     "roberta": BERT,
-    "distilbert": Family("transformer.layer", {"up": "ffn.lin1", "down": "ffn.lin2"}),
+    "distilbert": Family({"up": "ffn.lin1", "down": "ffn.lin2"}),
 }
 
 
@@ -71,24 +77,25 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequ
     `re:` followed by a regular expression that the module name must match from its start; names count from the base
     model. A target may name any linear projection inside a layer. Raises BadInput when nothing is left.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise BadInput(f"{model.config.model_type} is an encoder-decoder model, which is not supported")
-    base = model.base_model
-    family = FAMILIES.get(model.config.model_type) or detect(base)
+    layers = blocks(model)
+    family = family_of(model)
     if family is None and not targets:
-        raise BadInput(f"no feed-forward projections found in {type(model).__name__}; name them with --targets")
-    layers_path = family.layers if family else _layer_list(base)
-    layers = _layers(base, layers_path)
+        raise BadInput(
+            f"no feed-forward projections found in {type(model).__name__} (experts, attention and state-space mixers "
+            "are not replaced by themselves); name projections with --targets"
+        )
+    known = text_config(model.config).model_type in FAMILIES
+    hidden = _hidden_size(model)
     roles = {path: role for role, path in family.projections.items()} if family else {}
     sites = []
-    for index, layer in enumerate(layers):
-        block = _block(layer, roles, f"{layers_path}.{index}", model.config.model_type in FAMILIES)
+    for index, (layer_name, layer) in enumerate(layers.items()):
+        block = _block(layer, roles, layer_name, known)
         for path, module in layer.named_modules():
-            wanted = _matches(f"{layers_path}.{index}.{path}", module, targets) if targets else path in roles
-            if not wanted or not _is_linear(module):
-                continue
-            name = f"{layers_path}.{index}.{path}"
-            if _matches(name, module, ignore):
+            name = f"{layer_name}.{path}"
+            wanted = (
+                _matches(name, module, targets) if targets else path in roles and not mixes_tokens(layer, path, hidden)
+            )
+            if not wanted or not _is_linear(module) or _matches(name, module, ignore):
                 continue
             d_in, d_out = linear_shape(module)
             role = roles.get(path, path.replace(".", "_"))
@@ -100,6 +107,11 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequ
         )
         raise BadInput(f"{why} in {type(model).__name__}")
     return _share_inputs(sites)
+
+
+def family_of(model: PreTrainedModel) -> Family | None:
+    """The architecture's row of FAMILIES, else what `detect` finds; of a model of several towers, the text tower's."""
+    return FAMILIES.get(text_config(model.config).model_type) or detect(model)
 
 
 def _block(layer: nn.Module, roles: Mapping[str, str], name: str, known: bool) -> tuple[str, ...]:
@@ -122,21 +134,33 @@ def _block(layer: nn.Module, roles: Mapping[str, str], name: str, known: bool) -
     return tuple(f"{name}.{path}" for path in roles)
 
 
-def detect(base: PreTrainedModel) -> Family | None:
+def detect(model: PreTrainedModel) -> Family | None:
     """Find the feed-forward projections of an unknown architecture by their shapes; None if there are none.
 
-    Within one layer, and outside of what calls itself attention, `down` is the linear that maps the widest inner size F
-    back to the hidden size; linears from the hidden size to F are `up` (and `gate`, if two), one to 2F is a fused
-    `gate_up`.
+    Within the first block that has them, and outside of what mixes tokens, `down` is the linear that maps the widest
+    inner size F back to the hidden size; linears from the hidden size to F are `up` (and `gate`, if two), one to 2F is
+    a fused `gate_up`.
     """
-    path = _layer_list(base)
-    if path is None:
-        return None
-    layer = _layers(base, path)[0]
-    shapes = {name: linear_shape(m) for name, m in layer.named_modules() if _is_linear(m) and "att" not in name}
+    hidden = _hidden_size(model)
+    kinds: set[tuple[type, frozenset[tuple[str, tuple[int, int]]]]] = set()
+    for layer in blocks(model).values():
+        shapes = {
+            name: linear_shape(module)
+            for name, module in layer.named_modules()
+            if _is_linear(module) and not mixes_tokens(layer, name, hidden)
+        }
+        kind = (type(layer), frozenset(shapes.items()))
+        if kind not in kinds and (family := _family(shapes, hidden)) is not None:
+            return family
+        kinds.add(kind)
+    return None
+
+
+def _family(shapes: Mapping[str, tuple[int, int]], hidden: int | None) -> Family | None:
+    """The feed-forward projections among the linears of one block, given by path and shape (d_in, d_out)."""
     if not shapes:
         return None
-    hidden = getattr(base.config, "hidden_size", None) or Counter(s[0] for s in shapes.values()).most_common(1)[0][0]
+    hidden = hidden or Counter(d_in for d_in, _ in shapes.values()).most_common(1)[0][0]
     downs = {name: d_in for name, (d_in, d_out) in shapes.items() if d_out == hidden and d_in > hidden}
     if not downs:
         return None
@@ -144,38 +168,36 @@ def detect(base: PreTrainedModel) -> Family | None:
     ups = [name for name, shape in shapes.items() if shape == (hidden, inner)]
     fused = [name for name, shape in shapes.items() if shape == (hidden, 2 * inner)]
     if len(ups) == 1:
-        found = {"up": ups[0]}
-    elif len(ups) == 2:
+        return Family({"up": ups[0], "down": down})
+    if len(ups) == 2:
         gate = next((name for name in ups if "gate" in name), ups[0])
-        found = {"gate": gate, "up": next(name for name in ups if name != gate)}
-    elif len(fused) == 1:
-        found = {"gate_up": fused[0]}
-    else:
-        return None
-    return Family(path, {**found, "down": down})
+        return Family({"gate": gate, "up": next(name for name in ups if name != gate), "down": down})
+    return Family({"gate_up": fused[0], "down": down}) if len(fused) == 1 else None
 
 
-def _layer_list(base: nn.Module) -> str | None:
-    """Path of the longest list of equal layers that hold linears."""
-    lists = [
-        (len(module), name)
-        for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len({type(child) for child in module}) == 1
-        and any(_is_linear(m) for m in module[0].modules())
-    ]
-    return max(lists, key=lambda item: item[0])[1] if lists else None
+def _hidden_size(model: PreTrainedModel) -> int | None:
+    found = getattr(text_config(model.config), "hidden_size", None)
+    return found if isinstance(found, int) else None
 
 
-def _layers(base: nn.Module, path: str | None) -> nn.ModuleList:
-    if path is None:
-        raise BadInput(f"{type(base).__name__} has no list of layers")
-    try:
-        layers = base.get_submodule(path)
-    except AttributeError:
-        raise BadInput(f"{type(base).__name__} has no layers at {path}") from None
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+def mixes_tokens(layer: nn.Module, path: str, hidden: int | None) -> bool:
+    """True if the projection at `path` belongs to something in `layer` that mixes tokens: attention, a convolution, a
+    state-space or other recurrent mixer.
+
+    Told by structure: a part around the projection that has heads or a state, a convolution over time, or parameters
+    of its own whose shape is not the `hidden` size (decay rates, state matrices).
+    """
+    parts = path.split(".")[:-1]
+    for depth in range(1, len(parts) + 1):
+        module = layer.get_submodule(".".join(parts[:depth]))
+        if "att" in parts[depth - 1].lower() or "attention" in type(module).__name__.lower():
+            return True
+        if any(isinstance(child, nn.Conv1d) for child in module.children()):
+            return True
+        own = (parameter for parameter in module._parameters.values() if parameter is not None)
+        if HEADS & module.__dict__.keys() or any(size not in (1, hidden) for one in own for size in one.shape):
+            return True
+    return False
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -104,35 +104,50 @@ class Ratio(NamedTuple):
     detail: str
 
 
+STORED, BYTES, BYTES_BF16, MACS = "Stored parameters", "Bytes on disk", "Bytes, dense in bfloat16", "MACs per token"
+
+
 def ratios(report: Mapping[str, Any]) -> list[Ratio]:
-    """The six cost ratios of a report: stored, bytes and MACs, each for the FFN and for the whole model."""
+    """The cost ratios of a report: stored, bytes and MACs, each for the FFN and for the whole model.
+
+    Bytes are over the dense file in its own dtype, and where that is another one, over bfloat16 as well.
+    """
+    source = report.get("source_dtype", "bfloat16")  # older reports count the dense model in bfloat16 alone
     found = []
     for key, part in (("ffn", "FFN"), ("model", "whole model")):
         sizes = report[key]
         found += [
             Ratio(
-                "Stored parameters",
+                STORED,
                 part,
                 sizes["stored_ratio"],
                 f"parameters kept ÷ parameters of the dense {part}",
                 f"{short_count(sizes['stored'])} of {short_count(sizes['dense_stored'])}",
             ),
             Ratio(
-                "Bytes on disk",
+                BYTES,
+                part,
+                sizes.get("bytes_ratio_to_source", sizes["bytes_ratio"]),
+                f"bytes saved to disk as {report['dtype']} ÷ bytes of the dense {part} in {source}",
+                f"{mib(sizes['bytes'])} of {mib(sizes.get('source_bytes', sizes['dense_bytes']))}",
+            ),
+            Ratio(
+                BYTES_BF16,
                 part,
                 sizes["bytes_ratio"],
                 f"bytes saved to disk as {report['dtype']} ÷ bytes of the dense {part} in bfloat16",
                 f"{mib(sizes['bytes'])} of {mib(sizes['dense_bytes'])}",
             ),
             Ratio(
-                "MACs per token",
+                MACS,
                 part,
                 sizes["mac_ratio"],
                 f"multiply-accumulates per token ÷ those of the dense {part}",
                 f"{short_count(sizes['macs'])} of {short_count(sizes['dense_macs'])}",
             ),
         ]
-    return sorted(found, key=lambda r: ("Stored parameters", "Bytes on disk", "MACs per token").index(r.label))
+    shown = [STORED, BYTES, MACS] if source == "bfloat16" else [STORED, BYTES, BYTES_BF16, MACS]
+    return sorted((ratio for ratio in found if ratio.label in shown), key=lambda ratio: shown.index(ratio.label))
 
 
 # key -> (label, meaning, key of the dense model's figure)
@@ -153,6 +168,7 @@ _CIRCUMSTANCES = {
     "bytes": "Bytes of text",
     "window": "Window, tokens",
     "stride": "Stride, tokens",
+    "begins_with": "Sequences begin with",
     "eos": "EOS between documents",
 }
 _DENSE_KEYS = {dense for _, _, dense in _QUALITY.values() if dense}
@@ -174,6 +190,8 @@ def circumstances(details: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     rows = []
     for key in in_order(details or {}, list(_CIRCUMSTANCES)):
         value = (details or {})[key]
+        if key == "begins_with" and value is None:
+            value = "text, no token before it"
         if key in _QUALITY or key in _DENSE_KEYS or value is None:
             continue
         if isinstance(value, bool):

@@ -11,6 +11,9 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from pilon_compress import settings, strict_yaml
+from pilon_compress.conflicts import refuse_conflicts
+from pilon_compress.errors import BadInput
+from pilon_compress.ratio import Ratio
 from pilon_compress.settings import Positive, Section, Selector, Switch, Text
 from pilon_compress.strict_yaml import Document
 
@@ -33,12 +36,13 @@ class Budget(Section):
 
     allow_larger: Switch = False  # declared first: the check of ffn_ratio reads it
     """Permit a plan larger than the dense model (ffn_ratio up to 4), for tests and study."""
-    ffn_ratio: Annotated[float, Field(allow_inf_nan=False, strict=True)] | None = None
-    """Stored FFN parameters, PILON over dense: above 0, at most 1. Default 0.5. Not together with preset."""
+    ffn_ratio: Ratio | None = None
+    """Stored FFN parameters, PILON over dense, at most: above 0, at most 1; also as 50% or 1/2. Default 0.5, or what
+    n_primitives and rank come to where both are given. Not together with preset."""
     preset: Preset | None = None
     """A named ffn_ratio: minimal .9, baseline .75, mild .6, moderate .5, aggressive .25, extreme .1."""
     neurons: Switch = True
-    """Whether feed-forward blocks may lose neurons, the others making up for them."""
+    """Prune neurons of feed-forward blocks and refit the others; false: keep every neuron, lower ranks alone."""
     sharing: Literal["auto", "none"] = "none"
     """auto: bands of layers share banks where a joint fit has the lower loss; costs time, and MACs where it does."""
     banding: Literal["contiguous", "similar"] = "contiguous"
@@ -47,8 +51,8 @@ class Budget(Section):
     """Match the neurons of layers that share before their banks are fitted."""
     optimize: Literal["storage", "compute"] = "storage"
     """storage: MACs may be up to the dense model's. compute: the ratio of MACs is at most that of stored parameters."""
-    mac_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    """Limit on the FFN's MACs per token, PILON over dense; overrides what optimize says."""
+    mac_ratio: Annotated[Ratio, Field(gt=0, le=1)] | None = None
+    """Limit on the FFN's MACs per token, PILON over dense. Not together with optimize: compute."""
     bands: Positive | list[list[int]] | None = None
     """Bands of layers that share banks: their number, or the layers of each. Default: about three layers each."""
     n_primitives: Positive | None = None
@@ -61,7 +65,9 @@ class Budget(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_ratio(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("ffn_ratio") is None and data.get("preset") is None:
+        fixed = isinstance(data, dict) and None not in (data.get("n_primitives"), data.get("rank"))
+        fixed = fixed and data.get("optimize") != "compute"  # whose limit on MACs is the ratio
+        if isinstance(data, dict) and data.get("ffn_ratio") is None and data.get("preset") is None and not fixed:
             return {**data, "ffn_ratio": DEFAULT_RATIO}
         return data
 
@@ -94,6 +100,18 @@ class Budget(Section):
         if value is None or lists or (count(value) and value > 0):
             return value
         raise ValueError("must be a number of bands, or the layers of each band, as in [[0, 1], [2, 3]]")
+
+    @property
+    def limits_storage(self) -> bool:
+        """True if a ratio or preset bounds what is stored; False where n_primitives and rank alone decide."""
+        return self.preset is not None or self.ffn_ratio is not None
+
+    @property
+    def mac_limit(self) -> float | None:
+        """Upper bound of the FFN's MACs per token over dense; None where storage alone counts."""
+        if self.mac_ratio is not None:
+            return self.mac_ratio
+        return min(1.0, self.ratio) if self.optimize == "compute" else None
 
     @property
     def ratio(self) -> float:
@@ -134,6 +152,9 @@ class Calibration(Section):
     """Tokens per sequence, at most."""
     batch_size: Positive = 16
     """Sequences per forward pass."""
+    begins_with: Text | None = None
+    """Tokens that every sequence of a causal LM begins with, as `convert` saves them: those that the tokenizer puts
+    before a text. A recipe that names others than the tokenizer puts is refused."""
 
 
 class Refine(Section):
@@ -153,7 +174,8 @@ class Evaluation(Section):
     data: Text | None = None
     """Text source, as for calibration; none: do not evaluate. Default: the held-out part of the calibration source."""
     samples: Positive | None = None
-    """Texts to compare for encoders, windows to score for causal LMs."""
+    """Texts to compare for encoders, windows to score for causal LMs. Default: 500 texts; at the end of a conversion as
+    many windows as make 16,384 tokens, in `eval` all of the text."""
     window: Positive | None = None
     """Tokens of context per window (causal LMs)."""
     stride: Positive | None = None
@@ -168,6 +190,12 @@ class Evaluation(Section):
         if value is not None and window is not None and value > window:
             raise ValueError(f"larger than the window of {window}: tokens would be skipped")
         return value
+
+    def check_kind(self, causal: bool) -> None:
+        """Raise BadInput for settings that the kind of model has no use for: windows of an encoder."""
+        for name in ("window", "stride"):
+            if not causal and getattr(self, name) is not None:
+                raise BadInput(f"evaluation.{name} is for causal LMs, and this model is an encoder: leave it out")
 
 
 class Recipe(Section):
@@ -188,13 +216,18 @@ class Recipe(Section):
     free."""
     effort: Literal["fast", "balanced", "best"] = "balanced"
     """fast: every layer on its own, on a third of the text. balanced: each layer makes up for those before it. best:
-    twice the text, longer joint fits."""
+    twice the text, longer joint fits. For method pilon."""
     budget: Budget = Budget()
     form: Form = Form()
     scope: Scope = Scope()
     calibration: Calibration = Calibration()
     refine: Refine = Refine()
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _every_option_counts(self) -> "Recipe":
+        refuse_conflicts(self)
+        return self
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

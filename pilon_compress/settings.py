@@ -7,6 +7,7 @@ import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from pilon_compress import strict_yaml
 from pilon_compress.errors import BadInput
+from pilon_compress.io.disk import read_bounded
 from pilon_compress.strict_yaml import Document
 
 
@@ -61,10 +63,12 @@ def _home() -> Any:
 def find(name_or_path: str) -> tuple[str, str]:
     """The bundled recipe of that name, else the file: (what messages call it, its text). Raises BadInput."""
     path = Path(name_or_path)
+    with suppress(RuntimeError):  # no such user
+        path = path.expanduser()
     if name_or_path in bundled():
         return f"{name_or_path}.yaml", (_home() / f"{name_or_path}.yaml").read_text("utf-8")
     try:
-        return name_or_path, path.read_text("utf-8-sig")
+        return name_or_path, read_bounded(path, strict_yaml.LENGTH)
     except FileNotFoundError:
         raise BadInput(f"no recipe or file {name_or_path!r}{_alternatives(name_or_path, bundled())}") from None
     except UnicodeDecodeError:

@@ -4,13 +4,17 @@ PyYAML follows YAML 1.1, where `1e-3` is a string, `no` a boolean, `1:20` a numb
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import yaml
 
 from pilon_compress.errors import BadInput
+
+LENGTH = 1 << 19  # characters
+DEPTH, PARTS = 32, 10_000  # of a document, its aliases written out
 
 _TAG = "tag:yaml.org,2002:"
 _NULL = re.compile(r"(~|null|Null|NULL|)$")
@@ -49,10 +53,13 @@ class Document:
 
 
 def parse(text: str, origin: str) -> Document:
-    """The data in `text`; None when it is empty. Raises BadInput with the line."""
+    """The data in `text`; None when it is empty. Raises BadInput with the line, and for text beyond the limits."""
+    if len(text) > LENGTH:
+        raise BadInput(f"{origin}: longer than {LENGTH:,} characters: not a recipe")
     try:
+        _bound(text, origin)
         root = yaml.compose(text, Loader=_Loader)
-        return Document(origin, None if root is None else _value(root, origin), root)
+        return Document(origin, None if root is None else _value(root, origin, count()), root)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{origin}:{mark.line + 1}" if mark else origin
@@ -66,6 +73,16 @@ def parse(text: str, origin: str) -> Document:
 def dump(data: Any) -> str:
     """YAML that `parse` reads back unchanged: mappings as blocks in their order, lists in brackets."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _bound(text: str, origin: str) -> None:
+    """Raise BadInput for a document that is too deep or has too many parts, before it is built."""
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEPTH or number > PARTS:
+            words = f"nested deeper than {DEPTH}" if depth > DEPTH else f"more than {PARTS:,} parts"
+            raise BadInput(f"{origin}:{event.start_mark.line + 1 if event.start_mark else 1}: {words}: not a recipe")
 
 
 class _Loader(yaml.SafeLoader):
@@ -95,9 +112,12 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _value(node: yaml.Node, origin: str) -> Any:
+def _value(node: yaml.Node, origin: str, parts: Iterator[int]) -> Any:
+    """The plain data of `node`; `parts` counts them, since an alias repeats all that it stands for."""
+    if next(parts) > PARTS:
+        raise _refused(node, origin, f"its aliases (*NAME) expand to more than {PARTS:,} parts")
     if isinstance(node, yaml.SequenceNode):
-        return [_value(item, origin) for item in node.value]
+        return [_value(item, origin, parts) for item in node.value]
     if isinstance(node, yaml.MappingNode):
         data: dict[str, Any] = {}
         for key, value in node.value:
@@ -105,7 +125,7 @@ def _value(node: yaml.Node, origin: str) -> Any:
                 raise _refused(key, origin, "a key must be a word")
             if key.value in data:
                 raise _refused(key, origin, f"{key.value} is given twice")
-            data[key.value] = _value(value, origin)
+            data[key.value] = _value(value, origin, parts)
         return data
     try:
         return _SCALARS[node.tag](node.value)

@@ -176,8 +176,12 @@ def test_activations_that_overflow(convert, place, tmp_path):
     assert_refused(convert("--sequence-length", "16", model=tmp_path), "NaN or infinite")
 
 
-def test_disk_full(convert):
-    assert_refused(convert(file_limit=20_000, out="new/folders/out"), "cannot write", "nothing was kept")
+def test_a_full_disk_keeps_finished_work_and_the_same_command_goes_on(convert, tmp_path):
+    out = tmp_path / "new" / "out"
+    assert_refused(convert(file_limit=20_000, out=out), "cannot write", "finished work is kept")
+    assert [p.name for p in out.parent.iterdir()] == [".out.partial"]
+    assert convert(out=out).returncode == 0
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
 def test_overwriting_with_a_failure_keeps_the_old_model(convert, tmp_path):
@@ -185,7 +189,7 @@ def test_overwriting_with_a_failure_keeps_the_old_model(convert, tmp_path):
     old = (tmp_path / "m" / "model.safetensors").read_bytes()
     assert_refused(convert("--overwrite", out=tmp_path / "m", file_limit=20_000), "cannot write")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".m.partial", "m"]
 
 
 def copy(source, target):

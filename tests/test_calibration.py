@@ -5,15 +5,16 @@ from hashlib import sha256
 import torch
 
 from pilon_compress import recipe
-from pilon_compress.convert.calibration import causal_batches, causal_blocks, encoder_batches
+from pilon_compress.convert.calibration import causal_batches, encoder_batches
 from pilon_compress.convert.pipeline import read_calibration
 from pilon_compress.convert.prepare import prepare
+from pilon_compress.data.sequences import windows
 
 
-def test_causal_blocks_join_documents_by_eos(tiny):
+def test_windows_join_documents_by_eos(tiny):
     tokenizer = tiny.tiny_tokenizer()
     documents = ["one two three", "four five", "six seven eight nine ten"]
-    batches = causal_batches(list(causal_blocks(tokenizer, documents, length=4)), batch_size=2)
+    batches = causal_batches(list(windows(tokenizer, documents, length=4)), batch_size=2)
     flat = torch.cat([b.input_ids.reshape(-1) for b in batches]).tolist()
     expected = []
     for document in documents:

@@ -62,11 +62,30 @@ def test_version(cli):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["compres"], ["recipes", "shwo"], ["recipes", "list", "--nope"], ["recipes", "show"]]
+    ("arguments", "told"),
+    [
+        (["compres"], "no such command: compres; did you mean compare?"),
+        (["recipes", "shwo"], "no such command: shwo; did you mean show?"),
+        (["recipes", "list", "--nope"], "no such option: --nope"),
+        (["recipes", "show"], "missing argument 'name'"),
+        (["convert", "m", "--ffn-ration", "0.5"], "no such option: --ffn-ration; did you mean --ffn-ratio?"),
+        (["convert", "m", "--rank", "many"], "invalid value for '--rank': must be an integer"),
+        (["inspect", "m", "n"], "got unexpected extra argument(s) (n)"),
+        (["convert", "m", "-o"], "option '-o' requires an argument"),
+        (["train", "--recipe"], "option '--recipe' requires an argument"),
+        (["convert", "m", "-o", "o", "--method", "svdd"], "should be 'pilon', 'whitened-svd' or 'svd'"),
+    ],
 )
-def test_usage_errors(cli, arguments):
+def test_usage_errors_are_one_line_like_all_others(cli, arguments, told):
     done = cli(*arguments, code=2)
-    assert done.stdout == "" and "Usage:" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and told in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["recipes"]])
+def test_a_group_without_a_command_shows_its_help(cli, arguments):
+    done = cli(*arguments, code=2)
+    assert "Commands:" in done.stdout and done.stderr == ""
 
 
 # --- recipes
@@ -134,7 +153,7 @@ def test_a_failure_is_one_line_and_an_exit_code(failing, statement, code, line):
 
 def test_termination_leaves_no_half_written_folder(failing, tmp_path):
     place = f"__import__('pathlib').Path({str(tmp_path / 'new' / 'out')!r})"
-    writing = f"from pilon_compress.deploy.save import fresh_folder\n    with fresh_folder({place}) as work:\n"
+    writing = f"from pilon_compress.io.folders import fresh_folder\n    with fresh_folder({place}) as work:\n"
     done = failing(writing + "        (work / 'a').write_text('1')\n        os.kill(os.getpid(), signal.SIGTERM)")
     assert done.returncode == 143 and [p.name for p in tmp_path.iterdir()] == ["boom.py"], done.stderr
 

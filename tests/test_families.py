@@ -27,7 +27,7 @@ def test_every_family_row_names_real_projections(tiny, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_detection_by_shape_finds_what_the_table_says(tiny, family):
-    assert detect(tiny.tiny_model(family).base_model) == FAMILIES[family]
+    assert detect(tiny.tiny_model(family)) == FAMILIES[family]
 
 
 def test_unknown_architecture_is_detected(tiny):
@@ -58,9 +58,6 @@ def test_models_without_feed_forward_are_refused(tiny):
         layer.output.dense = nn.Identity()
     with pytest.raises(BadInput, match="no feed-forward projections"):
         find_sites(model)
-    model.config.is_encoder_decoder = True
-    with pytest.raises(BadInput, match="encoder-decoder"):
-        find_sites(model)
 
 
 def test_macs_count_every_linear_and_the_head(tiny):
@@ -68,3 +65,29 @@ def test_macs_count_every_linear_and_the_head(tiny):
     by_hand = 3 * (32 * 96 + 32 * 32 + 2 * 32 * 64) + 32 * model.config.vocab_size
     assert linear_macs(model) == by_hand
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", ["mamba", "mixtral"])
+def test_state_space_mixers_and_experts_are_not_feed_forward(tiny, name):
+    with pytest.raises(BadInput, match="no feed-forward projections"):
+        find_sites(tiny.other_model(name))
+
+
+def test_of_a_hybrid_only_the_feed_forward_block_is_found(tiny):
+    """Jamba's blocks alternate: a state-space mixer or attention, a feed-forward block or experts."""
+    sites = find_sites(tiny.other_model("jamba"))
+    assert {site.role for site in sites} == {"gate", "up", "down"}
+    assert all(".feed_forward." in site.name for site in sites) and {site.layer for site in sites} == {0, 2}
+
+
+def test_attention_is_told_by_structure(tiny):
+    """Of a block without a feed-forward part, attention under another name is not taken for one."""
+    model = tiny.tiny_model("qwen3", head_dim=16)
+    model.config.model_type = "brand_new"
+    for layer in model.model.layers:
+        layer.mixer, layer.mlp = layer.self_attn, nn.Identity()
+        del layer.self_attn
+        layer.mixer.__class__ = type("Mixer", (type(layer.mixer),), {})
+    with pytest.raises(BadInput, match="no feed-forward projections"):
+        find_sites(model)
+    assert {site.role for site in find_sites(model, targets=["re:.*mixer.q_proj"])} == {"mixer_q_proj"}

@@ -1,8 +1,13 @@
-"""Plans: they meet the budget, count everything, and refuse what is larger than dense."""
+"""Plans: they meet the budget, count everything, and are what a conversion makes."""
+
+import json
 
 import pytest
 
-from pilon_compress.convert.plan import make_plan, split_bands
+from pilon_compress import recipe
+from pilon_compress.convert import pipeline
+from pilon_compress.convert.plan import check_limits, make_plan, split_bands
+from pilon_compress.convert.prepare import prepare
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
 from pilon_compress.form.layout import Layout
@@ -92,3 +97,129 @@ def test_a_budget_too_small_for_anything_is_refused():
 def test_layout_survives_json():
     layout = make_plan(sites("tiny"), Budget(ffn_ratio=0.5), "pilon", "component").layout()
     assert Layout.from_dict(layout.to_dict()) == layout
+
+
+# --- both limits
+
+
+@pytest.mark.parametrize("shape", ["MiniLM", "Llama-1B"])
+@pytest.mark.parametrize("ratio", [0.9, 0.4])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mac_ratio": 0.5, "bands": 2},
+        {"mac_ratio": 0.3, "rank": 8},
+        {"mac_ratio": 0.4, "n_primitives": 24},
+        {"mac_ratio": 0.4, "n_primitives": 12, "bands": 1},
+        {"mac_ratio": 0.25, "top_k": 4},
+        {"optimize": "compute", "bands": 1},
+        {"optimize": "compute", "rank": 16, "top_k": 6},
+        {"top_k": 4},
+        {"top_k": 7, "bands": 3},
+        {"n_primitives": 20},
+        {"n_primitives": 20, "top_k": 8},
+    ],
+    ids=lambda given: " ".join(f"{key}={value}" for key, value in given.items()),
+)
+@pytest.mark.parametrize("composition", ["component", "scalar"])
+def test_given_shapes_keep_both_limits_and_use_every_primitive(shape, ratio, given, composition):
+    budget = Budget(ffn_ratio=ratio, **given)
+    plan = make_plan(sites(shape), budget, "pilon", composition)
+    check_limits(plan, budget)
+    size = ffn_size(plan.layout()).to_dict()
+    limit = budget.mac_limit or 1
+    assert size["stored_ratio"] <= ratio and size["mac_ratio"] <= limit
+    assert all(bank.n_primitives <= bank.top_k * len(bank.sites) for bank in plan.banks)
+    assert size["macs"] == sum(bank.macs() for bank in plan.banks)
+    if set(given) <= {"bands", "top_k", "mac_ratio"}:
+        assert size["stored_ratio"] >= 0.93 * min(ratio, limit), "the budget is spent as far as the MACs allow"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"n_primitives": 40, "top_k": 3, "rank": 1}, "can use 9: lower n_primitives, or raise top_k"),
+        ({"n_primitives": 30, "rank": 16, "top_k": 20, "mac_ratio": 0.5}, "above the limit 0.5"),
+        ({"n_primitives": 40, "rank": 16, "ffn_ratio": 0.5}, "above the ratio 0.5"),
+        ({"rank": 500}, "above the full rank 384"),
+        ({"rank": 64, "mac_ratio": 0.1}, "with MACs of at most 0.1 is too small"),
+        ({"top_k": 400, "ffn_ratio": 0.1}, "too small for a bank of 400 selected by each layer"),
+    ],
+)
+def test_shapes_that_cannot_hold_are_refused_in_one_line(given, told):
+    budget = Budget(**given)
+    with pytest.raises(BadInput) as refusal:
+        check_limits(make_plan(sites("MiniLM"), budget, "pilon", "component"), budget)
+    assert told in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+# --- the plan that is announced is the plan that is made
+
+
+@pytest.fixture(scope="module")
+def place(tiny, tmp_path_factory):
+    """A folder with tiny models and a text."""
+    folder = tmp_path_factory.mktemp("place")
+    for family in ("bert", "llama"):
+        tiny.save_tiny(family, folder / family)
+    lines = (
+        f"Paragraph {chr(97 + i % 26)}{chr(97 + i // 26)} tells of {'many ' * (i % 5)}things and of nothing else "
+        "but the very things it names."
+        for i in range(60)
+    )
+    (folder / "prose.txt").write_text("\n\n".join(lines))
+    return folder
+
+
+def asked(place, family, **more):
+    calibration = {"data": str(place / "prose.txt"), "samples": 16, "sequence_length": 64}
+    settings = {"model": str(place / family), "calibration": calibration, "evaluation": {"data": "none"}}
+    return recipe.build({**settings, **more})
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("llama", {"budget": {"ffn_ratio": 0.5}}),
+        ("llama", {"budget": {"ffn_ratio": 0.6, "mac_ratio": 0.4}}),
+        ("llama", {"scope": {"targets": ["re:.*down_proj"]}}),
+        ("llama", {"budget": {"ffn_ratio": 0.6, "bands": 1, "mac_ratio": 0.5}}),
+        ("bert", {"budget": {"ffn_ratio": 0.6, "top_k": 4}}),
+        ("bert", {"budget": {"ffn_ratio": 0.7, "sharing": "auto"}, "effort": "fast"}),
+        ("bert", {"budget": {"ffn_ratio": 0.7}, "form": {"bank_dtype": "int4"}}),
+        ("bert", {"method": "svd"}),
+    ],
+    ids=str,
+)
+def test_the_announced_plan_is_made(place, tmp_path, family, more):
+    settings = asked(place, family, **more)
+    announced = pipeline.settle(prepare(settings))
+    assert announced.final
+    report = json.loads(json.dumps(pipeline.convert(settings, tmp_path / "out")))
+    for key, value in json.loads(json.dumps(announced.describe())).items():
+        assert report[key] == value, key
+    budget = settings.budget
+    assert report["ffn"]["stored_ratio"] <= budget.ratio and report["ffn"]["mac_ratio"] <= (budget.mac_limit or 1)
+
+
+@pytest.mark.parametrize("more", [{}, {"form": {"bank_dtype": "int8"}}], ids=["float", "int8"])
+def test_at_ratio_one_nothing_is_sized(place, tmp_path, monkeypatch, more):
+    def sized(*_):
+        raise AssertionError("sized, where nothing can be dropped")
+
+    monkeypatch.setattr("pilon_compress.convert.blocks.eliminate", sized)
+    monkeypatch.setattr("pilon_compress.convert.planned.size_layers", sized)
+    monkeypatch.setattr("pilon_compress.convert.sensitivity.Sensitivity.measure", sized)
+    settings = asked(place, "bert", budget={"ffn_ratio": 1.0}, **more)
+    assert prepare(settings).final
+    report = pipeline.convert(settings, tmp_path / "out")
+    assert report["ffn"]["stored"] == report["ffn"]["dense_stored"] and not report["banks"]
+
+
+def test_a_float32_source_is_compared_with_its_own_bytes_and_with_bfloat16(place, tmp_path):
+    report = pipeline.convert(asked(place, "bert", budget={"ffn_ratio": 0.5}), tmp_path / "out")
+    ffn, whole = report["ffn"], report["model"]
+    assert report["source_dtype"] == report["dtype"] == "float32"
+    assert ffn["bytes_ratio_to_source"] == pytest.approx(ffn["stored_ratio"], rel=0.05)
+    assert ffn["bytes_ratio_to_bf16"] == pytest.approx(2 * ffn["bytes_ratio_to_source"])
+    assert whole["bytes"] < whole["source_bytes"] == 2 * whole["dense_bytes"]

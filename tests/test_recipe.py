@@ -270,6 +270,8 @@ recipes = st.fixed_dictionaries(
 @settings(derandomize=True, database=None, deadline=None)
 @given(recipes)
 def test_dump_reads_back_as_the_same_recipe(tmp_path_factory, data):
+    if data.get("method") == "svd":  # which takes no other shape than a rank
+        data["budget"] = {key: value for key, value in data["budget"].items() if key not in ("bands", "n_primitives")}
     written = recipe.build(data)
     path = Path(tmp_path_factory.getbasetemp()) / "dumped.yaml"
     path.write_text(recipe.dump(written), encoding="utf-8", newline="")

@@ -228,3 +228,21 @@ def test_a_stream_sees_what_the_model_computes(tiny, family):
         for number, hidden in enumerate(stream.hidden):
             assert torch.equal(hidden, seen[number * len(layers) + index])
     assert stream.position == len(layers) and other.position == 0
+
+
+def test_each_block_of_a_band_is_compared_with_its_own_states(tiny):
+    dense = tiny.tiny_model("llama")
+    target = Stream(Source(dense), text(2))
+    pair = list(blocks(dense).values())[:2]
+    band = refine._Band(target.fork(), target, pair, pair, 2)
+    assert [band.loss(index).item() for index in (0, 1)] == [0, 0]
+
+
+def test_states_that_put_tokens_first_are_turned(tiny):
+    """XLNet, with as many rows as tokens, where shapes do not tell."""
+    dense = tiny.other_model("xlnet").transformer
+    ids = torch.randint(5, 200, (8, 8), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, torch.ones_like(ids))
+    time_first = Stream(Source(dense), [batch]).time_first
+    states, last = refine._outputs(dense, batch, False, time_first)
+    torch.testing.assert_close(states[-1], last)

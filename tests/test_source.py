@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pilon_compress import checkpoint
-from pilon_compress.convert.source import Source, Streamed, open_source
-from pilon_compress.convert.stream import blocks
+from pilon_compress.convert.source import NotStreamable, Source, Streamed, open_source
 from pilon_compress.errors import BadInput
 from pilon_compress.families import FAMILIES
+from pilon_compress.models.blocks import blocks
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def test_other_names_are_loaded_whole_with_one_line(tiny, tmp_path, capsys, monk
 
 
 def _nothing(*_):
-    raise BadInput("the folder names h.0 otherwise: it cannot be read block by block")
+    raise NotStreamable("the folder names h.0 otherwise: it cannot be read block by block")
 
 
 def test_small_models_are_loaded_whole(tiny, tmp_path):

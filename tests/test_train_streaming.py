@@ -105,10 +105,10 @@ def test_a_document_is_not_tokenised_again_after_it_was_read(source, tiny, monke
     run.batch(40)
     state = run.state_dict()
     seen = []
-    from pilon_compress.train import streaming
+    from pilon_compress.data import sequences
 
-    real = streaming.encoded
-    monkeypatch.setattr(streaming, "encoded", lambda t, documents: real(t, (seen.append(d) or d for d in documents)))
+    real = sequences.encode
+    monkeypatch.setattr(sequences, "encode", lambda t, documents: real(t, (seen.append(d) or d for d in documents)))
     resumed = StreamingBlocks(source, tokenizer, 16, 0, "all", shuffle=4)
     resumed.load_state_dict(state)
     resumed.batch(10)

@@ -13,8 +13,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from pilon_compress.data import sequences
 from pilon_compress.errors import BadInput
-from pilon_compress.train import tokens
 from pilon_compress.train.tokens import tokenise
 
 DOCUMENTS = [f"Document {i}: naïve café.\n" + "More of it. " * (i % 7) for i in range(60)]
@@ -66,8 +66,8 @@ def test_every_document_is_there_whole_with_eos_at_its_end(source, tokenizer, tm
 
 def test_batches_of_the_tokenizer_do_not_show(source, tokenizer, tmp_path, monkeypatch):
     whole = tokenise(source, tokenizer, "all", tmp_path / "a")
-    monkeypatch.setattr(tokens, "DOCUMENTS", 7)
-    monkeypatch.setattr(tokens, "CHARACTERS", 100)
+    monkeypatch.setattr(sequences, "DOCUMENTS", 7)
+    monkeypatch.setattr(sequences, "CHARACTERS", 100)
     pieces = tokenise(source, tokenizer, "all", tmp_path / "b")
     assert np.array_equal(whole.ids, pieces.ids) and np.array_equal(whole.starts, pieces.starts)
 
@@ -183,7 +183,7 @@ def test_an_interrupted_build_leaves_nothing(source, tokenizer, tmp_path, monkey
         yield DOCUMENTS[0]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokens, "CHARACTERS", 1)
+    monkeypatch.setattr(sequences, "CHARACTERS", 1)
     monkeypatch.setattr("pilon_compress.data.text.open_text", stopped)
     with pytest.raises(KeyboardInterrupt):
         tokenise(source, tokenizer, "all", tmp_path / "cache")

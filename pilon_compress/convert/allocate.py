@@ -104,6 +104,12 @@ def allocate(sizings: Sequence[Sizing], ratio: float, mac_ratio: float | None = 
     chosen = choose(menus, ratio * dense, None if mac_ratio is None else mac_ratio * macs)
     if chosen is None:
         least = sum(min(option.stored for option in menu) for menu in menus) / dense
+        if mac_ratio is not None and least <= ratio:
+            lightest = sum(min(option.macs for option in menu) for menu in menus) / macs
+            raise BadInput(
+                f"ratio {ratio:g} with MACs of at most {mac_ratio:g} is too small: the smallest plan takes "
+                f"{lightest:.3g} of the dense MACs; raise --mac-ratio"
+            )
         raise BadInput(f"ratio {ratio:g} is too small: the smallest plan stores {least:.3g} of the dense numbers")
     plan, left = Plan(ratio, [[sizing.layer] for sizing in sizings], []), dict[int, Tensor | None]()
     for band, (sizing, option) in enumerate(zip(sizings, chosen, strict=True)):

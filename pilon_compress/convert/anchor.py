@@ -11,13 +11,14 @@ has lost: it is the dense model's sum after the block less the converted model's
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pilon_compress.convert.factorize import DAMPING, Target
+from pilon_compress.convert.damping import damped_cholesky
+from pilon_compress.convert.factorize import DAMPING, Target, damped
 from pilon_compress.convert.moments import add_gram
 from pilon_compress.convert.stream import Stream
 
@@ -61,8 +62,11 @@ class Cross:
             mean_x, mean_t = self.mean_x.double(), self.mean_t.double()
             xx, xt = xx + torch.outer(mean_x, mean_x), xt + torch.outer(mean_x, mean_t)
         ridge = float(DAMPING * xx.diagonal().mean())
+        if not ridge > 0:  # inputs that never vary, those of dead neurons: no evidence
+            return replace(start, metric=damped(xx), metric_root=None)
         xx.diagonal().add_(ridge)
-        weight = torch.cholesky_solve(xt.add_(start.weight, alpha=ridge), torch.linalg.cholesky(xx))
+        right = xt.add_(start.weight, alpha=ridge)
+        weight = torch.cholesky_solve(right, damped_cholesky(xx, start.name))
         return Target(start.name, start.layer, weight, xx, start.gradient, gradient_root=start.gradient_root)
 
     def bias(self, weight: Tensor) -> Tensor:
@@ -84,7 +88,7 @@ class Pair:
         Runs the dense block for good: its stream moves on batch by batch, and the sums after `down` are remembered.
         """
         crosses: dict[str, Cross] = {}
-        for index, mask in enumerate(self.stream.masks):
+        for index, mask in enumerate(self.stream.block_masks):
             with ExitStack() as stack:
                 seen = [stack.enter_context(_Notes(self.dense, projections, down))]
                 output = self.theirs.call(self.dense, index, self.theirs.hidden[index])
@@ -99,17 +103,17 @@ class Pair:
                 crosses[name].update(x, t)
             self.theirs.hidden[index] = output
             if down is not None:
-                self.sums.append(seen[0].sum(output))
+                self.sums.append(seen[0].sum(self.stream.turned(output)))
         return crosses
 
     @torch.no_grad()
     def output(self, down: str) -> Cross:
         """Cross moments of what `down` reads in the converted block and what it should put out."""
         cross: Cross | None = None
-        for index, mask in enumerate(self.stream.masks):
+        for index, mask in enumerate(self.stream.block_masks):
             with _Notes(self.ours, [down], down) as notes:
                 output = self.stream.call(self.ours, index, self.stream.hidden[index])
-            residual = notes.sum(output) - notes.output
+            residual = notes.sum(self.stream.turned(output)) - notes.output
             x, t = _rows(notes.inputs[down], mask), _rows(self.sums[index] - residual, mask)
             cross = cross or Cross.empty(x.shape[1], t.shape[1], x)
             cross.update(x, t)

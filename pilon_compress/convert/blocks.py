@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from pilon_compress.convert.damping import damped_cholesky
 from pilon_compress.convert.factorize import Target, damped, factor
 from pilon_compress.convert.knapsack import Option, pareto
 from pilon_compress.convert.moments import Moments, add_gram
@@ -165,7 +166,7 @@ class Block:
         assert self.down is not None
         name = self.down.name
         metric, root = self.metrics[name], self._root(self.gradients[name], name)[0]
-        lower = torch.linalg.cholesky(metric[order[:, None], order])
+        lower = damped_cholesky(metric[order[:, None], order], name)
         Z = torch.linalg.solve_triangular(lower, (metric @ self.weights[name])[order], upper=False) @ root.T
         square, done = torch.zeros_like(root), 0
 

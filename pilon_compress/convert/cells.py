@@ -3,54 +3,71 @@
 import json
 import os
 import shutil
+import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pilon_compress.convert.journal import claim, claimed, partial_folder
+from pilon_compress.convert.journal import MARK, claim, claimed
+from pilon_compress.io.disk import DiskFull, disk_full, write_whole
+from pilon_compress.io.folders import partial_folder
 
 
 class Cells:
     """Cells by key, in `.NAME.partial` beside the output `NAME`: one JSON line each, written through to the disk.
 
     The folder holds the `fingerprint` of everything that the cells depend on. Cells that were made under another one
-    are dropped, and so is a last line that was cut short.
+    are dropped, and so are lines that are damaged or were cut short. Raises DiskFull.
     """
 
     def __init__(self, output: Path, fingerprint: str) -> None:
         self.folder = partial_folder(output)
-        self.file, self.mark = self.folder / "cells.jsonl", self.folder / "fingerprint"
+        self.file, self.mark = self.folder / "cells.jsonl", self.folder / MARK
         self.found: dict[str, Any] = {}
-        if not claimed(self.folder, fingerprint):
-            claim(self.folder, fingerprint)
-        elif self.file.is_file():
-            self.found = _read(self.file)
-            whole = self.folder / "whole.jsonl"
-            whole.write_text("".join(_line(key, cell) for key, cell in self.found.items()), "utf-8")
-            whole.replace(self.file)  # never half written, so that a crash here loses nothing
+        try:
+            if not claimed(self.folder, fingerprint):
+                claim(self.folder, fingerprint)
+            elif self.file.is_file():
+                self.found = _read(self.file)
+                write_whole(self.file, "".join(_line(key, cell) for key, cell in self.found.items()))
+        except OSError as error:
+            raise self._full(error) or error from error
 
     def keep(self, key: str, cell: Any) -> None:
         """Add a finished cell; it survives whatever happens next."""
         self.found[key] = cell
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(_line(key, cell))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(_line(key, cell))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._full(error) or error from error
+
+    def _full(self, error: OSError) -> DiskFull | None:
+        reason = disk_full(error)
+        words = f"cannot write {self.folder}: {reason}; finished cells are kept, and the same command goes on from them"
+        return None if reason is None else DiskFull(words, reason)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _line(key: str, cell: Any) -> str:
-    return json.dumps({"key": key, "cell": cell}) + "\n"
+    text = json.dumps([key, cell])
+    return json.dumps({"sha256": sha256(text.encode()).hexdigest(), "cell": text}) + "\n"
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The cells up to the first line that is none."""
+    """The cells whose lines are whole."""
     found = {}
-    for line in file.read_bytes().splitlines():
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
-            found[entry["key"]] = entry["cell"]
-        except (ValueError, TypeError, KeyError):
-            break
+            if entry["sha256"] != sha256(entry["cell"].encode()).hexdigest():
+                raise ValueError("checksum")
+            key, cell = json.loads(entry["cell"])
+            found[key] = cell
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            print(f"{file}:{number} is damaged: that cell is measured again", file=sys.stderr)
     return found

@@ -4,11 +4,8 @@ seed -> calibrate -> method and ratio -> approximate -> install -> evaluate -> o
 cells -> measure.comparison -> compare.json, compare.html, compare.md
 """
 
-import secrets
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -28,9 +25,9 @@ from pilon_compress.convert.ours import OURS
 from pilon_compress.convert.peers.rounded import ROUNDED
 from pilon_compress.convert.prepare import Job, prepare
 from pilon_compress.convert.source import Source
-from pilon_compress.deploy.save import check_output, fresh_folder
 from pilon_compress.errors import BadInput
 from pilon_compress.form.integers import KINDS
+from pilon_compress.io.folders import fresh_folder, open_output
 from pilon_compress.measure import comparison, evaluate
 from pilon_compress.measure.size import DENSE_ITEMSIZE, Size, linear_macs
 from pilon_compress.progress import track
@@ -108,9 +105,13 @@ def compare(
     Finished cells are kept beside `output` until it is written, and reused when the same comparison starts again.
     Returns the contents of compare.json. Raises BadInput.
     """
-    started, output = time.perf_counter(), Path(output)
-    check(output, overwrite)
-    job = asked.base
+    with open_output(output, overwrite, asked.base.recipe.model, kind="comparison") as path:
+        return _compare(asked, path, overwrite, command, device)
+
+
+def _compare(asked: Comparison, output: Path, overwrite: bool, command: str, device: str) -> dict[str, Any]:
+    """Compare into `output`, which this process holds."""
+    started, job = time.perf_counter(), asked.base
     tokenizer = checkpoint.load_tokenizer(job.recipe.model)
     exam = pipeline.read_evaluation(job)
     if isinstance(exam, str):
@@ -139,43 +140,10 @@ def compare(
         "cells": measured,
         "seconds": time.perf_counter() - started,
     }
-    with _replacing(output, overwrite) as folder:
+    with fresh_folder(output, overwrite, "comparison") as folder:
         comparison.write(result, folder)
     cells.remove()
     return result
-
-
-def check(output: Path, overwrite: bool) -> None:
-    """Raise BadInput if `output` cannot become a comparison; `overwrite` gives up an earlier comparison only."""
-    earlier = overwrite and output.is_dir() and any(output.iterdir())
-    if earlier and not (output / "compare.json").is_file():
-        raise BadInput(f"{output} is not empty and holds no comparison, so --overwrite will not clear it")
-    if not earlier:
-        check_output(output, overwrite)
-
-
-@contextmanager
-def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A fresh folder for `output`; an earlier comparison of that name stays until the new one is whole."""
-    check(output, overwrite)
-    if not output.exists() or not any(output.iterdir()):
-        with fresh_folder(output) as folder:
-            yield folder
-        return
-    made = output.absolute().parent / f".{output.name}.{secrets.token_hex(4)}.part"
-    old = made.with_suffix(".old")
-    try:
-        with fresh_folder(made) as folder:
-            yield folder
-        output.rename(old)
-        try:
-            made.rename(output)
-        except OSError:
-            old.rename(output)
-            raise
-    finally:
-        for left in (made, old):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 class Bench:
@@ -190,9 +158,7 @@ class Bench:
 
     def quality(self, model: PreTrainedModel) -> dict[str, Any]:
         """Figures of `model` against the dense one."""
-        asked = self.job.recipe.evaluation
-        if self.job.causal and asked.samples is None:
-            asked = asked.model_copy(update={"samples": pipeline.CAUSAL_WINDOWS})
+        asked = evaluate.affordable(self.job.recipe.evaluation, self.dense)
         figures = evaluate.measure(
             model, self.tokenizer, self.documents, against=self.dense, settings=asked, seed=self.job.recipe.seed
         )

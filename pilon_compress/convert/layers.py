@@ -74,8 +74,8 @@ def solve(source: Source, batches: Sequence[Batch], task: Task, moments: Moments
         by_layer.setdefault(site.layer, []).append(site)
     shared = [bank for bank in task.plan.banks if len(bank.sites) > 1]
     for bank in track(shared, "fitting shared banks") if shared else []:
-        known = journal.get(f"bank.{bank.name}")
-        fit = BankFit.unpack(known) if known else task.fits.get(bank.name)
+        known: BankFit | None = journal.get(f"bank.{bank.name}", BankFit.unpack)
+        fit = known or task.fits.get(bank.name)
         fit = fit or _fit_shared(source, bank, by_layer, task, moments)
         if known is None:
             journal.put(f"bank.{bank.name}", fit.pack())
@@ -91,12 +91,12 @@ def solve(source: Source, batches: Sequence[Batch], task: Task, moments: Moments
             pair = Pair(module, standing, theirs, ours) if theirs is not None and ours is not None else None
             if layer in by_layer:
                 work = _Layer(layer, by_layer[layer], module, source.names[layer], task, moments, solved, pair)
-                known = journal.get(f"layer.{layer}")
-                if known is None:
+                state: dict[str, Tensor] | None = journal.get(f"layer.{layer}")
+                if state is None:
                     work.run()
                     journal.put(f"layer.{layer}", work.state())
                 else:
-                    work.load(known)
+                    work.load(state)
                 work.settle()
             elif pair is not None:
                 pair.inputs([], None)

@@ -123,15 +123,28 @@ def gather(
     stream.hidden.clear()
     for index in track(range(len(source.names) - 1, -1, -1), "calibrating, backward"):
         inside = [site for site in sites if site.name.startswith(f"{source.names[index]}.")]
-        with source.block(index) as block, _watching(block, source.names[index], inside, stream.masks, dtype) as watch:
+        with (
+            source.block(index) as block,
+            _watching(block, source.names[index], inside, stream.block_masks, dtype) as watch,
+        ):
             for batch in range(len(batches)):
                 watch.batch = batch
                 states = shelf.take(f"states.{index}.{batch}").detach().requires_grad_()
                 with torch.enable_grad():
                     output = stream.call(block, batch, states, position=index)
                 (gradients[batch],) = grad(output, states, gradients[batch])
+            _cut_graphs(block)
         watch.store(shelf)
     return Moments(shelf, source.device)
+
+
+def _cut_graphs(block: nn.Module) -> None:
+    """Detach what modules of a block remember of their last run (RecurrentGemma): it holds the graph, and cannot be
+    copied."""
+    for module in block.modules():
+        for name, value in list(vars(module).items()):
+            if torch.is_tensor(value) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
 
 
 def _put(shelf: Shelf, index: int, hidden: Sequence[Tensor]) -> None:
@@ -147,7 +160,7 @@ def _output_gradients(stream: Stream, causal: bool, seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         rows = len(hidden)
         if causal:
-            rows = max(1, LOGITS // (hidden.shape[1] * stream.model.config.vocab_size))
+            rows = max(1, LOGITS // (hidden.shape[1] * stream.vocab_size))
         parts: list[Tensor] = []
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pilon_compress.convert.damping import damped_cholesky, damped_inverse, damped_solve
+
 COMPACT = 0.75  # of the rows are left before those of neurons that are gone are cut away
 SHARE = 0.03  # of the neurons that are left go at once; their joint cost is exact, their choice is not
 
@@ -39,11 +41,11 @@ class Elimination:
 def eliminate(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Elimination:
     """Order the neurons of a `down` weight (f, d_out) under the metrics `inputs` (f, f) and `gradients` (d_out, d_out).
 
-    Both metrics must be positive definite. A few per cent of the neurons go at a time, those of the least cost each.
+    A few per cent of the neurons go at a time, those of the least cost each.
     Cost grows as f³.
     """
-    W = weight @ torch.linalg.cholesky(gradients)  # rows in a frame where G is the identity
-    C = torch.cholesky_inverse(torch.linalg.cholesky(inputs))
+    W = weight @ damped_cholesky(gradients)  # rows in a frame where G is the identity
+    C = damped_inverse(inputs)
     names = torch.arange(len(W), device=W.device)  # of the rows that W and C still have
     alive = torch.ones(len(W), dtype=torch.bool, device=W.device)
     count = len(W)
@@ -55,7 +57,7 @@ def eliminate(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Elimination:
         single = (W.square().sum(1) / C.diagonal().clamp_min(1e-300)).masked_fill(~alive, torch.inf)
         gone = single.topk(size, largest=False).indices
         rows, side = W[gone], C[:, gone]
-        lift = torch.linalg.solve(side[gone], torch.cat([rows, side.T], 1))
+        lift = damped_solve(side[gone], torch.cat([rows, side.T], 1))
         joint = float((lift[:, : W.shape[1]] * rows).sum())
         steps = single[gone].clamp_min(0).cumsum(0)
         share = steps / steps[-1] if steps[-1] > 0 else torch.ones_like(steps)
@@ -76,4 +78,4 @@ def eliminate(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Elimination:
 def refit(weight: Tensor, inputs: Tensor, left: Tensor) -> Tensor:
     """Rows (m, d_out) of `down` for the neurons `left` (m,) with the least output error: (SᵀCS)⁻¹ SᵀC W."""
     C = inputs[left]
-    return torch.cholesky_solve(C @ weight, torch.linalg.cholesky(C[:, left]))
+    return torch.cholesky_solve(C @ weight, damped_cholesky(C[:, left]))

@@ -1,6 +1,6 @@
 """The road from a dense checkpoint to a PILON folder.
 
-    prepare -> load -> moments -> allocate -> solve layer by layer -> install -> save -> load back -> evaluate -> report
+    prepare -> load -> moments -> plan -> solve layer by layer -> install -> save -> load back -> evaluate -> report
 
 Data goes down this list; each step is a function below that reads in one sitting.
 """
@@ -8,77 +8,101 @@ Data goes down this list; each step is a function below that reads in one sittin
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
 from pilon_compress import checkpoint, recipe
 from pilon_compress.convert import calibration
-from pilon_compress.convert.allocate import Allocation, allocate, size_layers
-from pilon_compress.convert.bands import similar_bands
 from pilon_compress.convert.build import build
 from pilon_compress.convert.effort import EFFORTS
-from pilon_compress.convert.fit import BankFit
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
-from pilon_compress.convert.moments import Moments, gather
-from pilon_compress.convert.plan import Plan, split_bands
-from pilon_compress.convert.prepare import PROCESS_BYTES, Job, describe_plan, prepare, shelf_bytes
+from pilon_compress.convert.moments import Moments
+from pilon_compress.convert.plan import Plan
+from pilon_compress.convert.planned import Planned, plan_conversion
+from pilon_compress.convert.prepare import PROCESS_BYTES, Job, prepare
 from pilon_compress.convert.refine import refine
-from pilon_compress.convert.sensitivity import Sensitivity
-from pilon_compress.convert.share import Sharing
-from pilon_compress.convert.shelf import Shelf
 from pilon_compress.convert.source import Source, available, open_source
-from pilon_compress.data import text
+from pilon_compress.data import sequences, text
 from pilon_compress.deploy.card import model_card
-from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
+from pilon_compress.deploy.save import save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site
 from pilon_compress.form.layout import layout_of
+from pilon_compress.io import companions
+from pilon_compress.io.folders import fresh_folder, open_output
 from pilon_compress.measure import composition, evaluate, report, size
+from pilon_compress.models.stream_check import check_stream
+from pilon_compress.models.task import vocabulary
 
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
 BLOCK_POOL = 1024  # blocks of text that calibration draws from, or four times as many as it draws
 LESSONS = 8  # refinement reads so many times the calibration's text
-CAUSAL_WINDOWS = 64  # scored by the evaluation that ends a conversion; `eval` scores all of the text
 
 
 def convert(
-    settings: recipe.Recipe, output: str | Path, *, overwrite: bool = False, command: str = "", job: Job | None = None
+    settings: recipe.Recipe,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    job: Job | None = None,
+    on_plan: Callable[[Job], None] | None = None,
 ) -> dict[str, Any]:
     """Convert the dense model that `settings` names and write a PILON model folder to `output`.
 
     The folder appears whole or not at all: weights (safetensors), config, tokenizer, recipe.yaml, README.md (model
     card), report.html, report.json. Returns the report (the contents of report.json). Raises BadInput for anything
-    that the user can mend: see `errors.BadInput`. `job` is `prepare(settings)`, where the caller has it already.
+    that the user can mend: see `errors.BadInput`. `job` is `prepare(settings)`, where the caller has it
+    already; `on_plan` is told the job once its plan is final.
     """
+    with open_output(output, overwrite, settings.model) as path:
+        return _convert(settings, path, overwrite, command, job or prepare(settings), on_plan)
+
+
+def _convert(
+    settings: recipe.Recipe,
+    output: Path,
+    overwrite: bool,
+    command: str,
+    job: Job,
+    on_plan: Callable[[Job], None] | None,
+) -> dict[str, Any]:
+    """Convert into `output`, which this process holds."""
     started = time.perf_counter()
-    output = Path(output)
-    check_output(output, overwrite, settings.model)
-    job = job or prepare(settings)
+    beside = companions.find(checkpoint.resolve(settings.model))
     torch.manual_seed(settings.seed)
     device = checkpoint.find_device(settings.device)
     tokenizer = checkpoint.load_tokenizer(settings.model)
+    job = say_beginning(job, tokenizer)
     batches = read_calibration(job, tokenizer)
     lessons = read_lessons(job, tokenizer, batches)
     exam = read_evaluation(job)
     source = open_dense(job, device)
+    check_stream(source, batches[0])
     journal = Journal(output, fingerprint(job, batches, source))
     with journal.open():
-        model, plan, solved = compress(source, job, batches, journal)
+        planned = plan_conversion(source, job, batches, journal)
+        job = planned.job
+        if on_plan is not None:
+            on_plan(job)
+        model, plan, solved = solve_plan(source, planned, batches, journal)
+        del planned
         refined = improve(model, source.model, lessons, settings)
-        result = describe(job, plan, model, solved, batches) | {"refinement": refined}
+        result = describe(job, plan, solved, batches) | {"refinement": refined}
         result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
         with fresh_folder(output, overwrite) as folder:
             save_model(model, tokenizer, folder, job.dtype)
-            copy_companions(checkpoint.resolve(settings.model), folder)
+            companions.copy(beside, folder)
             del model, solved
             result |= judge(job, folder, source, tokenizer, exam)
             result["seconds"] = time.perf_counter() - started
@@ -90,6 +114,29 @@ def convert(
     return result
 
 
+def settle(job: Job) -> Job:
+    """The job with the plan that `convert` would make of it: reads text and weights where that needs them.
+
+    Writes nothing that stays. A model whose weights are not there keeps its plan as it is, not final, and says so.
+    """
+    if job.final:
+        return job
+    folder = Path(checkpoint.resolve(job.recipe.model))
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        print(f"{job.recipe.model} holds no weights: sizes are about, layers are sized by calibration", file=sys.stderr)
+        return job
+    torch.manual_seed(job.recipe.seed)
+    tokenizer = checkpoint.load_tokenizer(job.recipe.model)
+    job = say_beginning(job, tokenizer)
+    batches = read_calibration(job, tokenizer)
+    read_evaluation(job)
+    source = open_dense(job, checkpoint.find_device(job.recipe.device))
+    check_stream(source, batches[0])
+    with TemporaryDirectory(prefix="pilon-compress-") as scratch:  # what does not fit in memory, see `put_away`
+        journal = Journal(Path(scratch) / "plan") if source.streamed else Journal()
+        return plan_conversion(source, job, batches, journal).job
+
+
 def compress(
     source: Source,
     job: Job,
@@ -97,51 +144,34 @@ def compress(
     journal: Journal | None = None,
     moments: Moments | None = None,
 ) -> tuple[PreTrainedModel, Plan, Solved]:
-    """The conversion itself: moments (where not given), allocation, and every layer solved.
+    """Plan and solve: the model, its plan and the solution."""
+    planned = plan_conversion(source, job, batches, journal, moments)
+    return solve_plan(source, planned, batches, journal)
 
-    Returns the model, its plan and the solution.
-    """
-    journal = journal or Journal()
-    settings, sweeps = job.recipe, EFFORTS[job.recipe.effort].sweeps
-    moments = moments or take_moments(source, batches, job, journal)
-    plan, left, fits = job.plan, dict[int, Tensor | None](), dict[str, BankFit]()
-    known = journal.get("allocation") if job.allocated else None
-    if known is not None:
-        found = Allocation.unpack(known)
-        plan, left = found.plan, found.left
-    elif job.allocated:
-        waiting = put_away(source, job, journal, "reference")
-        truth = Sensitivity(source, batches, job.causal, waiting)
-        sizings = size_layers(source, job.sites, moments, settings.budget.ratio, truth, settings.budget.neurons)
-        del truth
-        waiting.clear()
-        found = allocate(sizings, settings.budget.ratio, job.mac_ratio)
-        if job.shares:
-            if settings.budget.banding == "similar":
-                bands = similar_bands(source, sizings, moments)
-            else:
-                bands = split_bands([sizing.layer for sizing in sizings], None)
-            sharing = Sharing(source, moments, sweeps, settings.seed, settings.budget.align)
-            found, fits = sharing.apply(sizings, found, bands)
-            for name, fit in fits.items():
-                journal.put(f"bank.{name}", fit.pack())
-        plan, left = found.plan, found.left
-        journal.put("allocation", found.pack())
+
+def solve_plan(
+    source: Source, planned: Planned, batches: list[calibration.Batch], journal: Journal | None = None
+) -> tuple[PreTrainedModel, Plan, Solved]:
+    """Solve every layer in the sizes of the plan; the model, its plan and the solution."""
+    job, settings = planned.job, planned.job.recipe
     task = Task(
         sites=job.sites,
-        plan=plan,
-        left=left,
+        plan=job.plan,
+        left=planned.left,
         method=settings.method,
         peers=PEERS,
         anchored=job.anchored,
         seed=settings.seed,
-        sweeps=sweeps,
-        fits=fits,
+        sweeps=EFFORTS[settings.effort].sweeps,
+        fits=planned.fits,
         dtypes=(source.model.dtype, job.dtype) if source.streamed else (source.model.dtype,),
         quantization=job.quantization,
     )
-    solved = solve(source, batches, task, moments, journal)
-    return build(source, plan, solved, job.dtype, job.quantization), plan, solved
+    solved = solve(source, batches, task, planned.moments, journal or Journal())
+    model = build(source, job.plan, solved, job.dtype, job.quantization)
+    if layout_of(model) != job.layout:
+        raise RuntimeError("the model that was built is not the one that was planned")
+    return model, job.plan, solved
 
 
 def open_dense(job: Job, device: torch.device) -> Source:
@@ -155,27 +185,6 @@ def open_dense(job: Job, device: torch.device) -> Source:
             "little for that: leave out --refine, or raise --max-memory"
         )
     return source
-
-
-def take_moments(source: Source, batches: list[calibration.Batch], job: Job, journal: Journal) -> Moments:
-    """The moments; of a streamed model they and the states between its blocks are files, which outlive a kill."""
-    shelf = put_away(source, job, journal, "moments")
-    if source.streamed and journal.folder is not None:
-        names = journal.get_plain("moments")
-        if names is not None:
-            shelf.adopt(names, source.device)
-            return Moments(shelf, source.device)
-    moments = gather(source, batches, job.sites, causal=job.causal, seed=job.recipe.seed, shelf=shelf)
-    if source.streamed:
-        journal.put_plain("moments", shelf.names())
-    return moments
-
-
-def put_away(source: Source, job: Job, journal: Journal, name: str) -> Shelf:
-    """A shelf that turns to files beside the output, if there is one, beyond a share of the memory, or at once."""
-    if journal.folder is None:
-        return Shelf()
-    return Shelf(journal.folder / name, 0 if source.streamed else shelf_bytes(job.recipe.max_memory))
 
 
 def improve(
@@ -199,13 +208,27 @@ def fingerprint(job: Job, batches: list[calibration.Batch], source: Source) -> s
     return state.hexdigest()
 
 
+def say_beginning(job: Job, tokenizer: PreTrainedTokenizerBase) -> Job:
+    """The job with the tokens that begin every sequence in its recipe. Raises BadInput if that has named others."""
+    found, named = sequences.begins_with(tokenizer), job.recipe.calibration.begins_with
+    if not job.causal:  # texts of an encoder are framed by the tokenizer alone
+        return job
+    if named is not None and named != found:
+        raise BadInput(
+            f"calibration.begins_with is {named!r} in the recipe, but the tokenizer puts {found or 'nothing'} before a "
+            "text: leave it out, or give the tokenizer that the recipe was made with"
+        )
+    calibration = job.recipe.calibration.model_copy(update={"begins_with": found})
+    return replace(job, recipe=job.recipe.model_copy(update={"calibration": calibration}))
+
+
 def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[calibration.Batch]:
     """Draw from the calibration part of the text, and tokenise; the held-out part is left for evaluation."""
     asked = job.calibration
     documents = text.open_text(asked.data, part="calibration")
     if job.causal:
-        blocks = calibration.causal_blocks(tokenizer, documents, asked.sequence_length)
-        drawn = text.sample(blocks, asked.samples, job.recipe.seed, max(BLOCK_POOL, 4 * asked.samples))
+        windows = sequences.windows(tokenizer, documents, asked.sequence_length)
+        drawn = text.sample(windows, asked.samples, job.recipe.seed, max(BLOCK_POOL, 4 * asked.samples))
         batches = calibration.causal_batches(drawn, asked.batch_size)
         unit = f"blocks of {asked.sequence_length} tokens"
     else:
@@ -218,6 +241,7 @@ def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[calib
             f"{asked.data} holds {found} {unit} for calibration, one batch needs {needed}: "
             "give more text, or lower --batch-size or --sequence-length"
         )
+    sequences.check_ids(tokenizer, calibration.largest_id(batches), vocabulary(job.config))
     return batches
 
 
@@ -250,11 +274,8 @@ def read_evaluation(job: Job) -> list[str] | str:
     return documents
 
 
-def describe(
-    job: Job, plan: Plan, model: PreTrainedModel, solved: Solved, batches: list[calibration.Batch]
-) -> dict[str, Any]:
+def describe(job: Job, plan: Plan, solved: Solved, batches: list[calibration.Batch]) -> dict[str, Any]:
     """The report's contents, less what is known only after saving."""
-    layout = layout_of(model)  # the plan's, less the primitives that no layer selected
     methods = next(iter(solved.errors.values()))
     losses = {method: [errors[method] for errors in solved.errors.values()] for method in methods}
     return {
@@ -262,10 +283,7 @@ def describe(
         "pilon_compress": pilon_compress.__version__,
         "source": job.recipe.model,
         "method": job.recipe.method,
-        "plan": describe_plan(plan, job.dtype.itemsize),
-        "ffn": size.ffn_size(layout, job.dtype.itemsize).to_dict(),
-        "model": size.model_size(layout, job.dense, job.dtype.itemsize).to_dict(),
-        "dtype": str(job.dtype).removeprefix("torch."),
+        **job.describe(),
         "whitened_loss": {method: sum(values) / len(values) for method, values in losses.items()},
         "projections": [describe_projection(site, plan, solved) for site in job.sites],
         "banks": [
@@ -282,6 +300,7 @@ def describe(
             "data": job.calibration.data,
             "texts": calibration.sequences(batches),
             "tokens": calibration.tokens(batches),
+            "begins_with": job.recipe.calibration.begins_with,
         },
     }
 
@@ -323,9 +342,7 @@ def judge(
     saved = checkpoint.load_model(str(folder), dtype=dtype, device=str(source.device))
     if isinstance(exam, str):
         return {"evaluation": None, "evaluation_skipped": exam}
-    asked = job.recipe.evaluation
-    if job.causal and asked.samples is None:
-        asked = asked.model_copy(update={"samples": CAUSAL_WINDOWS})
+    asked = evaluate.affordable(job.recipe.evaluation, dense)
     figures = evaluate.measure(saved, tokenizer, exam, against=dense, settings=asked, seed=job.recipe.seed)
     data = asked.data or f"{job.calibration.data} (held-out part)"
     return {"evaluation": {**figures, "data": data}}

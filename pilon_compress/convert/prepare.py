@@ -8,15 +8,20 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pilon_compress import checkpoint
+from pilon_compress.conflicts import fixed_shape
 from pilon_compress.convert.effort import EFFORTS
-from pilon_compress.convert.plan import Plan, make_plan, preview
+from pilon_compress.convert.plan import Plan, check_limits, down_of, keep_whole, make_plan, preview
 from pilon_compress.convert.source import available, is_streamed
 from pilon_compress.convert.stream import blocks
 from pilon_compress.data.text import DEFAULT_LM
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site, find_sites
 from pilon_compress.form.layout import Layout
-from pilon_compress.measure.size import Size, bank_size, ffn_size, kept_size, model_size
+from pilon_compress.measure.anatomy import stored_dtype
+from pilon_compress.measure.parts import layout_parts
+from pilon_compress.measure.size import ffn_size, model_size
+from pilon_compress.models.limits import check_length, longest_input
+from pilon_compress.models.task import text_config
 from pilon_compress.recipe import Recipe
 
 ENCODER_LENGTH = 128
@@ -57,21 +62,35 @@ class Job:
     layout: Layout
     calibration: Calibration
     dtype: torch.dtype
+    source_dtype: torch.dtype
+    """Of the dense model's file."""
+    final: bool = True
+    """False while `plan` is a guess by uniform shares: the calibration text decides the sizes of the layers."""
+
+    def planned(self, plan: Plan) -> "Job":
+        """The same conversion with the plan that will be made."""
+        return replace(self, plan=plan, layout=plan.layout(self.quantization), final=True)
 
     def seeded(self, seed: int) -> "Job":
         """The same conversion with another seed."""
         return replace(self, recipe=self.recipe.model_copy(update={"seed": seed}))
 
     def describe(self) -> dict[str, Any]:
-        """The plan and its sizes, as plain data."""
-        return {"plan": describe_plan(self.plan, self.dtype.itemsize), **self.size()}
+        """The plan and its sizes, as plain data; before the plan is `final` no bank is listed, and sizes are about."""
+        shown = self.plan if self.final else Plan(self.plan.ratio, [], [])
+        dtypes = {"dtype": self.dtype, "source_dtype": self.source_dtype}
+        return {
+            "plan": describe_plan(shown, self.dtype.itemsize, self.quantization),
+            **{key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()},
+            **self.size(),
+        }
 
     def size(self) -> dict[str, Any]:
         """`ffn` and `model`: numbers stored, bytes, MACs, and their ratios."""
         itemsize = self.dtype.itemsize
         return {
-            "ffn": ffn_size(self.layout, itemsize).to_dict(),
-            "model": model_size(self.layout, self.dense, itemsize).to_dict(),
+            "ffn": ffn_size(self.layout, itemsize).to_dict(self.source_dtype.itemsize),
+            "model": model_size(self.layout, self.dense, itemsize).to_dict(self.source_dtype.itemsize),
         }
 
     @property
@@ -82,7 +101,7 @@ class Job:
 
     @property
     def allocated(self) -> bool:
-        """Whether sizes follow from the calibration text: not where the recipe fixes the shape of the banks."""
+        """True if sizes follow from the calibration text."""
         return allocated(self.recipe)
 
     @property
@@ -92,46 +111,40 @@ class Job:
 
     @property
     def shares(self) -> bool:
-        """Whether bands may share banks where that lowers the loss."""
-        return self.recipe.budget.sharing != "none" and self.mac_ratio is None
-
-    @property
-    def mac_ratio(self) -> float | None:
-        """The limit on MACs per token, over dense; None where storage alone counts."""
-        asked = self.recipe.budget
-        if asked.mac_ratio is not None:
-            return asked.mac_ratio
-        return asked.ratio if asked.optimize == "compute" else None
+        """True if bands may share banks where that lowers the loss."""
+        return self.recipe.budget.sharing != "none"
 
 
 def allocated(recipe: Recipe) -> bool:
-    """Whether sizes follow from the calibration text: not where the recipe fixes the shape of the banks."""
+    """True if sizes follow from the calibration text: the banks' shape is not fixed, and something must go."""
+    asked, component = recipe.budget, recipe.form.composition == "component"
+    smaller = asked.ratio < 1 or asked.ratio == 1 and (asked.mac_limit or 1) < 1
+    return recipe.method == "pilon" and component and smaller and not fixed_shape(recipe)
+
+
+def initial_plan(recipe: Recipe, sites: list[Site]) -> Plan:
+    """The plan where it is known without calibration; else a guess at it by uniform shares. Raises BadInput."""
     asked = recipe.budget
-    fixed = (asked.bands, asked.n_primitives, asked.rank, asked.top_k)
-    plain = recipe.form.composition == "component" and asked.ratio <= 1
-    return recipe.method == "pilon" and plain and all(value is None for value in fixed)
+    if allocated(recipe):
+        guess = preview(sites, min(asked.ratio, asked.mac_limit or 1))
+        return guess or make_plan(sites, asked, "whitened-svd", recipe.form.composition)
+    kept = recipe.method == "pilon" and recipe.form.composition == "component" and not fixed_shape(recipe)
+    if kept and asked.ratio == 1:
+        return keep_whole(sites)
+    plan = make_plan(sites, asked, recipe.method, recipe.form.composition)
+    check_limits(plan, asked)
+    return plan
 
 
-def describe_plan(plan: Plan, itemsize: int) -> dict[str, Any]:
-    """The plan as plain data, bank by bank and then the kept matrices, for the terminal, report.json and the card."""
-    layout, entries = plan.layout(), []
-    for bank in plan.banks:
-        sizes = bank_size(layout, bank.name, itemsize)
-        entry = {"band": bank.band, "role": bank.role, "layers": bank.layers, "d_in": bank.d_in, "d_out": bank.d_out}
-        entry |= {"n_primitives": bank.n_primitives, "rank": bank.rank, "top_k": bank.top_k}
-        entries.append({**entry, "composition": bank.composition, **_figures(sizes)})
-    for site in plan.kept:
-        band = next(index for index, layers in enumerate(plan.bands) if site.layer in layers)
-        entry = {"band": band, "role": site.role, "layers": [site.layer], "d_in": site.d_in, "d_out": site.d_out}
-        entry |= {"n_primitives": None, "rank": None, "top_k": None, "composition": None}
-        entries.append({**entry, **_figures(kept_size(layout, site.name, itemsize))})
+def describe_plan(plan: Plan, itemsize: int, quantization: str | None = None) -> dict[str, Any]:
+    """The plan as plain data, bank by bank and matrix by matrix, for the terminal, report.json and the card."""
+    sites = [site for bank in plan.banks for site in bank.sites] + plan.kept
+    band = {layer: index for index, layers in enumerate(plan.bands) for layer in layers}
+    parts = layout_parts(plan.layout(quantization), sites, itemsize)
+    entries = [{"band": band[part["layers"][0]], **part} for part in parts]
     order = {role: place for place, role in enumerate(dict.fromkeys(entry["role"] for entry in entries))}
     entries.sort(key=lambda entry: (entry["band"], order[entry["role"]]))
     return {"ffn_ratio": plan.ratio, "bands": plan.bands, "banks": entries}
-
-
-def _figures(sizes: Size) -> dict[str, int]:
-    return {key: getattr(sizes, key) for key in ("stored", "dense_stored", "macs", "dense_macs")}
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -141,27 +154,38 @@ def prepare(recipe: Recipe) -> Job:
     dense = checkpoint.empty_model(config)
     causal = checkpoint.is_causal(config)
     sites = find_sites(dense, recipe.scope.targets, recipe.scope.ignore)
-    plan = make_plan(sites, recipe.budget, recipe.method, recipe.form.composition)
-    if allocated(recipe):
-        plan = preview(sites, recipe.budget.ratio) or plan
+    recipe.evaluation.check_kind(causal)
+    if recipe.budget.sharing != "none":
+        check_sharing(sites)
+    plan = initial_plan(recipe, sites)
     asked = recipe.calibration
-    longest = getattr(config, "max_position_embeddings", None) or CAUSAL_LENGTH
+    longest = longest_input(dense) or CAUSAL_LENGTH
     length = asked.sequence_length or min(longest, CAUSAL_LENGTH if causal else ENCODER_LENGTH)
+    check_length(dense, length, "calibration.sequence_length")
     calibration = Calibration(
         data=asked.data or (DEFAULT_LM if causal else "stdlib"),
         samples=asked.samples or EFFORTS[recipe.effort].samples(causal, max(site.d_in for site in sites), length),
         sequence_length=length,
         batch_size=asked.batch_size,
     )
-    stored = getattr(config, "dtype", None) or torch.float32
+    stored = stored_dtype(config)
     dtype = checkpoint.find_dtype(recipe.dtype) or stored
     pinned = recipe.model_copy(update={"calibration": asked.model_copy(update=vars(calibration))})
-    job = Job(pinned, config, dense, causal, sites, plan, plan.layout(), calibration, dtype)
-    if job.quantization is None:
-        return job
-    if recipe.refine.steps:
-        raise BadInput("whole numbers cannot be refined: leave out --refine, or --bank-dtype")
-    return replace(job, layout=plan.layout(job.quantization))
+    job = Job(pinned, config, dense, causal, sites, plan, plan.layout(), calibration, dtype, stored)
+    return replace(job.planned(plan), final=not job.allocated)
+
+
+def check_sharing(sites: list[Site]) -> None:
+    """Raise BadInput where no band could share: layers whose feed-forward block is not replaced as a whole."""
+    layers: dict[int, list[Site]] = {}
+    for site in sites:
+        layers.setdefault(site.layer, []).append(site)
+    whole = [layer for layer, members in layers.items() if down_of(members) is not None]
+    if len(whole) < 2:
+        raise BadInput(
+            "budget.sharing has no effect: it needs two layers whose feed-forward block is replaced as a whole; "
+            "leave it out, or change --targets and --ignore"
+        )
 
 
 def estimate(job: Job) -> dict[str, float]:
@@ -191,7 +215,7 @@ def estimate(job: Job) -> dict[str, float]:
         sides = bank.d_in**2 + bank.d_out**2 + 2 * bank.d_in * bank.d_out
         steps = 4 * inner * (bank.d_in + bank.d_out) * (4 * len(bank.sites) + 20) if len(bank.sites) > 1 else 0
         work = max(work, 12 * len(bank.sites) * sides + 40 * inner * inner + steps)
-    states = 4 * tokens * (getattr(job.config, "hidden_size", None) or 0) * STATES
+    states = 4 * tokens * (getattr(text_config(job.config), "hidden_size", None) or 0) * STATES
     held = _held(job, parameters, 4 * moments) + states
     return {"seconds": flops / speed, "peak_gib": (PROCESS_BYTES + held + max(work, _block_bytes(job))) / 2**30}
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pilon_compress.convert.calibration import Batch
 from pilon_compress.convert.descent import Objective, Stage, descend, restore, snapshot
@@ -29,6 +28,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.layout import banks, kept_matrices, projections
+from pilon_compress.models.task import is_causal, vocabulary
 
 STEPS = 600
 RATE = 3e-3  # short searches settle on too small a rate for a longer run
@@ -269,7 +269,7 @@ class _Band:
         self.targets: list[list[Tensor]] = []
         for block in theirs:  # leaves the dense stream behind the band
             target.advance(block)
-            self.targets.append(target.hidden)
+            self.targets.append(list(target.hidden))  # the stream replaces them in place
         self.variances = [_variance(states, ours.masks) for states in self.targets]
 
     def loss(self, index: int) -> Tensor:
@@ -297,11 +297,12 @@ class _Whole:
         self, model: PreTrainedModel, dense: PreTrainedModel, train: Sequence[Batch], held: Sequence[Batch]
     ) -> None:
         self.model, self.dense, self.batches, self.training = model, dense, [*train, *held], len(train)
+        self.time_first = Stream(Source(dense), self.batches[:1]).time_first
         self.known: dict[int, tuple[list[Tensor], Tensor]] = {}
         self.bytes = 0
-        self.causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        self.causal = is_causal(model.config)
         with torch.no_grad():
-            outputs = [_outputs(dense, batch, False) for batch in held]
+            outputs = [_outputs(dense, batch, False, self.time_first) for batch in held]
         masks = [batch.attention_mask.to(dense.device).bool() for batch in held]
         self.variances = [_variance(list(states), masks) for states in zip(*(one[0] for one in outputs), strict=True)]
 
@@ -318,7 +319,7 @@ class _Whole:
         batch = self.batches[index]
         rows = len(batch.input_ids)
         if self.causal:
-            rows = max(1, LOGITS // (batch.input_ids.shape[1] * self.model.config.vocab_size))
+            rows = max(1, LOGITS // (batch.input_ids.shape[1] * vocabulary(self.model.config)))
         total, tokens = 0.0, float(batch.attention_mask.sum())
         for start in range(0, len(batch.input_ids), rows):
             part = Batch(batch.input_ids[start : start + rows], batch.attention_mask[start : start + rows])
@@ -333,7 +334,7 @@ class _Whole:
         """What the dense model gives for `part` of a batch; remembered for encoders, whose parts are whole batches."""
         if index in self.known:
             return self.known[index]
-        found = _outputs(self.dense, part, self.causal)
+        found = _outputs(self.dense, part, self.causal, self.time_first)
         size = sum(states.nbytes for states in (*found[0], found[1]))
         if not self.causal and self.bytes + size <= CACHED:
             self.known[index], self.bytes = found, self.bytes + size
@@ -343,7 +344,7 @@ class _Whole:
         """One part's loss against the dense states and last output."""
         wanted, last = dense
         mask = batch.attention_mask.to(self.model.device).bool()
-        states, ours = _outputs(self.model, batch, self.causal)
+        states, ours = _outputs(self.model, batch, self.causal, self.time_first)
         errors = [_error(a, b, mask) / v for a, b, v in zip(states, wanted, self.variances, strict=True)]
         hidden = torch.stack(errors).mean()
         if self.causal:
@@ -352,13 +353,18 @@ class _Whole:
         return hidden + COSINE * (1 - (pooled * goal).sum(1).mean())
 
 
-def _outputs(model: PreTrainedModel, batch: Batch, logits: bool) -> tuple[list[Tensor], Tensor]:
-    """Every block's states (B, T, d), and the logits (B, T, V) or the last hidden states (B, T, d)."""
+def _outputs(model: PreTrainedModel, batch: Batch, logits: bool, time_first: bool) -> tuple[list[Tensor], Tensor]:
+    """Every block's states (B, T, d), and the logits (B, T, V) or the last hidden states (B, T, d).
+
+    `time_first`: blocks lay their states out as (T, B, d).
+    """
     states: list[Tensor] = []
-    handles = [
-        block.register_forward_hook(lambda _module, _args, output: states.append(hidden_of(output)))
-        for block in blocks(model).values()
-    ]
+
+    def note(_module: nn.Module, _args: object, output: object) -> None:
+        hidden = hidden_of(output)
+        states.append(hidden.transpose(0, 1) if time_first else hidden)
+
+    handles = [block.register_forward_hook(note) for block in blocks(model).values()]
     try:
         if not logits:
             return states, run_base(model, batch).last_hidden_state

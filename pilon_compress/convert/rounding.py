@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pilon_compress.convert.damping import damped_cholesky, damped_inverse, damped_solve
 from pilon_compress.convert.factorize import Target, damped
 from pilon_compress.convert.fit import BankFit, recompose
 from pilon_compress.convert.plan import BankPlan
@@ -73,8 +74,8 @@ def round_rows(weight: Tensor, scale: Tensor, metric: Tensor, limits: tuple[int,
     """Codes (d, m) float64 for `weight` (d, m) with a scale for each of its numbers, in the `metric` (d, d)."""
     order = metric.diagonal().argsort(descending=True, stable=True)
     W, scale = weight[order].clone(), scale[order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(metric[order][:, order]))
-    U = torch.linalg.cholesky(inverse, upper=True)
+    inverse = damped_inverse(metric[order][:, order])
+    U = damped_cholesky(inverse, upper=True)
     codes = torch.empty_like(W)
     for start in range(0, len(W), BLOCK):
         stop = min(start + BLOCK, len(W))
@@ -126,7 +127,7 @@ def round_bank(fit: BankFit, targets: Sequence[Target], plan: BankPlan, quantiza
     if len(targets) == 1:
         ridge = latent - gains[0][:, None] * grams[0] * gains[0]
         right = gains[0][:, None] * (columns.T @ (targets[0].metric @ targets[0].weight)) + ridge @ rows
-        rows = torch.linalg.solve(latent, right)
+        rows = damped_solve(latent, right)
     scale = scales(rows.T[None], kind)
     whole = spread(scale.double(), rows.shape[1], kind)[0].T
     codes = round_rows(rows, whole, latent, kind.range)

@@ -78,7 +78,7 @@ class Sensitivity:
                 kept = mask[..., None].float()
                 yield f"{index}", normalize((states * kept).sum(1) / kept.sum(1).clamp_min(1), dim=1)
                 continue
-            rows = max(1, LOGITS // (hidden.shape[1] * stream.model.config.vocab_size))
+            rows = max(1, LOGITS // (hidden.shape[1] * stream.vocab_size))
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 logits = stream.finish(index, hidden[part], part, head=True)[mask[part]]

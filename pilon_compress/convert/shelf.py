@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pilon_compress.io.checksum import digest
+
 
 class Shelf:
     """Tensors by name. Once those in memory fill `limit` bytes, further ones go to `folder`, one safetensors file each.
@@ -48,6 +50,18 @@ class Shelf:
             if not path.is_file():
                 raise KeyError(name)
             self._files[name] = (path, device)
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of the file of each tensor that is in one."""
+        return {name: digest(path) for name, (path, _) in self._files.items()}
+
+    def damage(self, checksums: dict[str, str]) -> str | None:
+        """The first file, of an earlier shelf in the same folder, that is missing or damaged; None if all are whole."""
+        for name, known in checksums.items():
+            path = self._path(name)
+            if not path.is_file() or digest(path) != known:
+                return f"{path} is {'damaged' if path.is_file() else 'missing'}"
+        return None
 
     def names(self) -> list[str]:
         return [*self._memory, *self._files]

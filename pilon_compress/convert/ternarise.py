@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pilon_compress.convert.damping import damped_solve
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
 from pilon_compress.form.fold import factors
@@ -154,10 +155,11 @@ def refit_composition(layer: ComposedLinear, x: Tensor, wanted: Tensor) -> None:
             shape = (len(selected), bank.rank)
             square, right = square.reshape(*shape, *shape).sum((1, 3)), right.reshape(shape).sum(1)
         start = weight.double().flatten()
-        square = square + RIDGE * square.diagonal().mean() * torch.eye(len(square), device=x.device)
-        right = right + RIDGE * square.diagonal().mean() * start
-        weight = torch.linalg.solve(square, right).reshape(weight.shape)
-        layer.weight.copy_(weight)
+        if bool(square.any()):  # else nothing ever reaches the layer: its weights stay
+            square = square + RIDGE * square.diagonal().mean() * torch.eye(len(square), device=x.device)
+            right = right + RIDGE * square.diagonal().mean() * start
+            weight = damped_solve(square, right[:, None])[:, 0].reshape(weight.shape)
+            layer.weight.copy_(weight)
     if layer.bias is not None:
         mixed = means[0] * weight.double().expand(len(selected), bank.rank).flatten()
         layer.bias.copy_(means[1] - mixed @ B)

@@ -1,1 +1,1 @@
-"""Text: sources, file formats, the split into a calibration and a held-out part, paragraphs for encoders."""
+"""Text sources, and the token sequences that are made of them."""

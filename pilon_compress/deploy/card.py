@@ -77,14 +77,16 @@ def _costs(report: Report) -> str:
     for label in dict.fromkeys(ratio.label for ratio in ratios):
         ffn, model = (ratio for ratio in ratios if ratio.label == label)
         cells = [f"**{readable.number(ratio.value)}** ({ratio.detail})" for ratio in (ffn, model)]
-        rows.append([label, *cells, _WHAT_OVER[label].format(dtype=report["dtype"])])
+        dtypes = {"dtype": report["dtype"], "source": report.get("source_dtype", "bfloat16")}
+        rows.append([label, *cells, _WHAT_OVER[label].format(**dtypes)])
     return _table(["Compressed ÷ dense", "FFN", "Whole model", "What is over what"], rows)
 
 
 _WHAT_OVER = {
-    "Stored parameters": "parameters kept ÷ parameters of the dense model",
-    "Bytes on disk": "bytes saved as {dtype} ÷ bytes of the dense model in bfloat16",
-    "MACs per token": "multiply-accumulates per token ÷ those of the dense model",
+    readable.STORED: "parameters kept ÷ parameters of the dense model",
+    readable.BYTES: "bytes saved as {dtype} ÷ bytes of the dense model in {source}",
+    readable.BYTES_BF16: "bytes saved as {dtype} ÷ bytes of the dense model in bfloat16",
+    readable.MACS: "multiply-accumulates per token ÷ those of the dense model",
 }
 
 

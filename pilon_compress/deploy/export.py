@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from pilon_compress import checkpoint
 from pilon_compress.deploy import loader
-from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
+from pilon_compress.deploy.save import save_model
 from pilon_compress.errors import BadInput
-from pilon_compress.families import FAMILIES, detect
+from pilon_compress.families import family_of
 from pilon_compress.form import (
     bank,
     composed,
@@ -31,6 +31,8 @@ from pilon_compress.form import (
 )
 from pilon_compress.form.fold import dense
 from pilon_compress.form.layout import BANKS, kept_matrices, linear_shape, projections
+from pilon_compress.io import checksum, companions
+from pilon_compress.io.folders import fresh_folder, open_output
 from pilon_compress.kernels import reference
 
 MODELING_FILE = "modeling_pilon.py"
@@ -48,6 +50,7 @@ BUNDLED = (
     integers,
     int8,
     layout,
+    checksum,
     loader,
 )
 HEADER = '''"""PILON for transformers, bundled by pilon-compress so that this folder loads without the package:
@@ -64,14 +67,23 @@ def export_dense(source: str, output: Path, *, dtype: str = "auto", overwrite: b
 
     It computes what the PILON model computes (logits agree to about 1e-5 in float32) at the dense model's size.
     """
-    check_output(output, overwrite, source)
-    model = load_pilon(source, dtype)
-    if layout.layout_of(model).rest:
-        raise BadInput(f"{source} is in int8 throughout: export the model that it was packed from")
-    to_dense(model)
+    with open_output(output, overwrite, source) as path:
+        model = load_pilon(source, dtype)
+        if layout.layout_of(model).rest:
+            raise BadInput(f"{source} is in int8 throughout: export the model that it was packed from")
+        to_dense(model)
+        _save(model, source, path, overwrite)
+
+
+def _save(model: PreTrainedModel, source: str, output: Path, overwrite: bool, code: str | None = None) -> None:
+    """Write `model` with the tokenizer and companions of `source`, and the modeling `code` where there is some."""
+    tokenizer, beside = checkpoint.load_tokenizer(source), companions.find(checkpoint.resolve(source))
+    beside.pop(MODELING_FILE, None)  # of a self-contained source
     with fresh_folder(output, overwrite) as folder:
-        save_model(model, checkpoint.load_tokenizer(source), folder, model.dtype)
-        copy_companions(checkpoint.resolve(source), folder)
+        save_model(model, tokenizer, folder, model.dtype)
+        companions.copy(beside, folder)
+        if code is not None:
+            (folder / MODELING_FILE).write_text(code, "utf-8")
 
 
 @torch.no_grad()
@@ -79,7 +91,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Replace, in place, every composed projection by the layer class that the host architecture has there."""
     whole = checkpoint.empty_model(_host_config(model))
     skeleton, base = whole.base_model, model.base_model
-    family = FAMILIES.get(model.config.model_type) or detect(skeleton)
+    family = family_of(whole)
     fused = family.projections.get("gate_up", "") if family else ""
     found = [(name, *dense(one)) for name, one in projections(model)]
     found += [(name, one.matrix(), one.bias) for name, one in kept_matrices(model)]
@@ -102,7 +114,19 @@ def _host_config(model: PreTrainedModel) -> PretrainedConfig:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = model.config.architectures
+    drop_bundled(config)
     return config
+
+
+def drop_bundled(config: PretrainedConfig) -> None:
+    """Remove, in place, the `auto_map` entries of a self-contained export: their code does not come along."""
+    stem = MODELING_FILE.removesuffix(".py")
+    named = getattr(config, "auto_map", None) or {}
+    kept = {auto: place for auto, place in named.items() if not str(place).startswith(f"{stem}.")}
+    if kept != named:
+        config.auto_map = kept
+    if named and not kept:
+        del config.auto_map
 
 
 def _padded(weight: torch.Tensor, d_in: int, d_out: int, halves: int) -> torch.Tensor:
@@ -131,19 +155,16 @@ def export_self_contained(source: str, output: Path, *, overwrite: bool = False)
 
     It loads with `trust_remote_code=True` where pilon-compress is not installed, and like any PILON folder where it is.
     """
-    check_output(output, overwrite, source)
-    model = load_pilon(source, "auto")
-    found = [one for _, one in (*layout.banks(model), *layout.kept_matrices(model))]
-    kernels = any(isinstance(one, packed.PackedBank | packed.PackedLinear) for one in found)
-    if kernels or layout.layout_of(model).rest:
-        raise BadInput(f"{source} is packed: its kernels do not travel with it, it needs pilon-compress to load")
-    classes = host_classes(model)
-    stem = MODELING_FILE.removesuffix(".py")
-    with fresh_folder(output, overwrite) as folder:
+    with open_output(output, overwrite, source) as path:
+        model = load_pilon(source, "auto")
+        found = [one for _, one in (*layout.banks(model), *layout.kept_matrices(model))]
+        kernels = any(isinstance(one, packed.PackedBank | packed.PackedLinear) for one in found)
+        if kernels or layout.layout_of(model).rest:
+            raise BadInput(f"{source} is packed: its kernels do not travel with it, it needs pilon-compress to load")
+        classes = host_classes(model)
+        stem = MODELING_FILE.removesuffix(".py")
         model.config.auto_map = {auto: f"{stem}.Pilon{host}" for auto, host in classes.items()}
-        save_model(model, checkpoint.load_tokenizer(source), folder, model.dtype)
-        copy_companions(checkpoint.resolve(source), folder)
-        (folder / MODELING_FILE).write_text(bundle(sorted(set(classes.values()))))
+        _save(model, source, path, overwrite, bundle(sorted(set(classes.values()))))
 
 
 def host_classes(model: PreTrainedModel) -> dict[str, str]:

@@ -3,10 +3,14 @@
 from_pretrained(folder)
   config.json  quantization_config {"quant_method": "pilon", "layout": ...}
     -> PilonConfig -> PilonQuantizer
-         before the weights (model on the meta device): install(model, layout)
+         before the weights (model on the meta device): install(model, layout); with PILON_VERIFY=1 every file of the
+         folder is compared with its checksum in manifest.json first, and ValueError names one that differs
          after the weights: refuse gaps, then dissolve, so that an ordinary nn.Module remains
 """
 
+import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,19 +25,24 @@ from pilon_compress.form.integers import Integers
 from pilon_compress.form.kept import KeptLinear
 from pilon_compress.form.layout import Host, Layout, install, stored_types
 from pilon_compress.form.packed import PackedBank, PackedLinear, scales_of
+from pilon_compress.io.checksum import damage
 
+VERIFY = "PILON_VERIFY"  # environment: compare every file with its checksum when a model is loaded
 FORMAT_VERSION = 2  # 2: ternary and packed banks, whole numbers
 
 
 class PilonConfig(QuantizationConfigMixin):
     """The `quantization_config` entry of config.json: the layout, and the version of the format it is written in."""
 
-    def __init__(self, layout: dict[str, Any], format_version: int = FORMAT_VERSION, **unused: Any) -> None:
+    def __init__(self, layout: Any = None, format_version: int = FORMAT_VERSION, **unused: Any) -> None:
+        if type(format_version) is not int or format_version < 1:
+            raise ValueError(f"format_version {format_version!r:.60} is no PILON format: config.json is damaged")
         if format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint is in PILON format {format_version}, newer than the {FORMAT_VERSION} read here: "
                 "upgrade pilon-compress"
             )
+        Layout.from_dict(layout)  # refused now, before anything is made of it
         self.quant_method = "pilon"
         self.format_version = format_version
         self.layout = layout
@@ -54,6 +63,8 @@ class PilonQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Host, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise ValueError("a dense checkpoint becomes PILON with `pilon-compress convert`, not while it is loaded")
+        if os.environ.get(VERIFY, "") not in ("", "0"):
+            verify_files(kwargs.get("checkpoint_files") or ())
         install(model, Layout.from_dict(self.quantization_config.layout))
         model._keep_in_fp32_modules_strict.update(
             name for name, dtype in stored_types(model).items() if dtype == torch.float32
@@ -63,6 +74,13 @@ class PilonQuantizer(HfQuantizer):
         refuse_gaps(model)
         refuse_damage(model)
         dissolve(model)
+
+
+def verify_files(weights: Iterable[str]) -> None:
+    """Raise ValueError if a file of the folder that holds `weights` is not as the manifest there lists it."""
+    for folder in {Path(file).parent for file in weights}:
+        if reason := damage(folder):
+            raise ValueError(f"{reason}: the file is damaged")
 
 
 def refuse_gaps(model: Host) -> None:

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 import pilon_compress
 from pilon_compress import checkpoint
-from pilon_compress.deploy.export import load_pilon
-from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder, save_model
+from pilon_compress.deploy.export import MODELING_FILE, drop_bundled, load_pilon
+from pilon_compress.deploy.save import save_model
 from pilon_compress.errors import BadInput
 from pilon_compress.form.bank import PrimitiveBank
 from pilon_compress.form.composed import ComposedLinear
@@ -21,7 +21,10 @@ from pilon_compress.form.packed import PackedBank, PackedLinear
 from pilon_compress.form.packing import pack
 from pilon_compress.form.ternary import digits
 from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
+from pilon_compress.io import companions
+from pilon_compress.io.folders import fresh_folder, open_output
 from pilon_compress.measure.size import ffn_size, model_size
+from pilon_compress.models.task import vocabulary
 
 SAMPLE = (2, 48)  # sequences and tokens on which packed and unpacked are compared
 
@@ -43,7 +46,11 @@ def export_packed(
     `max_logit_difference` on random tokens, in float32, of packing; `rest_relative_error` is that of outputs by
     rounding the rest. Raises BadInput for a model that is not ternary.
     """
-    check_output(output, overwrite, source)
+    with open_output(output, overwrite, source) as path:
+        return _export_packed(source, path, encoding, rest, dtype, overwrite)
+
+
+def _export_packed(source: str, output: Path, encoding: str, rest: str, dtype: str, overwrite: bool) -> dict[str, Any]:
     wanted = checkpoint.find_dtype(dtype)
     model = load_pilon(source, "auto")  # narrower only once they are digits, which rounding would move
     ternary = check_packable(model, source, rest)
@@ -56,9 +63,12 @@ def export_packed(
     if rest == "int8":
         to_int8(model)
         found["rest_relative_error"] = float((_outputs(model) - after).norm() / after.norm())
+    tokenizer, beside = checkpoint.load_tokenizer(source), companions.find(checkpoint.resolve(source))
+    drop_bundled(model.config)
+    beside.pop(MODELING_FILE, None)
     with fresh_folder(output, overwrite) as folder:
-        save_model(model, checkpoint.load_tokenizer(source), folder, kept_dtype)
-        copy_companions(checkpoint.resolve(source), folder)
+        save_model(model, tokenizer, folder, kept_dtype)
+        companions.copy(beside, folder)
         size = size_of(model, kept_dtype.itemsize)
         (folder / "README.md").write_text(card(source, layout_of(model), size, found))
     return {**size, **found}
@@ -133,7 +143,7 @@ def _matrix(matrix: Kept, encoding: str) -> PackedLinear:
 @torch.no_grad()
 def _outputs(model: PreTrainedModel) -> torch.Tensor:
     """Logits, or of an encoder the last states, on random tokens."""
-    ids = torch.randint(0, model.config.vocab_size, SAMPLE, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, vocabulary(model.config), SAMPLE, generator=torch.Generator().manual_seed(0))
     return model.eval()(input_ids=ids.to(model.device))[0].float()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pilon_compress.form.bank import PrimitiveBank
-from pilon_compress.form.composed import ComposedLinear
+from pilon_compress.form.composed import COMPOSITIONS, ComposedLinear
 from pilon_compress.form.int8 import Int8Embedding, Int8Linear, install_int8, installed
 from pilon_compress.form.integers import KINDS, IntegerBank, IntegerLinear, Integers
 from pilon_compress.form.kept import KeptLinear
@@ -19,6 +19,9 @@ from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
 Kept = KeptLinear | PackedLinear | IntegerLinear
 PACKED = {f"ternary-{encoding}": encoding for encoding in PER_BYTE}
 Host = Any  # a transformers PreTrainedModel; transformers imports this file while that class is being made
+WORDS = {"quantization": ("none", "ternary", *PACKED, *KINDS), "composition": COMPOSITIONS}
+REST = ("linear", "embedding", "head")  # kinds of 8-bit layers, see `int8.installed`
+WIDEST, LARGEST = 1 << 26, 1 << 40  # of one size, and of the numbers of one side of a bank
 BANKS = "pilon_banks"  # where the base model owns its banks
 
 
@@ -66,6 +69,9 @@ class KeptSpec:
     norm: bool = False
 
 
+SPECS = {"banks": BankSpec, "projections": ProjectionSpec, "kept": KeptSpec}  # by part of a layout
+
+
 @dataclass(frozen=True)
 class Layout:
     """Banks by name (`band0.up`); projections and kept matrices by module name below the base model (`h.0.mlp.c_fc`).
@@ -110,18 +116,45 @@ class Layout:
         return self.host.get(name) or self.shape(name)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Layout":
-        """Read what `to_dict` wrote. Raises ValueError on an unknown or missing field, or a bank that is not there."""
-        banks = {name: _read(BankSpec, entry, f"bank {name}") for name, entry in data["banks"].items()}
-        projections = {
-            name: _read(ProjectionSpec, entry, f"projection {name}") for name, entry in data["projections"].items()
-        }
-        for name, spec in projections.items():
-            if spec.bank not in banks:
+    def from_dict(cls, data: Any) -> "Layout":
+        """Read what `to_dict` wrote. Raises ValueError, in one line, for anything else: see `_checked`."""
+        parts = _table(data, "the layout")
+        if unknown := set(parts) - {one.name for one in fields(cls)}:
+            raise ValueError(f"the layout has unknown parts {sorted(unknown)}: written by a newer pilon-compress?")
+        if lost := {"banks", "projections"} - set(parts):
+            raise ValueError(f"the layout is incomplete: it lacks {min(lost)}")
+        specs = dict[str, dict[str, Any]]()
+        for part, kind in SPECS.items():
+            table = _table(parts.get(part, {}), f"the layout's {part}")
+            specs[part] = {name: _read(kind, entry, f"{part} {name}") for name, entry in table.items()}
+        host = {name: _shape(shape, name) for name, shape in _table(parts.get("host", {}), "the layout's host").items()}
+        rest = _table(parts.get("rest", {}), "the layout's rest")
+        made = cls(specs["banks"], specs["projections"], specs["kept"], host, rest)
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        """Raise ValueError where parts of the layout contradict each other."""
+        folders = {name[:end] for name in self.banks for end, letter in enumerate(name) if letter == "."}
+        for name in self.banks:
+            if not all(part.isidentifier() and not hasattr(nn.ModuleDict, part) for part in name.split(".")):
+                raise ValueError(f"{name!r} is no name for a bank")
+            if name in folders:
+                raise ValueError(f"bank {name} and banks inside it share their name")
+        for name, spec in self.projections.items():
+            bank = self.banks.get(spec.bank)
+            if bank is None:
                 raise ValueError(f"projection {name} composes from bank {spec.bank!r}, which the layout does not have")
-        kept = {name: _read(KeptSpec, entry, f"projection {name}") for name, entry in data.get("kept", {}).items()}
-        host = {name: (int(d_in), int(d_out)) for name, (d_in, d_out) in data.get("host", {}).items()}
-        return cls(banks, projections, kept, host, dict(data.get("rest", {})))
+            if spec.composition != "softmax" and spec.top_k > bank.n_primitives:
+                raise ValueError(f"projection {name} selects {spec.top_k} of the {bank.n_primitives} of {spec.bank}")
+            if name in self.kept:
+                raise ValueError(f"{name} is both composed and kept")
+        for name in self.host:
+            if name not in self.projections and name not in self.kept:
+                raise ValueError(f"the layout's host names {name!r}, which it does not replace")
+        for name, kind in self.rest.items():
+            if kind not in REST:
+                raise ValueError(f"{name}: {kind!r} is none of {', '.join(REST)}")
 
     def integers(self, quantization: str) -> "Layout":
         """The same with every bank and kept matrix in whole numbers."""
@@ -164,14 +197,41 @@ def _written(spec: Any) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if default is MISSING or value != default}
 
 
-def _read(kind: type, entry: dict[str, Any], where: str) -> Any:
-    known = {one.name for one in fields(kind)}
-    if unknown := set(entry) - known:
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is no table: {value!r:.60}")
+    return dict(value)
+
+
+def _shape(value: Any, name: str) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"host {name} is no pair of sizes: {value!r:.60}")
+    return _checked(value[0], "d_in", int, f"host {name}"), _checked(value[1], "d_out", int, f"host {name}")
+
+
+def _read(kind: type, entry: Any, where: str) -> Any:
+    """A specification of that `kind`. Raises ValueError for fields that are unknown, missing, or not `_checked`."""
+    known = {one.name: one for one in fields(kind)}
+    given = _table(entry, where)
+    if unknown := set(given) - set(known):
         raise ValueError(f"{where} has unknown fields {sorted(unknown)}: written by a newer pilon-compress?")
-    try:
-        return kind(**entry)
-    except TypeError as error:
-        raise ValueError(f"{where} is incomplete: {error}") from None
+    if lost := [name for name, one in known.items() if one.default is MISSING and name not in given]:
+        raise ValueError(f"{where} is incomplete: it lacks {lost[0]}")
+    made = kind(**{name: _checked(value, name, known[name].type, where) for name, value in given.items()})
+    if isinstance(made, BankSpec) and made.n_primitives * made.rank * max(made.d_in, made.d_out) > LARGEST:
+        raise ValueError(f"{where} declares more than {LARGEST:,} numbers")
+    return made
+
+
+def _checked(value: Any, name: str, kind: Any, where: str) -> Any:
+    """`value` of a field: its exact type, sizes from 1 (`group`: 0) to WIDEST, words that are known."""
+    if type(value) is not kind:
+        raise ValueError(f"{where}: {name} must be {kind.__name__}, not {value!r:.60}")
+    if kind is int and not (0 if name == "group" else 1) <= value <= WIDEST:
+        raise ValueError(f"{where}: {name} is {value}, which no model has")
+    if name in WORDS and value not in WORDS[name]:
+        raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
+    return value
 
 
 def install(model: Host, layout: Layout) -> Host:

@@ -11,14 +11,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
+from pilon_compress.io import signals
+from pilon_compress.io.disk import rename, sync
+
 HOME = Path(__file__).parent
 SOURCES = tuple(sorted(HOME.glob("*.cpp")) + sorted(HOME.glob("*.h")))
+WORK = ".making-"  # how folders of unfinished work begin
 OLDEST = (2, 10)  # torch whose stable ABI has all that the kernel needs
 # No fused multiply-add: float32 operations must be torch's own.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
@@ -42,6 +47,8 @@ def library() -> Path:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f".{name}.lock"):
             if not (home / name).is_file():
+                for left in home.glob(f"{WORK}{name}-*"):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 compile_to(home / name)
     except OSError as error:
         raise NoKernel(
@@ -75,7 +82,7 @@ def compile_to(path: Path) -> None:
     root = Path(torch.__file__).parent
     torch_flags = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     target = f"-DTORCH_TARGET_VERSION=(((0ULL+{OLDEST[0]})<<56)|((0ULL+{OLDEST[1]})<<48))"
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{WORK}{path.name}-") as folder, _removed(folder):
         made = Path(folder) / path.name
         for threads in (["-fopenmp"], []):  # a compiler without OpenMP still makes a kernel for one thread
             command = [
@@ -93,12 +100,18 @@ def compile_to(path: Path) -> None:
             except OSError as error:
                 raise NoKernel(f"cannot run {compiler}: {error.strerror or error}") from error
             if done.returncode == 0:
-                os.replace(made, path)
+                sync(made)
+                rename(made, path)
                 return
     errors = (
         [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
     )
     raise NoKernel(f"{compiler} failed: {errors[0]}")
+
+
+def _removed(folder: str) -> AbstractContextManager[None]:
+    """Delete `folder` if a signal ends the process."""
+    return signals.cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 if __name__ == "__main__":

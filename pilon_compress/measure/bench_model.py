@@ -14,6 +14,8 @@ from pilon_compress.measure.bench import chosen, circumstances, set_threads
 from pilon_compress.measure.contenders import BASELINE, NotHere
 from pilon_compress.measure.model_forms import FORMS
 from pilon_compress.measure.timing import interleaved
+from pilon_compress.models.limits import longest_input
+from pilon_compress.models.task import vocabulary
 
 
 @torch.inference_mode()
@@ -39,7 +41,7 @@ def bench_model(
         raise BadInput(
             f"{model} is a dense model: the benchmark takes a PILON folder and times its dense host beside it"
         )
-    room = getattr(pilon.config, "max_position_embeddings", context + 1)
+    room = longest_input(pilon) or context + 1
     if not 1 <= context < room:
         raise BadInput(f"--context {context} is not between 1 and {room - 1}, what the model has positions for")
     set_threads(threads)
@@ -50,7 +52,7 @@ def bench_model(
             forms[name] = FORMS[name](pilon)
         except NotHere as reason:
             skipped[name] = str(reason)
-    ids = torch.randint(5, pilon.config.vocab_size, (batch, context), device=target)
+    ids = torch.randint(5, vocabulary(pilon.config), (batch, context), device=target)
     parts = {"prefill": {name: _prefill(form, ids) for name, form in forms.items()}}
     if checkpoint.is_causal(pilon.config):
         parts["decode"] = {name: _decode(form, ids) for name, form in forms.items()}

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pilon_compress.data.sequences import check_ids
 from pilon_compress.errors import BadInput
+from pilon_compress.models.limits import longest_input
+from pilon_compress.models.task import vocabulary
 from pilon_compress.progress import track
 
 NEIGHBORS = 10
@@ -26,12 +29,13 @@ def embed(
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # alike lengths together: little padding
     rows: list[Tensor] = [torch.empty(0)] * len(texts)
     starts = range(0, len(order), batch_size)
-    limit = min(max_length, positions(model) or max_length)
+    limit = min(max_length, longest_input(model) or max_length)
     for start in track(starts, "embedding", total=len(starts)):
         chosen = order[start : start + batch_size]
         batch = tokenizer(
             [texts[i] for i in chosen], padding=True, truncation=True, max_length=limit, return_tensors="pt"
         ).to(model.device)
+        check_ids(tokenizer, int(batch["input_ids"].max()), vocabulary(model.config))
         hidden = model.base_model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).last_hidden_state.float()
         mask = batch["attention_mask"][..., None].float()
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
@@ -41,19 +45,6 @@ def embed(
     if not bool(torch.isfinite(result).all()):
         raise BadInput("the embeddings of the evaluation texts are NaN or infinite: they cannot be compared")
     return result
-
-
-def positions(model: PreTrainedModel) -> int | None:
-    """The longest input that the model takes, in tokens; None if nothing limits it.
-
-    RoBERTa and its kin count positions from the padding id + 1 on: their config promises more than they can take.
-    """
-    stated = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.base_model.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if stated and padding is not None and name.endswith("position_embeddings"):
-            return int(stated - padding - 1)
-    return stated
 
 
 def measure(

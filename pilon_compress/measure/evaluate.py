@@ -14,6 +14,7 @@ from pilon_compress.measure import encoder, language
 CAUSAL_DATA = "hub:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 ENCODER_DATA = "stdlib"
 ENCODER_TEXTS = 500
+EVALUATED = 2**14  # tokens scored by the evaluation that ends a conversion; `eval` scores all of the text
 
 
 def measure(
@@ -26,18 +27,17 @@ def measure(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Perplexity and its kin for a causal LM, fidelity to `against` for an encoder; `kind` says which."""
+    settings.check_kind(checkpoint.is_causal(model.config))
     if checkpoint.is_causal(model.config):
-        window = settings.window or language.default_window(model.config)
-        limit = None if settings.samples is None else settings.samples * (settings.stride or window)
         figures = language.measure(
             model,
             tokenizer,
             documents,
             against=against,
-            window=window,
+            window=settings.window,
             stride=settings.stride,
             batch_size=settings.batch_size,
-            max_tokens=limit,
+            max_windows=settings.samples,
         )
         return {"kind": "causal", **figures}
     if against is None:
@@ -47,6 +47,14 @@ def measure(
         "kind": "encoder",
         **encoder.measure(model, against, tokenizer, texts, batch_size=settings.batch_size),
     }
+
+
+def affordable(settings: recipe.Evaluation, model: PreTrainedModel) -> recipe.Evaluation:
+    """Return `settings` with the windows of a language model limited to EVALUATED tokens, unless they say how many."""
+    if settings.samples is not None or not checkpoint.is_causal(model.config):
+        return settings
+    window = settings.window or language.default_window(model)
+    return settings.model_copy(update={"samples": max(1, EVALUATED // window)})
 
 
 def check(documents: Sequence[str], causal: bool) -> None:
@@ -61,20 +69,25 @@ def evaluate(
     against: str | None = None,
     data: str | None = None,
     settings: recipe.Evaluation | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     seed: int = 0,
 ) -> dict[str, Any]:
     """Evaluate the model at `model` (PILON or dense), against the dense one it came from where that is known.
 
-    `against` defaults to the dense model that the folder's recipe.yaml leads to. `data` is a text source; where it
-    overlaps a source of calibration or training, only the part that these leave out is used, and the figures say so.
+    `against` defaults to the dense model that the folder's recipe.yaml leads to. `data` is a text source; by default
+    the one that the recipe evaluates on or else calibrates on, and without a recipe WikiText-2 (encoders: stdlib).
+    Where it overlaps a source of calibration or training, only the part that these leave out is used, and the figures
+    say so.
     """
     origin = lineage(checkpoint.resolve(model))
     against = against or origin.dense
-    pilon = checkpoint.load_model(model, dtype="float32", device=device)
-    data = data or (CAUSAL_DATA if checkpoint.is_causal(pilon.config) else ENCODER_DATA)
+    causal = checkpoint.is_causal(checkpoint.load_config(model))
+    if not causal and against is None:  # before anything is loaded
+        raise BadInput(f"{model} is an encoder, judged by its fidelity to the dense model: name that with --against")
+    data = data or origin.judged_by or (CAUSAL_DATA if causal else ENCODER_DATA)
     seen = any(_overlap(data, source) for source in origin.texts)
     documents = list(text.open_text(data, part="held-out" if seen else "all"))
+    pilon = checkpoint.load_model(model, dtype="float32", device=device)
     dense = checkpoint.load_model(against, dtype="float32", device=device) if against else None
     figures = measure(
         pilon,
@@ -87,8 +100,8 @@ def evaluate(
     return {**figures, "model": model, "against": against, "data": data + (" (held-out part)" if seen else "")}
 
 
-def _overlap(data: str, calibration: str) -> bool:
-    """Whether two sources may share documents: the same one, or `stdlib` and one of its halves."""
-    return data == calibration or (
-        {data, calibration} & {"stdlib"} != set() and data.startswith("stdlib") and calibration.startswith("stdlib")
+def _overlap(data: str, source: str) -> bool:
+    """True if two sources may share documents: the same one, or `stdlib` and one of its halves."""
+    return data == source or (
+        {data, source} & {"stdlib"} != set() and data.startswith("stdlib") and source.startswith("stdlib")
     )

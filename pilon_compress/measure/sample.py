@@ -11,10 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from pilon_compress import checkpoint
+from pilon_compress.data.sequences import check_ids
 from pilon_compress.errors import BadInput
 from pilon_compress.form.fold import fold, foldable
 from pilon_compress.form.layout import BANKS
-from pilon_compress.measure.encoder import positions
+from pilon_compress.models.limits import longest_input
+from pilon_compress.models.task import vocabulary
 
 COLDEST = 1e-3  # lowest temperature above 0: logits divided by less leave float32
 ANSWER = "ANSWER"  # what an assistant says, where the end of a turn is looked for in a chat template
@@ -67,7 +69,7 @@ def complete(
     ids = chat_ids(tokenizer, prompt, system) if chat else prompt_ids(tokenizer, prompt)
     where = checkpoint.find_device(device)
     network = checkpoint.load_model(model, dtype="float32" if where.type == "cpu" else "auto", device=str(where))
-    checkpoint.check_finite(network)
+    check_ids(tokenizer, max(ids), vocabulary(config))
     room = _room(network, len(ids))
     if hasattr(network.base_model, BANKS) and foldable(network):
         fold(network)
@@ -227,7 +229,7 @@ def _generate(
 
 def _room(network: PreTrainedModel, used: int) -> int:
     """Positions behind the prompt. Raises BadInput if there are none."""
-    longest = positions(network) or getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_input(network)
     if not longest:
         return 2**31
     if used >= longest:

@@ -10,7 +10,7 @@ from pilon_compress.form.integers import KINDS
 from pilon_compress.form.layout import PACKED, Layout, linear_shape
 from pilon_compress.form.packing import packed_size
 
-DENSE_ITEMSIZE = 2  # the dense model is counted in bfloat16, whatever it was stored in
+DENSE_ITEMSIZE = 2  # `dense_bytes` is the dense model in bfloat16, whatever it was stored in
 INDEX_ITEMSIZE = 8  # selected primitives are int64
 SCALE_ITEMSIZE = 4  # scales of packed projections and of 8-bit rows are float32
 
@@ -33,13 +33,21 @@ class Size:
     def __add__(self, other: "Size") -> "Size":
         return Size(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The figures with their three ratios, PILON over dense."""
+    def to_dict(self, source_itemsize: int = DENSE_ITEMSIZE) -> dict[str, Any]:
+        """The figures with their ratios, PILON over dense; `source_itemsize`: bytes per number of the dense file.
+
+        `bytes_ratio_to_source` is over the dense file as it is (`source_bytes`), `bytes_ratio_to_bf16` over the dense
+        model in bfloat16 (`dense_bytes`); `bytes_ratio` is the latter under its older name.
+        """
+        source_bytes = self.dense_bytes // DENSE_ITEMSIZE * source_itemsize
         return {
             "stored_ratio": self.stored / self.dense_stored,
             "bytes_ratio": self.bytes / self.dense_bytes,
+            "bytes_ratio_to_source": self.bytes / source_bytes,
+            "bytes_ratio_to_bf16": self.bytes / self.dense_bytes,
             "mac_ratio": self.macs / self.dense_macs,
             **vars(self),
+            "source_bytes": source_bytes,
         }
 
 

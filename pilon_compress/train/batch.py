@@ -1,9 +1,12 @@
 """What a training step sees: tokens, the tokens after them, and which of them may attend to which."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 IGNORED = -100  # the label that cross entropy leaves out
@@ -79,6 +82,37 @@ def attention_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
     allowed = allowed & (document[:, :, None] == document[:, None, :])
     mask = torch.zeros(rows, length, length, dtype=dtype, device=document.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+class Row(NamedTuple):
+    """Consecutive tokens, and True where a document begins among them, both (n,)."""
+
+    ids: NDArray[Any]
+    starts: NDArray[np.bool_]
+
+
+def from_rows(
+    rows: Sequence[Row], length: int, prefix: Sequence[int], padding: int, respect_documents: bool = False
+) -> Batch:
+    """Stretches of a stream as a batch of T = `length` inputs each, behind `prefix` where they do not begin with it.
+
+    A stretch has at most T + 1 - len(prefix) tokens; its first one was predicted by the stretch before it, and is not
+    scored again behind a prefix.
+    """
+    windows = np.full((len(rows), length + 1), padding, np.int64)
+    starts = np.zeros((len(rows), length + 1), bool)
+    sizes = np.zeros(len(rows), np.int64)
+    given = np.zeros(len(rows), np.int64)  # prefix tokens that the row got, whose successor is not scored
+    for place, row in enumerate(rows):
+        front = [] if list(row.ids[: len(prefix)]) == list(prefix) else list(prefix)
+        given[place], sizes[place] = len(front), len(front) + len(row.ids)
+        windows[place, : len(front)] = front
+        windows[place, len(front) : sizes[place]] = row.ids
+        starts[place, len(front) : sizes[place]] = row.starts
+    made = (torch.from_numpy(windows), torch.from_numpy(starts), torch.from_numpy(sizes))
+    batch = from_windows(*made, respect_documents)
+    unscored = torch.arange(length) < torch.from_numpy(given)[:, None]
+    return replace(batch, labels=batch.labels.masked_fill(unscored, IGNORED))
 
 
 def from_windows(windows: Tensor, starts: Tensor, sizes: Tensor, respect_documents: bool) -> Batch:

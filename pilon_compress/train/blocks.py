@@ -3,40 +3,39 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from pilon_compress.train.batch import Batch, from_windows
+from pilon_compress.data.sequences import body_length
+from pilon_compress.train.batch import Batch, Row, from_rows
 from pilon_compress.train.tokens import TokenFile
 
 
 class Blocks:
     """The blocks of `length` tokens of a token file, each followed by the token that its last one predicts.
 
-    Neighbours overlap by that token, so that over all blocks every token but the first is predicted exactly once; the
-    last block is padded. With `respect_documents` no document sees another, and neither is the first token of one
-    predicted from the end of the one before.
+    Every block begins as the tokenizer begins a text, with BOS where it puts one. Neighbours overlap by one token, so
+    that over all blocks every token but the first is predicted exactly once; the last block is padded. With
+    `respect_documents` no document sees another, and neither is the first token of one predicted from the end of the
+    one before.
     """
 
     def __init__(self, tokens: TokenFile, length: int, respect_documents: bool = False) -> None:
         self.tokens = tokens
         self.length = length
         self.respect_documents = respect_documents
+        self.stride = body_length(length, tokens.about.prefix)
 
     def __len__(self) -> int:
-        return -(-(len(self.tokens) - 1) // self.length)
+        return max(1, -(-(len(self.tokens) - 1) // self.stride))
 
     def rows(self, indices: Sequence[int]) -> Batch:
         """The blocks with these indices, in this order."""
-        width = self.length + 1
-        windows = np.full((len(indices), width), self.tokens.about.eos, np.int64)
-        starts = np.zeros((len(indices), width), bool)
-        sizes = np.zeros(len(indices), np.int64)
-        for row, index in enumerate(indices):
-            begin = index * self.length
-            found = self.tokens.ids[begin : begin + width]
-            windows[row, : len(found)] = found
-            sizes[row] = len(found)
-            first, last = np.searchsorted(self.tokens.starts, (begin, begin + len(found)))
-            starts[row, self.tokens.starts[first:last] - begin] = True
-        made = (torch.from_numpy(windows), torch.from_numpy(starts), torch.from_numpy(sizes))
-        return from_windows(*made, self.respect_documents)
+        found = []
+        for index in indices:
+            begin = index * self.stride
+            ids = self.tokens.ids[begin : begin + self.stride + 1]
+            first, last = np.searchsorted(self.tokens.starts, (begin, begin + len(ids)))
+            starts = np.zeros(len(ids), bool)
+            starts[self.tokens.starts[first:last] - begin] = True
+            found.append(Row(ids, starts))
+        about = self.tokens.about
+        return from_rows(found, self.length, about.prefix, about.eos, self.respect_documents)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from pilon_compress.data.sequences import begins_with
 from pilon_compress.data.text import DEFAULT_LM
 from pilon_compress.errors import BadInput
 from pilon_compress.measure.evaluate import ENCODER_DATA
@@ -70,13 +71,16 @@ class Slice:
 @dataclass(frozen=True)
 class Corpus:
     """`tokens` of one pass over the text; None where nobody knows. `per_row`: tokens of a row, on average, where it is
-    not the sequence length. `ends`: tokens that end an assistant's turn."""
+    not the sequence length. `ends`: tokens that end an assistant's turn. `largest`: the largest token id, or of a
+    streamed source the largest that the tokenizer has. `begins_with`: tokens before every sequence, as text."""
 
     batches: Loader | Streamed
     validation: Rows
     tokens: int | None
     per_row: float | None = None
     ends: tuple[int, ...] = ()
+    largest: int = 0
+    begins_with: str | None = None
 
     def first(self) -> Batch:
         """Some text to learn from, of which nothing is used up."""
@@ -107,19 +111,26 @@ def open_corpus(
         if asked.streaming:
             raise BadInput("data.streaming is for plain text: conversations are packed, which needs all of them")
         chats = tokenise_chat(source, tokenizer, part)
-        judged: Rows = Packed(tokenise_chat(held[0], tokenizer, held[1]), length)
+        chosen = tokenise_chat(held[0], tokenizer, held[1])
+        judged: Rows = Packed(chosen, length)
         loader = Loader(Packed(chats, length), batch, recipe.seed, micro_batches)
-        return Corpus(loader, Slice(judged, asked.validation_sequences), len(chats), ends=turn_ends(chats))
-    judged = Blocks(tokenise(held[0], tokenizer, held[1]), length, asked.respect_documents)
+        largest = max(chats.about.largest, chosen.about.largest)
+        return Corpus(loader, Slice(judged, asked.validation_sequences), len(chats), None, turn_ends(chats), largest)
+    text_held = tokenise(held[0], tokenizer, held[1])
+    judged = Blocks(text_held, length, asked.respect_documents)
     validation = Slice(judged, asked.validation_sequences)
+    begins = begins_with(tokenizer)
     if asked.streaming:
         blocks = StreamingBlocks(
             source, tokenizer, length, recipe.seed, part, rank, world, respect_documents=asked.respect_documents
         )
-        return Corpus(Streamed(blocks, batch, micro_batches), validation, None)
+        most = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
+        return Corpus(Streamed(blocks, batch, micro_batches), validation, None, largest=most, begins_with=begins)
     file: TokenFile = tokenise(source, tokenizer, part)
     rows = Blocks(file, length, asked.respect_documents)
-    return Corpus(Loader(rows, batch, recipe.seed, micro_batches), validation, len(file))
+    largest = max(file.about.largest, text_held.about.largest)
+    loader = Loader(rows, batch, recipe.seed, micro_batches)
+    return Corpus(loader, validation, len(file), largest=largest, begins_with=begins)
 
 
 def open_paragraphs(
@@ -139,6 +150,7 @@ def open_paragraphs(
         Spread(judged, asked.validation_sequences),
         len(rows.tokens),
         len(rows.tokens) / len(rows),
+        largest=max(rows.tokens.about.largest, judged.tokens.about.largest),
     )
 
 

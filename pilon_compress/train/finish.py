@@ -13,9 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
 from pilon_compress import checkpoint
-from pilon_compress.deploy.save import copy_companions, save_model
+from pilon_compress.deploy.export import MODELING_FILE, drop_bundled
+from pilon_compress.deploy.save import save_model
 from pilon_compress.form.fold import prune_unused
 from pilon_compress.form.layout import install, layout_of
+from pilon_compress.io import companions, manifest
+from pilon_compress.io.disk import DiskFull, disk_full, rename, sync, sync_tree
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.card import model_card
 from pilon_compress.train.corpus import Corpus, source_of
@@ -44,7 +47,7 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
         prune_unused(model)
         if corpus.ends and model.generation_config is not None:  # an answer ends where the chats' answers did
             model.generation_config.eos_token_id = list(corpus.ends)
-        result = describe(run, job, model, loss)
+        result = describe(run, job, model, loss) | {"begins_with": corpus.begins_with}
         if job.told is not None and run.asked.task == "heal":  # otherwise nobody has named a teacher
             result |= job.told(loss, job.before)
         if run.stages:
@@ -122,22 +125,42 @@ def dtype_of(recipe: TrainRecipe) -> torch.dtype:
 
 
 def write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: dict[str, Any]) -> None:
-    """Put the model into the output folder: all files are made aside first, config.json moves in last."""
+    """Put the model into the output folder: all files are made aside first, config.json moves in last.
+
+    Raises DiskFull; the last checkpoint stands.
+    """
+    try:
+        _write(run, model, tokenizer, result)
+    except Exception as error:
+        if reason := disk_full(error):
+            words = f"cannot write {run.output}: {reason}; the training is done, --resume writes the model"
+            raise DiskFull(words, reason) from error
+        raise
+    if not run.quiet:
+        print(f"model {run.output}", file=sys.stderr)
+
+
+def _write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: dict[str, Any]) -> None:
     work = run.output / "checkpoints" / "model"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     start = run.recipe.start
     model.config.use_cache = True
+    drop_bundled(model.config)
     save_model(model, tokenizer, work, dtype_of(run.recipe))
     if start is not None:
-        copy_companions(checkpoint.resolve(start), work)
+        beside = companions.find(checkpoint.resolve(start))
+        beside.pop(MODELING_FILE, None)
+        companions.copy(beside, work)
     (work / RESULT).write_text(json.dumps(result, indent=2))
     write_pages(result, run.asked, read_metrics(run.output), work)
     (work / "README.md").write_text(model_card(result, run.asked, model.can_generate()), encoding="utf-8")
+    manifest.write(work)
+    sync_tree(work)
     for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.name == "config.json":
+            sync(run.output)
         if path.is_dir():
             shutil.rmtree(run.output / path.name, ignore_errors=True)
-        path.replace(run.output / path.name)
+        rename(path, run.output / path.name)
     work.rmdir()
-    if not run.quiet:
-        print(f"model {run.output}", file=sys.stderr)

@@ -4,7 +4,6 @@ share of the training    0 ........ layerwise ........................ 1
 what is learnt           block by block    predictions or embeddings, and states, whose weight fades
 """
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,8 +18,10 @@ from transformers import PreTrainedModel
 
 from pilon_compress import checkpoint
 from pilon_compress.errors import BadInput
+from pilon_compress.io import manifest
 from pilon_compress.lineage import lineage
 from pilon_compress.measure import encoder
+from pilon_compress.models.task import vocabulary
 from pilon_compress.train import schedule
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Corpus
@@ -206,8 +207,8 @@ def remembered(
         rows=loader.rows,
         indices=np.array(seen, np.int64),
         length=recipe.data.sequence_length,
-        count=min(asked.cache_teacher, model.config.vocab_size),
-        vocabulary=model.config.vocab_size,
+        count=min(asked.cache_teacher, vocabulary(model.config)),
+        vocabulary=vocabulary(model.config),
         temperature=asked.temperature,
         made_from=f"{fingerprint(reference)}\n{tokens.tokens.about.key}\n{recipe.data.respect_documents}",
     )
@@ -222,16 +223,15 @@ def judged(rows: Rows, recipe: TrainRecipe, world: World, teacher: Callable[[], 
     for batch in batches:
         state.update(batch.labels.numpy().tobytes())
     path = kept / JUDGED if kept is not None else None
-    known = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    known = manifest.read_json(path) if path is not None else None
+    known = known if isinstance(known, dict) else {}
     key = state.hexdigest()
     if world.total(float(key not in known))[0]:
         nats = sum(teacher().nats(batch.to(world.device)) for batch in batches)
         total, scored = world.total(nats, float(sum(batch.scored for batch in batches)))
         known[key] = total / max(1.0, scored)
         if path is not None and world.size == 1:
-            work = path.with_suffix(".part")
-            work.write_text(json.dumps(known))
-            work.replace(path)
+            manifest.write_json(path, known)
     return float(known[key])
 
 

@@ -18,6 +18,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.families import Site, find_sites
 from pilon_compress.form.initialise import initialise
 from pilon_compress.form.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install
+from pilon_compress.form.stored import stored_layout
 from pilon_compress.train.recipe import Ffn, Host, Ternary
 
 RANKS = (64, 32, 16, 8, 4, 2, 1)  # of a primitive; multiples of 16 suit the kernels, small models need finer steps
@@ -86,9 +87,8 @@ def build_with(config: PretrainedConfig, layout: Layout | None, seed: int) -> Pr
 
 
 def layout_in(config: PretrainedConfig) -> Layout | None:
-    """The layout of a PILON model by its config; None of a dense one."""
-    found = getattr(config, "quantization_config", None)
-    return Layout.from_dict(found["layout"]) if found else None
+    """The layout of a PILON model by its config; None of a dense one. Raises BadInput for one that is damaged."""
+    return stored_layout(config)
 
 
 def layout_for(sites: Sequence[Site], ffn: Ffn, ternary: Ternary = Ternary()) -> Layout | None:  # noqa: B008

@@ -5,7 +5,6 @@ for each step:  rates for this share of the training -> micro batches -> clip ->
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from pilon_compress.errors import BadInput
+from pilon_compress.io import signals
 from pilon_compress.train import schedule
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Streamed
@@ -120,7 +120,7 @@ def train(job: Training, monitor: Monitor) -> None:
         job.ema = _weights(job)
     if job.step == 0 and (job.keep_best or recipe.task == "heal"):
         job.before = _judge(job, monitor)
-    with _signals() as asked:
+    with signals.watched() as asked:
         while job.step < job.steps:
             share = job.step / job.steps
             loss, norms = _step(job, share)
@@ -224,13 +224,7 @@ def _check(loss: float, mean: float, job: Training) -> float:
         what = f"the loss jumped from {mean:.3g} to {loss:.3g} at step {job.step}: lower optimizer.learning_rate, "
         what += "or raise run.spike"
     if what:
-        steps = job.checkpoints.steps()
-        kept = (
-            f"the checkpoint of step {steps[-1]} stands, --resume goes on from it"
-            if steps
-            else "there is no checkpoint"
-        )
-        raise BadInput(f"{what}; {kept}")
+        raise BadInput(f"{what}; {job.checkpoints.standing()}")
     return loss if math.isnan(mean) else SMOOTHING * mean + (1 - SMOOTHING) * loss
 
 
@@ -348,29 +342,3 @@ def restore(job: Training, step: int) -> None:
     job.before = math.nan if plain.get("before") is None else plain["before"]
     if isinstance(job.batches, Streamed):
         job.batches.load(job.checkpoints.stream(step))
-
-
-class _Asked:
-    code = 0
-
-
-@contextmanager
-def _signals() -> Iterator[_Asked]:
-    """SIGINT and SIGTERM ask for an end after the step that runs; a second one ends at once."""
-    asked, before = _Asked(), {}
-
-    def note(number: int, _frame: Any) -> None:
-        if asked.code:
-            raise KeyboardInterrupt
-        asked.code = 128 + number
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: whoever runs us handles signals
-        pass
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pilon_compress.io.disk import write_whole
 from pilon_compress.train.trackers import open_tracker
 
 METRICS = "metrics.jsonl"
@@ -33,7 +34,7 @@ class Monitor:
     def __init__(self, output: Path, steps: int, start: int, trackers: list[str], quiet: bool = False) -> None:
         self.path, self.start = output / METRICS, start
         lines = [line for line in _lines(self.path) if line.get("step", 0) <= start] if start else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self.trackers = [open_tracker(name, output) for name in trackers]
         console = Console(stderr=True, emoji=False)
         self.live = console.is_terminal and not quiet
@@ -130,15 +131,17 @@ class Clock:
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """The lines of an output's metrics.jsonl; a last line that was cut short is left out."""
+    """The lines of an output's metrics.jsonl; lines that are damaged or were cut short are left out."""
     return _lines(output / METRICS)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
+            entry = json.loads(line)
+        except (ValueError, RecursionError):  # cut short, or damaged
+            continue
+        if isinstance(entry, dict) and type(entry.get("step")) is int:
+            found.append(entry)
     return found

@@ -5,7 +5,6 @@
 OUT holds the run while it goes on (recipe.yaml, metrics.jsonl, checkpoints/, tokenizer) and the model when it is done.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,11 +21,18 @@ from pilon_compress import checkpoint
 from pilon_compress.convert.stream import blocks
 from pilon_compress.convert.ternarise import ternarise
 from pilon_compress.data import text
+from pilon_compress.data.sequences import check_ids
 from pilon_compress.errors import BadInput
 from pilon_compress.families import find_sites
 from pilon_compress.form.layout import layout_of
-from pilon_compress.measure import encoder, sample
+from pilon_compress.io import companions, manifest
+from pilon_compress.io.checksum import damage
+from pilon_compress.io.disk import rename, sync_tree
+from pilon_compress.io.folders import expanded
+from pilon_compress.measure import sample
 from pilon_compress.measure.size import ffn_size, linear_macs
+from pilon_compress.models.limits import longest_input
+from pilon_compress.models.task import vocabulary
 from pilon_compress.train import hosts
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.corpus import Corpus, open_corpus, open_paragraphs, source_of
@@ -42,7 +48,7 @@ from pilon_compress.train.order import in_order
 from pilon_compress.train.plan import check, plan
 from pilon_compress.train.plugins import plugins_for
 from pilon_compress.train.recipe import TrainRecipe
-from pilon_compress.train.run import RESULT, STAGES, Run, claim
+from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, settle
 from pilon_compress.train.selection import stage
 from pilon_compress.train.shrink import shrink
 from pilon_compress.train.state import Checkpoints
@@ -71,12 +77,14 @@ def train_model(
     tokens_per_second, ffn, output, ... Raises BadInput, and `loop.Stopped` after a signal.
     """
     check(recipe)
+    output = expanded(output)
     if recipe.shrink:
-        return shrink_model(Run(recipe, Path(output), lone(), command, quiet), resume, overwrite)
+        run = Run(recipe, output, lone(), command, quiet)
+        with held(run):
+            return shrink_model(run, resume, overwrite)
     if recipe.warm:
         lone()
-    with join(recipe.device) as world:
-        run = Run(recipe, Path(output), world, command, quiet)
+    with join(recipe.device) as world, held(run := Run(recipe, output, world, command, quiet)):
         fresh = claim(run, resume, overwrite)
         if recipe.warm:
             run, fresh = after_dense(run, fresh), False
@@ -94,6 +102,7 @@ def train_run(run: Run, resume: bool, fresh: bool) -> dict[str, Any]:
     except BadInput:
         drop(run, fresh)
         raise
+    settle(run)
     with told as monitor:
         train(job, monitor)  # type: ignore[arg-type]
     return finish(run, job, tokenizer, corpus)
@@ -132,14 +141,7 @@ def before(run: Run, recipe: TrainRecipe, folder: Path, fresh: bool) -> dict[str
         except BadInput:
             drop(run, fresh)
             raise
-    told: dict[str, Any] = json.loads((folder / RESULT).read_text())
-    return told
-
-
-def drop(run: Run, fresh: bool) -> None:
-    """A new output folder goes where nothing can be trained."""
-    if fresh and run.world.first:
-        shutil.rmtree(run.output, ignore_errors=True)
+    return manifest.read_ours(folder / RESULT)
 
 
 def shrink_model(run: Run, resume: bool, overwrite: bool) -> dict[str, Any]:
@@ -156,11 +158,14 @@ def set_up(run: Run, resume: bool) -> tuple[Training, PreTrainedTokenizerBase, C
     """Everything up to the first step, or up to where the last checkpoint was."""
     recipe, world = run.recipe, run.world
     torch.manual_seed(recipe.seed)
+    if recipe.start is not None and world.first:
+        companions.find(checkpoint.resolve(recipe.start), quiet=True)  # what cannot be copied is refused now
     tokenizer = open_tokenizer(run)
     mine = -(-recipe.run.batch_size // world.size)
     micro_batches = -(-mine // min(mine, recipe.run.micro_batch_size or mine))
     corpus = open_text(run, tokenizer, micro_batches)
     model = open_model(run, tokenizer, corpus)
+    check_ids(tokenizer, corpus.largest, vocabulary(model.config))
     healing = open_healing(recipe, world, model, corpus, run.quiet) if recipe.task == "heal" else None
     job = assemble(run, model, healing.corpus if healing else corpus, micro_batches, healing)
     prompt = recipe.run.sample
@@ -194,21 +199,35 @@ def open_tokenizer(run: Run) -> PreTrainedTokenizerBase:
         return checkpoint.load_tokenizer(recipe.ffn.like)
     if recipe.host.tokenizer != "bpe":
         return checkpoint.load_tokenizer(recipe.host.tokenizer)
-    if run.world.first and not folder.is_dir():
-        documents = list(text.open_text(source_of(recipe), "calibration"))
-        tokenizer = hosts.train_tokenizer(documents, recipe.host.vocab_size)
-        tokenizer.save_pretrained(folder.with_suffix(".part"))
-        folder.with_suffix(".part").rename(folder)
+    if run.world.first:
+        keep_tokenizer(run, folder)
     run.world.wait()
     found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return found
+
+
+def keep_tokenizer(run: Run, folder: Path) -> None:
+    """Train the tokenizer on the text and save it to `folder`, unless it is there, whole."""
+    if folder.is_dir():
+        reason = damage(folder)
+        if reason is None:
+            return
+        print(f"{reason}: the tokenizer is trained again", file=sys.stderr)
+        shutil.rmtree(folder)
+    documents = list(text.open_text(source_of(run.recipe), "calibration"))
+    work = folder.with_suffix(".part")
+    shutil.rmtree(work, ignore_errors=True)  # by a process that was killed
+    hosts.train_tokenizer(documents, run.recipe.host.vocab_size).save_pretrained(work)
+    manifest.write(work)
+    sync_tree(work)
+    rename(work, folder)
 
 
 def open_text(run: Run, tokenizer: PreTrainedTokenizerBase, micro_batches: int) -> Corpus:
     """The text: one stretch of tokens, or separate paragraphs for an encoder that is healed."""
     recipe, world = run.recipe, run.world
     if recipe.start is not None and not checkpoint.is_causal(config := checkpoint.load_config(recipe.start)):
-        longest = encoder.positions(checkpoint.empty_model(config))
+        longest = longest_input(checkpoint.empty_model(config))
         return open_paragraphs(recipe, tokenizer, micro_batches, longest)
     return open_corpus(recipe, tokenizer, micro_batches, world.rank, world.size)
 

@@ -8,9 +8,9 @@ from pilon_compress import checkpoint
 from pilon_compress.errors import BadInput
 from pilon_compress.families import find_sites
 from pilon_compress.form.layout import Layout
-from pilon_compress.measure.encoder import positions
 from pilon_compress.measure.evaluate import ENCODER_DATA
 from pilon_compress.measure.size import ffn_size, model_size
+from pilon_compress.models.limits import longest_input
 from pilon_compress.train import hosts
 from pilon_compress.train.corpus import source_of
 from pilon_compress.train.heal import teacher_of
@@ -43,7 +43,7 @@ def check(recipe: TrainRecipe) -> None:
         if recipe.distill.cache_teacher:
             raise BadInput("distill.cache_teacher keeps a causal model's predictions: leave it out for an encoder")
         return
-    longest = positions(checkpoint.empty_model(config))
+    longest = longest_input(checkpoint.empty_model(config))
     if longest is not None and recipe.data.sequence_length > longest:
         raise BadInput(f"{model} takes {longest} tokens: --sequence-length {longest}, or less")
 

@@ -23,8 +23,10 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from pilon_compress.deploy.save import disk_full
 from pilon_compress.errors import BadInput
+from pilon_compress.io import manifest
+from pilon_compress.io.checksum import MANIFEST, damage
+from pilon_compress.io.disk import disk_full, rename, sync_tree
 from pilon_compress.progress import track
 from pilon_compress.train.batch import Batch
 from pilon_compress.train.distributed import World
@@ -109,7 +111,7 @@ def predictions(
     home = (folder or cache_folder()).absolute()
     place = home / f"teacher-{wish.key}"
     with _locked(home, wish.key, world):
-        if not world.total(float(_whole(place, wish)) / world.size)[0] >= 1:
+        if not world.total(float(world.first and _whole(place, wish)))[0]:
             if world.first and not quiet:
                 print(f"the teacher's predictions: {wish.bytes / 2**20:,.0f} MiB in {place}", file=sys.stderr)
             _build(place, wish, teacher(), world, size)
@@ -139,6 +141,13 @@ def _locked(home: Path, key: str, world: World) -> Iterator[None]:
 
 
 def _whole(place: Path, wish: Wish) -> bool:
+    """True for files that are there with the contents that they were made with; a line says if they are damaged."""
+    if not place.is_dir():
+        return False
+    reason = damage(place) if (place / MANIFEST).is_file() else f"{place} has no {MANIFEST}"
+    if reason is not None:
+        print(f"{reason}: the teacher is asked again", file=sys.stderr)
+        return False
     try:
         if json.loads((place / ABOUT).read_text("utf-8")) != _about(wish):
             return False
@@ -172,10 +181,17 @@ def _build(place: Path, wish: Wish, teacher: Teacher, world: World, size: int) -
             shutil.rmtree(work, ignore_errors=True)
         raise BadInput(f"cannot write {place}: {failure or 'another process could not'}; PILON_CACHE can name another")
     if world.first:
-        wish.indices.astype(np.int64).tofile(work / "rows.bin")
-        (work / ABOUT).write_text(json.dumps(_about(wish)), "utf-8")
-        shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
-        work.rename(place)
+        try:
+            wish.indices.astype(np.int64).tofile(work / "rows.bin")
+            (work / ABOUT).write_text(json.dumps(_about(wish)), "utf-8")
+            manifest.write(work)
+            sync_tree(work)
+            shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
+            rename(work, place)
+        except OSError as error:
+            shutil.rmtree(work, ignore_errors=True)
+            reason = disk_full(error) or error.strerror or str(error)
+            raise BadInput(f"cannot write {place}: {reason}; PILON_CACHE can name another") from error
     world.wait()
 
 

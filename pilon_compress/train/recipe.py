@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pilon_compress import settings, strict_yaml
+from pilon_compress.ratio import Ratio
 from pilon_compress.settings import Above, Count, Number, Positive, Section, Share, Switch, Text
 from pilon_compress.strict_yaml import Document
 
@@ -37,9 +38,9 @@ class Ffn(Section):
 
     kind: Literal["pilon", "lowrank", "dense"] = "pilon"
     """lowrank: every layer has factors of its own, the control. dense: the baseline."""
-    ffn_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+    ffn_ratio: Annotated[Ratio, Field(gt=0, le=1)] = 0.5
     """Stored FFN parameters over dense."""
-    mac_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+    mac_ratio: Annotated[Ratio, Field(gt=0, le=1)] = 0.5
     """FFN MACs per token over dense."""
     neurons: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Inner width over the host's: the budget stays, so fewer neurons have higher ranks."""
@@ -263,7 +264,7 @@ class TrainRecipe(Section):
     teacher: Text | None = None
     """The dense model that is followed; default: the one that `start` was converted from."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
-    shrink: list[Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]] = []
+    shrink: list[Annotated[Ratio, Field(gt=0, le=1)]] = []
     """heal: convert `start`, a dense model, to the first of these ratios of stored FFN parameters, heal it, convert
     what came of it to the next, and so on; the tokens are shared out evenly."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

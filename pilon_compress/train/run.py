@@ -1,12 +1,14 @@
 """A run and its output folder: begun once, and gone on with under the same recipe only."""
 
-import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pilon_compress.deploy.save import check_output
 from pilon_compress.errors import BadInput
+from pilon_compress.io.disk import write_whole
+from pilon_compress.io.folders import check_output, discard_old, open_output, put_back, set_aside
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.distributed import World
 from pilon_compress.train.recipe import TrainRecipe
@@ -34,29 +36,73 @@ class Run:
         return self.whole or self.recipe
 
 
+@contextmanager
+def held(run: Run) -> Iterator[None]:
+    """Hold the output folder for the processes of this run: another command that would write it is refused."""
+    refusal: BadInput | None = None
+    with ExitStack() as stack:
+        if run.world.first:
+            try:
+                stack.enter_context(open_output(run.output, source=run.recipe.start or "", resume=True))
+            except BadInput as error:
+                refusal = error
+        if run.world.total(float(refusal is not None))[0]:
+            raise refusal or BadInput(f"{run.output} cannot be opened by the first process")
+        yield
+
+
 def claim(run: Run, resume: bool, overwrite: bool) -> bool:
     """Make the output folder ours, with the recipe in it; or find the run that it holds, if that is to go on.
 
-    Whether it is a new one.
+    True for a new run; what it replaces is set aside until `settle`, or `drop` brings it back.
     """
     output, mark = run.output, run.output / RECIPE
+    if resume and overwrite:
+        raise BadInput("--resume goes on with the run that --overwrite would delete: give one of them")
     begun = resume and mark.is_file()
     if begun:
         before = recipes.load(str(mark))
         if difference := changed(before, run.recipe):
             raise BadInput(f"{output} was begun with another {difference}: resume with the same recipe, or start anew")
     elif not resume or (output.exists() and any(output.iterdir())):
-        check_output(output, overwrite, run.recipe.start or "")
+        if not _unfinished(output):
+            check_output(output, overwrite, run.recipe.start or "")
+        elif not overwrite:
+            raise BadInput(f"{output} holds an unfinished training: --resume goes on with it, --overwrite starts anew")
     run.world.wait()
     if begun or not run.world.first:
         run.world.wait()
         return not begun
     if output.exists() and overwrite:
-        shutil.rmtree(output)
+        set_aside(output)
     output.mkdir(parents=True, exist_ok=True)
-    mark.write_text(recipes.dump(run.recipe))
+    write_whole(mark, recipes.dump(run.recipe))
     run.world.wait()
     return True
+
+
+def _unfinished(output: Path) -> bool:
+    """True if a training was begun in `output` and has not written its model yet."""
+    mark = output / RECIPE
+    if not mark.is_file() or (output / "config.json").exists():
+        return False
+    try:
+        recipes.load(str(mark))
+    except BadInput:
+        return False
+    return True
+
+
+def settle(run: Run) -> None:
+    """Delete what the new run replaces: everything that it needs could be read."""
+    if run.world.first:
+        discard_old(run.output)
+
+
+def drop(run: Run, fresh: bool) -> None:
+    """Take the new output folder away where nothing can be trained; what it was to replace is back."""
+    if fresh and run.world.first:
+        put_back(run.output)
 
 
 def changed(before: TrainRecipe, now: TrainRecipe) -> str | None:

@@ -18,6 +18,7 @@ from pilon_compress import checkpoint, recipe
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.convert.prepare import CAUSAL_LENGTH
 from pilon_compress.deploy.export import export_dense
+from pilon_compress.io import manifest
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.recipe import Ternary, TrainRecipe
 from pilon_compress.train.run import RESULT, STAGES
@@ -59,6 +60,7 @@ def shrink(
     }
     _move(output / STAGES / f"{settings.shrink[-1]:g}" / "healed", output)
     (output / RESULT).write_text(json.dumps(result, indent=2))
+    manifest.refresh(output)
     return result
 
 
@@ -68,8 +70,7 @@ def _stage(settings: TrainRecipe, source: str, ratio: float, folder: Path, heal:
     if not (converted / "report.json").is_file():
         convert(conversion(settings, source, ratio), converted)
     if (healed / RESULT).is_file():
-        found: dict[str, Any] = json.loads((healed / RESULT).read_text())
-        return found
+        return manifest.read_ours(healed / RESULT)
     tokens = settings.schedule.tokens
     share = None if tokens is None else max(1, tokens // len(settings.shrink))
     changes: dict[str, Any] = {

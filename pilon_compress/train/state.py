@@ -3,7 +3,8 @@
     OUT/checkpoints/step-00001200/
       *.safetensors    weights, moving averages and optimiser states; each process writes its own shards
       *.stream         each process's place in streamed text
-      state.json       step, recipe, best validation so far; written last: a folder without it is none
+      state.json       step, recipe, best validation so far; a folder without it is none
+      manifest.json    checksums of all of these
 
 A state depends on nothing but the step otherwise: data order, schedules and selections are functions of it. Files are
 read back by any number of processes.
@@ -14,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +25,11 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from pilon_compress.deploy.save import disk_full
 from pilon_compress.errors import BadInput
+from pilon_compress.io import manifest
+from pilon_compress.io.checksum import damage
+from pilon_compress.io.disk import DiskFull, disk_full, rename, sync_tree
+from pilon_compress.io.errors import UNREADABLE, first_line
 from pilon_compress.train.corpus import Streamed
 from pilon_compress.train.distributed import World
 
@@ -60,7 +64,8 @@ class Checkpoints:
         """
         target, work = self.path(step), self.folder / f"writing-{step:08d}"
         if self.world.first:
-            shutil.rmtree(work, ignore_errors=True)
+            for left in self.folder.glob("writing-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             work.mkdir(parents=True, exist_ok=True)
         self.world.wait()
         failure = None
@@ -72,31 +77,57 @@ class Checkpoints:
             reason = next(filter(None, map(disk_full, _causes(error))), None)
             if reason is None:
                 raise
-            failure = BadInput(
-                f"no checkpoint of step {step}: {reason}; that of step {(self.steps() or [0])[-1]} stays"
-            )
+            failure = DiskFull(f"no checkpoint of step {step}: {reason}; {self.standing()}", reason)
         if self.world.total(float(failure is not None))[0]:
             if self.world.first:
                 shutil.rmtree(work, ignore_errors=True)
             raise failure or BadInput(f"no checkpoint of step {step}: another process could not write")
         if self.world.first:
-            (work / STATE).write_text(json.dumps({"format": FORMAT, "step": step, **plain}))
-            shutil.rmtree(target, ignore_errors=True)
-            work.rename(target)
+            self._publish(step, work, target, plain)
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.path(old), ignore_errors=True)
         self.world.wait()
 
-    def plain(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `plain`, with `step`. Raises BadInput for a file that is not one of ours."""
-        path = self.path(step) / STATE
+    def _publish(self, step: int, work: Path, target: Path, plain: Mapping[str, Any]) -> None:
+        """Give a written checkpoint its state, its manifest and its name. Raises DiskFull."""
         try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{path} is corrupt: {error}") from error
+            (work / STATE).write_text(json.dumps({"format": FORMAT, "step": step, **plain}))
+            manifest.write(work)
+            sync_tree(work)
+            shutil.rmtree(target, ignore_errors=True)
+            rename(work, target)
+        except OSError as error:
+            shutil.rmtree(work, ignore_errors=True)
+            if reason := disk_full(error):
+                raise DiskFull(f"no checkpoint of step {step}: {reason}; {self.standing()}", reason) from error
+            raise
+
+    def standing(self) -> str:
+        """What a run that ends now goes on from, for messages."""
+        steps = self.steps()
+        if steps:
+            return f"the checkpoint of step {steps[-1]} stands, --resume goes on from it"
+        return "there is no checkpoint yet, --resume begins again"
+
+    def plain(self, step: int) -> dict[str, Any]:
+        """The `plain` data of `save`, with `step`. Raises BadInput for a checkpoint that is damaged or not ours."""
+        path = self.path(step) / STATE
+        reason = damage(self.path(step)) if self.world.first else None
+        if self.world.total(float(reason is not None))[0]:
+            self._refuse(step, reason or "the first process finds it damaged")
+        found = manifest.read_ours(path)
         if found.get("format") != FORMAT:
             raise BadInput(f"{path} is in format {found.get('format')}, not the {FORMAT} read here")
+        for name in ("tokens", "seconds", "best", "before"):
+            numbers = (int, float) if name in ("tokens", "seconds") else (int, float, type(None))
+            if not isinstance(found.get(name), numbers) or isinstance(found.get(name), bool):
+                self._refuse(step, f"{path} has no number `{name}`")
         return found
+
+    def _refuse(self, step: int, reason: str) -> NoReturn:
+        older = [one for one in self.steps() if one < step]
+        rest = f"to go on from step {older[-1]}" if older else "to begin again"
+        raise BadInput(f"{reason}: delete {self.path(step)} {rest}")
 
     def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Read, in place, into tensors of the same names and shapes. Raises BadInput for files that do not match."""
@@ -109,10 +140,8 @@ class Checkpoints:
                     storage_reader=HuggingFaceStorageReader(str(path)),
                     no_dist=self.world.size == 1,
                 )
-        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, CheckpointException) as error:
-            cause = _causes(error)[0]
-            reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-            raise BadInput(f"{path} does not load: {reason}; delete it to go on from the one before") from error
+        except (*UNREADABLE, CheckpointException) as error:
+            self._refuse(step, f"{path} does not load: {first_line(_causes(error)[0])}")
 
 
 def _causes(error: BaseException) -> list[Exception]:

@@ -3,27 +3,16 @@
 from collections.abc import Iterator
 from hashlib import blake2b
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from pilon_compress.data import text
+from pilon_compress.data import sequences, text
 from pilon_compress.errors import BadInput
-from pilon_compress.train.batch import Batch, from_windows
-from pilon_compress.train.tokens import PARTS, Part, encoded, fingerprint
-
-
-class Piece(NamedTuple):
-    """Consecutive tokens, and where documents begin among them, both (n,)."""
-
-    ids: NDArray[np.int64]
-    starts: NDArray[np.bool_]
-
-    def cut(self, first: int, last: int | None = None) -> "Piece":
-        return Piece(self.ids[first:last], self.starts[first:last])
+from pilon_compress.train.batch import Batch, Row, from_rows
+from pilon_compress.train.tokens import PARTS, Part, fingerprint
 
 
 class StreamingBlocks:
@@ -52,6 +41,8 @@ class StreamingBlocks:
             raise BadInput("the tokenizer has no eos_token, which must end every document: name one in its config")
         self.tokenizer = tokenizer
         self.length = length
+        self.prefix = [one for one in sequences.prefix(tokenizer) if one != tokenizer.eos_token_id]
+        self.stride = sequences.body_length(length, self.prefix)
         self.respect_documents = respect_documents
         self._made: dict[str, Any] = {
             "source": source,
@@ -69,20 +60,14 @@ class StreamingBlocks:
         self._read = self._drawn = 0  # documents of this rank, blocks
         self._ended = False
         self._left = _piece([])
-        self._buffer: list[Piece] = []
+        self._buffer: list[Row] = []
         self._documents: Iterator[tuple[str, list[int]]] | None = None
 
     def batch(self, rows: int) -> Batch:
         """The next `rows` blocks."""
         blocks = [self._draw() for _ in range(rows)]
-        width = self.length + 1
-        windows = np.full((rows, width), self.tokenizer.eos_token_id, np.int64)
-        starts = np.zeros((rows, width), bool)
-        for row, block in enumerate(blocks):
-            windows[row, : len(block.ids)] = block.ids
-            starts[row, : len(block.ids)] = block.starts
-        sizes = torch.tensor([len(block.ids) for block in blocks])
-        return from_windows(torch.from_numpy(windows), torch.from_numpy(starts), sizes, self.respect_documents)
+        padding = int(self.tokenizer.eos_token_id or 0)
+        return from_rows(blocks, self.length, self.prefix, padding, self.respect_documents)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
@@ -109,9 +94,9 @@ class StreamingBlocks:
         self._read, self._drawn, self._ended = state["read"], state["drawn"], state["ended"]
         edges = np.cumsum(state["sizes"].numpy())[:-1]
         ids, starts = (np.split(state[name].numpy().copy(), edges) for name in ("ids", "starts"))
-        self._left, *self._buffer = (Piece(*pair) for pair in zip(ids, starts, strict=True))
+        self._left, *self._buffer = (Row(*pair) for pair in zip(ids, starts, strict=True))
 
-    def _draw(self) -> Piece:
+    def _draw(self) -> Row:
         while len(self._buffer) < self._made["shuffle"] and self._advance():
             pass
         if not self._buffer:
@@ -129,9 +114,9 @@ class StreamingBlocks:
 
     def _advance(self) -> bool:
         """Cut a block off, or read a document, whichever is next; False at the end of the epoch."""
-        if len(self._left.ids) > self.length:
-            self._buffer.append(self._left.cut(0, self.length + 1))
-            self._left = self._left.cut(self.length)
+        if len(self._left.ids) > self.stride:
+            self._buffer.append(_cut(self._left, 0, self.stride + 1))
+            self._left = _cut(self._left, self.stride)
             return True
         if self._ended:
             return False
@@ -144,7 +129,7 @@ class StreamingBlocks:
             return False
         self._read += 1
         more = _piece(found[1])
-        self._left = Piece(np.append(self._left.ids, more.ids), np.append(self._left.starts, more.starts))
+        self._left = Row(np.append(self._left.ids, more.ids), np.append(self._left.starts, more.starts))
         return True
 
     def _source(self) -> Iterator[tuple[str, list[int]]]:
@@ -153,10 +138,14 @@ class StreamingBlocks:
             made = self._made
             documents = text.open_text(made["source"], PARTS[made["part"]])
             mine = islice(documents, made["rank"] + made["world"] * self._read, None, made["world"])
-            self._documents = encoded(self.tokenizer, mine)
+            self._documents = sequences.encode_framed(self.tokenizer, mine)
         return self._documents
 
 
-def _piece(ids: list[int]) -> Piece:
+def _cut(row: Row, first: int, last: int | None = None) -> Row:
+    return Row(row.ids[first:last], row.starts[first:last])
+
+
+def _piece(ids: list[int]) -> Row:
     """A document."""
-    return Piece(np.array(ids, np.int64), np.arange(len(ids)) == 0)
+    return Row(np.array(ids, np.int64), np.arange(len(ids)) == 0)

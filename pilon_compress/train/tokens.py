@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,14 +16,15 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from pilon_compress.data import text
-from pilon_compress.deploy.save import disk_full
+from pilon_compress.data import sequences, text
 from pilon_compress.errors import BadInput
+from pilon_compress.io import manifest, signals
+from pilon_compress.io.checksum import MANIFEST, damage
+from pilon_compress.io.disk import disk_full, rename, sync_tree
 from pilon_compress.progress import track
 
-FORMAT = 1  # of the folder; raise it whenever the same text would give other files
+FORMAT = 2  # of the folder; raise it whenever the same text would give other files
 SMALL = 1 << 16  # a vocabulary up to this fits two bytes per token
-DOCUMENTS, CHARACTERS = 256, 1 << 20  # at most this much text goes to the tokenizer at once
 PARTS: dict[str, text.Part] = {"train": "calibration", "validation": "held-out", "all": "all"}
 
 Part = Literal["train", "validation", "all"]
@@ -32,6 +34,7 @@ Part = Literal["train", "validation", "all"]
 class About:
     """The sidecar: what the files were made from, and what they must hold to be whole.
 
+    `prefix`: ids that every sequence begins with (`data.sequences`).
     `kind` is text, paragraphs, or chat, whose tokens are scored or not. `largest` is the largest id, for a look at the
     model's vocabulary.
     """
@@ -43,6 +46,7 @@ class About:
     tokenizer: str
     dtype: str
     eos: int
+    prefix: list[int] = field(default_factory=list)
     format: int = FORMAT
     tokens: int = 0
     documents: int = 0
@@ -101,7 +105,8 @@ def tokenise(source: str, tokenizer: PreTrainedTokenizerBase, part: Part, folder
     """
     about = described("text", source, tokenizer, part, fingerprint(tokenizer))
     documents = text.open_text(source, PARTS[part])
-    items = (Item(ids, len(document.encode())) for document, ids in encoded(tokenizer, documents) if ids)
+    framed = sequences.encode_framed(tokenizer, documents)
+    items = (Item(ids, len(document.encode())) for document, ids in framed if ids)
     return cached(about, items, folder)
 
 
@@ -118,6 +123,7 @@ def described(kind: str, source: str, tokenizer: PreTrainedTokenizerBase, part: 
         tokenizer=state,
         dtype="uint16" if largest < SMALL else "uint32",
         eos=int(tokenizer.eos_token_id),
+        prefix=[one for one in sequences.prefix(tokenizer) if one != tokenizer.eos_token_id] if kind == "text" else [],
     )
 
 
@@ -156,45 +162,18 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         state = {name: value for name, value in state.items() if name not in ("padding", "truncation")}
     else:
         state = {"class": type(tokenizer).__name__, "words": sorted(tokenizer.get_vocab().items())}
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, _begins_with_bos(tokenizer)]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sequences.prefix(tokenizer)]
     return blake2b(json.dumps([state, special], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
-    """Each document and its ids: with EOS at its end, BOS at its start where the tokenizer puts one, neither twice.
-
-    A document of which the tokenizer knows nothing has no ids.
-    """
-    bos = [tokenizer.bos_token_id] if _begins_with_bos(tokenizer) else []
-    eos = [tokenizer.eos_token_id]
-    for batch in _batches(documents):
-        rows = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for document, row in zip(batch, rows, strict=True):
-            before, behind = (bos if row[:1] != bos else []), (eos if row[-1:] != eos else [])
-            yield document, before + row + behind if row else []
-
-
-def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Where BOS is EOS, the end of the document before is the beginning already."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and bos != tokenizer.eos_token_id and tokenizer("a")["input_ids"][0] == bos
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if len(batch) == DOCUMENTS or size >= CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def _opened(place: Path) -> TokenFile | None:
-    """The files there, if they are whole."""
+    """The files there, if they are whole and have the contents that they were made with; a line says if not."""
+    if not place.is_dir():
+        return None
+    reason = damage(place) if (place / MANIFEST).is_file() else f"{place} has no {MANIFEST}"
+    if reason is not None:
+        print(f"{reason}: it is made again", file=sys.stderr)
+        return None
     try:
         about = About(**json.loads((place / "about.json").read_text("utf-8")))
         if any((place / name).stat().st_size != size for name, size in about.sizes.items()):
@@ -212,12 +191,15 @@ def _build(place: Path, about: About, items: Iterable[Item]) -> None:
     work = place.with_name(f".{place.name}.part")
     shutil.rmtree(work, ignore_errors=True)  # by a process that was killed
     work.mkdir()
-    try:
-        _write(work, about, items)
-        shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
-        work.rename(place)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with signals.cleanup(lambda: shutil.rmtree(work, ignore_errors=True)):
+        try:
+            _write(work, about, items)
+            manifest.write(work)
+            sync_tree(work)
+            shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
+            rename(work, place)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _write(work: Path, about: About, items: Iterable[Item]) -> None:

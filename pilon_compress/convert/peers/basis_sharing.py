@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pilon_compress.convert.damping import damped_solve
 from pilon_compress.convert.factorize import Target
 from pilon_compress.convert.peers.budget import Share, Unit, bias_numbers, groups
 from pilon_compress.convert.peers.problem import Problem, Solution, pair_macs
@@ -40,7 +41,7 @@ def solve(problem: Problem, shares: list[Share]) -> Solution:
         factors.append(basis)
         for site, target in zip(unit.sites, targets, strict=True):
             projected = basis.T @ target.metric
-            coefficients = torch.linalg.solve(projected @ basis, projected @ target.weight)
+            coefficients = damped_solve(projected @ basis, projected @ target.weight, target.name)
             weights[site.name] = basis @ coefficients
             factors.append(coefficients)
             macs += pair_macs(site, rank)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pilon_compress.convert.damping import damped_inverse, damped_solve
 from pilon_compress.convert.factorize import Target
 from pilon_compress.convert.peers.budget import Share, Unit, bias_numbers
 from pilon_compress.convert.peers.problem import Problem, Solution
@@ -54,11 +55,11 @@ def select(moment: Tensor, count: int) -> Tensor:
     """Indices (count,), ascending, of the largest ridge leverage scores [C (C + λI)⁻¹]_ii of a moment C (d, d)."""
     ridge = RIDGE * moment.diagonal().mean()
     damped = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    scores = 1 - ridge * torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal()
+    scores = 1 - ridge * damped_inverse(damped).diagonal()
     return scores.topk(count).indices.sort().values
 
 
 def corrected(target: Target, neurons: Tensor) -> Tensor:
     """(SᵀCS)⁻¹ SᵀC W, (count, d_out): the rows of `down` with the least output error for the neurons S that stay."""
     C = target.metric[neurons]
-    return torch.linalg.solve(C[:, neurons], C @ target.weight)
+    return damped_solve(C[:, neurons], C @ target.weight, target.name)

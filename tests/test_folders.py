@@ -1,11 +1,9 @@
 """A folder appears whole or not at all, and never in the place of something that must stay."""
 
-import json
-
 import pytest
 
-from pilon_compress.deploy.save import check_output, copy_companions, fresh_folder
 from pilon_compress.errors import BadInput
+from pilon_compress.io.folders import check_output, fresh_folder
 
 
 def model_folder(path):
@@ -68,14 +66,3 @@ def test_the_source_is_never_given_up(tmp_path):
             check_output(path, True, str(source))
     check_output(model_folder(tmp_path / "other"), True, str(source))
     check_output(source / "pilon", False, str(source))
-
-
-def test_what_sentence_transformers_needs_comes_along(tmp_path):
-    source, out = tmp_path / "source", tmp_path / "out"
-    (source / "1_Pooling").mkdir(parents=True)
-    out.mkdir()
-    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    (source / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
-    copy_companions(str(source), out)
-    assert names(out) == ["1_Pooling", "modules.json"]
-    assert (out / "1_Pooling" / "config.json").read_text() == '{"pooling_mode_mean_tokens": true}'

@@ -1,0 +1,125 @@
+"""Mistakes on the command line as one line, and help texts that break at spaces alone."""
+
+import difflib
+import re
+import textwrap
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+_UNREADABLE = re.compile(r"Input should be an? valid (\w+).*")  # of pydantic, which typer reads values with
+WIDEST_OPTION = 30  # columns for an option and its value; longer ones take a line of their own
+
+
+def usage_line(error: Exception) -> str | None:
+    """The one line for a mistake that the parser of the command line found; None for any other exception.
+
+    The parser's exceptions are told by their methods: typer brings a parser of its own, whose classes are private.
+    """
+    words = getattr(error, "format_message", None)
+    if not callable(words):
+        return None
+    context = getattr(error, "ctx", None)
+    known, wrong = _known(context), _wrong(error)
+    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.7) if wrong else []
+    message = _UNREADABLE.sub(lambda found: f"must be {_article(found[1])}", str(words()).rstrip("."))
+    if wrong:
+        message = f"no such {'option' if wrong.startswith('-') else 'command'}: {wrong}"
+    hint = f"; did you mean {close[0]}?" if close else ""
+    usage = f" ({' '.join(context.get_usage().split())})" if context is not None else ""
+    return f"error: {message[:1].lower()}{message[1:]}{hint}{usage}"
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _wrong(error: Exception) -> str:
+    """The unknown option or command; empty where something else is wrong."""
+    if hasattr(error, "possibilities"):
+        return str(getattr(error, "option_name", ""))
+    message = str(getattr(error, "message", ""))
+    return message.split("'")[1] if message.startswith("No such command '") else ""
+
+
+def _known(context: Any) -> list[str]:
+    """Options and sub-commands of the command that was called."""
+    if context is None:
+        return []
+    options = [name for parameter in context.command.params for name in getattr(parameter, "opts", [])]
+    return [name for name in options if name.startswith("-")] + list(getattr(context.command, "commands", {}))
+
+
+class _Spaced:
+    """Help in plain text: paragraphs wrap at spaces, examples keep their lines, options stand under their panels."""
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        width = formatter.width - 2
+        text = str(getattr(self, "help", "") or "").partition("\f")[0]
+        for paragraph in textwrap.dedent(text).strip().split("\n\n"):
+            formatter.write("\n")
+            lines = paragraph.split("\n")
+            example = lines[0].startswith("pilon-compress")
+            for line in lines if example else [" ".join(lines)]:
+                for part in _wrap(line, width, subsequent_indent="    " if example else ""):
+                    formatter.write(f"  {part}\n")
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):  # type: ignore[attr-defined]
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                argument = parameter.param_type_name == "argument"
+                panel = getattr(parameter, "rich_help_panel", None) or ("Arguments" if argument else "Options")
+                panels.setdefault(panel, []).append(record)
+        for panel, records in panels.items():
+            with formatter.section(panel):
+                _write(formatter, records)
+        if hasattr(self, "format_commands"):
+            self.format_commands(ctx, formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        commands = getattr(self, "commands", {})
+        if commands:
+            with formatter.section("Commands"):
+                _write(formatter, [(name, command.get_short_help_str(300)) for name, command in commands.items()])
+
+
+def _wrap(text: str, width: int, **options: Any) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False, **options)
+
+
+def _write(formatter: Any, records: list[tuple[str, str]]) -> None:
+    """Two columns; what is long in the first takes a line of its own."""
+    indent = " " * formatter.current_indent
+    first = min(max(len(name) for name, _ in records), WIDEST_OPTION, formatter.width // 3)
+    width = max(20, formatter.width - formatter.current_indent - first - 2)
+    for name, words in records:
+        lines = _wrap(words, width) or [""]
+        if len(name) > first:
+            formatter.write(f"{indent}{name}\n")
+            name = ""
+        for place, line in enumerate(lines):
+            formatter.write(f"{indent}{(name if place == 0 else '').ljust(first)}  {line}".rstrip() + "\n")
+
+
+class Command(_Spaced, TyperCommand):
+    """A command with such a help text."""
+
+
+class Group(_Spaced, TyperGroup):
+    """A group of commands with such a help text, which it prints where no command is named (exit code 2)."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:
+            print(ctx.get_help())
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
+
+def application(**options: Any) -> typer.Typer:
+    """A typer application whose help and errors are plain text."""
+    return typer.Typer(
+        cls=Group, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, **options
+    )

@@ -1,0 +1,1 @@
+"""Files and folders: outputs and their locks, checksums, companions of a model, signals. Imports no torch."""

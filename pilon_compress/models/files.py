@@ -1,0 +1,105 @@
+"""Which files of a folder are the model: the ones that transformers would load."""
+
+import json
+from collections import Counter
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from pilon_compress.errors import BadInput
+
+INDEX_SUFFIX = ".safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that hold the model in `folder`, sorted; others beside them are not the model's.
+
+    As transformers resolves it: the file that config.json names (`transformers_weights`), else model.safetensors, else
+    the files that model.safetensors.index.json names. Raises BadInput where there is none (pickled weights only, an
+    adapter only), where one is missing, or where a name leads out of the folder.
+    """
+    named = _read(folder / CONFIG_NAME).get("transformers_weights") if (folder / CONFIG_NAME).is_file() else None
+    if named is not None:
+        entry = _inside(folder, named, CONFIG_NAME)
+        return _indexed(folder, entry) if entry.name.endswith(INDEX_SUFFIX) else [entry]
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return _indexed(folder, folder / SAFE_WEIGHTS_INDEX_NAME)
+    raise BadInput(f"{folder} holds {_reason(folder)}")
+
+
+def _indexed(folder: Path, index: Path) -> list[Path]:
+    files = _read(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise BadInput(f"{index} is not a weight index: it has no weight_map of file names")
+    return [_inside(folder, name, index.name) for name in sorted(set(files.values()))]
+
+
+def _inside(folder: Path, name: object, source: str) -> Path:
+    """The existing safetensors file, or index, of that name below the folder."""
+    parts = PurePosixPath(name).parts if isinstance(name, str) and "\0" not in name else ()
+    if (
+        not parts
+        or ".." in parts
+        or PurePosixPath(*parts).is_absolute()
+        or not str(name).endswith((".safetensors", INDEX_SUFFIX))
+    ):
+        raise BadInput(f"{folder / source} names {name!r}, which is no safetensors file in the folder")
+    path = folder.joinpath(*parts)
+    if not path.is_file():
+        raise BadInput(f"{folder} lacks {name}, which {source} names")
+    return path
+
+
+def _reason(folder: Path) -> str:
+    """Say what the folder holds in place of weights that can be loaded."""
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return "an adapter (LoRA), not a model: merge it into its base model and save that"
+    if any(path.suffix in (".bin", ".pt", ".pth") for path in folder.iterdir()):
+        return "only pickled weights (.bin), which are not loaded; save it as safetensors"
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return f"no {SAFE_WEIGHTS_NAME} and no index, only {others[0]}, which transformers would not load"
+    return "no weights"
+
+
+def _read(path: Path) -> dict[str, object]:
+    """A JSON object. Raises BadInput."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise BadInput(f"{path} cannot be read: {str(error).splitlines()[0] or type(error).__name__}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} is not a JSON object")
+    return found
+
+
+def check_weights(folder: Path) -> None:
+    """Open the weight files and read their headers, which also checks their lengths. Raises BadInput."""
+    for path in weight_files(folder):
+        _opened(path)
+
+
+def stored_dtype(files: list[Path]) -> torch.dtype | None:
+    """Return the floating-point type that most numbers in `files` have; None where there is none."""
+    counts: Counter[torch.dtype] = Counter()
+    for path in files:
+        for kind, numbers in _opened(path):
+            if kind in DTYPES:
+                counts[DTYPES[kind]] += numbers
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _opened(path: Path) -> list[tuple[str, int]]:
+    """(dtype, numbers) of every tensor. Raises BadInput for a file that is truncated or no safetensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
+            return [(one.get_dtype(), torch.Size(one.get_shape()).numel()) for one in slices]
+    except (SafetensorError, OSError, ValueError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BadInput(f"{path} is truncated or corrupt: {first}") from error

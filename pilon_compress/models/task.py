@@ -1,0 +1,104 @@
+"""A model's task, told from transformers' own mappings: language model, encoder of text, or neither."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from pilon_compress.errors import BadInput
+
+CAUSAL: Mapping[str, str] = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+MASKED: Mapping[str, str] = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+# models of images or sound and text whose text tower predicts the next token
+MULTIMODAL: tuple[Mapping[str, str], ...] = tuple(
+    getattr(modeling_auto, name, {})
+    for name in (
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "MODEL_FOR_VISION_2_SEQ_MAPPING_NAMES",
+        "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    )
+)
+
+
+def architecture(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the class that `config` names, so that heads are kept; None where the base model is meant.
+
+    An old spelling (LLaMAForCausalLM) means the class of today. Without a name a decoder is a causal language model:
+    its head would be lost otherwise. Raises BadInput for a name that transformers does not have.
+    """
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadInput(f"architectures of a {config.model_type} config must be class names, not {names!r}")
+    for name in names:
+        kind = _class(name)
+        if kind is not None:
+            return kind
+    if names:
+        kind = _spelled_otherwise(names[0], config)
+        if kind is None:
+            raise BadInput(
+                f"{names[0]} is no architecture of transformers {transformers.__version__} for model type "
+                f"{config.model_type!r}: correct `architectures` in config.json"
+            )
+        return kind
+    if is_decoder_type(config):
+        return _class(_names(CAUSAL, config)[0])
+    return None
+
+
+def is_decoder_type(config: PretrainedConfig) -> bool:
+    """True for model types that are language models only, and never encoders."""
+    return bool(_names(CAUSAL, config)) and not _names(MASKED, config)
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Return True if the model predicts the next token, with a text tower of its own or as the whole."""
+    kind = architecture(config)
+    if kind is None:
+        return False
+    known = {name for mapping in (CAUSAL, *MULTIMODAL) for entry in mapping.values() for name in _listed(entry)}
+    return kind.__name__ in known
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the settings of the text tower; of a text model, `config` itself."""
+    try:
+        found: PretrainedConfig = config.get_text_config(decoder=True)
+    except ValueError:  # several text towers, none of them the model's own
+        return config
+    return found
+
+
+def vocabulary(config: PretrainedConfig) -> int:
+    """Return the number of rows of the token embedding. Raises BadInput for a model that has none."""
+    count = getattr(text_config(config), "vocab_size", None)
+    if not isinstance(count, int) or count < 1:
+        raise BadInput(f"{config.model_type} has no vocabulary: it does not read text")
+    return count
+
+
+def _class(name: str) -> type[PreTrainedModel] | None:
+    kind = getattr(transformers, name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+
+
+def _spelled_otherwise(name: str, config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Find the class of the model's own type whose name differs in capitals, or has the same head."""
+    mappings = [value for key, value in vars(modeling_auto).items() if key.endswith("_MAPPING_NAMES")]
+    own = {one for mapping in mappings if isinstance(mapping, Mapping) for one in _names(mapping, config)}
+    for one in sorted(own):
+        if one.lower() == name.lower():
+            return _class(one)
+    head = next((head for head in ("ForCausalLM", "LMHeadModel", "ForMaskedLM") if name.endswith(head)), None)
+    fitting = [one for one in sorted(own) if head is not None and one.endswith(head)]
+    return _class(fitting[0]) if fitting else None
+
+
+def _names(mapping: Mapping[str, Any], config: PretrainedConfig) -> list[str]:
+    return _listed(mapping.get(config.model_type, ()))
+
+
+def _listed(entry: Any) -> list[str]:
+    return [entry] if isinstance(entry, str) else list(entry)

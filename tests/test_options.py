@@ -1,0 +1,182 @@
+"""Options mean what they say: each counts, or is refused in one line by the one that switches it off."""
+
+import json
+
+import pytest
+
+from pilon_compress import recipe
+from pilon_compress.convert.prepare import prepare
+from pilon_compress.errors import BadInput
+from pilon_compress.ratio import parse_ratio, parse_ratios
+
+SETTINGS = {
+    "bands": "budget.bands=1",
+    "n_primitives": "budget.n_primitives=6",
+    "rank": "budget.rank=2",
+    "top_k": "budget.top_k=2",
+    "mac_ratio": "budget.mac_ratio=0.4",
+    "compute": "budget.optimize=compute",
+    "sharing": "budget.sharing=auto",
+    "neurons": "budget.neurons=false",
+    "svd": "method=svd",
+    "whitened": "method=whitened-svd",
+    "scalar": "form.composition=scalar",
+    "int4": "form.bank_dtype=int4",
+    "best": "effort=best",
+    "fast": "effort=fast",
+    "refine": "refine.steps=3",
+    "whole": "budget.ffn_ratio=1.0",
+    "unjudged": "evaluation.data=none",
+    "windows": "evaluation.window=64",
+    "judged": "evaluation.samples=8",
+}
+# setting -> those that leave one of the two without effect
+REFUSED = {
+    "bands": "sharing neurons svd whitened",
+    "n_primitives": "sharing neurons svd whitened",
+    "rank": "sharing neurons",
+    "top_k": "sharing neurons svd whitened",
+    "mac_ratio": "compute sharing",
+    "compute": "sharing",
+    "sharing": "svd whitened scalar whole",
+    "neurons": "svd whitened scalar",
+    "svd": "best fast",
+    "whitened": "best fast",
+    "int4": "refine",
+    "unjudged": "windows judged",
+}
+PAIRS = [(a, b) for place, a in enumerate(SETTINGS) for b in list(SETTINGS)[place + 1 :]]
+SAME_FIELD = {frozenset(pair) for pair in (("svd", "whitened"), ("best", "fast"))}
+
+
+def test_every_pair_of_options_counts_or_is_refused_in_one_line():
+    expected = {frozenset((one, other)) for one, others in REFUSED.items() for other in others.split()}
+    refused = set()
+    for one, other in PAIRS:
+        try:
+            recipe.build({"model": "m"}, [SETTINGS[one], SETTINGS[other]])
+        except BadInput as refusal:
+            message = str(refusal)
+            assert "\n" not in message and message.startswith("--set ")
+            fields = [SETTINGS[name].partition("=")[0] for name in (one, other)]
+            assert any(message.startswith(f"--set {field}: ") for field in fields), message
+            refused.add(frozenset((one, other)))
+    assert refused - SAME_FIELD == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "told"),
+    [
+        ("model: m\nbudget:\n  rank: 4\n  sharing: auto\n", 4, "budget.sharing: has no effect with budget.rank"),
+        ("model: m\nbudget:\n  banding: similar\n", 3, "budget.banding: has no effect with budget.sharing none"),
+        ("model: m\nbudget:\n  align: true\n", 3, "budget.align: has no effect with budget.sharing none"),
+        ("model: m\nbudget:\n  bands: 2\n  neurons: true\n", 4, "budget.neurons: has no effect with budget.bands"),
+        ("model: m\nrefine:\n  minutes: 2\n", 3, "refine.minutes: has no effect with refine.steps 0"),
+        ("model: m\nbudget:\n  n_primitives: 3\n  top_k: 4\n", 4, "budget.top_k: is more than the 3 primitives"),
+    ],
+)
+def test_a_recipe_file_is_refused_at_the_line_of_the_option(tmp_path, text, line, told):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(BadInput) as refusal:
+        recipe.load(str(path))
+    assert str(refusal.value).startswith(f"{path}:{line}: {told}")
+
+
+def test_defaults_that_are_written_out_are_not_refused():
+    given = {"sharing": "none", "banding": "contiguous", "align": False, "optimize": "storage", "bands": 2}
+    recipe.build({"model": "m", "budget": given, "effort": "balanced", "method": "pilon", "refine": {"steps": 0}})
+    recipe.build(
+        {"model": "m", "method": "svd", "effort": "balanced", "evaluation": {"data": "none", "batch_size": 16}}
+    )
+
+
+def test_flags_are_refused_like_recipe_fields(cli, tmp_path):
+    flags = ("--method", "svd", "--effort", "best")
+    assert (
+        "error: --set effort: has no effect with method svd" in cli("convert", "m", *flags, "--dry-run", code=2).stderr
+    )
+    fields = ("--set", "method=svd", "--set", "effort=best")
+    assert "error: --set effort: has no effect" in cli("convert", "m", *fields, "--dry-run", code=2).stderr
+    fields = ("recipes", "check", "quickstart", "--set", "budget.rank=4", "--set", "budget.sharing=auto")
+    assert "error: --set budget.sharing: has no effect with budget.rank" in cli(*fields, code=2).stderr
+
+
+# --- what only the model can tell
+
+
+@pytest.fixture(scope="module")
+def dense(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("bert", "llama"):
+        tiny.save_tiny(family, folder / family)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["window", "stride"])
+def test_an_encoder_has_no_windows(cli, dense, name):
+    settings = {"model": str(dense / "bert"), "evaluation": {name: 32}}
+    with pytest.raises(BadInput, match=f"evaluation.{name} is for causal LMs"):
+        prepare(recipe.build(settings))
+    assert prepare(recipe.build({**settings, "model": str(dense / "llama")})).causal
+
+
+def test_eval_refuses_windows_of_an_encoder_too(cli, dense, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"A paragraph of some words, the {n}th of them." for n in range(40)))
+    words = ("eval", dense / "bert", "--against", dense / "bert", "--data", "text.txt", "--window", "16")
+    assert "evaluation.window is for causal LMs" in cli(*words, cwd=tmp_path, code=2).stderr
+
+
+def test_sharing_is_refused_where_no_block_is_replaced_as_a_whole(dense):
+    settings = {"model": str(dense / "llama"), "budget": {"sharing": "auto"}, "scope": {"targets": ["re:.*down_proj"]}}
+    with pytest.raises(BadInput, match="budget.sharing has no effect"):
+        prepare(recipe.build(settings))
+
+
+# --- ratios
+
+
+@pytest.mark.parametrize(
+    ("text", "ratio"),
+    [
+        ("50%", 0.5),
+        ("0,5", 0.5),
+        (".5", 0.5),
+        ("1/2", 0.5),
+        (" 12.5 % ", 0.125),
+        ("5e-1", 0.5),
+        (1, 1.0),
+        ("100%", 1.0),
+    ],
+)
+def test_a_ratio_may_be_written_in_several_ways(text, ratio):
+    assert parse_ratio(text) == ratio
+    built = recipe.build({"model": "m", "budget": {"ffn_ratio": text, "mac_ratio": text}}).budget
+    assert built.ratio == built.mac_limit == ratio
+
+
+@pytest.mark.parametrize("text", ["50", "1/0", "half a", "50 %%", "1e", "", True, [0.5]])
+def test_what_is_no_ratio_says_what_to_give(text):
+    with pytest.raises(BadInput) as refusal:
+        recipe.build({"model": "m", "budget": {"ffn_ratio": text}})
+    assert "50%" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_lists_of_ratios_share_the_parser():
+    assert parse_ratios("--shrink", "60%, 2/5,.2") == [0.6, 0.4, 0.2]
+    with pytest.raises(BadInput, match="--shrink 0.6;0.4: '0.6;0.4' must be a number"):
+        parse_ratios("--shrink", "0.6;0.4")
+
+
+def test_the_command_line_reads_percentages(cli, dense, tmp_path):
+    names = (f"{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(60))
+    text = (
+        f"Paragraph {name} tells of nothing else but the very things that it names, and that twice." for name in names
+    )
+    (tmp_path / "text.txt").write_text("\n\n".join(text))
+    words = ("--calibration", "text.txt", "--samples", "16", "--eval-data", "none", "--dry-run", "--json")
+    ratios = ("--ffn-ratio", "60%", "--mac-ratio", "1/2")
+    shown = json.loads(cli("convert", dense / "bert", *ratios, *words, cwd=tmp_path).stdout)
+    assert shown["plan"]["ffn_ratio"] == 0.6 and 0.4 < shown["ffn"]["mac_ratio"] <= 0.5
+    told = cli("convert", dense / "bert", "--ffn-ratio", "agressive", *words, cwd=tmp_path, code=2).stderr
+    assert "budget.preset" in told and "'aggressive'" in told
