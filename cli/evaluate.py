@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .output import print_json, print_table
+from .output import print_json, print_table, say
 
 
 def evaluate(
@@ -44,4 +44,4 @@ def evaluate(
         return
     rows = [[figure.label, figure.value, figure.dense, figure.meaning] for figure in quality(result)]
     print_table(f"{model} against {result['against'] or 'nothing'}", ["", "PILON", "dense", "what it is"], rows)
-    print("; ".join(f"{label}: {value}" for label, value in circumstances(result) if label not in ("model", "against")))
+    say("; ".join(f"{label}: {value}" for label, value in circumstances(result) if label not in ("model", "against")))
