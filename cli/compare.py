@@ -10,7 +10,7 @@ import typer
 from pilon_compress.errors import BadInput
 
 from .convert import MODEL
-from .output import print_json, print_table, wait_passively
+from .output import print_json, print_table, say, wait_passively
 
 PANELS = {"what": "What is compared", "data": "Calibration and evaluation", "run": "Running"}
 
@@ -132,7 +132,7 @@ def print_plan(result: dict[str, Any]) -> None:
     headings = ["method", "asked FFN ratio", "stored", "stored ÷ dense", "bytes ÷ dense"]
     print_table(result["source"], headings, rows)
     calibration = result["calibration"]
-    print(
+    say(
         f"{len(result['seeds'])} draws of {number(calibration['samples'])} sequences from {calibration['data']}; "
         f"{number(result['cells'])} models to make and judge"
     )
@@ -145,4 +145,4 @@ def print_result(result: dict[str, Any]) -> None:
 
     for ratio in result["ratios"]:
         print_table(f"Stored FFN ratio {ratio:g}", *terminal_table(result, ratio))
-    print(f"{number(result['seconds'])} s; {result['output']}/compare.html, compare.md, compare.json")
+    say(f"{number(result['seconds'])} s; {result['output']}/compare.html, compare.md, compare.json")

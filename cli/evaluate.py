@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .output import print_json, print_table, wait_passively
+from .output import print_json, print_table, say, wait_passively
 
 
 def evaluate(
@@ -48,4 +48,4 @@ def evaluate(
         return
     rows = [[figure.label, figure.value, figure.dense, figure.meaning] for figure in quality(result)]
     print_table(f"{model} against {result['against'] or 'nothing'}", ["", "PILON", "dense", "what it is"], rows)
-    print("; ".join(f"{label}: {value}" for label, value in circumstances(result) if label not in ("model", "against")))
+    say("; ".join(f"{label}: {value}" for label, value in circumstances(result) if label not in ("model", "against")))

@@ -56,7 +56,7 @@ def print_table(
     used = [index for index in range(len(columns)) if any(row[index] for row in every)]
     width = terminal_width()
     shown = used if width is None else _fitting(columns, every, used, optional, width)
-    widths = _widths(columns, every, shown, width or PIPE_WIDTH)
+    widths = _widths(columns, every, shown, width)
     name = title if width is None else _wrapped(title, width)
     print(f"\033[1m{name}\033[0m" if width is not None and "NO_COLOR" not in os.environ else name)
     print()
@@ -99,11 +99,12 @@ def _least(columns: Sequence[str], rows: Sequence[Sequence[str]], index: int, na
     return max(heading, min(longest, 3 * SHORTEST) if name else longest)
 
 
-def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], shown: list[int], width: int) -> list[int]:
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], shown: list[int], width: int | None) -> list[int]:
     """Least widths, and what is left of `width` to the names, to the sentences, and then to the headings."""
-    found = [_least(columns, rows, index, place == 0) for place, index in enumerate(shown)]
-    left = width - sum(found) - GAP * (len(shown) - 1)
     cells = [max(map(len, [row[index] for row in rows]), default=0) for index in shown]
+    least = [_least(columns, rows, index, place == 0) for place, index in enumerate(shown)]
+    found = least if width is not None else [max(pair) for pair in zip(least, cells, strict=True)]
+    left = (width or PIPE_WIDTH) - sum(found) - GAP * (len(shown) - 1)
     headings = [len(columns[index]) for index in shown]
     for wishes in (cells, headings):
         if wishes is headings and sum(max(0, wish - own) for wish, own in zip(wishes, found, strict=True)) > left:
