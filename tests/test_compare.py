@@ -18,6 +18,7 @@ from pilon_compress.convert import pipeline
 from pilon_compress.convert.candidate import install, problem_of
 from pilon_compress.errors import BadInput
 from pilon_compress.families import find_sites
+from pilon_compress.io.folders import check_output
 from pilon_compress.measure import comparison, frontier
 
 WORDS = ("the", "model", "layer", "weight", "bank", "primitive", "rank", "token", "memory", "reader", "engine")
@@ -250,9 +251,9 @@ def test_what_cannot_be_compared_is_refused(inside, ratios, methods, seeds, mess
 
 def test_overwrite_clears_nothing_but_a_comparison(place):
     with pytest.raises(BadInput, match="holds no comparison"):
-        comparing.check(place / "full", overwrite=True)
+        check_output(place / "full", overwrite=True, kind="comparison")
     with pytest.raises(BadInput, match=r"text\.txt is a file"):
-        comparing.check(place / "text.txt", overwrite=True)
+        check_output(place / "text.txt", overwrite=True, kind="comparison")
 
 
 def test_a_comparison_needs_text_to_judge_by(inside, tmp_path):

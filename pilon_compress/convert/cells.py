@@ -54,8 +54,11 @@ class Cells:
 
 
 def _line(key: str, cell: Any) -> str:
-    text = json.dumps([key, cell])
-    return json.dumps({"sha256": sha256(text.encode()).hexdigest(), "cell": text}) + "\n"
+    return json.dumps({"key": key, "cell": cell, "sha256": _sum(key, cell)}) + "\n"
+
+
+def _sum(key: str, cell: Any) -> str:
+    return sha256(json.dumps([key, cell]).encode()).hexdigest()
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -64,10 +67,9 @@ def _read(file: Path) -> dict[str, Any]:
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
-            if entry["sha256"] != sha256(entry["cell"].encode()).hexdigest():
-                raise ValueError("checksum")
-            key, cell = json.loads(entry["cell"])
-            found[key] = cell
+            if entry["sha256"] != _sum(entry["key"], entry["cell"]):
+                raise ValueError("its checksum differs")
+            found[entry["key"]] = entry["cell"]
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             print(f"{file}:{number} is damaged: that cell is measured again", file=sys.stderr)
     return found

@@ -27,7 +27,7 @@ from pilon_compress.convert.prepare import Job, prepare
 from pilon_compress.convert.source import Source
 from pilon_compress.errors import BadInput
 from pilon_compress.form.integers import KINDS
-from pilon_compress.io.folders import fresh_folder, open_output
+from pilon_compress.io.folders import fresh_folder, journal_of, open_output
 from pilon_compress.measure import comparison, evaluate
 from pilon_compress.measure.size import DENSE_ITEMSIZE, Size, linear_macs
 from pilon_compress.progress import track
@@ -128,6 +128,7 @@ def _compare(asked: Comparison, output: Path, overwrite: bool, command: str, dev
         "source": job.recipe.model,
         "command": command,
         "output": str(output),
+        "journal": journal_of(output),
         "ratios": asked.ratios,
         "methods": asked.methods,
         "seeds": asked.seeds,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pilon_compress.errors import BadInput
 from pilon_compress.io.checksum import digest
-from pilon_compress.io.disk import DiskFull, disk_full, read_bounded, rename, sync, write_whole
+from pilon_compress.io.disk import DiskFull, disk_full, read_bounded, replace, sync, write_whole
 from pilon_compress.io.folders import NONCE, partial_folder
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class Journal:
             save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, part)
             sync(part)
             write_whole(self._sum(path), digest(part))
-            rename(part, path)
+            replace(part, path)
         except (OSError, SafetensorError):
             with suppress(OSError):
                 part.unlink()

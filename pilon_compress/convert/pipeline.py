@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
-from pilon_compress import checkpoint, recipe
+from pilon_compress import checkpoint, progress, recipe
 from pilon_compress.convert import calibration
 from pilon_compress.convert.build import build
 from pilon_compress.convert.effort import EFFORTS
@@ -31,6 +31,7 @@ from pilon_compress.convert.planned import Planned, plan_conversion
 from pilon_compress.convert.prepare import PROCESS_BYTES, Job, prepare
 from pilon_compress.convert.refine import refine
 from pilon_compress.convert.source import Source, available, open_source
+from pilon_compress.convert.stages import stages
 from pilon_compress.data import sequences, text
 from pilon_compress.deploy.card import model_card
 from pilon_compress.deploy.save import save_model
@@ -65,8 +66,9 @@ def convert(
     that the user can mend: see `errors.BadInput`. `job` is `prepare(settings)`, where the caller has it
     already; `on_plan` is told the job once its plan is final.
     """
-    with open_output(output, overwrite, settings.model) as path:
-        return _convert(settings, path, overwrite, command, job or prepare(settings), on_plan)
+    job = job or prepare(settings)
+    with open_output(output, overwrite, settings.model) as path, progress.stages(stages(job)):
+        return _convert(settings, path, overwrite, command, job, on_plan)
 
 
 def _convert(

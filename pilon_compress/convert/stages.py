@@ -1,9 +1,10 @@
 """The stages of a conversion with their expected cost, for `progress.stages`."""
 
 from pilon_compress.convert.prepare import PARAGRAPH, Job
+from pilon_compress.measure.evaluate import EVALUATED
 
 SIZINGS = 9  # eigendecompositions per weight in an allocation
-EVALUATION_TOKENS = {True: 64 * 1024, False: 500 * 60}  # causal LM: windows; encoder: paragraphs
+EVALUATION_TOKENS = {True: EVALUATED, False: 500 * 60}  # causal LM: windows; encoder: paragraphs
 COSTS = {"forward": 1.5, "backward": 4.0, "pass": 2.0}  # of a token and a parameter, in multiply-adds × 2
 FACTORISATION = 2.0  # time of an operation in a factorisation, over that in a matrix product
 FIT_EVALUATIONS = 100  # of a joint fit's loss and gradient

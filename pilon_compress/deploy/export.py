@@ -31,7 +31,7 @@ from pilon_compress.form import (
 )
 from pilon_compress.form.fold import dense
 from pilon_compress.form.layout import BANKS, kept_matrices, linear_shape, projections
-from pilon_compress.io import checksum, companions
+from pilon_compress.io import checksum, companions, manifest
 from pilon_compress.io.folders import fresh_folder, open_output
 from pilon_compress.kernels import reference
 
@@ -195,6 +195,7 @@ def bundle(hosts: list[str]) -> str:
 def load_pilon(source: str, dtype: str) -> PreTrainedModel:
     """Load `source`, which must be a PILON model. Raises BadInput if it is dense."""
     model = checkpoint.load_model(source, dtype=dtype)
+    manifest.verify_folder(checkpoint.resolve(source))
     if not hasattr(model.base_model, BANKS):
         raise BadInput(f"{source} is a dense model already; export takes the output of `pilon-compress convert`")
     return model

@@ -53,7 +53,13 @@ def sync_tree(folder: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename, and flush the folder that holds the new name."""
+    """Rename to a name that is free, and flush the folder that holds it."""
+    source.rename(target)
+    sync(target.parent)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file to a name that another may have, and flush the folder that holds it."""
     source.replace(target)
     sync(target.parent)
 
@@ -63,7 +69,7 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, "utf-8")
     sync(part)
-    rename(part, path)
+    replace(part, path)
 
 
 def read_bounded(path: Path, limit: int) -> str:

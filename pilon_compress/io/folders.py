@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest, signals
-from pilon_compress.io.checksum import read_manifest
+from pilon_compress.io.checksum import MANIFEST
 from pilon_compress.io.disk import DiskFull, disk_full, read_bounded, rename, sync_tree
 
 Kind = Literal["model", "comparison"]
@@ -30,7 +30,7 @@ MARKS: dict[Kind, str] = {"model": "config.json", "comparison": "compare.json"} 
 HEX = "[0-9a-f]" * 8
 BESIDE = len(f"..{'0' * 8}.part")  # bytes that the longest name beside an output adds to its own
 INSIDE = 128  # bytes of the longest path below an output
-NONCE = "nonce"  # of a journal; the manifest of the output that it became has it too
+NONCE = "nonce"  # of a journal; the output that it became has it too, as `journal`
 
 _held: dict[str, int] = {}  # outputs that this process has locked -> thread
 
@@ -190,15 +190,15 @@ def _locked(path: Path) -> Iterator[None]:
         yield
         return
     lock = FileLock(file)
-    try:
-        with _refusing(path):
+    with _refusing(path):
+        try:
             lock.acquire(timeout=0)
-            file.write_text(str(os.getpid()))
-    except Timeout:
-        holder = ""
-        with suppress(OSError, ValueError):
-            holder = f" (process {int(read_bounded(file, 20))})"
-        raise BadInput(f"{path} is being written by another pilon-compress{holder}") from None
+        except Timeout:  # an OSError too
+            holder = ""
+            with suppress(OSError, ValueError):
+                holder = f" (process {int(read_bounded(file, 20))})"
+            raise BadInput(f"{path} is being written by another pilon-compress{holder}") from None
+        file.write_text(str(os.getpid()))
     _held[key] = thread
     try:
         with signals.cleanup(lambda: file.unlink(missing_ok=True)):
@@ -228,18 +228,26 @@ def _recover(path: Path) -> None:
     discard_old(path)
     for left in _left(path, "part"):
         shutil.rmtree(left, ignore_errors=True)
-    nonce = partial_folder(path) / NONCE
+    nonce = journal_of(path)
+    for name in (MANIFEST, MARKS["comparison"]) if nonce is not None else ():
+        if (path / name).is_file():
+            with suppress(BadInput):
+                if manifest.read_ours(path / name).get("journal") == nonce:  # of the work that this output came from
+                    shutil.rmtree(partial_folder(path), ignore_errors=True)
+
+
+def journal_of(path: Path) -> str | None:
+    """The nonce of the journal of unfinished work for `path`; None where there is none."""
     with suppress(OSError, ValueError):
-        found = read_manifest(path)
-        if found is not None and nonce.is_file() and found.get("journal") == nonce.read_text("utf-8"):
-            shutil.rmtree(nonce.parent, ignore_errors=True)  # of the work that this output came from
+        return read_bounded(partial_folder(path) / NONCE, 1 << 10)
+    return None
 
 
 @contextmanager
 def fresh_folder(path: str | Path, overwrite: bool = False, kind: Kind = "model") -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name when the block ends well and vanishes when it does not.
 
-    A result of that `kind` gets a manifest. All is on the disk before the folder takes its name. Raises BadInput as
+    A model gets a manifest. All is on the disk before the folder takes its name. Raises BadInput as
     `open_output` does, and DiskFull.
     """
     with open_output(path, overwrite, kind=kind) as path:
@@ -248,9 +256,8 @@ def fresh_folder(path: str | Path, overwrite: bool = False, kind: Kind = "model"
             try:
                 work.mkdir()
                 yield work
-                nonce = partial_folder(path) / NONCE
-                if (work / MARKS[kind]).exists():
-                    manifest.write(work, **({"journal": nonce.read_text("utf-8")} if nonce.is_file() else {}))
+                if (work / MARKS["model"]).exists():
+                    manifest.write(work, journal=journal_of(path))
                 sync_tree(work)
                 _put(work, path)
             except Exception as error:

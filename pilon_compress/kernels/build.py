@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from pilon_compress.io import signals
-from pilon_compress.io.disk import rename, sync
+from pilon_compress.io.disk import replace, sync
 
 HOME = Path(__file__).parent
 SOURCES = tuple(sorted(HOME.glob("*.cpp")) + sorted(HOME.glob("*.h")))
@@ -101,7 +101,7 @@ def compile_to(path: Path) -> None:
                 raise NoKernel(f"cannot run {compiler}: {error.strerror or error}") from error
             if done.returncode == 0:
                 sync(made)
-                rename(made, path)
+                replace(made, path)
                 return
     errors = (
         [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]

@@ -18,7 +18,7 @@ from pilon_compress.deploy.save import save_model
 from pilon_compress.form.fold import prune_unused
 from pilon_compress.form.layout import install, layout_of
 from pilon_compress.io import companions, manifest
-from pilon_compress.io.disk import DiskFull, disk_full, rename, sync, sync_tree
+from pilon_compress.io.disk import DiskFull, disk_full, replace, sync, sync_tree
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.card import model_card
 from pilon_compress.train.corpus import Corpus, source_of
@@ -162,5 +162,5 @@ def _write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             sync(run.output)
         if path.is_dir():
             shutil.rmtree(run.output / path.name, ignore_errors=True)
-        rename(path, run.output / path.name)
+        replace(path, run.output / path.name)
     work.rmdir()

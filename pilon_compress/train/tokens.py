@@ -137,7 +137,7 @@ def cached(about: About, items: Iterable[Item], folder: Path | None = None) -> T
     try:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f".{about.key}.lock"):
-            found = _opened(place)  # by a process that came first
+            found = _opened(place, quiet=False)  # by a process that came first
             if found is None:
                 _build(place, about, items)
                 found = _opened(place)
@@ -166,13 +166,14 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return blake2b(json.dumps([state, special], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _opened(place: Path) -> TokenFile | None:
-    """The files there, if they are whole and have the contents that they were made with; a line says if not."""
+def _opened(place: Path, quiet: bool = True) -> TokenFile | None:
+    """The files there, if they have the contents that they were made with; else None, with a line unless `quiet`."""
     if not place.is_dir():
         return None
     reason = damage(place) if (place / MANIFEST).is_file() else f"{place} has no {MANIFEST}"
     if reason is not None:
-        print(f"{reason}: it is made again", file=sys.stderr)
+        if not quiet:
+            print(f"{reason}: it is made again", file=sys.stderr)
         return None
     try:
         about = About(**json.loads((place / "about.json").read_text("utf-8")))
