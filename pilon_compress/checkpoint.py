@@ -43,6 +43,7 @@ def load_config(reference: str) -> PretrainedConfig:
     """
     folder = resolve(reference)
     if Path(folder).is_dir():
+        files.check_readable(Path(folder))
         check_declared(read_ours(Path(folder) / "config.json"))
         verify_folder(folder, weights=False)
     try:

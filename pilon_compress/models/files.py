@@ -78,6 +78,14 @@ def _read(path: Path) -> dict[str, object]:
     return found
 
 
+def check_readable(folder: Path) -> None:
+    """Raise BadInput for a folder whose weights are pickled or an adapter's; one without any has a config to look at."""
+    if not any(path.suffix == ".safetensors" and not path.name.startswith("adapter_") for path in folder.iterdir()):
+        reason = _reason(folder)
+        if reason != "no weights":
+            raise BadInput(f"{folder} holds {reason}")
+
+
 def check_weights(folder: Path) -> None:
     """Open the weight files and read their headers, which also checks their lengths. Raises BadInput."""
     for path in weight_files(folder):
