@@ -79,7 +79,7 @@ def _read(path: Path) -> dict[str, object]:
 
 
 def check_readable(folder: Path) -> None:
-    """Raise BadInput for a folder whose weights are pickled or an adapter's; one without any has a config to look at."""
+    """Raise BadInput for a folder of pickled weights, or of an adapter; one without any has a config to look at."""
     if not any(path.suffix == ".safetensors" and not path.name.startswith("adapter_") for path in folder.iterdir()):
         reason = _reason(folder)
         if reason != "no weights":
