@@ -77,9 +77,15 @@ def test_not_a_transformers_model(convert, tmp_path):
 
 
 def test_no_feed_forward_found(convert, tmp_path):
+    config = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "state_size": 8, "vocab_size": 264}))
+    assert_refused(convert(model=tmp_path), "no feed-forward projections", "--targets")
+
+
+def test_a_model_of_images(convert, tmp_path):
     config = {"model_type": "resnet", "architectures": ["ResNetModel"], "depths": [1], "hidden_sizes": [8]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert_refused(convert(model=tmp_path), "no feed-forward projections", "--targets")
+    assert_refused(convert(model=tmp_path), "ResNetModel reads pixel_values")
 
 
 @pytest.mark.parametrize("ratio", ["0", "1.5", "nan", "-1", "huge"])
