@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
@@ -245,6 +245,12 @@ def _counted(items: Iterable[T], phase: Phase, line: Line) -> Iterator[T]:
         line.end(phase)
 
 
+def open_console() -> Console:
+    """Return a console on stderr whose errors end nothing."""
+    stream: Any = Stderr()
+    return Console(file=stream, emoji=False)
+
+
 @contextmanager
 def _shown(line: Line) -> Iterator[Line]:
     """Show `line` until the end: live on a terminal, else as a plain line every `INTERVAL` seconds."""
@@ -253,7 +259,7 @@ def _shown(line: Line) -> Iterator[Line]:
         if line.quiet or os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
             yield line
             return
-        console = Console(file=_as_file(Stderr()), emoji=False)
+        console = open_console()
         if not console.is_terminal:
             with _reporting(line):
                 yield line
@@ -296,10 +302,6 @@ class _Description(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(self.line.describe(), no_wrap=True, overflow="ellipsis")
-
-
-def _as_file(stderr: Stderr) -> TextIO:
-    return stderr  # type: ignore[return-value]
 
 
 def _clock(seconds: float) -> str:

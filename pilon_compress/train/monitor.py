@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -10,10 +9,10 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pilon_compress.io.disk import write_whole
+from pilon_compress.progress import open_console, say
 from pilon_compress.train.trackers import open_tracker
 
 METRICS = "metrics.jsonl"
@@ -36,7 +35,7 @@ class Monitor:
         lines = [line for line in _lines(self.path) if line.get("step", 0) <= start] if start else []
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self.trackers = [open_tracker(name, output) for name in trackers]
-        console = Console(stderr=True, emoji=False)
+        console = open_console()
         self.live = console.is_terminal and not quiet
         self.quiet = quiet
         columns = (
@@ -82,7 +81,7 @@ class Monitor:
         if self.live:
             self.bar.console.print(message, highlight=False, markup=False)
         else:
-            print(message, file=sys.stderr, flush=True)
+            say(message)
 
 
 def summary(figures: dict[str, Any]) -> str:
