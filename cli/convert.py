@@ -246,7 +246,8 @@ def print_plan(result: dict[str, Any], verbose: bool = False) -> None:
         text += f", {number(whole['bytes_ratio_to_bf16'])} of the dense model in bfloat16"
     if expected:
         text += f"; about {number(expected['seconds'])} s and {number(expected['peak_gib'])} GiB here"
-    say(f"{text}\n")
+    for line in (*result["notes"], f"{text}\n"):
+        say(line)
 
 
 def print_result(report: dict[str, Any]) -> None:

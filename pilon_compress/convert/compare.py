@@ -30,6 +30,7 @@ from pilon_compress.form.integers import KINDS
 from pilon_compress.io.folders import fresh_folder, journal_of, open_output
 from pilon_compress.measure import comparison, evaluate
 from pilon_compress.measure.size import DENSE_ITEMSIZE, Size, linear_macs
+from pilon_compress.models.stream_check import check_stream
 from pilon_compress.progress import track
 
 METHODS = (*OURS, *peers.PEERS, *ROUNDED)
@@ -200,6 +201,7 @@ def _measure(asked: Comparison, seed: int, batches: list[Batch], bench: Bench, c
     if missing:
         torch.manual_seed(seed)
         source = Source(bench.dense)
+        check_stream(source, batches[0], head=asked.base.causal)
         moments = gather(source, batches, asked.base.sites, causal=asked.base.causal, seed=seed)
         problem = problem_of(bench.dense, asked.base.sites, {s.input: moments.input(s) for s in asked.base.sites})
         for number, (method, ratio) in enumerate(missing, 1):

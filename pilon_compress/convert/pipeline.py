@@ -90,7 +90,7 @@ def _convert(
     lessons = read_lessons(job, tokenizer, batches)
     exam = read_evaluation(job)
     source = open_dense(job, device)
-    check_stream(source, batches[0])
+    check_stream(source, batches[0], head=job.causal)
     journal = Journal(output, fingerprint(job, batches, source))
     with journal.open():
         planned = plan_conversion(source, job, batches, journal)
@@ -133,7 +133,7 @@ def settle(job: Job) -> Job:
     batches = read_calibration(job, tokenizer)
     read_evaluation(job)
     source = open_dense(job, checkpoint.find_device(job.recipe.device))
-    check_stream(source, batches[0])
+    check_stream(source, batches[0], head=job.causal)
     with TemporaryDirectory(prefix="pilon-compress-") as scratch:  # what does not fit in memory, see `put_away`
         journal = Journal(Path(scratch) / "plan") if source.streamed else Journal()
         return plan_conversion(source, job, batches, journal).job

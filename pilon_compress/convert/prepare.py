@@ -21,7 +21,9 @@ from pilon_compress.measure.anatomy import stored_dtype
 from pilon_compress.measure.parts import layout_parts
 from pilon_compress.measure.size import ffn_size, model_size
 from pilon_compress.models.limits import check_length, longest_input
+from pilon_compress.models.stream_check import check_walk
 from pilon_compress.models.task import text_config
+from pilon_compress.models.untouched import notes, untouched
 from pilon_compress.recipe import Recipe
 
 ENCODER_LENGTH = 128
@@ -83,6 +85,8 @@ class Job:
             "plan": describe_plan(shown, self.dtype.itemsize, self.quantization),
             **{key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()},
             **self.size(),
+            "untouched": untouched(self.dense, self.sites),
+            "notes": notes(self.dense, self.sites),
         }
 
     def size(self) -> dict[str, Any]:
@@ -154,6 +158,7 @@ def prepare(recipe: Recipe) -> Job:
     dense = checkpoint.empty_model(config)
     causal = checkpoint.is_causal(config)
     sites = find_sites(dense, recipe.scope.targets, recipe.scope.ignore)
+    check_walk(dense)
     recipe.evaluation.check_kind(causal)
     if recipe.budget.sharing != "none":
         check_sharing(sites)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from pilon_compress import checkpoint
 from pilon_compress.errors import BadInput
-from pilon_compress.models.blocks import blocks
+from pilon_compress.models.blocks import blocks, passes
 from pilon_compress.models.files import weight_files
 
 SHARE = 0.5  # of the memory: a float32 model that is larger than this is read block by block
@@ -38,7 +38,7 @@ class Source:
     def _adopt(self, model: PreTrainedModel) -> None:
         """Find the blocks of `model`."""
         self.model = model
-        self.names = list(blocks(model))
+        self.names = passes(model)
 
     @property
     def device(self) -> torch.device:

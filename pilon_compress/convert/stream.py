@@ -97,11 +97,11 @@ class Stream:
 
         with self._standing_in(stand_in):
             run_base(self.model, batch, self.device)
-        order = [index for index, _ in calls]
-        if order != list(range(len(self.names))):
+        names = list(blocks(self.model))
+        if [names[index] for index, _ in calls] != self.names:
             raise BadInput(
-                f"{type(self.model).__name__} does not run each of its {len(self.names)} blocks once, first to last "
-                f"({len(order)} calls): it cannot be converted block by block"
+                f"{type(self.model).__name__} does not run each of its {len(names)} blocks once, first to last "
+                f"({len(calls)} calls): it cannot be converted block by block"
             )
         return entered[0], [call for _, call in calls], results[0]
 

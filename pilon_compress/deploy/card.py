@@ -148,6 +148,7 @@ def _limits(report: Report) -> str:
         lines.insert(
             1, f"It stores less than it computes: MACs per token are above dense for the {' and the '.join(heavier)}."
         )
+    lines += [_cell(line) for line in report.get("notes", [])]
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress.data import sequences
 from pilon_compress.errors import BadInput
+from pilon_compress.models.causality import check_causal
 from pilon_compress.models.limits import check_length, longest_input
 from pilon_compress.models.task import vocabulary
 from pilon_compress.progress import track
@@ -66,6 +67,7 @@ def measure(
     if not ids or min(len(ids), room) + len(before) < 2:
         raise BadInput("the evaluation text, or the window, is shorter than two tokens")
     sequences.check_ids(tokenizer, max(ids), vocabulary(model.config))
+    check_causal(model, torch.tensor([before + ids], device=model.device))
     rows = max(1, min(batch_size, LOGITS // (window * vocabulary(model.config))))
     sums = torch.zeros(4, dtype=torch.float64)
     tokens = 0

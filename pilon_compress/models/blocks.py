@@ -20,6 +20,29 @@ def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {f"{path}.{index}": block for index, block in model.base_model.get_submodule(path).named_children()}
 
 
+def passes(model: PreTrainedModel) -> list[str]:
+    """Return the names of the blocks in the order in which the model runs them.
+
+    Each once, but for ALBERT, whose few blocks share their weights across the depth that the config states.
+    """
+    names = list(blocks(model))
+    config = text_config(model.config)
+    depth, groups = getattr(config, "num_hidden_layers", None), getattr(config, "num_hidden_groups", None)
+    if groups is None or depth is None or len(names) != groups:
+        return names
+    return [names[int(index / (depth / groups))] for index in range(depth)]
+
+
+def check_once(model: PreTrainedModel) -> None:
+    """Raise BadInput for a model that runs a block more than once: no layer can then be fitted on its own."""
+    names = passes(model)
+    if len(set(names)) < len(names):
+        raise BadInput(
+            f"{type(model).__name__} runs {len(set(names))} blocks {len(names)} times, with the same weights: it cannot be "
+            "converted layer by layer"
+        )
+
+
 def block_path(model: PreTrainedModel) -> str:
     """Return the path below the base model of the ModuleList that holds the transformer blocks.
 

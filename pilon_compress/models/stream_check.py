@@ -11,6 +11,8 @@ from pilon_compress.convert.calibration import Batch
 from pilon_compress.convert.source import Source
 from pilon_compress.convert.stream import Stream, last_states, run_head
 from pilon_compress.errors import BadInput
+from pilon_compress.models.blocks import check_once
+from pilon_compress.models.causality import check_causal
 
 ROWS = 2  # texts that are compared
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -26,6 +28,7 @@ def check_stream(source: Source, batch: Batch, head: bool = False) -> float:
     or if the model does not run: its blocks then are not what conversion takes them for. Of a streamed source both
     sides read one block at a time.
     """
+    check_once(source.model)
     part = Batch(batch.input_ids[:ROWS], batch.attention_mask[:ROWS])
     with _refusing(source.model):
         stream = Stream(source, [part])
@@ -38,6 +41,9 @@ def check_stream(source: Source, batch: Batch, head: bool = False) -> float:
                 own = run(source.model, part, source.device)
             ours = stream.finish(0, stream.hidden[0], slice(None), head=with_head)
             worst = max(worst, _relative_error(ours, own, stream.masks[0]))
+        if head:
+            with source.reading():
+                check_causal(source.model, part.input_ids[:1].to(source.device))
     limit = TOLERANCE.get(source.model.dtype, HALF)
     if not worst <= limit:
         raise BadInput(
@@ -55,6 +61,7 @@ def check_walk(model: PreTrainedModel) -> None:
     weights are read is refused before a plan is shown. Where the model's code cannot run without weights, nothing is
     known and nothing is refused.
     """
+    check_once(model)
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     with suppress(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         Stream(_Skeleton(model), [Batch(ids, torch.ones_like(ids))])
