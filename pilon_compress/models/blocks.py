@@ -38,8 +38,8 @@ def check_once(model: PreTrainedModel) -> None:
     names = passes(model)
     if len(set(names)) < len(names):
         raise BadInput(
-            f"{type(model).__name__} runs {len(set(names))} blocks {len(names)} times, with the same weights: it cannot be "
-            "converted layer by layer"
+            f"{type(model).__name__} runs {len(set(names))} blocks {len(names)} times, with the same weights: "
+            "it cannot be converted layer by layer"
         )
 
 
