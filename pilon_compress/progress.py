@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 CHECKS: list[Callable[[], None]] = []  # called at every iteration of `track`; may raise to end the command
 INTERVAL = 30.0  # seconds between two lines where stderr is no terminal
-PRIOR = 0.05  # share of the expected seconds that counts as taken as expected, before any of them is measured
+EARLIEST = 0.01  # share of the whole that must be done before an ETA is given
 
 _said: set[str] = set()
 _held: list[str] | None = None  # notes to write later; None: they are written at once
@@ -63,9 +63,9 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 def stages(weights: Sequence[tuple[str, float]], quiet: bool = False) -> Iterator["Line"]:
     """Show one line for all that `track` counts inside: position and ETA of the whole, the phase and its own count.
 
-    `weights`: the stages in their order, each a name and its expected seconds (only their ratios count in the end). A
-    phase belongs to the next stage, from the current one on, that its description begins with; stages before that count
-    as done. A phase that no stage names is shown and moves nothing. The same name twice stands for two phases.
+    `weights`: the stages in their order, each a name and its expected time, in any unit. A phase belongs to the next
+    stage, from the current one on, that its description begins with; stages before that count as done. A phase that no
+    stage names is shown and moves nothing. The same name twice stands for two phases.
     """
     if _current:  # a command within a command
         yield _current[-1]
@@ -115,10 +115,9 @@ class Stderr:
     Bound when it is made, since rich puts itself in the place of sys.stderr while a line is live.
     """
 
-    encoding = "utf-8"
-
     def __init__(self) -> None:
         self.stream = sys.stderr  # None where Python has none
+        self.encoding: str = getattr(self.stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError, AttributeError):  # full, closed, or None
@@ -177,6 +176,8 @@ class Line:
         if len(self.phases) == 1 and self._counts():
             self.reached = 1.0
         self.phases.remove(phase)
+        if not self.phases:
+            self.title = phase.description  # until the next one begins
         self.draw()
 
     @property
@@ -191,7 +192,7 @@ class Line:
 
     @property
     def position(self) -> float:
-        """Expected seconds of what is done."""
+        """Weight of what is done."""
         if self.stage < 0:
             return 0.0
         before = sum(weight for _, weight in self.weights[: self.stage])
@@ -199,12 +200,10 @@ class Line:
 
     @property
     def remaining(self) -> float:
-        """Seconds that are left at the speed until now; expected seconds before anything is done."""
-        if not self.known or (not self.position and len(self.weights) == 1):
+        """Seconds that are left at the speed until now; NaN as long as too little is done to tell."""
+        if not self.known or self.position < EARLIEST * self.total:
             return float("nan")
-        prior = PRIOR * self.total if len(self.weights) > 1 else 0.0
-        elapsed = time.monotonic() - self.began
-        return (self.total - self.position) * (elapsed + prior) / max(self.position + prior, 1e-9)
+        return (self.total / self.position - 1) * (time.monotonic() - self.began)
 
     def describe(self) -> str:
         """Percentage, phase with its own count, elapsed time and ETA, as plain text."""
@@ -217,7 +216,7 @@ class Line:
             self.bar.update(self.task, completed=self.position, total=self.total if self.known else None)
 
     def _phase(self) -> str:
-        return " · ".join(map(str, self.phases)) or self.title
+        return " > ".join(map(str, self.phases)) or self.title
 
     def _counts(self) -> bool:
         return self.stage >= 0 and self.phases[0].description.startswith(self.weights[self.stage][0])

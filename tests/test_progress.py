@@ -65,10 +65,9 @@ def test_track_gives_the_items_and_is_silent_for_a_short_loop_without_terminal(c
 
 
 def test_one_position_for_a_whole_command(clock):
-    """Expected 10, 30 and 60 seconds, and all as slow as twice that."""
     positions, left = [], []
     with progress.stages([("calibrating", 10), ("sizing", 30), ("converting", 60)]) as line:
-        assert "0%" in line.describe() and "ETA 1:40" in line.describe()
+        assert "0%" in line.describe() and "ETA -:--" in line.describe()
         for _ in run([("calibrating, forward", 5), ("sizing layers", 6), ("converting layers", 6)], clock, 1):
             positions.append(line.position)
             left.append(line.remaining)
@@ -76,14 +75,18 @@ def test_one_position_for_a_whole_command(clock):
                 assert "sizing layers 0/6" in line.describe(), "the count is that of items that are done"
     assert positions == sorted(positions) and positions[4] == 8 and positions[5] == 10 and positions[10] == 35
     assert line.position == 100 and line.remaining == 0
-    assert all(later < earlier for earlier, later in zip(left[5:], left[6:], strict=False))
 
 
-def test_eta_follows_the_speed_that_is_measured(clock):
-    with progress.stages([("a", 50), ("b", 50)]) as line:
-        for _ in run([("a", 10)], clock, 20):
+@pytest.mark.parametrize("unit", [1, 1e12])
+def test_eta_follows_the_speed_that_is_measured(clock, unit):
+    """The unit of the weights does not matter."""
+    with progress.stages([("a", 30 * unit), ("b", 60 * unit)]) as line:
+        left = [line.remaining for _ in run([("a", 10)], clock, 20)]
+        assert left[1:] == pytest.approx([(30 / i - 1) * 20 * (i + 1) for i in range(1, 10)])
+        assert line.remaining == pytest.approx(400)
+        for _ in run([("b", 10)], clock, 2):
             pass
-        assert line.position == 50 and 0.85 * 200 < line.remaining < 200, "four times as slow as expected"
+        assert line.remaining == 0
 
 
 def test_stages_may_be_left_out_repeated_and_joined_by_others(clock):
@@ -134,7 +137,7 @@ def test_plain_lines_come_now_and_then_even_while_one_item_takes_long(monkeypatc
     out, err = capfd.readouterr()
     lines = err.splitlines()
     assert out == "" and len(lines) > 4
-    assert re.fullmatch(r"0%  a 0/4  0:00 elapsed, ETA 0:0\d", lines[0]), lines[0]
+    assert re.fullmatch(r"0%  a 0/4  0:00 elapsed, ETA -:--", lines[0]), lines[0]
     assert any("a 3/4" in line for line in lines)
     with progress.stages([("a", 1)], quiet=True):
         list(progress.track(range(4), "a"))
