@@ -66,6 +66,8 @@ def print_converted(result: dict[str, Any], verbose: bool = False) -> None:
 
     title = f"{result['model']}  {result['architecture']}"
     print_parts(title, result["parts"], result["dtype"], names=True, verbose=verbose)
+    kinds = dict.fromkeys(part["quantization"].replace("none", result["dtype"]) for part in result["parts"])
+    say(f"Banks and matrices are stored as {', '.join(kinds)}, everything else as {result['dtype']}.")
     for key, part in (("ffn", "FFN"), ("model_size", "whole model")):
         sizes, source = result[key], result["source_dtype"]
         text = (
