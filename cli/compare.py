@@ -64,7 +64,7 @@ def compare(
             help="Texts (encoders) or windows (LMs) to judge by; default: 500 / 64.", rich_help_panel=PANELS["data"]
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=PANELS["run"])] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.", rich_help_panel=PANELS["run"])] = "auto",
     seed: Annotated[int, typer.Option(help="The first seed.", rich_help_panel=PANELS["run"])] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier comparison.", rich_help_panel=PANELS["run"])

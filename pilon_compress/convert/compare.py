@@ -99,7 +99,7 @@ def plan(settings: recipe.Recipe, ratios: Sequence[float], methods: Sequence[str
 
 
 def compare(
-    asked: Comparison, output: str | Path, *, overwrite: bool = False, command: str = "", device: str = "cpu"
+    asked: Comparison, output: str | Path, *, overwrite: bool = False, command: str = "", device: str = "auto"
 ) -> dict[str, Any]:
     """Measure every cell and write compare.json, compare.html and compare.md to the folder `output`.
 
@@ -118,8 +118,9 @@ def _compare(asked: Comparison, output: Path, overwrite: bool, command: str, dev
     if isinstance(exam, str):
         raise BadInput(f"a comparison needs text to judge by: {exam}")
     drawn = {seed: pipeline.read_calibration(job.seeded(seed), tokenizer) for seed in asked.seeds}
-    dtype = pipeline.compute_dtype(job, torch.device(device))
-    bench = Bench(job, checkpoint.load_model(job.recipe.model, dtype=dtype, device=device), tokenizer, exam)
+    where = checkpoint.find_device(device)
+    dtype = pipeline.compute_dtype(job, where)
+    bench = Bench(job, checkpoint.load_model(job.recipe.model, dtype=dtype, device=str(where)), tokenizer, exam)
     cells = Cells(output, bench.fingerprint())
     dense = _dense(bench, cells)
     measured = [cell for seed, batches in drawn.items() for cell in _measure(asked, seed, batches, bench, cells)]
