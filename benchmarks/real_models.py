@@ -83,11 +83,10 @@ def measure(name: str, calibration: str, evaluation: str, window: int, windows: 
     for label, options in CONVERSIONS.items():
         with tempfile.TemporaryDirectory() as folder:
             words = ["convert", reference, *options, "--calibration", calibration, "--eval-data", evaluation, *more]
-            plan = command(*words, "--dry-run")
             report = command(*words, "-o", f"{folder}/out")
-        kept = ("seconds", "peak_rss_gib", "wall", "ffn", "model", "calibration")
+        kept = ("seconds", "peak_rss_gib", "estimate", "wall", "ffn", "model", "calibration")
         rows[label] = {key: report[key] for key in kept} | {"evaluation": report["evaluation"]}
-        rows[label] |= {"estimate": plan["estimate"], "command": f"pilon-compress {' '.join(options)}"}
+        rows[label]["command"] = f"pilon-compress convert {reference} {' '.join(options)}"
         print(
             f"{title}, {label}: {report['evaluation']['perplexity_ratio']:.4f}, {report['seconds']:.0f} s", flush=True
         )

@@ -28,7 +28,7 @@ from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
 from pilon_compress.convert.moments import Moments
 from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.planned import Planned, plan_conversion
-from pilon_compress.convert.prepare import PROCESS_BYTES, Job, prepare
+from pilon_compress.convert.prepare import PROCESS_BYTES, Job, estimate, prepare
 from pilon_compress.convert.refine import refine
 from pilon_compress.convert.source import Source, available, open_source
 from pilon_compress.convert.stages import stages
@@ -81,6 +81,7 @@ def _convert(
 ) -> dict[str, Any]:
     """Convert into `output`, which this process holds."""
     started = time.perf_counter()
+    expected = estimate(job)
     beside = companions.find(checkpoint.resolve(settings.model))
     torch.manual_seed(settings.seed)
     device = checkpoint.find_device(settings.device)
@@ -101,7 +102,7 @@ def _convert(
         del planned
         refined = improve(model, source.model, lessons, settings)
         result = describe(job, plan, solved, batches) | {"refinement": refined}
-        result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe)}
+        result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe), "estimate": expected}
         with fresh_folder(output, overwrite) as folder:
             save_model(model, tokenizer, folder, job.dtype)
             companions.copy(beside, folder)
