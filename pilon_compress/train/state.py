@@ -77,7 +77,7 @@ class Checkpoints:
             reason = next(filter(None, map(disk_full, _causes(error))), None)
             if reason is None:
                 raise
-            failure = DiskFull(f"no checkpoint of step {step}: {reason}; {self.standing()}", reason)
+            failure = DiskFull(f"no checkpoint of step {step}: {reason}; {self.kept()}", reason)
         if self.world.total(float(failure is not None))[0]:
             if self.world.first:
                 shutil.rmtree(work, ignore_errors=True)
@@ -99,8 +99,12 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(work, ignore_errors=True)
             if reason := disk_full(error):
-                raise DiskFull(f"no checkpoint of step {step}: {reason}; {self.standing()}", reason) from error
+                raise DiskFull(f"no checkpoint of step {step}: {reason}; {self.kept()}", reason) from error
             raise
+
+    def kept(self) -> str:
+        """What a full disk leaves, for messages."""
+        return f"that of step {steps[-1]} stays" if (steps := self.steps()) else self.standing()
 
     def standing(self) -> str:
         """What a run that ends now goes on from, for messages."""
@@ -114,7 +118,7 @@ class Checkpoints:
         path = self.path(step) / STATE
         reason = damage(self.path(step)) if self.world.first else None
         if self.world.total(float(reason is not None))[0]:
-            self._refuse(step, reason or "the first process finds it damaged")
+            self._refuse(step, f"{self.path(step)} does not load: {reason or 'the first process finds it damaged'}")
         found = manifest.read_ours(path)
         if found.get("format") != FORMAT:
             raise BadInput(f"{path} is in format {found.get('format')}, not the {FORMAT} read here")
