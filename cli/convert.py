@@ -172,7 +172,8 @@ def convert(
         raise BadInput("name the folder to write with -o")
     wait_passively()
 
-    from pilon_compress.convert.prepare import estimate, prepare
+    from pilon_compress.convert.cost import estimate
+    from pilon_compress.convert.prepare import prepare
     from pilon_compress.io.folders import check_output, open_output
 
     if not dry_run:
@@ -196,7 +197,8 @@ def convert(
 
 def _run(settings: Any, output: Any, overwrite: bool, as_json: bool, verbose: bool) -> None:
     """Plan and convert into `output`, a path which this process holds."""
-    from pilon_compress.convert.prepare import estimate, prepare
+    from pilon_compress.convert.cost import estimate
+    from pilon_compress.convert.prepare import prepare
 
     job = prepare(settings)
     if not as_json:

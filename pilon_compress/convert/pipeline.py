@@ -22,16 +22,16 @@ import pilon_compress
 from pilon_compress import checkpoint, progress, recipe
 from pilon_compress.convert import calibration
 from pilon_compress.convert.build import build
+from pilon_compress.convert.cost import estimate, stages
 from pilon_compress.convert.effort import EFFORTS
 from pilon_compress.convert.journal import Journal
 from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
 from pilon_compress.convert.moments import Moments
 from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.planned import Planned, plan_conversion
-from pilon_compress.convert.prepare import PROCESS_BYTES, Job, estimate, prepare
+from pilon_compress.convert.prepare import PROCESS_BYTES, Job, prepare
 from pilon_compress.convert.refine import refine
 from pilon_compress.convert.source import Source, available, open_source
-from pilon_compress.convert.stages import stages
 from pilon_compress.data import sequences, text
 from pilon_compress.deploy.card import model_card
 from pilon_compress.deploy.save import save_model

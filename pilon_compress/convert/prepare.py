@@ -1,6 +1,5 @@
 """Everything about a conversion that can be known before weights are loaded: sites, plan, sizes, estimates."""
 
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +10,7 @@ from pilon_compress import checkpoint
 from pilon_compress.conflicts import fixed_shape
 from pilon_compress.convert.effort import EFFORTS
 from pilon_compress.convert.plan import Plan, check_limits, down_of, keep_whole, make_plan, preview
-from pilon_compress.convert.source import available, is_streamed
-from pilon_compress.convert.stream import blocks
+from pilon_compress.convert.source import available
 from pilon_compress.data.text import DEFAULT_LM
 from pilon_compress.errors import BadInput
 from pilon_compress.families import Site, find_sites
@@ -22,19 +20,13 @@ from pilon_compress.measure.parts import layout_parts
 from pilon_compress.measure.size import ffn_size, model_size
 from pilon_compress.models.limits import check_length, longest_input
 from pilon_compress.models.stream_check import check_walk
-from pilon_compress.models.task import text_config
 from pilon_compress.models.untouched import notes, untouched
 from pilon_compress.recipe import Recipe
 
 ENCODER_LENGTH = 128
 CAUSAL_LENGTH = 512
 PARAGRAPH = 0.42  # of an encoder's sequence length that a docstring's paragraph fills, measured
-PASSES = 4  # forward; forward and backward; half again for hooks and padding
-ANCHOR_PASSES = 4
-SIZINGS = 9  # times that an allocation takes every weight's eigenvalues
-EVALUATIONS = 100  # of a joint fit's loss and gradient
 SHELF, SHELF_BYTES = 1 / 16, 2**28  # of the memory, and at most: what a shelf holds before it turns to files
-STATES = 3  # hidden states of the calibration text that are in memory at once: two streams, and masks and such
 PROCESS_BYTES = 700 * 2**20  # Python with torch and transformers, measured
 
 
@@ -193,70 +185,6 @@ def check_sharing(sites: list[Site]) -> None:
         )
 
 
-def estimate(job: Job) -> dict[str, float]:
-    """`seconds` and `peak_gib` that the conversion will take here, from operation counts and this machine's speed.
-
-    A guide, not a promise: the speed is measured on one matrix product, and the fit may stop early.
-    """
-    speed = _gemm_flops()
-    parameters = sum(p.numel() for p in job.dense.parameters())
-    calibration = job.calibration
-    tokens = calibration.samples * calibration.sequence_length * (1.0 if job.causal else PARAGRAPH)
-    inputs = {site.input: site.d_in for site in job.sites}
-    moments = sum(d * d for d in inputs.values()) + sum(site.d_out**2 for site in job.sites)
-    passes = PASSES + ANCHOR_PASSES if job.anchored else PASSES
-    flops = 2.0 * tokens * (passes * parameters + 2 * moments)
-    for site in job.sites:
-        narrow, wide = sorted((site.d_in, site.d_out))
-        flops += 12 * (narrow * wide**2 + narrow**2 * wide) + 40 * narrow**3  # float64 at half speed
-        if job.allocated:
-            flops += 5 * SIZINGS * narrow**3 + (8 * site.d_in**3 if site.role == "down" else 0)
-    work = 0
-    for bank in job.plan.banks:
-        inner = bank.n_primitives * bank.rank
-        if len(bank.sites) > 1:
-            width = bank.d_in + bank.d_out
-            flops += 2 * EVALUATIONS * len(bank.sites) * inner * width * (width + 3 * inner)
-        sides = bank.d_in**2 + bank.d_out**2 + 2 * bank.d_in * bank.d_out
-        steps = 4 * inner * (bank.d_in + bank.d_out) * (4 * len(bank.sites) + 20) if len(bank.sites) > 1 else 0
-        work = max(work, 12 * len(bank.sites) * sides + 40 * inner * inner + steps)
-    states = 4 * tokens * (getattr(text_config(job.config), "hidden_size", None) or 0) * STATES
-    held = _held(job, parameters, 4 * moments) + states
-    return {"seconds": flops / speed, "peak_gib": (PROCESS_BYTES + held + max(work, _block_bytes(job))) / 2**30}
-
-
-def _held(job: Job, parameters: int, moments: int) -> int:
-    """Bytes of weights, moments and results that are in memory together, read whole or block by block."""
-    limit = job.recipe.max_memory
-    ffn = ffn_size(job.layout, job.dtype.itemsize)
-    if not is_streamed(job.recipe.model, parameters, limit):
-        return 4 * parameters + min(moments, shelf_bytes(limit)) + 2 * 4 * ffn.stored
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(job.dense).values()]
-    outside, rest = parameters - sum(sizes), sum(sizes) - ffn.dense_stored
-    calibrating, building = 8 * max(sizes), job.dtype.itemsize * rest + ffn.bytes
-    return 4 * outside + ffn.bytes + max(calibrating, building)
-
-
-def _block_bytes(job: Job) -> int:
-    """Bytes that sizing one layer takes in float64: weights, metrics, and neurons' moments twice more, reordered."""
-    layers: dict[int, int] = {}
-    for site in job.sites:
-        metrics = site.d_out**2 + (3 * site.d_in**2 if site.role == "down" else site.d_in**2)
-        layers[site.layer] = layers.get(site.layer, 0) + 8 * (site.d_in * site.d_out + metrics)
-    return max(layers.values())
-
-
 def shelf_bytes(limit: float | None) -> int:
     """What moments, and outputs to compare with, may take in memory, each, under a memory `limit` in GiB."""
     return min(SHELF_BYTES, int(SHELF * available(limit)))
-
-
-def _gemm_flops() -> float:
-    """Float32 multiply-adds per second × 2 of one 1024³ product, best of three."""
-    x = torch.randn(1024, 1024)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        x @ x
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best

@@ -3,9 +3,9 @@
 import pytest
 
 from pilon_compress import progress, recipe
+from pilon_compress.convert.cost import stages
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.convert.prepare import prepare
-from pilon_compress.convert.stages import stages
 
 
 @pytest.mark.parametrize(
