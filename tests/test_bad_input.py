@@ -147,6 +147,8 @@ def test_missing_pilon_tensor(cli, convert, place, tmp_path):
     tensors = load_file(path)
     lost = next(key for key in tensors if key.endswith("up.A"))
     save_file({k: v for k, v in tensors.items() if k != lost}, path, metadata={"format": "pt"})
+    assert_refused(cli("eval", tmp_path / "p", "--data", "prose.txt", cwd=place, code=None), "model.safetensors")
+    (tmp_path / "p" / "manifest.json").unlink()
     assert_refused(cli("eval", tmp_path / "p", "--data", "prose.txt", cwd=place, code=None), lost)
 
 

@@ -107,6 +107,7 @@ def damaged(source: Path, target: Path, damage: Callable[[dict[str, torch.Tensor
     damage(tensors, config)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(config))
+    (target / "manifest.json").unlink(missing_ok=True)  # whose checksums would answer first
     return target
 
 
