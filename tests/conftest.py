@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell, as all its children would be
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests start subprocesses; forking would make it complain
 os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported, by whichever test comes first
 if (

@@ -125,7 +125,7 @@ def test_dry_run_writes_nothing_and_promises_what_comes(harmless, compared):
 
 def test_json_has_the_promised_keys(compared):
     keys = "format_version pilon_compress source command output ratios methods seeds calibration kind evaluation dense "
-    assert set(compared) == set(f"{keys} rows cells seconds".split())
+    assert set(compared) == set(f"{keys} rows cells seconds journal".split())
     assert compared["source"] == "dense" and compared["output"] == "out" and compared["kind"] == "encoder"
     assert compared["command"] == f"pilon-compress {ENCODER} -o out --json"
     assert compared["calibration"]["data"] == "text.txt" and compared["calibration"]["texts"] == 32

@@ -178,7 +178,7 @@ def test_a_recipe_without_a_model(write):
 
 @pytest.mark.parametrize("text", ["model: &a [*a]\n", "model: " + "[" * 5000], ids=["cycle", "deep"])
 def test_hostile_yaml_is_one_line_too(write, text):
-    assert "nested deeper" in complaint(recipe.load, write(text))
+    assert "nested " in complaint(recipe.load, write(text))
 
 
 def test_unreadable_recipes(tmp_path):

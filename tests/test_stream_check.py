@@ -15,7 +15,7 @@ from pilon_compress.models.stream_check import check_stream, check_walk
 from pilon_compress.recipe import build
 
 CPU = torch.device("cpu")
-ENCODERS = ("deberta-v2", "deberta", "t5", "modernbert")
+ENCODERS = ("xlnet", "deberta-v2", "deberta", "t5", "modernbert")
 WALKED = ("deberta-v2", "deberta", "openai-gpt", "t5", "xlnet", "rwkv", "gemma3_text", "modernbert", "falcon", "bloom")
 WALKED += ("mamba", "jamba", "qwen2_moe", "mixtral", "llava", "qwen2_audio", "qwen2_vl")
 

@@ -23,7 +23,7 @@ from pilon_compress.models.task import vocabulary
 from pilon_compress.progress import track
 
 LONGEST_WINDOW = 1024
-CHUNK = 512  # positions whose logits are held in float32 at a time
+CHUNK = 128  # positions whose logits are held in float32 at a time
 LOGITS = 2**25  # most logits that one forward pass may return, unless one window has more: 128 MiB in float32
 IGNORED = -100  # label of a token that is not scored
 

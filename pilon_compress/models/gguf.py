@@ -79,10 +79,11 @@ def _make(place: Path, files: Sequence[Path], origin: str, sums: Path | None) ->
     shutil.rmtree(work, ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)
     work.mkdir()
+    joined = place.with_name(f".{place.name}{SUFFIX}")
     try:
         source = files[0]
         if len(files) > 1:
-            source = work / f"joined{SUFFIX}"
+            source = joined
             _join(files, source, sums, origin)
         print(f"reading {origin} into {place} (once)", file=sys.stderr)
         # in a process of its own: its memory is given back, and its libraries' messages stay there
@@ -94,12 +95,11 @@ def _make(place: Path, files: Sequence[Path], origin: str, sums: Path | None) ->
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"the reader ended with code {done.returncode}"])[-1]
             raise BadInput(f"{origin} cannot be read: {last}")
-        if len(files) > 1:
-            source.unlink()
         sync_tree(work)
         rename(work, place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        joined.unlink(missing_ok=True)
 
 
 def _join(files: Sequence[Path], target: Path, sums: Path | None, origin: str) -> None:

@@ -11,6 +11,7 @@ from pilon_compress.errors import BadInput
 
 CAUSAL: Mapping[str, str] = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 MASKED: Mapping[str, str] = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+TWO_WAYS = ("xlnet",)
 # models of images or sound and text whose text tower predicts the next token
 MULTIMODAL: tuple[Mapping[str, str], ...] = tuple(
     getattr(modeling_auto, name, {})
@@ -54,9 +55,15 @@ def is_decoder_type(config: PretrainedConfig) -> bool:
 
 
 def is_causal(config: PretrainedConfig) -> bool:
-    """Return True if the model predicts the next token, with a text tower of its own or as the whole."""
+    """Return True if the model predicts the next token, with a text tower of its own or as the whole.
+
+    Classes that transformers lists as causal look both ways where the type is an encoder's and `is_decoder` is not set
+    (BERT with a head for generation), and XLNet's always do.
+    """
     kind = architecture(config)
-    if kind is None:
+    if kind is None or config.model_type in TWO_WAYS:
+        return False
+    if _names(MASKED, config) and not getattr(config, "is_decoder", False):
         return False
     known = {name for mapping in (CAUSAL, *MULTIMODAL) for entry in mapping.values() for name in _listed(entry)}
     return kind.__name__ in known
