@@ -18,3 +18,11 @@ def give_back_freed(scarce: bool) -> None:
         if mallopt is not None:
             mallopt(MMAP, SCARCE if scarce else LARGE)
             mallopt(TRIM, SCARCE if scarce else LARGE)
+
+
+def trim() -> None:
+    """Give back what is free inside the heap: after a stage, many matrices below the threshold leave holes in it."""
+    if sys.platform == "linux":
+        shrink = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if shrink is not None:
+            shrink(0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pilon_compress.convert.damping import damped_cholesky
+from pilon_compress.convert.eigen import eigenvalues
 from pilon_compress.convert.factorize import Target, damped, factor
 from pilon_compress.convert.knapsack import Option, pareto
 from pilon_compress.convert.moments import Moments, add_gram
@@ -138,7 +139,7 @@ class Block:
         found: dict[int | None, Tensor] = {}
         for count, size in sorted(wide.items(), key=lambda item: item[1]):
             small = trimmed(site, size, width)
-            values = torch.linalg.eigvalsh(grow(size)).flip(0).clamp_min(0)
+            values = eigenvalues(grow(size)).flip(0).clamp_min(0)
             found[count] = values[: min(small.d_in, small.d_out)]
         return found
 

@@ -8,60 +8,69 @@ from pilon_compress.convert.prepare import PARAGRAPH, PROCESS_BYTES, Job, shelf_
 from pilon_compress.convert.sensitivity import SCORED, SHARE
 from pilon_compress.convert.source import is_streamed
 from pilon_compress.measure.evaluate import EVALUATED
-from pilon_compress.measure.size import ffn_size
+from pilon_compress.measure.size import ffn_size, model_size
 from pilon_compress.models.blocks import blocks
-from pilon_compress.models.task import text_config
+from pilon_compress.models.task import text_config, vocabulary
 
-STARTING = 5.0  # seconds for reading the model, the text and what is imported on the way
+STARTING = 12.0  # seconds for reading model and text, checking the stream and writing the folder
 STATES = 3  # hidden states of the calibration text that are in memory at once: two streams, and masks and such
 SIZINGS = 9  # eigendecompositions per weight in an allocation
-EVALUATION_TOKENS = {True: EVALUATED, False: 500 * 60}  # causal LM: windows; encoder: paragraphs
-COSTS = {"forward": 1.5, "backward": 4.0, "pass": 2.0}  # of a token and a parameter, in multiply-adds × 2
-FACTORISATION = 2.0  # time of an operation in a factorisation, over that in a matrix product
 FIT_EVALUATIONS = 100  # of a joint fit's loss and gradient
+WINDOW = 1024  # tokens of an evaluation's input
+ENCODED = 500 * 60  # tokens of an encoder's evaluation
+
+# Operations in units of a large product's, measured on SmolLM2-135M and MiniLM on two cores: what is not a product
+# (attention, norms, softmax over the vocabulary) takes as long again, and factorisations run far below its speed.
+PASS = 5.0  # of a token and a parameter, forward
+LOOK = 8.0  # the same while layers are measured one by one: few tokens at a time
+BACK = 15.0  # forward and backward
+GRAM = 2.5  # of a token and an entry of a Gram matrix
+EIGENVALUES, ELIMINATION = 27.0, 42.0  # of the cubed size of a matrix
+FIT = (40.0, 60.0)  # of d_in · d_out · (d_in + d_out), and of the smaller side cubed
+ANCHOR = 4  # passes of a layer that is fitted behind converted ones
 
 
 def stages(job: Job) -> list[tuple[str, float]]:
     """Return (beginning of the phase's description, floating-point operations) of every phase, in order."""
     calibration = job.calibration
     tokens = calibration.samples * calibration.sequence_length * (1.0 if job.causal else PARAGRAPH)
-    parameters = _computed_parameters(job)
-    once = COSTS["pass"] * tokens * parameters
+    body, head = _body(job), _head(job)
     squares = sum(site.d_in**2 + site.d_out**2 for site in job.sites)
     found = [
-        ("calibrating, forward", 2 * COSTS["forward"] * tokens * parameters),
-        ("calibrating, output", once / 20),
-        ("calibrating, backward", COSTS["backward"] * tokens * parameters + 2.0 * tokens * squares),
+        ("calibrating, forward", PASS * tokens * body),
+        ("calibrating, output", BACK * tokens * head),
+        ("calibrating, backward", BACK * tokens * body + GRAM * tokens * squares),
     ]
     if job.allocated:
-        sizing = sum(
-            10 * SIZINGS * min(s.d_in, s.d_out) ** 3 + (16 * s.d_in**3 if s.role == "down" else 0) for s in job.sites
-        )
         layers = len({site.layer for site in job.sites})
         share = SHARE / (layers / 2 + 2)
         looked_at = min(share * tokens, SCORED) if job.causal else share * tokens
-        measured = COSTS["pass"] * looked_at * layers * (parameters + _head(job)) / 2
-        found += [("reference outputs", once * share), ("sizing layers", FACTORISATION * sizing + measured)]
+        sizing = LOOK * looked_at * layers * (body / 2 + head)
+        sizing += sum(SIZINGS * EIGENVALUES * min(site.d_in, site.d_out) ** 3 for site in job.sites)
+        sizing += sum(ELIMINATION * site.d_in**3 for site in job.sites if site.role == "down")
+        found += [("reference outputs", PASS * looked_at * (body + head)), ("sizing layers", sizing)]
     joint = _joint_fits(job)
     if job.shares and job.allocated:
         found += [("comparing layers", joint / 10), ("trying shared banks", joint)]
     found.append(("fitting shared banks", joint if any(len(bank.sites) > 1 for bank in job.plan.banks) else 0.0))
-    fits = sum(12 * s.d_in * s.d_out * (s.d_in + s.d_out) + 40 * min(s.d_in, s.d_out) ** 3 for s in job.sites)
-    found.append(("converting layers", FACTORISATION * fits + (2 * once if job.anchored else 0)))
+    fits = sum(FIT[0] * s.d_in * s.d_out * (s.d_in + s.d_out) + FIT[1] * min(s.d_in, s.d_out) ** 3 for s in job.sites)
+    if job.anchored:
+        fits += ANCHOR * PASS * tokens * body + GRAM * tokens * squares
+    found.append(("converting layers", fits))
     if steps := job.recipe.refine.steps:
-        step = 8 * parameters * calibration.batch_size * calibration.sequence_length
+        step = 2 * BACK * (body + head) * calibration.batch_size * calibration.sequence_length
         found += [("refining", step * steps / 2)] * 2
     if job.recipe.evaluation.data != "none":
-        scored = COSTS["pass"] * EVALUATION_TOKENS[job.causal] * parameters
+        scored = PASS * (EVALUATED if job.causal else ENCODED) * (body + head)
         found += [("evaluating", 2 * scored)] if job.causal else [("embedding", scored)] * 2
     return found
 
 
-def _computed_parameters(job: Job) -> int:
-    """Parameters that take part in a product for every token: all but the input embedding, with the head."""
+def _body(job: Job) -> int:
+    """Parameters that take part in a product for every token, the embedding and the head left out."""
     embedding = job.dense.get_input_embeddings().weight.numel()
     tied = getattr(text_config(job.config), "tie_word_embeddings", False)
-    return sum(p.numel() for p in job.dense.parameters()) - (0 if job.causal and tied else embedding)
+    return sum(p.numel() for p in job.dense.parameters()) - embedding - (0 if tied else _head(job))
 
 
 def _head(job: Job) -> int:
@@ -96,8 +105,17 @@ def estimate(job: Job) -> dict[str, float]:
         steps = 4 * inner * (bank.d_in + bank.d_out) * (4 * len(bank.sites) + 20) if len(bank.sites) > 1 else 0
         work = max(work, 12 * len(bank.sites) * sides + 40 * inner * inner + steps)
     states = 4 * tokens * (getattr(text_config(job.config), "hidden_size", None) or 0) * STATES
-    held = _held(job, parameters, 4 * moments) + states
-    return {"seconds": seconds, "peak_gib": (PROCESS_BYTES + held + max(work, _block_bytes(job))) / 2**30}
+    converting = _held(job, parameters, 4 * moments) + states + max(work, _block_bytes(job))
+    return {"seconds": seconds, "peak_gib": (PROCESS_BYTES + max(converting, _evaluation_bytes(job))) / 2**30}
+
+
+def _evaluation_bytes(job: Job) -> int:
+    """Bytes of both models in float32 and of what they predict for one window, where the result is judged."""
+    if job.recipe.evaluation.data == "none":
+        return 0
+    whole = model_size(job.layout, job.dense, job.dtype.itemsize)
+    logits = 4 * WINDOW * vocabulary(job.config) if job.causal else 0
+    return 4 * (whole.stored + whole.dense_stored) + 3 * logits
 
 
 def _held(job: Job, parameters: int, moments: int) -> int:

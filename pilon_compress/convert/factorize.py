@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pilon_compress.convert.eigen import eigenvalues, eigenvectors
+
 DAMPING = 1e-2  # of the mean diagonal: orients directions that the calibration text hardly reaches (docs/log.md)
 
 
@@ -21,7 +23,7 @@ def damped(moment: Tensor) -> Tensor:
 
 def square_root(metric: Tensor) -> tuple[Tensor, Tensor]:
     """R and R⁻¹, both symmetric, with R R = metric (d, d). By `eigh`, which cannot fail as Cholesky does."""
-    values, vectors = torch.linalg.eigh(metric)
+    values, vectors = eigenvectors(metric)
     root = values.clamp_min(values[-1] * 1e-12).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
@@ -138,7 +140,7 @@ class Target:
         else:
             root = (self.gradient_root or factor(G))[0]
             square = root @ (W.T @ self._product) @ root.T
-        return torch.linalg.eigvalsh(square).flip(0).clamp_min(0)
+        return eigenvalues(square).flip(0).clamp_min(0)
 
     @cached_property
     def spectrum(self) -> Tensor:
@@ -149,7 +151,7 @@ class Target:
         else:
             X = (self.metric_root or factor(self.metric))[0] @ W
             square = X @ X.T
-        return torch.linalg.eigvalsh(square).flip(0).clamp_min(0)
+        return eigenvalues(square).flip(0).clamp_min(0)
 
     @cached_property
     def whitened(self) -> tuple[Tensor, Tensor]:
@@ -193,7 +195,7 @@ def _right_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _eigenvectors(square: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors and eigenvalues, largest first."""
-    values, vectors = torch.linalg.eigh(square)
+    values, vectors = eigenvectors(square)
     return vectors.flip(1), values.flip(0).clamp_min(0)
 
 

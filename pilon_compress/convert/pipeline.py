@@ -41,6 +41,7 @@ from pilon_compress.form.layout import layout_of
 from pilon_compress.io import companions
 from pilon_compress.io.folders import fresh_folder, open_output
 from pilon_compress.measure import composition, evaluate, report, size
+from pilon_compress.memory import trim
 from pilon_compress.models.stream_check import check_stream
 from pilon_compress.models.task import vocabulary
 
@@ -100,6 +101,7 @@ def _convert(
             on_plan(job)
         model, plan, solved = solve_plan(source, planned, batches, journal)
         del planned
+        trim()
         refined = improve(model, source.model, lessons, settings)
         result = describe(job, plan, solved, batches) | {"refinement": refined}
         result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe), "estimate": expected}
@@ -107,6 +109,7 @@ def _convert(
             save_model(model, tokenizer, folder, job.dtype)
             companions.copy(beside, folder)
             del model, solved
+            trim()
             result |= judge(job, folder, source, tokenizer, exam)
             result["seconds"] = time.perf_counter() - started
             result["peak_rss_gib"] = peak_rss_gib()

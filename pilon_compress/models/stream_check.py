@@ -14,7 +14,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.models.blocks import check_once
 from pilon_compress.models.causality import check_causal
 
-ROWS = 2  # texts that are compared
+ROWS, LENGTH = 2, 128  # texts that are compared, and tokens of each at most
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 HALF = 3e-2  # half precision
 TOKENS = 8
@@ -29,7 +29,7 @@ def check_stream(source: Source, batch: Batch, head: bool = False) -> float:
     sides read one block at a time.
     """
     check_once(source.model)
-    part = Batch(batch.input_ids[:ROWS], batch.attention_mask[:ROWS])
+    part = Batch(batch.input_ids[:ROWS, :LENGTH], batch.attention_mask[:ROWS, :LENGTH])
     with _refusing(source.model):
         stream = Stream(source, [part])
         for index in range(len(source.names)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pilon_compress.convert.damping import damped_solve
+from pilon_compress.convert.eigen import eigenvectors
 from pilon_compress.convert.factorize import Target
 from pilon_compress.convert.peers.budget import Share, Unit, bias_numbers, groups
 from pilon_compress.convert.peers.problem import Problem, Solution, pair_macs
@@ -52,8 +53,8 @@ def shared_basis(targets: Sequence[Target], rank: int) -> Tensor:
     """P (d_in, rank) = R⁻¹ U_k, with RᵀR = Σ_l C_l and U the left singular vectors of R [W_1 … W_n]."""
     if len(targets) == 1:  # the same space, decomposed already
         return targets[0].weight @ targets[0].whitened[0][:, :rank]
-    values, vectors = torch.linalg.eigh(sum((t.metric for t in targets), torch.zeros_like(targets[0].metric)))
+    values, vectors = eigenvectors(sum((t.metric for t in targets), torch.zeros_like(targets[0].metric)))
     root = values.clamp_min(values[-1] * 1e-12).sqrt()
     whitened = root[:, None] * (vectors.T @ torch.cat([t.weight for t in targets], 1))
-    left = torch.linalg.eigh(whitened @ whitened.T)[1].flip(1)[:, :rank]
+    left = eigenvectors(whitened @ whitened.T)[1].flip(1)[:, :rank]
     return vectors @ (left / root[:, None])
