@@ -65,7 +65,7 @@ def print_table(
         print(line)
     print(rule)
     for place, row in enumerate(every):
-        if totals and place == len(rows):
+        if totals and rows and place == len(rows):
             print(rule)
         for line in _lines([row[index] for index in shown], widths, _prose(every, shown)):
             print(line)

@@ -151,14 +151,14 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
         )
     except UNREADABLE as error:
         raise _refusal(reference, folder, error) from error
-    if missing := sorted(loaded["missing_keys"]):  # transformers leaves them random
-        raise BadInput(f"{reference} lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}")
     lost = sorted(loaded["unexpected_keys"])
     if lost and type(model).__name__ not in (config.architectures or []):
         raise BadInput(
             f"{reference} holds tensors that a {type(model).__name__} has no place for, the first is {lost[0]}: "
             "name its class as `architectures` in config.json"
         )
+    if missing := sorted(loaded["missing_keys"]):  # transformers leaves them random
+        raise BadInput(f"{reference} lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}")
     model = model.to(target).eval()
     check_finite(model)
     return model

@@ -154,7 +154,7 @@ class Calibration(Section):
     """Sequences per forward pass."""
     begins_with: Text | None = None
     """Tokens that every sequence of a causal LM begins with, as `convert` saves them: those that the tokenizer puts
-    before a text. A recipe that names others than the tokenizer puts is refused."""
+    before a text, or `nothing`. A recipe that names others than the tokenizer puts is refused."""
 
 
 class Refine(Section):

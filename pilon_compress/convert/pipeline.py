@@ -216,12 +216,12 @@ def fingerprint(job: Job, batches: list[calibration.Batch], source: Source) -> s
 
 def say_beginning(job: Job, tokenizer: PreTrainedTokenizerBase) -> Job:
     """The job with the tokens that begin every sequence in its recipe. Raises BadInput if that has named others."""
-    found, named = sequences.begins_with(tokenizer), job.recipe.calibration.begins_with
+    found, named = sequences.begins_with(tokenizer) or sequences.NOTHING, job.recipe.calibration.begins_with
     if not job.causal:  # texts of an encoder are framed by the tokenizer alone
         return job
     if named is not None and named != found:
         raise BadInput(
-            f"calibration.begins_with is {named!r} in the recipe, but the tokenizer puts {found or 'nothing'} before a "
+            f"calibration.begins_with is {named!r} in the recipe, but the tokenizer puts {found} before a "
             "text: leave it out, or give the tokenizer that the recipe was made with"
         )
     calibration = job.recipe.calibration.model_copy(update={"begins_with": found})
@@ -306,9 +306,15 @@ def describe(job: Job, plan: Plan, solved: Solved, batches: list[calibration.Bat
             "data": job.calibration.data,
             "texts": calibration.sequences(batches),
             "tokens": calibration.tokens(batches),
-            "begins_with": job.recipe.calibration.begins_with,
+            "begins_with": _begins_with(job),
         },
     }
+
+
+def _begins_with(job: Job) -> str | None:
+    """The tokens before every sequence, for the report."""
+    named = job.recipe.calibration.begins_with
+    return None if named == sequences.NOTHING else named
 
 
 def describe_projection(site: Site, plan: Plan, solved: Solved) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pilon_compress.errors import BadInput
 
+NOTHING = "nothing"  # in a recipe: no token stands before the text
 PROBES = ("a", "the", "0", ".")
 DOCUMENTS, CHARACTERS = 256, 1 << 20  # at most this much text goes to the tokenizer at once
 LONGEST_TOKEN = 16  # characters per token, to begin with, where only the first tokens of a document are wanted
