@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from pilon_compress.convert.journal import MARK, claim, claimed
 from pilon_compress.io.disk import DiskFull, disk_full, write_whole
-from pilon_compress.io.folders import partial_folder
+from pilon_compress.io.folders import discard_journal, partial_folder
 
 
 class Cells:
@@ -21,7 +20,7 @@ class Cells:
     """
 
     def __init__(self, output: Path, fingerprint: str) -> None:
-        self.folder = partial_folder(output)
+        self.output, self.folder = output, partial_folder(output)
         self.file, self.mark = self.folder / "cells.jsonl", self.folder / MARK
         self.found: dict[str, Any] = {}
         try:
@@ -50,7 +49,7 @@ class Cells:
         return None if reason is None else DiskFull(words, reason)
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        discard_journal(self.output)
 
 
 def _line(key: str, cell: Any) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from pilon_compress.errors import BadInput
 from pilon_compress.io.checksum import digest
 from pilon_compress.io.disk import DiskFull, disk_full, read_bounded, replace, sync, write_whole
-from pilon_compress.io.folders import NONCE, partial_folder
+from pilon_compress.io.folders import NONCE, discard_journal, partial_folder
 
 T = TypeVar("T")
 MARK, LIMIT = "fingerprint", 1 << 16
@@ -58,7 +58,7 @@ class Journal:
     """
 
     def __init__(self, output: Path | None = None, fingerprint: str = "") -> None:
-        self.folder = None if output is None else partial_folder(output)
+        self.output, self.folder = output, None if output is None else partial_folder(output)
         self._made: list[Path] = []
         if self.folder is not None and not claimed(self.folder, fingerprint):
             self._made = [parent for parent in self.folder.parents if not parent.exists()]
@@ -120,8 +120,8 @@ class Journal:
 
     def remove(self) -> None:
         """Forget everything: the output is there, or will never be."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.output is not None:
+            discard_journal(self.output)
         for parent in self._made:  # nearest first; one that holds the output stays
             with suppress(OSError):
                 parent.rmdir()

@@ -233,7 +233,16 @@ def _recover(path: Path) -> None:
         if (path / name).is_file():
             with suppress(BadInput):
                 if manifest.read_ours(path / name).get("journal") == nonce:  # of the work that this output came from
-                    shutil.rmtree(partial_folder(path), ignore_errors=True)
+                    discard_journal(path)
+
+
+def discard_journal(path: Path) -> None:
+    """Delete the journal of unfinished work for `path`, out of sight at once: a process may be killed meanwhile."""
+    folder = partial_folder(path)
+    if folder.exists():
+        with suppress(OSError):
+            folder = folder.rename(_beside(path, "part"))  # which the next command clears
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def journal_of(path: Path) -> str | None:
