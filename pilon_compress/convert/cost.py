@@ -27,6 +27,7 @@ BACK = 15.0  # forward and backward
 GRAM = 2.5  # of a token and an entry of a Gram matrix
 EIGENVALUES, ELIMINATION = 27.0, 42.0  # of the cubed size of a matrix
 FIT = (40.0, 60.0)  # of d_in · d_out · (d_in + d_out), and of the smaller side cubed
+ROUNDING = 250.0  # of d_in² · d_out, where matrices become integers
 ANCHOR = 4  # passes of a layer that is fitted behind converted ones
 
 
@@ -54,6 +55,8 @@ def stages(job: Job) -> list[tuple[str, float]]:
         found += [("comparing layers", joint / 10), ("trying shared banks", joint)]
     found.append(("fitting shared banks", joint if any(len(bank.sites) > 1 for bank in job.plan.banks) else 0.0))
     fits = sum(FIT[0] * s.d_in * s.d_out * (s.d_in + s.d_out) + FIT[1] * min(s.d_in, s.d_out) ** 3 for s in job.sites)
+    if job.quantization is not None:
+        fits += ROUNDING * sum(s.d_in**2 * s.d_out for s in job.sites)
     if job.anchored:
         fits += ANCHOR * PASS * tokens * body + GRAM * tokens * squares
     found.append(("converting layers", fits))
