@@ -66,10 +66,15 @@ def replace(source: Path, target: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small UTF-8 file that appears whole under its name, or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     part.write_text(text, "utf-8")
     sync(part)
     replace(part, path)
+
+
+def part_of(path: Path) -> Path:
+    """The file that `write_whole` fills before it takes its name."""
+    return path.with_name(f".{path.name}.part")
 
 
 def read_bounded(path: Path, limit: int) -> str:

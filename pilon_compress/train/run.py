@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pilon_compress.errors import BadInput
-from pilon_compress.io.disk import write_whole
+from pilon_compress.io.disk import part_of, write_whole
 from pilon_compress.io.folders import check_output, discard_old, open_output, put_back, set_aside
 from pilon_compress.train import recipe as recipes
 from pilon_compress.train.distributed import World
@@ -59,6 +59,8 @@ def claim(run: Run, resume: bool, overwrite: bool) -> bool:
     output, mark = run.output, run.output / RECIPE
     if resume and overwrite:
         raise BadInput("--resume goes on with the run that --overwrite would delete: give one of them")
+    if run.world.first:  # a process that was killed while it began leaves this alone in the folder
+        part_of(mark).unlink(missing_ok=True)
     begun = resume and mark.is_file()
     if begun:
         before = recipes.load(str(mark))
