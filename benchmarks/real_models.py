@@ -153,6 +153,8 @@ def main() -> None:
     if asked.smoke:
         print(page(results))
         return
+    for path, name in ((asked.calibration, "A.txt"), (asked.evaluation, "B.txt")):
+        results = json.loads(json.dumps(results).replace(path, name))
     stored.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
 

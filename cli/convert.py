@@ -220,7 +220,7 @@ def _run(settings: Any, output: Any, overwrite: bool, as_json: bool, verbose: bo
 
 
 def print_estimate(ratio: float, final: bool, expected: dict[str, float]) -> None:
-    """What is known before anything is read: the budget, and the price of the conversion on this machine."""
+    """Print the budget and the cost of the conversion on this machine, before anything is read."""
     from pilon_compress.readable import number
 
     sizes = "the plan follows" if final else "sizes per layer follow after calibration"

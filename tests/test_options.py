@@ -85,10 +85,11 @@ def test_a_recipe_file_is_refused_at_the_line_of_the_option(tmp_path, text, line
 
 def test_defaults_that_are_written_out_are_not_refused():
     given = {"sharing": "none", "banding": "contiguous", "align": False, "optimize": "storage", "bands": 2}
-    recipe.build({"model": "m", "budget": given, "effort": "balanced", "method": "pilon", "refine": {"steps": 0}})
-    recipe.build(
-        {"model": "m", "method": "svd", "effort": "balanced", "evaluation": {"data": "none", "batch_size": 16}}
-    )
+    plain = {"model": "m", "effort": "balanced", "method": "pilon", "refine": {"steps": 0}}
+    assert recipe.build({**plain, "budget": given}) == recipe.build({"model": "m", "budget": {"bands": 2}})
+    svd = {"model": "m", "method": "svd", "evaluation": {"data": "none"}}
+    written = {**svd, "effort": "balanced", "evaluation": {"data": "none", "batch_size": 16}}
+    assert recipe.build(written) == recipe.build(svd)
 
 
 def test_flags_are_refused_like_recipe_fields(cli, tmp_path):

@@ -57,7 +57,7 @@ class Job:
     calibration: Calibration
     dtype: torch.dtype
     source_dtype: torch.dtype
-    """Of the dense model's file."""
+    """Type of the numbers in the dense model's file."""
     final: bool = True
     """False while `plan` is a guess by uniform shares: the calibration text decides the sizes of the layers."""
 

@@ -45,7 +45,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote; None where there is no such file, or it is damaged."""
+    """Return the data that `write_json` wrote; None where there is no such file, or it is damaged."""
     try:
         found = json.loads(read_bounded(path, JSON_LIMIT))
         return found["data"] if found["sha256"] == _sum(found["data"]) else None

@@ -45,7 +45,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """What one block returned but for its hidden states: a stand-in for the block returns the same with others.
+    """A block's return value without its hidden states: a stand-in for the block returns the same with others.
 
     `place` is the position or key of the hidden states, None where they are all that is returned.
     """

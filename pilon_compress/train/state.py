@@ -103,11 +103,11 @@ class Checkpoints:
             raise
 
     def kept(self) -> str:
-        """What a full disk leaves, for messages."""
+        """Name the checkpoint that a full disk leaves, for messages."""
         return f"that of step {steps[-1]} stays" if (steps := self.steps()) else self.standing()
 
     def standing(self) -> str:
-        """What a run that ends now goes on from, for messages."""
+        """Name the checkpoint that a run which ends now goes on from, for messages."""
         steps = self.steps()
         if steps:
             return f"the checkpoint of step {steps[-1]} stands, --resume goes on from it"
