@@ -54,6 +54,10 @@ def test_sixteen_bit_files_keep_their_type_and_changed_files_are_read_again(tiny
     assert checkpoint.load_config(str(path)).dtype == torch.float16
     before = gguf.dense_folder([path], "half.gguf")
     assert gguf.dense_folder([path], "half.gguf") == before
+    whole = (before / "model.safetensors").read_bytes()
+    (before / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert gguf.dense_folder([path], "half.gguf") == before, "a damaged folder is made again"
+    assert (before / "model.safetensors").read_bytes() == whole
     path.unlink()
     tiny.save_gguf(path, kind="F16", seed=1)
     assert gguf._key([path]) != before.name

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest
+from pilon_compress.io.checksum import damage
 from pilon_compress.io.disk import rename, sync_tree
 
 SUFFIX = ".gguf"
@@ -46,17 +47,27 @@ def dense_folder(files: Sequence[Path], origin: str, sums: Path | None = None) -
         if file.read(len(MAGIC)) != MAGIC:
             raise BadInput(f"{origin} is not a GGUF file, or damaged: it does not begin with GGUF")
     place = cache() / _key(files)
-    if (place / DONE).is_file():
+    if _whole(place):
         return place
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(place.parent / f".{place.name}.lock"):
-            if not (place / DONE).is_file():  # nobody came first
+            if not _whole(place):  # nobody came first
                 _make(place, files, origin, sums)
     except OSError as error:
         reason = error.strerror or str(error)
         raise BadInput(f"cannot write {place.parent}: {reason}; PILON_CACHE can name another folder") from error
     return place
+
+
+def _whole(place: Path) -> bool:
+    """True if the folder is there as it was made; says so where it is damaged."""
+    if not (place / DONE).is_file():
+        return False
+    reason = damage(place)
+    if reason is not None:
+        print(f"{reason}: it is made again", file=sys.stderr)
+    return reason is None
 
 
 def cache() -> Path:
