@@ -1,6 +1,8 @@
 """Kill, fill, flip, race and deceive the command line on tiny models made on the spot; write docs/results/faults.md.
 
-    python benchmarks/faults.py [--points 24] [--only kill,two,full,flip,hostile] [-o docs/results/faults.md]
+    python benchmarks/faults.py [--points 24] [--only kill,two,full,flip,hostile] [--kill heal,train]
+
+Counts are kept in docs/results/faults.json, of which the page is made: a run of some rows replaces those alone.
 
 Each command runs in a fork of this process, which has the imports already. Outputs are compared byte for byte with
 those of an undisturbed run, but for files that hold times. Per row of the table:
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from forked import VERDICTS, Ended, Place, Row, contents, events, finish, killed_at, leftovers, run, settle, start
 
@@ -258,30 +261,41 @@ def judge(row: Row, folder: Path, ended: Ended, detail: str) -> None:
 CAMPAIGNS = {"kill": kills, "two": races, "full": full_disks, "flip": flips, "hostile": hostile}
 
 
-def table(rows: list[Row], seconds: float, arguments: str) -> str:
-    """The page: one row per fault and command."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the page: one row per fault and command, of `rows` as the JSON file holds them."""
     lines = [
         "# Faults: killed, filled, flipped, raced, deceived",
         "",
-        f"Made by `python benchmarks/faults.py{arguments}` in {seconds / 60:.0f} minutes on tiny models; its docstring "
-        "says what the columns count.",
+        "Made by `python benchmarks/faults.py`, a quarter of an hour, on tiny models; its docstring says what the "
+        "columns count.",
         "",
         f"| fault | tried | {' | '.join(VERDICTS)} | command |",
         f"|---|{'---|' * (len(VERDICTS) + 2)}",
     ]
     for row in rows:
-        counts = " | ".join(str(row.counts[verdict]) for verdict in VERDICTS)
-        lines.append(f"| {row.name} | {row.tried} | {counts} | `{row.command}` |")
-    totals = " | ".join(str(sum(row.counts[verdict] for row in rows)) for verdict in VERDICTS)
-    return "\n".join([*lines, f"| **all** | {sum(row.tried for row in rows)} | {totals} | |", ""])
+        counts = " | ".join(str(row["counts"][verdict]) for verdict in VERDICTS)
+        lines.append(f"| {row['name']} | {sum(row['counts'].values())} | {counts} | `{row['command']}` |")
+    sums = [sum(row["counts"][verdict] for row in rows) for verdict in VERDICTS]
+    return "\n".join([*lines, f"| **all** | {sum(sums)} | {' | '.join(map(str, sums))} | |", ""])
+
+
+def kept(rows: list[Row], file: Path) -> list[dict[str, Any]]:
+    """Put `rows` in the place of those of the same names in the JSON file, and return all of them."""
+    known = {row["name"]: row for row in json.loads(file.read_text("utf-8"))} if file.is_file() else {}
+    known |= {row.name: {"name": row.name, "command": row.command, "counts": row.counts} for row in rows}
+    file.write_text(json.dumps(list(known.values()), indent=1) + "\n", "utf-8")
+    return list(known.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=24, help="cases per row, about")
     parser.add_argument("--only", default=",".join(CAMPAIGNS))
+    parser.add_argument("--kill", default=",".join(COMMANDS), help="of the campaign kill, these commands alone")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "results" / "faults.md")
     asked = parser.parse_args()
+    for name in set(COMMANDS) - set(asked.kill.split(",")):
+        del COMMANDS[name]
 
     import command_line  # tests/command_line.py: what a fork should have already
 
@@ -298,8 +312,7 @@ def main() -> None:
                 rows.append(row)
                 print(f"{time.monotonic() - began:5.0f} s  {row.name}: {row.tried} {row.counts}", file=sys.stderr)
     asked.output.parent.mkdir(parents=True, exist_ok=True)
-    options = "" if asked.points == 24 else f" --points {asked.points}"
-    asked.output.write_text(table(rows, time.monotonic() - began, options), "utf-8")
+    asked.output.write_text(table(kept(rows, asked.output.with_suffix(".json"))), "utf-8")
     if any(row.counts[verdict] for row in rows for verdict in ("lost", "silent", "broken")):
         raise SystemExit(1)
 
