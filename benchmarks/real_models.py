@@ -105,7 +105,7 @@ def page(results: dict[str, Any]) -> str:
         begins = f"`{found['begins_with']}`" if found["begins_with"] else "the text"
         lines.append(
             f"| {one['title']} | {begins} | {found['tokens']:,} | {found['perplexity']:.3f} | {loop:.3f} "
-            f"| {abs(found['perplexity'] / loop - 1):.1e} |"
+            f"| {one.get('difference') or format(abs(found['perplexity'] / loop - 1), '.1e')} |"
         )
     lines += ["", "`pilon-compress eval MODEL --data B.txt --window 512 --samples 32`", "", "## Converted", ""]
     lines += [
@@ -126,6 +126,7 @@ def page(results: dict[str, Any]) -> str:
     lines += ["", "Commands, each with `--calibration A.txt --eval-data B.txt -o OUT`:", ""]
     for label, options in CONVERSIONS.items():
         lines.append(f"- {label}: `pilon-compress convert MODEL {' '.join(options)}`")
+    lines += ["", *(one["note"] for one in results["models"].values() if "note" in one)]
     lines += ["", "MODEL is " + ", ".join(f"`{one['reference']}`" for one in results["models"].values()) + "."]
     return "\n".join([*lines, ""])
 
