@@ -107,7 +107,9 @@ def page(results: dict[str, Any]) -> str:
             f"| {one['title']} | {begins} | {found['tokens']:,} | {found['perplexity']:.3f} | {loop:.3f} "
             f"| {one.get('difference') or format(abs(found['perplexity'] / loop - 1), '.1e')} |"
         )
-    lines += ["", "`pilon-compress eval MODEL --data B.txt --window 512 --samples 32`", "", "## Converted", ""]
+    lines += ["", "`pilon-compress eval MODEL --data B.txt --window 512 --samples 32`", ""]
+    lines += [one["beginnings"] + "\n" for one in results["models"].values() if "beginnings" in one]
+    lines += ["## Converted", ""]
     lines += [
         "| model | conversion | stored FFN ÷ dense | FFN bytes ÷ bf16 | FFN MACs ÷ dense | whole model, bytes ÷ bf16 "
         "| perplexity ÷ dense | KL, nats | seconds (estimate) | peak GiB |",
