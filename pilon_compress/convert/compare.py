@@ -155,7 +155,6 @@ class Bench:
     def __init__(
         self, job: Job, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]
     ) -> None:
-        checkpoint.check_finite(dense)
         self.job, self.dense, self.tokenizer, self.documents = job, dense, tokenizer, documents
         self.size = dense_size(job.sites)
 

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from pilon_compress import progress
 from pilon_compress.errors import BadInput
+from pilon_compress.io.errors import first_line
 
 LONGEST_ROW = 2**26  # bytes of a jsonl line, or characters of a JSON value
 CHUNK = 2**20  # characters of JSON that are read at a time
@@ -63,7 +64,7 @@ def read_parquet(path: Path, column: str | None = None) -> Iterator[dict[str, An
             for batch in file.iter_batches(BATCH, columns=columns):
                 yield from batch.to_pylist()
         except (OSError, ValueError, ArrowException) as error:
-            raise BadInput(f"{path} cannot be read: {_first_line(error)}") from None
+            raise BadInput(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def texts(rows: Iterable[Any], column: str, origin: str) -> Iterator[str]:
@@ -200,7 +201,3 @@ def _of_columns(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
         return
     for values in zip(*lists, strict=True):
         yield dict(zip(table, values, strict=True))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

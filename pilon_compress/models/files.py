@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from pilon_compress.errors import BadInput
+from pilon_compress.io.errors import first_line
 
 INDEX_SUFFIX = ".safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -109,5 +110,4 @@ def _opened(path: Path) -> list[tuple[str, int]]:
             slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
             return [(one.get_dtype(), torch.Size(one.get_shape()).numel()) for one in slices]
     except (SafetensorError, OSError, ValueError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BadInput(f"{path} is truncated or corrupt: {first}") from error
+        raise BadInput(f"{path} is truncated or corrupt: {first_line(error)}") from error

@@ -23,6 +23,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest
 from pilon_compress.io.checksum import damage
 from pilon_compress.io.disk import rename, sync_tree
+from pilon_compress.io.errors import first_line
 
 SUFFIX = ".gguf"
 MOST_PARTS = 100
@@ -169,8 +170,7 @@ def _main() -> None:
     try:
         read(source, folder)
     except Exception as error:  # the caller passes the last line on
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        print(lines[0] if lines else type(error).__name__, file=sys.stderr)
+        print(first_line(error), file=sys.stderr)
         sys.exit(1)
 
 
