@@ -42,8 +42,8 @@ check: $(READY)
 fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/python -m pilon_compress.recipe > recipes/recipe.schema.json
-	$(BIN)/python -m pilon_compress.train.recipe > recipes/train.schema.json
+	$(BIN)/python -m pilon_compress.config.conversion > recipes/recipe.schema.json
+	$(BIN)/python -m pilon_compress.config.training > recipes/train.schema.json
 
 clean:
 	rm -rf .venv build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache

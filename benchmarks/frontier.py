@@ -15,20 +15,22 @@ from dataclasses import replace
 
 import torch
 
-from pilon_compress import checkpoint, recipe
-from pilon_compress.convert import ours, pipeline
-from pilon_compress.convert.candidate import baseline, dense_size, install, problem_of
-from pilon_compress.convert.journal import Journal
-from pilon_compress.convert.layers import Task, solve
-from pilon_compress.convert.moments import gather
-from pilon_compress.convert.peers import rounded
-from pilon_compress.convert.plan import Plan
+from pilon_compress.compare import our_methods
+from pilon_compress.compare.baselines import rtn_gptq
+from pilon_compress.compare.candidate import baseline, dense_size, install, problem_of
+from pilon_compress.config import conversion
+from pilon_compress.convert import pipeline
+from pilon_compress.convert.allocate.plan import Plan
+from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.prepare import Job, prepare
-from pilon_compress.convert.source import Source
-from pilon_compress.form.integers import KINDS
-from pilon_compress.form.layout import layout_of
-from pilon_compress.measure import evaluate
-from pilon_compress.measure.size import ffn_size
+from pilon_compress.convert.solve.layerwise import Task, solve
+from pilon_compress.evaluate import evaluate
+from pilon_compress.io.journal import Journal
+from pilon_compress.models import checkpoint
+from pilon_compress.models.source import Source
+from pilon_compress.nn.integer import KINDS
+from pilon_compress.nn.layout import layout_of
+from pilon_compress.nn.size import ffn_size
 
 ENCODER = {"calibration": {"data": "stdlib:docstrings", "samples": 800}, "evaluation": {"data": "stdlib:topics"}}
 CAUSAL = {
@@ -62,7 +64,7 @@ class Bench:
     def job_for(model: str, bank_dtype: str, ratio: float) -> Job:
         asked = {"model": model, "budget": {"ffn_ratio": ratio}, "form": {"bank_dtype": bank_dtype}}
         texts = CAUSAL if checkpoint.is_causal(checkpoint.load_config(model)) else ENCODER
-        return prepare(recipe.build({**asked, **texts, "dtype": "bfloat16"}))
+        return prepare(conversion.build({**asked, **texts, "dtype": "bfloat16"}))
 
     def row(self, method: str, stored: float, ratio: float, model: torch.nn.Module) -> None:
         figures = evaluate.measure(
@@ -80,12 +82,12 @@ class Bench:
         plan = Plan(1.0, [[layer] for layer in sorted({s.layer for s in self.sites})], [], list(self.sites))
         task = Task(self.sites, plan, {}, "pilon", (), True, 0, 0, quantization=quantization)
         solved = solve(self.source, self.batches, task, self.moments, Journal())
-        size = rounded.size(f"gptq-{quantization}", self.sites)
+        size = rtn_gptq.size(f"gptq-{quantization}", self.sites)
         self.row(name, 1.0, size / dense_size(self.sites).bytes, install(self.dense, solved.kept, solved.biases))
 
     def pilon(self, bank_dtype: str, ratio: float) -> None:
         job = replace(self.job_for(self.job.recipe.model, bank_dtype, ratio), dtype=torch.bfloat16)
-        made = ours.candidate(job, self.source, self.batches, self.moments, 0)
+        made = our_methods.candidate(job, self.source, self.batches, self.moments, 0)
         sizes = made.size.to_dict()
         self.row(f"**PILON**, {bank_dtype}", sizes["stored_ratio"], sizes["bytes_ratio"], made.model)
 

@@ -138,11 +138,11 @@ def exact_block(x: Tensor, sides: list[tuple[Any, ...]], device: str) -> Iterato
 
 def exact_layers(device: str) -> Iterator[tuple[str, str]]:
     """Layers of a packed model that is moved to the device against the same layers before."""
-    from pilon_compress.form.composed import ComposedLinear
-    from pilon_compress.form.int8 import Int8Linear
-    from pilon_compress.form.packed import PackedBank, PackedLinear
-    from pilon_compress.form.packing import pack
-    from pilon_compress.kernels import choose
+    from pilon_compress.kernels import dispatch
+    from pilon_compress.nn.composed_linear import ComposedLinear
+    from pilon_compress.nn.int8 import Int8Linear
+    from pilon_compress.nn.packed_ternary import PackedBank, PackedLinear
+    from pilon_compress.nn.ternary_codec import pack
 
     torch.manual_seed(0)
     bank = PackedBank(200, 96, 3, 16, "base3")
@@ -157,7 +157,7 @@ def exact_layers(device: str) -> Iterator[tuple[str, str]]:
         scale.normal_()
     batches = [torch.randn(tokens, 200).to(dtype) for tokens in (1, 17) for dtype in (torch.float32, torch.bfloat16)]
     before = [{name: layer(x) for name, layer in layers.items()} for x in batches]
-    choose.TRITON.add(device)
+    dispatch.TRITON.add(device)
     layers["bank"] = bank  # borrowed by the first layer: moves as part of the model
     moved = copy.deepcopy(layers).to(device)  # in memory of its own, where nothing is unpacked yet
     for x, expected in zip(batches, before, strict=True):

@@ -52,12 +52,12 @@ def main(words: list[str] | None = None) -> None:
     else:
         overrides += [f"schedule.tokens={asked.tokens}", f"run.batch_size={asked.batch_size}", "host.vocab_size=32768"]
 
-    from pilon_compress.train import recipe
+    from pilon_compress.config import training
     from pilon_compress.train.monitor import memory_gib
     from pilon_compress.train.pipeline import train_model
 
     started = time.time()
-    settings = recipe.load("smoke" if asked.smoke else asked.recipe, overrides)
+    settings = training.load("smoke" if asked.smoke else asked.recipe, overrides)
     result = train_model(settings, asked.output, resume=True)
     rows = {
         "arm": asked.arm,

@@ -47,15 +47,15 @@ def bench(
         plot = check_file(plot)
     common: dict[str, Any] = {"rounds": rounds, "threads": threads, "device": device, "only": variants or []}
     if ffn is not None:
-        from pilon_compress.measure.bench import bench_block, block_shape
+        from pilon_compress.bench.block import bench_block, block_shape
 
         result = bench_block(block_shape(ffn, active_rank, rank, top_k, gated, activation, batch), **common)
     else:
-        from pilon_compress.measure.bench_model import bench_model
+        from pilon_compress.bench.model import bench_model
 
         result = bench_model(str(model), context=context, batch=batch, **common)
     if plot is not None:
-        from pilon_compress.measure.plots import speedups
+        from pilon_compress.report.plots import speedups
 
         plot.write_text(speedups(_parts(result)))
     if as_json:
@@ -86,7 +86,7 @@ def _parts(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def print_entries(title: str, entries: dict[str, Any]) -> None:
-    from pilon_compress.readable import mib, number
+    from pilon_compress.report.formatting import mib, number
 
     rows = []
     for name, entry in entries.items():

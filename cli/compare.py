@@ -95,15 +95,17 @@ def compare(
     }
     wait_passively()
 
-    from pilon_compress import recipe
+    from pilon_compress.config import conversion
 
-    settings = recipe.build({}, [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None])
+    settings = conversion.build(
+        {}, [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    )
     if not dry_run and output is None:
         raise BadInput("name the folder to write with -o")
 
-    from pilon_compress.convert import compare as comparing
+    from pilon_compress.compare import run as comparing
+    from pilon_compress.config.ratio import parse_ratios
     from pilon_compress.io.folders import check_output
-    from pilon_compress.ratio import parse_ratios
 
     if output is not None:
         check_output(output, overwrite, kind="comparison")
@@ -122,8 +124,8 @@ def compare(
 
 def print_plan(result: dict[str, Any]) -> None:
     """What each method would store at each ratio."""
-    from pilon_compress.measure.frontier import method_name
-    from pilon_compress.readable import number, short_count
+    from pilon_compress.report.formatting import number, short_count
+    from pilon_compress.report.frontier import method_name
 
     rows = []
     for one in result["planned"]:
@@ -140,8 +142,8 @@ def print_plan(result: dict[str, Any]) -> None:
 
 def print_result(result: dict[str, Any]) -> None:
     """One table per ratio, best first, and where to look."""
-    from pilon_compress.measure.comparison import terminal_table
-    from pilon_compress.readable import number
+    from pilon_compress.report.comparison_page import terminal_table
+    from pilon_compress.report.formatting import number
 
     for ratio in result["ratios"]:
         print_table(f"Stored FFN ratio {ratio:g}", *terminal_table(result, ratio))

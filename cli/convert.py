@@ -187,7 +187,7 @@ def convert(
     expected = estimate(job)
 
     from pilon_compress.convert.pipeline import settle
-    from pilon_compress.memory import give_back_freed
+    from pilon_compress.io.malloc import give_back_freed
 
     give_back_freed(scarce=settings.max_memory is not None)
     job = settle(job)
@@ -205,7 +205,7 @@ def _run(settings: Any, output: Any, overwrite: bool, as_json: bool, verbose: bo
         print_estimate(job.plan.ratio, job.final, estimate(job))
 
     from pilon_compress.convert.pipeline import convert as run
-    from pilon_compress.memory import give_back_freed
+    from pilon_compress.io.malloc import give_back_freed
 
     give_back_freed(scarce=settings.max_memory is not None)
     report = run(
@@ -221,7 +221,7 @@ def _run(settings: Any, output: Any, overwrite: bool, as_json: bool, verbose: bo
 
 def print_estimate(ratio: float, final: bool, expected: dict[str, float]) -> None:
     """Print the budget and the cost of the conversion on this machine, before anything is read."""
-    from pilon_compress.readable import number
+    from pilon_compress.report.formatting import number
 
     sizes = "the plan follows" if final else "sizes per layer follow after calibration"
     say(
@@ -232,7 +232,7 @@ def print_estimate(ratio: float, final: bool, expected: dict[str, float]) -> Non
 
 def print_plan(result: dict[str, Any], verbose: bool = False) -> None:
     """The plan that will be made; sizes alone where it is not final."""
-    from pilon_compress.readable import mib, number
+    from pilon_compress.report.formatting import mib, number
 
     final = result.get("final", True)
     if final:
@@ -254,7 +254,7 @@ def print_plan(result: dict[str, Any], verbose: bool = False) -> None:
 
 def print_result(report: dict[str, Any]) -> None:
     """The measured sizes, errors and quality, and where the model is."""
-    from pilon_compress.readable import method_name, number, quality, ratios
+    from pilon_compress.report.formatting import method_name, number, quality, ratios
 
     rows = [[ratio.label, ratio.part, number(ratio.value), ratio.detail] for ratio in ratios(report)]
     print_table("Size, PILON ÷ dense", ["", "part", "ratio", "measured"], rows)
@@ -273,7 +273,7 @@ def print_result(report: dict[str, Any]) -> None:
 def _ratio(value: str | None) -> list[str]:
     if value is None:
         return []
-    from pilon_compress.recipe import PRESETS
+    from pilon_compress.config.conversion import PRESETS
 
     word = value.isalpha() and value.lower() not in ("nan", "inf", "infinity")
     key, other = ("preset", "ffn_ratio") if value in PRESETS or word else ("ffn_ratio", "preset")
@@ -281,7 +281,7 @@ def _ratio(value: str | None) -> list[str]:
 
 
 def _yaml(value: str) -> Any:
-    from pilon_compress import strict_yaml
+    from pilon_compress.config import strict_yaml
 
     try:
         return strict_yaml.parse(value, "--bands").data
@@ -290,10 +290,10 @@ def _yaml(value: str) -> Any:
 
 
 def _read(name: str | None, overrides: list[str]) -> Any:
-    from pilon_compress import recipe
+    from pilon_compress.config import conversion
 
     if name is not None:
-        return recipe.load(name, overrides)
+        return conversion.load(name, overrides)
     if not any(item.startswith("model=") for item in overrides):
         raise BadInput("name a model to convert, or a --recipe that does")
-    return recipe.build({}, overrides)
+    return conversion.build({}, overrides)

@@ -34,13 +34,13 @@ def evaluate(
     """
     wait_passively()
 
-    from pilon_compress import recipe
+    from pilon_compress.config import conversion
 
     fields = {"samples": samples, "window": window, "stride": stride, "batch_size": batch_size}
-    settings = recipe.evaluation({key: value for key, value in fields.items() if value is not None})
+    settings = conversion.evaluation({key: value for key, value in fields.items() if value is not None})
 
-    from pilon_compress.measure.evaluate import evaluate as run
-    from pilon_compress.readable import circumstances, quality
+    from pilon_compress.evaluate.evaluate import evaluate as run
+    from pilon_compress.report.formatting import circumstances, quality
 
     result = run(model, against=against, data=data, settings=settings, device=device, seed=seed)
     if as_json:

@@ -56,13 +56,13 @@ def export(
     pilon-compress export out/gpt2-half --to dense -o out/gpt2-half-dense
     """
     found: dict[str, Any] = {}
-    from pilon_compress.deploy.export import export_dense, export_self_contained
+    from pilon_compress.export.export import export_dense, export_self_contained
 
     if to is Form.dense:
         export_dense(model, output, dtype=dtype, overwrite=overwrite)
         load = f"AutoModel.from_pretrained({str(output)!r})"
     elif to is Form.packed:
-        from pilon_compress.deploy.pack import export_packed
+        from pilon_compress.export.pack import export_packed
 
         found = export_packed(model, output, encoding=encoding.value, rest=rest.value, dtype=dtype, overwrite=overwrite)
         load = f"AutoModel.from_pretrained({str(output)!r})"

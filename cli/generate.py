@@ -36,7 +36,7 @@ def generate(
 
     pilon-compress generate out/gpt2-half --prompt "The module provides"
     """
-    from pilon_compress.measure.sample import complete
+    from pilon_compress.evaluate.generate import complete
 
     text = _read_stdin() if prompt == "-" else prompt
     if not text:

@@ -20,7 +20,7 @@ def inspect(
 
     pilon-compress inspect gpt2
     """
-    from pilon_compress.measure.anatomy import anatomy
+    from pilon_compress.evaluate.inspect import anatomy
 
     result = anatomy(model, targets or [], ignore or [])
     if as_json:
@@ -33,7 +33,7 @@ def inspect(
 
 def print_dense(result: dict[str, Any], verbose: bool = False) -> None:
     """The projections that a conversion would replace, in the dtype of the model's file."""
-    from pilon_compress.readable import mib, number, short_count
+    from pilon_compress.report.formatting import mib, number, short_count
 
     parts = [
         {**entry, "names": [entry["name"]], "layers": [entry["layer"]], "stored": entry["parameters"]}
@@ -62,7 +62,7 @@ def print_dense(result: dict[str, Any], verbose: bool = False) -> None:
 
 def print_converted(result: dict[str, Any], verbose: bool = False) -> None:
     """The banks and matrices of a PILON model as they are stored, its ratios, and how it was judged."""
-    from pilon_compress.readable import circumstances, number, quality
+    from pilon_compress.report.formatting import circumstances, number, quality
 
     title = f"{result['model']}  {result['architecture']}"
     print_parts(title, result["parts"], result["dtype"], names=True, verbose=verbose)

@@ -12,9 +12,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pilon_compress import __version__, progress
+from pilon_compress import __version__
 from pilon_compress.errors import BadInput
-from pilon_compress.io import signals
+from pilon_compress.io import progress, signals
 from pilon_compress.io.disk import disk_full
 
 from . import recipes

@@ -1,6 +1,6 @@
 """Tables of banks and matrices, in plans and in models: folded where there are many, with a line per role and a total.
 
-A part is a dictionary as `measure.parts.layout_parts` makes it.
+A part is a dictionary as `report.parts.layout_parts` makes it.
 """
 
 import re
@@ -61,21 +61,21 @@ def join_equal(parts: Sequence[Part]) -> list[list[Part]]:
 
 def role_label(group: Sequence[Part]) -> str:
     """Role and layers, as in `up 0–2`."""
-    from pilon_compress.readable import layer_list
+    from pilon_compress.report.formatting import layer_list
 
     return f"{group[0]['role']} {layer_list([layer for part in group for layer in part['layers']])}"
 
 
 def name_label(group: Sequence[Part]) -> str:
     """Module name with the range of its layers, as in `layers.0–29.mlp.up_proj`."""
-    from pilon_compress.readable import layer_list
+    from pilon_compress.report.formatting import layer_list
 
     layers = [layer for part in group for layer in part["layers"]]
     return re.sub(rf"(?<=\.){layers[0]}(?=\.)", layer_list(layers), group[0]["names"][0], count=1)
 
 
 def _row(label: str, group: Sequence[Part], dtype: str) -> list[str]:
-    from pilon_compress.readable import mib, number, short_count, spread
+    from pilon_compress.report.formatting import mib, number, short_count, spread
 
     def total(key: str) -> float:
         return float(sum(part[key] for part in group))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pilon_compress import recipe
+from pilon_compress.config import conversion
 
 from .output import print_json
 from .usage import Command, application
@@ -18,7 +18,7 @@ def list_(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """List the recipes that ship with the package."""
-    known = [(name, recipe.kind(name), description) for name, description in recipe.names()]
+    known = [(name, conversion.kind(name), description) for name, description in conversion.names()]
     if as_json:
         print_json({"recipes": [dict(zip(("name", "kind", "description"), row, strict=True)) for row in known]})
     else:
@@ -33,7 +33,7 @@ def show(name: Annotated[str, typer.Argument(help="Name of a bundled recipe, or 
 
     pilon-compress recipes show quickstart > mine.yaml
     """
-    sys.stdout.write(recipe.source(name))
+    sys.stdout.write(conversion.source(name))
 
 
 @app.command(cls=Command)
@@ -42,10 +42,10 @@ def check(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field: a.b=value.")] = None,
 ) -> None:
     """Check a recipe, with overrides applied; print it with its main settings spelled out."""
-    if recipe.kind(file) == "train":
-        from pilon_compress.train import recipe as training
+    if conversion.kind(file) == "train":
+        from pilon_compress.config import training as training
 
         sys.stdout.write(training.dump(training.load(file, set_ or [])))
     else:
-        sys.stdout.write(recipe.dump(recipe.load(file, set_ or [])))
+        sys.stdout.write(conversion.dump(conversion.load(file, set_ or [])))
     print(f"{file}: ok")

@@ -174,7 +174,7 @@ def train(
 
 def print_plan(planned: dict[str, Any]) -> None:
     """What would be trained."""
-    from pilon_compress.readable import number, short_count
+    from pilon_compress.report.formatting import number, short_count
 
     rows = [
         ["parameters", short_count(planned["parameters"])],
@@ -188,7 +188,7 @@ def print_plan(planned: dict[str, Any]) -> None:
 
 def print_result(result: dict[str, Any]) -> None:
     """What came of it, and where it is."""
-    from pilon_compress.readable import number, short_count
+    from pilon_compress.report.formatting import number, short_count
 
     judged = next(name for name in ("val_perplexity", "val_cosine") if name in result)
     rows = [[judged.replace("val_", "validation "), number(result[judged])]]
@@ -206,16 +206,16 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def _ratios(value: str) -> list[float]:
-    from pilon_compress.ratio import parse_ratios
+    from pilon_compress.config.ratio import parse_ratios
 
     return parse_ratios("--shrink", value)
 
 
 def _read(name: str | None, task: str | None, overrides: list[str]) -> Any:
-    from pilon_compress.train import recipe
+    from pilon_compress.config import training
 
     if name is not None:
-        return recipe.load(name, overrides + ([f"task={task}"] if task else []))
+        return training.load(name, overrides + ([f"task={task}"] if task else []))
     if task is None:
         raise BadInput("name a --recipe to train from scratch, or a model to --heal or --sft")
-    return recipe.build({"task": task}, overrides)
+    return training.build({"task": task}, overrides)

@@ -6,12 +6,13 @@ python examples/convert_from_python.py ./my-llama out/my-llama-0.4 "texts/*.txt"
 
 import sys
 
-from pilon_compress import convert_model, recipe
-from pilon_compress.checkpoint import load_model
+from pilon_compress import convert_model
+from pilon_compress.config import conversion
+from pilon_compress.models.checkpoint import load_model
 
 model, output, text = sys.argv[1:]
 
-settings = recipe.build(
+settings = conversion.build(
     {
         "model": model,
         "budget": {"ffn_ratio": 0.4},

@@ -7,8 +7,8 @@ import sys
 
 import torch
 
-from pilon_compress.checkpoint import load_model, load_tokenizer
 from pilon_compress.data.text import open_text, paragraphs
+from pilon_compress.models.checkpoint import load_model, load_tokenizer
 
 compressed, dense, query = sys.argv[1:]
 sentences = list(paragraphs(open_text("stdlib:topics")))[:400]

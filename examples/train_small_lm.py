@@ -13,7 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pilon_compress.data.text import open_text
-from pilon_compress.train.hosts import train_tokenizer
+from pilon_compress.models.base_architectures import train_tokenizer
 
 shape, output = sys.argv[1:]
 VOCAB, LENGTH, BATCH, TOKENS, RATE = 2048, 256, 16, 3_500_000, 2e-3

@@ -18,17 +18,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _REGISTRY = "transformers.quantizers.auto"
-_LOADER = "pilon_compress.deploy.loader"
+_LOADER = "pilon_compress.export.transformers_plugin"
 _PUBLIC = {  # public name -> module, or module:name where the module's own name would be hidden (the room `convert`)
-    "ComposedLinear": "pilon_compress.form.composed",
-    "PrimitiveBank": "pilon_compress.form.bank",
-    "Layout": "pilon_compress.form.layout",
-    "install": "pilon_compress.form.layout",
-    "fold": "pilon_compress.form.fold",
-    "find_sites": "pilon_compress.families",
-    "Recipe": "pilon_compress.recipe",
+    "ComposedLinear": "pilon_compress.nn.composed_linear",
+    "PrimitiveBank": "pilon_compress.nn.bank",
+    "Layout": "pilon_compress.nn.layout",
+    "install": "pilon_compress.nn.layout",
+    "fold": "pilon_compress.nn.fold",
+    "find_sites": "pilon_compress.models.families",
+    "Recipe": "pilon_compress.config.conversion",
     "convert_model": "pilon_compress.convert.pipeline:convert",
-    "evaluate": "pilon_compress.measure.evaluate",
+    "evaluate": "pilon_compress.evaluate.evaluate",
     "BadInput": "pilon_compress.errors",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -18,8 +18,8 @@ from pathlib import Path
 SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
 HEAVY = (
     "pilon_compress.convert.pipeline",
-    "pilon_compress.convert.compare",
-    "pilon_compress.deploy.export",
+    "pilon_compress.compare.run",
+    "pilon_compress.export.export",
     "pilon_compress.train.pipeline",
     "sklearn.cluster",
     "transformers.models.bert.modeling_bert",

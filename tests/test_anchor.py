@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from pilon_compress.convert.anchor import Pair
-from pilon_compress.convert.calibration import Batch
-from pilon_compress.convert.factorize import Target
-from pilon_compress.convert.source import Source
-from pilon_compress.convert.stream import Stream, blocks
-from pilon_compress.families import find_sites
+from pilon_compress.convert.solve.low_rank import Target
+from pilon_compress.convert.solve.sequential_targets import Pair
+from pilon_compress.data.calibration import Batch
+from pilon_compress.models.families import find_sites
+from pilon_compress.models.hidden_states import Stream, blocks
+from pilon_compress.models.source import Source
 
 
 def start(tiny, family, perturbed):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pilon_compress.convert.bands import cluster, distances, subspace
-from pilon_compress.convert.factorize import Target
+from pilon_compress.convert.sharing.similar_layers import cluster, distances, subspace
+from pilon_compress.convert.solve.low_rank import Target
 
 
 def draw(generator, *shape):

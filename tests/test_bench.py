@@ -7,14 +7,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pilon_compress.deploy.save import save_model
+from pilon_compress.bench import block_variants
+from pilon_compress.bench.model_variants import FORMS
+from pilon_compress.bench.timing import Times
 from pilon_compress.errors import BadInput
-from pilon_compress.form.initialise import initialise
-from pilon_compress.form.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install, projections
-from pilon_compress.kernels import choose, cpu
-from pilon_compress.measure import contenders
-from pilon_compress.measure.model_forms import FORMS
-from pilon_compress.measure.timing import Times
+from pilon_compress.export.save import save_model
+from pilon_compress.kernels import cpu, dispatch
+from pilon_compress.nn.init import initialise
+from pilon_compress.nn.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install, projections
 
 BLOCK = {"dense_bf16", "dense_int8", "dense_ternary", "pilon_fp32", "pilon_bf16", "pilon_int8", "pilon_ternary"}
 
@@ -114,7 +114,7 @@ def test_ratios_are_taken_within_rounds():
 
 
 def test_folded_and_loaded_forms_compute_what_the_model_computes(folder):
-    from pilon_compress.checkpoint import load_model
+    from pilon_compress.models.checkpoint import load_model
 
     pilon = load_model(str(folder), dtype="float32")
     ids = torch.arange(5, 25).reshape(2, 10)
@@ -131,7 +131,10 @@ def test_int8_contenders_compute_the_block():
     torch.manual_seed(0)
     weight, x = torch.randn(48, 64), torch.randn(3, 64)
     exact = x @ weight.T
-    for make, dtype in ((contenders.weight_only_int8, torch.bfloat16), (contenders.dynamic_int8, torch.float32)):
+    for make, dtype in (
+        (block_variants.weight_only_int8, torch.bfloat16),
+        (block_variants.dynamic_int8, torch.float32),
+    ):
         close = make(weight)(x.to(dtype)).float()
         assert (close - exact).norm() < 0.02 * exact.norm()
 
@@ -140,23 +143,23 @@ def test_int8_contenders_compute_the_block():
 @pytest.mark.parametrize("name", ["pilon_ternary", "dense_ternary"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_on_a_gpu_ternary_contenders_run_its_kernels_and_compute_the_same(name, gated, monkeypatch):
-    shape = contenders.Shape(64, 256, 32, 16, gated, "relu2", 1)
+    shape = block_variants.Shape(64, 256, 32, 16, gated, "relu2", 1)
     x, blocks = torch.randn(1, 64), []
     for triton_on in ({"cuda"}, {"cpu"}):
-        monkeypatch.setattr(choose, "TRITON", triton_on)  # as if this were a GPU: in the interpreter (conftest.py)
+        monkeypatch.setattr(dispatch, "TRITON", triton_on)  # as if this were a GPU: in the interpreter (conftest.py)
         torch.manual_seed(0)
-        blocks.append(contenders.CONTENDERS[name](shape, torch.device("cpu")))
+        blocks.append(block_variants.CONTENDERS[name](shape, torch.device("cpu")))
     here, there = blocks
     assert torch.equal(there.run(x), here.run(x))
     assert there.dtype == torch.bfloat16 and there.run(x.bfloat16()).dtype == torch.bfloat16
     assert 0.9 < there.bytes / here.bytes < 1.1
-    monkeypatch.setattr(choose, "_works", lambda device: False)
-    with pytest.raises(contenders.NotHere, match="Triton kernels do not run here"):
-        contenders.CONTENDERS[name](shape, torch.device("cpu"))
+    monkeypatch.setattr(dispatch, "_works", lambda device: False)
+    with pytest.raises(block_variants.NotHere, match="Triton kernels do not run here"):
+        block_variants.CONTENDERS[name](shape, torch.device("cpu"))
 
 
 def test_what_a_device_lacks_is_left_out_and_said(monkeypatch):
     monkeypatch.setattr(cpu, "_loaded", False)
-    shape = contenders.Shape(64, 128, 32, 16, False, "relu2", 1)
-    with pytest.raises(contenders.NotHere, match="could not be had"):
-        contenders.pilon_ternary(shape, torch.device("cpu"))
+    shape = block_variants.Shape(64, 128, 32, 16, False, "relu2", 1)
+    with pytest.raises(block_variants.NotHere, match="could not be had"):
+        block_variants.pilon_ternary(shape, torch.device("cpu"))

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from pilon_compress.convert.allocate import Sizing, allocate
-from pilon_compress.convert.blocks import Block
-from pilon_compress.convert.calibration import Batch
-from pilon_compress.convert.moments import gather
-from pilon_compress.convert.plan import down_of, preview
-from pilon_compress.convert.source import Source
+from pilon_compress.convert.allocate.block_options import Block
+from pilon_compress.convert.allocate.budget import Sizing, allocate
+from pilon_compress.convert.allocate.plan import down_of, preview
+from pilon_compress.convert.calibrate.second_moments import gather
+from pilon_compress.data.calibration import Batch
 from pilon_compress.errors import BadInput
-from pilon_compress.families import FAMILIES, find_sites
-from pilon_compress.measure.size import ffn_size
+from pilon_compress.models.families import FAMILIES, find_sites
+from pilon_compress.models.source import Source
+from pilon_compress.nn.size import ffn_size
 
 RATIOS = (0.3, 0.5, 0.8)
 

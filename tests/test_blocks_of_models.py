@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
 
 from pilon_compress.errors import BadInput
-from pilon_compress.families import FAMILIES, find_sites
 from pilon_compress.models.blocks import block_path, blocks
+from pilon_compress.models.families import FAMILIES, find_sites
 from pilon_compress.models.task import text_config
 
 PATHS = {"gpt2": "h", "opt": "decoder.layers", "distilbert": "transformer.layer"}

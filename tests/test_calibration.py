@@ -4,10 +4,10 @@ from hashlib import sha256
 
 import torch
 
-from pilon_compress import recipe
-from pilon_compress.convert.calibration import causal_batches, encoder_batches
+from pilon_compress.config import conversion
 from pilon_compress.convert.pipeline import read_calibration
 from pilon_compress.convert.prepare import prepare
+from pilon_compress.data.calibration import causal_batches, encoder_batches
 from pilon_compress.data.sequences import windows
 
 
@@ -35,7 +35,7 @@ def test_blocks_of_a_language_model_are_drawn_by_the_seed(tiny, tmp_path):
     asked = {"data": str(tmp_path / "text.txt"), "samples": 8, "sequence_length": 16, "batch_size": 4}
 
     def drawn(**seed):
-        job = prepare(recipe.build({"model": str(tmp_path / "model"), "calibration": asked, **seed}))
+        job = prepare(conversion.build({"model": str(tmp_path / "model"), "calibration": asked, **seed}))
         return torch.cat([batch.input_ids for batch in read_calibration(job, tiny.tiny_tokenizer())])
 
     one, again, other = drawn(seed=1), drawn(seed=1), drawn(seed=2)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pilon_compress.deploy.card import model_card
-from pilon_compress.readable import number
+from pilon_compress.report.conversion_card import model_card
+from pilon_compress.report.formatting import number
 
 SIZES = {
     "stored_ratio": 0.49713,

@@ -14,9 +14,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pilon_compress.config.conversion import build
 from pilon_compress.convert.pipeline import convert
-from pilon_compress.deploy.export import export_dense
-from pilon_compress.recipe import build
+from pilon_compress.export.export import export_dense
 
 TOPICS = [text for _, text in sorted(pydoc_data.topics.topics.items())]
 TRAIN, HELD_OUT = TOPICS[4:], TOPICS[:4]

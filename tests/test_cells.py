@@ -2,7 +2,7 @@
 
 import pytest
 
-from pilon_compress.convert.cells import Cells
+from pilon_compress.io.result_log import Cells
 
 FIRST = {"method": "svd", "quality": {"cosine": 0.1 + 0.2, "data": "Übung\n"}}
 SECOND = {"method": "asvd", "quality": {"cosine": 1e-300}}

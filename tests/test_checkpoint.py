@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from pilon_compress import checkpoint
 from pilon_compress.errors import BadInput
+from pilon_compress.models import checkpoint
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "opt", "gpt_neox")
 ENCODERS = ("bert", "roberta", "distilbert")

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pilon_compress import checkpoint, recipe
 from pilon_compress.cli import compare as cli
-from pilon_compress.convert import compare as comparing
+from pilon_compress.compare import run as comparing
+from pilon_compress.compare.candidate import install, problem_of
+from pilon_compress.config import conversion
 from pilon_compress.convert import pipeline
-from pilon_compress.convert.candidate import install, problem_of
 from pilon_compress.errors import BadInput
-from pilon_compress.families import find_sites
 from pilon_compress.io.folders import check_output
-from pilon_compress.measure import comparison, frontier
+from pilon_compress.models import checkpoint
+from pilon_compress.models.families import find_sites
+from pilon_compress.report import comparison_page, frontier
 
 WORDS = ("the", "model", "layer", "weight", "bank", "primitive", "rank", "token", "memory", "reader", "engine")
 PROSE = "\n\n".join(
@@ -37,7 +38,7 @@ REFUSED = {
 # Ends itself like a power cut once CELLS cells are finished.
 KILLED = """
 import os, signal
-from pilon_compress.convert.cells import Cells
+from pilon_compress.io.result_log import Cells
 keep = Cells.keep
 def keep_and_die(self, key, cell):
     keep(self, key, cell)
@@ -94,7 +95,7 @@ def figures(quality):
 
 def settings(model="causal", **calibration):
     asked = {"data": "text.txt", "samples": 4, "sequence_length": 64, **calibration}
-    return recipe.build({"model": model, "calibration": asked, "evaluation": {"samples": 2}})
+    return conversion.build({"model": model, "calibration": asked, "evaluation": {"samples": 2}})
 
 
 @pytest.mark.parametrize("words", REFUSED)
@@ -144,14 +145,14 @@ def test_the_folder_holds_the_page_the_table_and_the_json(place, compared):
     out = place / "out"
     assert {p.name for p in out.iterdir()} == {"compare.html", "compare.md", "compare.json"}
     assert json.loads((out / "compare.json").read_text("utf-8")) == compared
-    assert (out / "compare.html").read_text("utf-8") == comparison.page(compared)
+    assert (out / "compare.html").read_text("utf-8") == comparison_page.page(compared)
     assert not [p.name for p in place.iterdir() if p.name.startswith(".out")], "the cells are gone"
 
 
 def test_pilon_is_what_convert_makes(inside, compared, tmp_path):
     asked = {"data": "text.txt", "samples": 32}
     asked = {"model": "dense", "seed": 1, "budget": {"ffn_ratio": 0.6}, "calibration": asked}
-    report = pipeline.convert(recipe.build(asked), tmp_path / "converted")
+    report = pipeline.convert(conversion.build(asked), tmp_path / "converted")
     (cell,) = [cell for cell in compared["cells"] if cell["method"] == "pilon" and cell["seed"] == 1]
     assert cell["whitened_loss"] == pytest.approx(report["whitened_loss"]["pilon"], rel=1e-4)
     assert cell["ffn"]["stored"] == report["ffn"]["stored"] and cell["ffn"]["macs"] == report["ffn"]["macs"]
@@ -217,7 +218,7 @@ def test_a_failure_while_writing_keeps_the_earlier_comparison_and_the_cells(insi
         raise OSError("the disk is full")
 
     with monkeypatch.context() as broken, pytest.raises(Exception, match="the disk is full"):
-        broken.setattr(comparison, "write", full)
+        broken.setattr(comparison_page, "write", full)
         comparing.compare(asked, tmp_path / "out", overwrite=True)
     rename = Path.rename
     with monkeypatch.context() as broken, pytest.raises(Exception, match="the disk is full"):
@@ -257,7 +258,7 @@ def test_overwrite_clears_nothing_but_a_comparison(place):
 
 
 def test_a_comparison_needs_text_to_judge_by(inside, tmp_path):
-    asked = settings().model_copy(update={"evaluation": recipe.Evaluation(data="none")})
+    asked = settings().model_copy(update={"evaluation": conversion.Evaluation(data="none")})
     with pytest.raises(BadInput, match="needs text to judge by"):
         comparing.compare(comparing.plan(asked, [0.5], ["svd"], 1), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

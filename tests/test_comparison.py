@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pilon_compress.measure import comparison, frontier
+from pilon_compress.report import comparison_page, frontier
 
 DENSE_SIZE = {"stored_ratio": 1.0, "bytes_ratio": 1.0, "mac_ratio": 1.0, "stored": 1000, "dense_stored": 1000}
 PERFECT = {
@@ -60,13 +60,13 @@ def make_result(kind="encoder", seeds=3, methods=("svd", "pilon", "nystrom"), so
         },
         **{"output": "out", "ratios": [0.6, 0.4], "methods": list(methods), "seeds": list(range(seeds))},
         **{"calibration": {"data": "read.txt", "texts": 345, "tokens": 67890}, "cells": cells, "seconds": 2.0},
-        **comparison.summarise(cells, dense),
+        **comparison_page.summarise(cells, dense),
     }
 
 
 @cache
 def page_of(kind="encoder", seeds=3):
-    return comparison.page(make_result(kind, seeds))
+    return comparison_page.page(make_result(kind, seeds))
 
 
 class Page(HTMLParser):
@@ -118,7 +118,7 @@ def test_the_largest_ratio_and_the_best_method_come_first(kind):
 
 
 def test_the_markdown_table_has_every_figure_with_its_range():
-    text = comparison.markdown(make_result())
+    text = comparison_page.markdown(make_result())
     blocks = [[line for line in part.splitlines() if line.startswith("|")] for part in text.split("\n## ")[1:]]
     tables = [[[x.strip() for x in line.strip("|").split("|")] for line in block] for block in blocks]
     assert [len(table) for table in tables] == [6, 6], "headings, rule, three methods, dense; for both ratios"
@@ -133,7 +133,7 @@ def test_the_markdown_table_has_every_figure_with_its_range():
 
 
 def test_a_causal_model_is_judged_by_perplexity_on_tokens():
-    text = comparison.markdown(make_result("causal"))
+    text = comparison_page.markdown(make_result("causal"))
     assert "| perplexity ÷ dense | KL to dense, nats | top-1 agreement |" in text
     assert "345 blocks of read.txt" in text and "4,321 tokens of judged.txt" in text
     assert "| 9.00 (8.00–10.0) |" in text
@@ -141,15 +141,15 @@ def test_a_causal_model_is_judged_by_perplexity_on_tokens():
 
 def test_one_draw_has_no_range():
     result = make_result(seeds=1)
-    text = comparison.markdown(result)
+    text = comparison_page.markdown(result)
     assert "one calibration draw" in text and not re.search(r"\d–\d", text)
     assert "Bars:" not in page_of(seeds=1) and "Bars:" in page_of()
-    headings, rows = comparison.terminal_table(result, 0.6)
+    headings, rows = comparison_page.terminal_table(result, 0.6)
     assert not any(row[headings.index("over draws")] for row in rows), "an empty column, which the terminal leaves out"
 
 
 def test_the_terminal_puts_the_range_beside_its_figure():
-    headings, rows = comparison.terminal_table(make_result(), 0.6)
+    headings, rows = comparison_page.terminal_table(make_result(), 0.6)
     place = headings.index("cosine to dense")
     assert headings[place + 1] == "over draws" and len(headings) == len(rows[0]) == len(rows[-1])
     assert rows[1][place : place + 3] == ["0.930", "0.900–0.970", "0.830"]
@@ -163,7 +163,7 @@ def test_the_page_holds_the_table_and_the_plots(kind):
     assert page.open == [], "every element is closed"
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == 2
     for place, ratio in enumerate((0.6, 0.4)):
-        headings, rows = comparison.table(result, ratio)
+        headings, rows = comparison_page.table(result, ratio)
         shown = page.rows[5 * place : 5 * place + 5]
         assert shown[0] == headings
         assert [[x.replace("(", "").replace(")", "") for x in row] for row in rows] == [
@@ -176,7 +176,7 @@ def test_the_page_holds_the_table_and_the_plots(kind):
 
 
 def test_the_page_runs_nothing_and_loads_nothing():
-    html = comparison.page(make_result(source='<script>alert(1)</script>"onload=x'))
+    html = comparison_page.page(make_result(source='<script>alert(1)</script>"onload=x'))
     page = Page(html)
     assert "<script>alert(1)</script>" in page.text, "shown as text"
     names = {tag for tag, _ in page.tags}
@@ -195,26 +195,26 @@ def test_the_page_names_a_leader_only_where_the_draws_agree():
     first, second = lead.split(" At 0.4 ")
     assert "are level over the calibration draws" in first, "0.91–0.96 and 0.90–0.97"
     assert "PILON (0.750 at 0.200 of the MACs) leads, then Nyström neurons (MoDeGPT) (0.660" in second
-    alone = comparison.page(make_result(methods=["pilon"]))
+    alone = comparison_page.page(make_result(methods=["pilon"]))
     assert "PILON (0.930 at 0.300 of the MACs) leads." in alone
 
 
 def test_the_same_result_is_the_same_page():
-    assert comparison.page(make_result()) == page_of()
+    assert comparison_page.page(make_result()) == page_of()
 
 
 def test_a_method_without_a_look_of_its_own_is_still_shown():
     result = make_result()
     for row in result["rows"]:
         row["method"] = row["method"].replace("svd", "pilon-new<")
-    page = Page(comparison.page(result))
+    page = Page(comparison_page.page(result))
     assert [row[0] for row in page.rows if row[0].startswith("pilon-new")] == ["pilon-new<"] * 2
 
 
 def test_the_three_files(tmp_path):
     result = make_result()
-    comparison.write(result, tmp_path)
+    comparison_page.write(result, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"compare.json", "compare.html", "compare.md"}
     assert json.loads((tmp_path / "compare.json").read_text("utf-8")) == result
     assert (tmp_path / "compare.html").read_text("utf-8") == page_of()
-    assert (tmp_path / "compare.md").read_text("utf-8") == comparison.markdown(result)
+    assert (tmp_path / "compare.md").read_text("utf-8") == comparison_page.markdown(result)

@@ -2,10 +2,11 @@
 
 import pytest
 
-from pilon_compress import progress, recipe
+from pilon_compress.config import conversion
 from pilon_compress.convert.cost import stages
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.convert.prepare import prepare
+from pilon_compress.io import progress
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,7 @@ def test_every_phase_of_a_conversion_moves_the_position_to_its_end(tiny, tmp_pat
     (tmp_path / "t.txt").write_text("\n\n".join(prose.format(i) for i in range(90)))
     calibration = {"data": str(tmp_path / "t.txt"), "samples": 8, "sequence_length": 32, "batch_size": 4}
     fields = {"model": str(tmp_path / "dense"), "budget": {"ffn_ratio": 0.6, **budget}, "calibration": calibration}
-    settings = recipe.build(fields)
+    settings = conversion.build(fields)
     begun, positions = [], []
     begin = progress.Line.begin
 

@@ -6,15 +6,16 @@ import json
 import pytest
 import torch
 
-from pilon_compress import lineage, strict_yaml
-from pilon_compress.convert.allocate import Allocation
-from pilon_compress.convert.fit import BankFit
-from pilon_compress.convert.journal import Journal
+from pilon_compress.config import strict_yaml
+from pilon_compress.convert.allocate.budget import Allocation
+from pilon_compress.convert.sharing.joint_fit import BankFit
+from pilon_compress.data import token_files
 from pilon_compress.errors import BadInput
-from pilon_compress.form.layout import BankSpec, KeptSpec, Layout, ProjectionSpec
-from pilon_compress.train import tokens
-from pilon_compress.train.distributed import World
-from pilon_compress.train.state import Checkpoints
+from pilon_compress.io.journal import Journal
+from pilon_compress.models import provenance
+from pilon_compress.nn.layout import BankSpec, KeptSpec, Layout, ProjectionSpec
+from pilon_compress.parallel import World
+from pilon_compress.train.checkpoints import Checkpoints
 
 VALUES = ({}, [], None, -1, 0, 3, "x", 1e9, True, 10**12, [1, 2, 3])
 LAYOUT = Layout(
@@ -120,7 +121,7 @@ def test_a_damaged_token_file_is_made_again_with_a_line(tiny, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("one two three\n\nfour five six\n\n" * 40)
 
     def made():
-        return tokens.tokenise(str(tmp_path / "text.txt"), tiny.tiny_tokenizer(), "all", tmp_path / "cache")
+        return token_files.tokenise(str(tmp_path / "text.txt"), tiny.tiny_tokenizer(), "all", tmp_path / "cache")
 
     first = made()
     ids = first.ids.tolist()
@@ -178,6 +179,6 @@ def test_aliases_in_a_recipe_of_ordinary_size_are_read():
 def test_a_damaged_report_beside_a_model_is_one_line_or_tells_nothing(tmp_path, text):
     (tmp_path / "report.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     try:
-        assert lineage.lineage(tmp_path) == lineage.Lineage()
+        assert provenance.lineage(tmp_path) == provenance.Lineage()
     except BadInput as error:
         assert "\n" not in str(error) and "report.json" in str(error)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pilon_compress.convert.anchor import Cross
-from pilon_compress.convert.damping import damped_cholesky, damped_inverse, damped_solve
-from pilon_compress.convert.factorize import Target
-from pilon_compress.convert.neurons import eliminate, refit
+from pilon_compress.config.conversion import build
+from pilon_compress.convert.calibrate.damping import damped_cholesky, damped_inverse, damped_solve
 from pilon_compress.convert.pipeline import convert
+from pilon_compress.convert.solve.low_rank import Target
+from pilon_compress.convert.solve.neuron_pruning import eliminate, refit
+from pilon_compress.convert.solve.sequential_targets import Cross
 from pilon_compress.errors import BadInput
-from pilon_compress.recipe import build
 
 
 def gram(rows, d=12, dtype=torch.float64):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from pilon_compress.errors import BadInput
-from pilon_compress.families import FAMILIES, detect, find_sites
-from pilon_compress.measure.size import linear_macs
+from pilon_compress.models.families import FAMILIES, detect, find_sites
+from pilon_compress.nn.size import linear_macs
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 

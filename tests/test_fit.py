@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress.convert.band import Band, Point
-from pilon_compress.convert.cluster import group
-from pilon_compress.convert.factorize import Target, balance
-from pilon_compress.convert.fit import fit_bank
-from pilon_compress.convert.plan import BankPlan
-from pilon_compress.families import Site
+from pilon_compress.convert.allocate.plan import BankPlan
+from pilon_compress.convert.sharing.grouping import group
+from pilon_compress.convert.sharing.joint_fit import fit_bank
+from pilon_compress.convert.sharing.objective import Band, Point
+from pilon_compress.convert.solve.low_rank import Target, balance
+from pilon_compress.models.families import Site
 
 
 def make_targets(layers, d_in, d_out, seed=0, kind="random", shared=0.0, two_sided=False):

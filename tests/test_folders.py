@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pilon_compress.convert.journal import claim
 from pilon_compress.errors import BadInput
 from pilon_compress.io.folders import (
     check_file,
@@ -17,6 +16,7 @@ from pilon_compress.io.folders import (
     put_back,
     set_aside,
 )
+from pilon_compress.io.journal import claim
 
 
 def model_folder(path):

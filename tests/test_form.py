@@ -9,11 +9,11 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from transformers import BertConfig, BertModel
 
-from pilon_compress.form.bank import PrimitiveBank
-from pilon_compress.form.composed import COMPOSITIONS, ComposedLinear
-from pilon_compress.form.fold import dense, factors, fold, prune_unused
-from pilon_compress.form.initialise import initialise
-from pilon_compress.form.layout import BankSpec, Layout, ProjectionSpec, banks, install, layout_of, projections
+from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.composed_linear import COMPOSITIONS, ComposedLinear
+from pilon_compress.nn.fold import dense, factors, fold, prune_unused
+from pilon_compress.nn.init import initialise
+from pilon_compress.nn.layout import BankSpec, Layout, ProjectionSpec, banks, install, layout_of, projections
 
 
 def composed(composition="component", latent=True, dtype=torch.float64, n=5, r=3, k=2, d_in=7, d_out=6):

@@ -7,9 +7,8 @@ import torch
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
-from pilon_compress.checkpoint import load_model, load_tokenizer
 from pilon_compress.errors import BadInput
-from pilon_compress.measure import sample
+from pilon_compress.models.checkpoint import load_model, load_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -67,9 +66,9 @@ def test_sampling_options_do_what_they_say(cli, models):
     assert len({plain, *(found["completion"] for found in by_seed.values())}) == 3, "temperature 1 is implied"
     assert by_seed[1] == generate(cli, models, "plain", *few, "--top-p", 0.9, "--temperature", 1, "--seed", 1)
     tokenizer, model = load_tokenizer(str(models / "plain")), load_model(str(models / "plain"), dtype="float32")
-    ids = sample.prompt_ids(tokenizer, "A prompt")
-    writer = sample.Writer(tokenizer, set(), lambda piece: None)
-    added = sample._generate(model, tokenizer, ids, 40, set(), writer, sample.sampling(None, None, None, 1e6))
+    ids = generate.prompt_ids(tokenizer, "A prompt")
+    writer = generate.Writer(tokenizer, set(), lambda piece: None)
+    added = generate._generate(model, tokenizer, ids, 40, set(), writer, generate.sampling(None, None, None, 1e6))
     assert len({*ids, *added}) == len({*ids}) + 40, "what was there already does not come again"
 
 
@@ -101,13 +100,13 @@ def begun(tokenizer, **template):
 
 def test_a_prompt_begins_as_the_tokenizer_begins_sequences_and_does_not_end(tiny):
     plain = tiny.tiny_tokenizer()("ab", add_special_tokens=False)["input_ids"]
-    assert sample.prompt_ids(tiny.tiny_tokenizer(), "ab") == plain
-    assert sample.prompt_ids(begun(tiny.tiny_tokenizer()), "ab") == [1, *plain]
-    assert sample.prompt_ids(begun(tiny.tiny_tokenizer(), ends=True), "ab") == [1, *plain]
-    assert sample.prompt_ids(begun(tiny.tiny_tokenizer()), "<bos>ab") == [1, *plain], "BOS stands there already"
+    assert generate.prompt_ids(tiny.tiny_tokenizer(), "ab") == plain
+    assert generate.prompt_ids(begun(tiny.tiny_tokenizer()), "ab") == [1, *plain]
+    assert generate.prompt_ids(begun(tiny.tiny_tokenizer(), ends=True), "ab") == [1, *plain]
+    assert generate.prompt_ids(begun(tiny.tiny_tokenizer()), "<bos>ab") == [1, *plain], "BOS stands there already"
     chat = begun(tiny.tiny_tokenizer())
     chat.chat_template = TEMPLATE
-    assert sample.chat_ids(chat, "ab").count(1) == 1
+    assert generate.chat_ids(chat, "ab").count(1) == 1
 
 
 @pytest.mark.parametrize("where", ["generation_config", "config", "tokenizer", "turn"])
@@ -124,15 +123,15 @@ def test_generation_stops_at_every_eos(tiny, where):
     direction = model.model(torch.tensor([[50]])).last_hidden_state.sum()
     if direction < 0:
         model.lm_head.weight.data.neg_()
-    assert sample.stop_tokens(model, tokenizer) == {7, 8, 9, 10, 2, 261}
-    stops, writer = sample.stop_tokens(model, tokenizer), sample.Writer(tokenizer, set(), lambda piece: None)
-    added = sample._generate(model, tokenizer, [50], 5, stops, writer, sample.sampling(None, None, None))
+    assert generate.stop_tokens(model, tokenizer) == {7, 8, 9, 10, 2, 261}
+    stops, writer = generate.stop_tokens(model, tokenizer), generate.Writer(tokenizer, set(), lambda piece: None)
+    added = generate._generate(model, tokenizer, [50], 5, stops, writer, generate.sampling(None, None, None))
     assert added == [ends[where]]
 
 
 def test_text_is_written_as_it_comes_but_no_half_character(tiny):
     tokenizer, pieces = tiny.tiny_tokenizer(), []
-    writer = sample.Writer(tokenizer, {2}, pieces.append)
+    writer = generate.Writer(tokenizer, {2}, pieces.append)
     writer.put(torch.tensor([[5, 6]]))
     for token in tokenizer("a é\n\n  b")["input_ids"]:
         writer.put(torch.tensor([token]))
@@ -183,4 +182,4 @@ def test_weights_that_are_not_numbers_are_refused(tiny, tmp_path):
     tiny.save_tiny("llama", tmp_path / "dense")
     tiny.damaged(tmp_path / "dense", tmp_path / "nan", damage)
     with pytest.raises(BadInput, match="NaN"):
-        sample.complete(str(tmp_path / "nan"), "Hi")
+        generate.complete(str(tmp_path / "nan"), "Hi")

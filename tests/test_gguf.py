@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pilon_compress import checkpoint, recipe
+from pilon_compress.config import conversion
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.errors import BadInput
-from pilon_compress.measure.anatomy import anatomy
-from pilon_compress.measure.evaluate import evaluate
-from pilon_compress.models import gguf, references
+from pilon_compress.evaluate.evaluate import evaluate
+from pilon_compress.evaluate.inspect import anatomy
+from pilon_compress.models import checkpoint, gguf, references
 
 TEXT = "\n\n".join(f"Paragraph {i}: about bananas and cabbages, number {i * i % 97}." for i in range(120))
 
@@ -107,12 +107,12 @@ def test_a_gguf_is_inspected_converted_and_evaluated(file, tmp_path, monkeypatch
     assert anatomy("tiny.gguf")["architecture"] == "LlamaForCausalLM"
     calibration = {"data": "text.txt", "samples": 8, "sequence_length": 32, "batch_size": 4}
     asked = {"model": "tiny.gguf", "calibration": calibration, "budget": {"ffn_ratio": 0.7}}
-    report = convert(recipe.build(asked), "out")
+    report = convert(conversion.build(asked), "out")
     assert report["calibration"]["begins_with"] == report["evaluation"]["begins_with"] == "<bos>"
     assert "begins_with: <bos>" in (tmp_path / "out" / "recipe.yaml").read_text()
-    found = evaluate("out", settings=recipe.evaluation({"window": 32}))
+    found = evaluate("out", settings=conversion.evaluation({"window": 32}))
     assert found["against"] == "tiny.gguf" and found["data"].startswith("text.txt")
     assert found["begins_with"] == "<bos>" and found["perplexity_ratio"] > 0
     asked["calibration"] |= {"begins_with": "<cls>"}
     with pytest.raises(BadInput, match="begins_with is '<cls>'"):
-        convert(recipe.build(asked), "other")
+        convert(conversion.build(asked), "other")

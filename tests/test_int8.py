@@ -8,21 +8,21 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import pilon_compress  # noqa: F401  registers the format
-from pilon_compress.checkpoint import load_model
-from pilon_compress.convert.plan import make_plan
-from pilon_compress.deploy.export import export_dense, export_self_contained
-from pilon_compress.deploy.pack import export_packed
-from pilon_compress.deploy.save import save_model
+from pilon_compress.config import training
+from pilon_compress.config.conversion import Budget
+from pilon_compress.convert.allocate.plan import make_plan
 from pilon_compress.errors import BadInput
-from pilon_compress.families import find_sites
-from pilon_compress.form.initialise import initialise
-from pilon_compress.form.int8 import Int8Embedding, Int8Head, Int8Linear, find, to_int8
-from pilon_compress.form.layout import install, layout_of
+from pilon_compress.export.export import export_dense, export_self_contained
+from pilon_compress.export.pack import export_packed
+from pilon_compress.export.save import save_model
 from pilon_compress.kernels import cpu, reference
-from pilon_compress.measure.size import model_size
-from pilon_compress.recipe import Budget
-from pilon_compress.train import recipe
-from pilon_compress.train.plan import check
+from pilon_compress.models.checkpoint import load_model
+from pilon_compress.models.families import find_sites
+from pilon_compress.nn.init import initialise
+from pilon_compress.nn.int8 import Int8Embedding, Int8Head, Int8Linear, find, to_int8
+from pilon_compress.nn.layout import install, layout_of
+from pilon_compress.nn.size import model_size
+from pilon_compress.train.preflight import check
 
 IDS = torch.arange(5, 25).reshape(2, 10)
 CASES = [
@@ -182,4 +182,4 @@ def test_damage_is_one_line_and_nothing_loads(tiny, source, tmp_path, damage):
 
 def test_packed_models_are_not_trained(source):
     with pytest.raises(BadInput, match="is packed, which does not train"):
-        check(recipe.build({"task": "sft", "start": str(source / "packed"), "data": {"source": "chats.jsonl"}}))
+        check(training.build({"task": "sft", "start": str(source / "packed"), "data": {"source": "chats.jsonl"}}))

@@ -12,22 +12,22 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import pilon_compress  # noqa: F401  registers the format
-from pilon_compress import recipe
-from pilon_compress.checkpoint import load_model
+from pilon_compress.config import conversion
 from pilon_compress.convert import pipeline
-from pilon_compress.convert.plan import BankPlan, Plan, trimmed
+from pilon_compress.convert.allocate.plan import BankPlan, Plan, trimmed
 from pilon_compress.convert.prepare import prepare
-from pilon_compress.convert.rounding import nearest
-from pilon_compress.deploy.export import export_dense, export_self_contained
-from pilon_compress.deploy.pack import export_packed
-from pilon_compress.deploy.save import save_model
+from pilon_compress.convert.solve.gptq import nearest
 from pilon_compress.errors import BadInput
-from pilon_compress.families import find_sites
-from pilon_compress.form.fold import fold, prune_unused
-from pilon_compress.form.initialise import initialise
-from pilon_compress.form.integers import KINDS, pack_integers, unpack_integers
-from pilon_compress.form.layout import banks, install, kept_matrices, layout_of, projections
-from pilon_compress.measure.size import ffn_size, model_size
+from pilon_compress.export.export import export_dense, export_self_contained
+from pilon_compress.export.pack import export_packed
+from pilon_compress.export.save import save_model
+from pilon_compress.models.checkpoint import load_model
+from pilon_compress.models.families import find_sites
+from pilon_compress.nn.fold import fold, prune_unused
+from pilon_compress.nn.init import initialise
+from pilon_compress.nn.integer import KINDS, pack_integers, unpack_integers
+from pilon_compress.nn.layout import banks, install, kept_matrices, layout_of, projections
+from pilon_compress.nn.size import ffn_size, model_size
 
 IDS = torch.arange(5, 25).reshape(2, 10)
 PROSE = "\n\n".join(
@@ -119,7 +119,7 @@ def test_bits_lie_in_a_row():
 
 
 def test_all_kinds_can_be_asked_for():
-    assert get_args(recipe.Form.model_fields["bank_dtype"].annotation) == ("auto", *KINDS)
+    assert get_args(conversion.Form.model_fields["bank_dtype"].annotation) == ("auto", *KINDS)
 
 
 @pytest.mark.parametrize("quantization", KINDS)
@@ -236,7 +236,7 @@ def test_damage_is_one_line_and_nothing_loads(tiny, sound, tmp_path, damage):
 def asked(tiny, place, ratio=0.7, quantization="int4", **more):
     settings = {"model": str(place / "dense"), "budget": {"ffn_ratio": ratio}, "form": {"bank_dtype": quantization}}
     settings |= {"calibration": {"data": str(place / "prose.txt"), "samples": 16, "batch_size": 8}}
-    return recipe.build({**settings, "evaluation": {"data": "none"}, **more})
+    return conversion.build({**settings, "evaluation": {"data": "none"}, **more})
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pilon_compress.convert.journal import Journal
+from pilon_compress.io.journal import Journal
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pilon_compress.kernels import build, cpu, reference
 from pilon_compress.kernels.cpu import MatrixTiles, Projection
-from pilon_compress.kernels.tiles import pack, unpack
+from pilon_compress.kernels.cpu_layout import pack, unpack
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 needs_kernel = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pilon_compress.errors import BadInput
-from pilon_compress.kernels import choose, reference
+from pilon_compress.kernels import dispatch, reference
 
 pytestmark = pytest.mark.usefixtures("triton")
 
@@ -233,10 +233,10 @@ def test_what_the_kernels_cannot_do_is_refused(gpu, draw):
 @pytest.fixture
 def untried(monkeypatch):
     """As in a new process in which the CPU counts as a GPU."""
-    monkeypatch.setattr(choose, "TRITON", {"cpu"})
-    choose._works.cache_clear()
+    monkeypatch.setattr(dispatch, "TRITON", {"cpu"})
+    dispatch._works.cache_clear()
     yield
-    choose._works.cache_clear()
+    dispatch._works.cache_clear()
 
 
 def zeros_like_a_broken_card(x, *rest):
@@ -247,10 +247,10 @@ def zeros_like_a_broken_card(x, *rest):
 def test_without_triton_the_same_numbers_come_and_one_warning_says_why(gpu, draw, untried, monkeypatch, caplog, reason):
     A, B = some_digits(draw, 3, 64, 16, 32)
     x, selected, scale = torch.randn(2, 64, generator=draw), torch.tensor([2, 0]), torch.randn(32, generator=draw)
-    by_triton = choose.bank(A, B, 32)
-    assert isinstance(by_triton, gpu.BankWords) and isinstance(choose.matrix(A[0], 32), gpu.MatrixWords)
+    by_triton = dispatch.bank(A, B, 32)
+    assert isinstance(by_triton, gpu.BankWords) and isinstance(dispatch.matrix(A[0], 32), gpu.MatrixWords)
     assert not caplog.records
-    choose._works.cache_clear()
+    dispatch._works.cache_clear()
     if reason == "PILON_KERNELS=0":
         monkeypatch.setenv("PILON_KERNELS", "0")
     elif reason == "wrong numbers":
@@ -260,19 +260,19 @@ def test_without_triton_the_same_numbers_come_and_one_warning_says_why(gpu, draw
         monkeypatch.delattr("pilon_compress.kernels.gpu")
         monkeypatch.setitem(sys.modules, "triton", None)
     for _ in range(2):
-        plain = choose.bank(A, B, 32)
-        assert not isinstance(plain, gpu.BankWords) and not isinstance(choose.matrix(A[0], 32), gpu.MatrixWords)
-    (said,) = (record.getMessage() for record in caplog.records if record.name == choose.__name__)
+        plain = dispatch.bank(A, B, 32)
+        assert not isinstance(plain, gpu.BankWords) and not isinstance(dispatch.matrix(A[0], 32), gpu.MatrixWords)
+    (said,) = (record.getMessage() for record in caplog.records if record.name == dispatch.__name__)
     assert "plain torch" in said and reason in said
     monkeypatch.undo()
-    a, b = (choose.composed(packed, selected, scale, None, 32)(x) for packed in (plain, by_triton))
+    a, b = (dispatch.composed(packed, selected, scale, None, 32)(x) for packed in (plain, by_triton))
     assert torch.equal(a, b)
 
 
 def test_what_does_not_suit_the_kernels_goes_elsewhere(gpu, draw, untried):
     for rank, group in ((24, 0), (16, 96), (16, 512)):
-        assert not isinstance(choose.bank(*some_digits(draw, 2, 64, rank, 32), group), gpu.BankWords)
-    assert not isinstance(choose.matrix(some_digits(draw, 1, 64, 24, 8)[0][0], 0), gpu.MatrixWords)
+        assert not isinstance(dispatch.bank(*some_digits(draw, 2, 64, rank, 32), group), gpu.BankWords)
+    assert not isinstance(dispatch.matrix(some_digits(draw, 1, 64, 24, 8)[0][0], 0), gpu.MatrixWords)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress.convert.knapsack import GRID, Option, choose, pareto
+from pilon_compress.convert.allocate.knapsack import GRID, Option, choose, pareto
 
 options = st.lists(
     st.builds(Option, st.integers(0, 100).map(float), st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=5

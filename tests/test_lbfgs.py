@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pilon_compress.convert.lbfgs import minimise
+from pilon_compress.convert.sharing.lbfgs import minimise
 
 
 @dataclass

@@ -15,14 +15,14 @@ from transformers import (
     AutoTokenizer,
 )
 
-from pilon_compress.convert.plan import BankPlan, Plan, make_plan, trimmed
-from pilon_compress.deploy.export import export_self_contained, to_dense
-from pilon_compress.deploy.save import save_model
-from pilon_compress.families import FAMILIES, find_sites
-from pilon_compress.form.initialise import initialise
-from pilon_compress.form.layout import Layout, install, kept_matrices, layout_of, projections
-from pilon_compress.measure.size import model_size
-from pilon_compress.recipe import Budget
+from pilon_compress.config.conversion import Budget
+from pilon_compress.convert.allocate.plan import BankPlan, Plan, make_plan, trimmed
+from pilon_compress.export.export import export_self_contained, to_dense
+from pilon_compress.export.save import save_model
+from pilon_compress.models.families import FAMILIES, find_sites
+from pilon_compress.nn.init import initialise
+from pilon_compress.nn.layout import Layout, install, kept_matrices, layout_of, projections
+from pilon_compress.nn.size import model_size
 
 ENCODERS = ("bert", "roberta", "distilbert")
 IDS = torch.arange(5, 25).reshape(2, 10)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from pilon_compress.convert.calibration import Batch
-from pilon_compress.convert.moments import PANEL, SecondMoment, add_gram, gather
-from pilon_compress.convert.shelf import Shelf
-from pilon_compress.convert.source import Source
+from pilon_compress.convert.calibrate.second_moments import PANEL, SecondMoment, add_gram, gather
+from pilon_compress.data.calibration import Batch
 from pilon_compress.errors import BadInput
-from pilon_compress.families import find_sites
+from pilon_compress.io.offload import Shelf
+from pilon_compress.models.families import find_sites
+from pilon_compress.models.source import Source
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])

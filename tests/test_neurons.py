@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pilon_compress.convert.neurons import eliminate, refit
+from pilon_compress.convert.solve.neuron_pruning import eliminate, refit
 
 
 def problem(neurons=40, d_out=12, seed=0):

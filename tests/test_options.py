@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from pilon_compress import recipe
+from pilon_compress.config import conversion
+from pilon_compress.config.ratio import parse_ratio, parse_ratios
 from pilon_compress.convert.prepare import prepare
 from pilon_compress.errors import BadInput
-from pilon_compress.ratio import parse_ratio, parse_ratios
 
 SETTINGS = {
     "bands": "budget.bands=1",
@@ -54,7 +54,7 @@ def test_every_pair_of_options_counts_or_is_refused_in_one_line():
     refused = set()
     for one, other in PAIRS:
         try:
-            recipe.build({"model": "m"}, [SETTINGS[one], SETTINGS[other]])
+            conversion.build({"model": "m"}, [SETTINGS[one], SETTINGS[other]])
         except BadInput as refusal:
             message = str(refusal)
             assert "\n" not in message and message.startswith("--set ")
@@ -79,17 +79,17 @@ def test_a_recipe_file_is_refused_at_the_line_of_the_option(tmp_path, text, line
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(BadInput) as refusal:
-        recipe.load(str(path))
+        conversion.load(str(path))
     assert str(refusal.value).startswith(f"{path}:{line}: {told}")
 
 
 def test_defaults_that_are_written_out_are_not_refused():
     given = {"sharing": "none", "banding": "contiguous", "align": False, "optimize": "storage", "bands": 2}
     plain = {"model": "m", "effort": "balanced", "method": "pilon", "refine": {"steps": 0}}
-    assert recipe.build({**plain, "budget": given}) == recipe.build({"model": "m", "budget": {"bands": 2}})
+    assert conversion.build({**plain, "budget": given}) == conversion.build({"model": "m", "budget": {"bands": 2}})
     svd = {"model": "m", "method": "svd", "evaluation": {"data": "none"}}
     written = {**svd, "effort": "balanced", "evaluation": {"data": "none", "batch_size": 16}}
-    assert recipe.build(written) == recipe.build(svd)
+    assert conversion.build(written) == conversion.build(svd)
 
 
 def test_flags_are_refused_like_recipe_fields(cli, tmp_path):
@@ -118,8 +118,8 @@ def dense(tiny, tmp_path_factory):
 def test_an_encoder_has_no_windows(cli, dense, name):
     settings = {"model": str(dense / "bert"), "evaluation": {name: 32}}
     with pytest.raises(BadInput, match=f"evaluation.{name} is for causal LMs"):
-        prepare(recipe.build(settings))
-    assert prepare(recipe.build({**settings, "model": str(dense / "llama")})).causal
+        prepare(conversion.build(settings))
+    assert prepare(conversion.build({**settings, "model": str(dense / "llama")})).causal
 
 
 def test_eval_refuses_windows_of_an_encoder_too(cli, dense, tmp_path):
@@ -131,7 +131,7 @@ def test_eval_refuses_windows_of_an_encoder_too(cli, dense, tmp_path):
 def test_sharing_is_refused_where_no_block_is_replaced_as_a_whole(dense):
     settings = {"model": str(dense / "llama"), "budget": {"sharing": "auto"}, "scope": {"targets": ["re:.*down_proj"]}}
     with pytest.raises(BadInput, match="budget.sharing has no effect"):
-        prepare(recipe.build(settings))
+        prepare(conversion.build(settings))
 
 
 # --- ratios
@@ -152,14 +152,14 @@ def test_sharing_is_refused_where_no_block_is_replaced_as_a_whole(dense):
 )
 def test_a_ratio_may_be_written_in_several_ways(text, ratio):
     assert parse_ratio(text) == ratio
-    built = recipe.build({"model": "m", "budget": {"ffn_ratio": text, "mac_ratio": text}}).budget
+    built = conversion.build({"model": "m", "budget": {"ffn_ratio": text, "mac_ratio": text}}).budget
     assert built.ratio == built.mac_limit == ratio
 
 
 @pytest.mark.parametrize("text", ["50", "1/0", "half a", "50 %%", "1e", "", True, [0.5]])
 def test_what_is_no_ratio_says_what_to_give(text):
     with pytest.raises(BadInput) as refusal:
-        recipe.build({"model": "m", "budget": {"ffn_ratio": text}})
+        conversion.build({"model": "m", "budget": {"ffn_ratio": text}})
     assert "50%" in str(refusal.value) and "\n" not in str(refusal.value)
 
 

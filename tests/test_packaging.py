@@ -17,10 +17,10 @@ PROBE = """
 import sys
 from importlib.util import find_spec
 sys.path[:0] = sys.argv[1:]
-import pilon_compress.cli.main, pilon_compress.recipes, pilon_compress.recipe
+import pilon_compress.cli.main, pilon_compress.recipes, pilon_compress.config.conversion
 print(pilon_compress.__file__, pilon_compress.cli.__file__, pilon_compress.recipes.__file__, sep="\\n")
 print([name for name in ("cli", "recipes") if find_spec(name)])
-print(pilon_compress.recipe.load("quickstart").method)
+print(pilon_compress.config.conversion.load("quickstart").method)
 """
 
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pilon_compress  # noqa: F401  registers the format
-from pilon_compress.deploy.pack import export_packed
+from pilon_compress.config import training
 from pilon_compress.errors import BadInput
-from pilon_compress.form.packed import PackedBank, PackedLinear
-from pilon_compress.form.packing import PER_BYTE, pack, unpack, valid
-from pilon_compress.kernels import choose
-from pilon_compress.kernels.words import BankWords, MatrixWords
-from pilon_compress.train import recipe
+from pilon_compress.export.pack import export_packed
+from pilon_compress.kernels import dispatch
+from pilon_compress.kernels.gpu_layout import BankWords, MatrixWords
+from pilon_compress.nn.packed_ternary import PackedBank, PackedLinear
+from pilon_compress.nn.ternary_codec import PER_BYTE, pack, unpack, valid
 from pilon_compress.train.pipeline import train_model
 
 KINDS = {
@@ -37,7 +37,7 @@ KINDS = {
 def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ternary") / request.param
     asked = ["ternary.enabled=true", "schedule.tokens=4096", "run.evaluate_every=100", *KINDS[request.param]]
-    train_model(recipe.load("smoke", asked), folder, quiet=True)
+    train_model(training.load("smoke", asked), folder, quiet=True)
     return folder
 
 
@@ -91,7 +91,7 @@ def test_where_triton_runs_a_model_computes_the_same_by_its_kernels(trained, tmp
     export_packed(str(trained), tmp_path / "packed")
     asked = [(IDS[:1, :1], torch.bfloat16), (IDS[:1, :17], torch.float32)]  # from 17 tokens on other kernels run
     before = [logits(tmp_path / "packed", ids, dtype=dtype) for ids, dtype in asked]
-    monkeypatch.setattr(choose, "TRITON", {"cpu"})  # as if this were a GPU: in the interpreter (conftest.py)
+    monkeypatch.setattr(dispatch, "TRITON", {"cpu"})  # as if this were a GPU: in the interpreter (conftest.py)
     for (ids, dtype), expected in zip(asked, before, strict=True):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype).eval()
         with torch.no_grad():
@@ -170,7 +170,7 @@ def test_generation_with_a_cache_and_any_batch_is_the_full_forward_pass(trained,
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    train_model(recipe.load("smoke", ["ternary.enabled=true", "schedule.tokens=2048"]), folder / "out", quiet=True)
+    train_model(training.load("smoke", ["ternary.enabled=true", "schedule.tokens=2048"]), folder / "out", quiet=True)
     export_packed(str(folder / "out"), folder / "packed")
     return folder
 
@@ -196,7 +196,7 @@ def test_a_narrower_type_moves_no_digit_and_bytes_are_those_on_disk(one, tmp_pat
 
 
 def test_a_model_that_is_not_ternary_is_sent_to_training(tmp_path):
-    train_model(recipe.load("smoke", ["schedule.tokens=1024"]), tmp_path / "out", quiet=True)
+    train_model(training.load("smoke", ["schedule.tokens=1024"]), tmp_path / "out", quiet=True)
     with pytest.raises(BadInput, match="is not ternary: `pilon-compress train --heal"):
         export_packed(str(tmp_path / "out"), tmp_path / "packed")
     assert not (tmp_path / "packed").exists()

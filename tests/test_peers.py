@@ -4,13 +4,22 @@ import numpy as np
 import pytest
 import torch
 
-from pilon_compress.convert.factorize import DAMPING
-from pilon_compress.convert.moments import SecondMoment
-from pilon_compress.convert.peers import PEERS, approximate, basis_sharing, budget, nystrom, original, planned, shares
-from pilon_compress.convert.peers.problem import Problem
+from pilon_compress.compare.baselines import (
+    PEERS,
+    approximate,
+    basis_sharing,
+    equal_budget,
+    nystrom,
+    original_pilon,
+    planned,
+    shares,
+)
+from pilon_compress.compare.baselines.problem import Problem
+from pilon_compress.convert.calibrate.second_moments import SecondMoment
+from pilon_compress.convert.solve.low_rank import DAMPING
 from pilon_compress.errors import BadInput
-from pilon_compress.families import Site
-from pilon_compress.form.integers import KINDS
+from pilon_compress.models.families import Site
+from pilon_compress.nn.integer import KINDS
 
 HIDDEN, INNER, LAYERS, TOKENS = 16, 40, 4, 300
 RATIOS = [0.2, 0.35, 0.6, 0.83, 1.0]
@@ -184,7 +193,7 @@ def test_a_simplex_fit_is_the_best_mixture_of_its_primitives(top_k):
     primitives = rng.normal(size=(9, 60)) + 0.5
     wanted = 0.4 * primitives[3] + 0.3 * primitives[7] - 0.2 * primitives[1] + rng.normal(size=60)
     gram, right = primitives @ primitives.T, primitives @ wanted
-    w = original.simplex_fit(torch.from_numpy(gram), torch.from_numpy(right), top_k).numpy()
+    w = original_pilon.simplex_fit(torch.from_numpy(gram), torch.from_numpy(right), top_k).numpy()
     assert w.min() >= 0 and w.sum() == pytest.approx(1) and (w > 0).sum() <= top_k
     support = np.flatnonzero(w)
     lost = ((wanted - w @ primitives) ** 2).sum()
@@ -203,9 +212,9 @@ def test_the_original_mixes_windows_of_the_mean_weight():
     for layer in range(3):
         seen = U.T @ found.weights[f"l{layer}.up"] @ Vh.T
         assert float((seen - seen.diag().diag()).abs().max()) < 1e-9, "only singular directions of the mean"
-    rank = max(1, min(original.WIDEST, HIDDEN // 8))
+    rank = max(1, min(original_pilon.WIDEST, HIDDEN // 8))
     [(_, count), *_] = shares("original-pilon", problem.sites, 0.35)
-    selected = -(-count // original.SELECTED)
+    selected = -(-count // original_pilon.SELECTED)
     assert np.linalg.matrix_rank(found.weights["l0.up"].numpy(), tol=1e-9) <= selected * rank
 
 
@@ -276,8 +285,8 @@ def test_nystrom_needs_whole_blocks():
 
 def test_the_last_unit_is_served_before_another_gets_more():
     sites = [Site(f"l{layer}.up", layer, "up", 8, 8, False, f"l{layer}.up") for layer in range(3)]
-    units = [budget.Unit((site,), price, 0, 8) for site, price in zip(sites, (6, 6, 10), strict=True)]
-    assert [count for _, count in budget.deal(units, 0.14, "any")] == [1, 1, 1]
+    units = [equal_budget.Unit((site,), price, 0, 8) for site, price in zip(sites, (6, 6, 10), strict=True)]
+    assert [count for _, count in equal_budget.deal(units, 0.14, "any")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from pilon_compress.config.conversion import build
 from pilon_compress.convert.pipeline import convert
-from pilon_compress.families import FAMILIES
-from pilon_compress.form.layout import kept_matrices, projections
-from pilon_compress.measure.anatomy import anatomy
-from pilon_compress.recipe import build
+from pilon_compress.evaluate.inspect import anatomy
+from pilon_compress.models.families import FAMILIES
+from pilon_compress.nn.layout import kept_matrices, projections
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 PROSE = "\n\n".join(

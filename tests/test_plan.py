@@ -4,15 +4,16 @@ import json
 
 import pytest
 
-from pilon_compress import recipe
+from pilon_compress.config import conversion
+from pilon_compress.config.conversion import Budget
 from pilon_compress.convert import pipeline
-from pilon_compress.convert.plan import check_limits, make_plan, split_bands
+from pilon_compress.convert.allocate.plan import check_limits, make_plan
 from pilon_compress.convert.prepare import prepare
 from pilon_compress.errors import BadInput
-from pilon_compress.families import Site
-from pilon_compress.form.layout import Layout
-from pilon_compress.measure.size import bank_size, ffn_size
-from pilon_compress.recipe import Budget
+from pilon_compress.models.families import Site
+from pilon_compress.nn.bands import split_bands
+from pilon_compress.nn.layout import Layout
+from pilon_compress.nn.size import bank_size, ffn_size
 
 SHAPES = {"tiny": (32, 64), "MiniLM": (384, 1536), "GPT-2": (768, 3072), "Llama-1B": (2048, 8192)}
 
@@ -174,7 +175,7 @@ def place(tiny, tmp_path_factory):
 def asked(place, family, **more):
     calibration = {"data": str(place / "prose.txt"), "samples": 16, "sequence_length": 64}
     settings = {"model": str(place / family), "calibration": calibration, "evaluation": {"data": "none"}}
-    return recipe.build({**settings, **more})
+    return conversion.build({**settings, **more})
 
 
 @pytest.mark.parametrize(
@@ -207,9 +208,9 @@ def test_at_ratio_one_nothing_is_sized(place, tmp_path, monkeypatch, more):
     def sized(*_):
         raise AssertionError("sized, where nothing can be dropped")
 
-    monkeypatch.setattr("pilon_compress.convert.blocks.eliminate", sized)
-    monkeypatch.setattr("pilon_compress.convert.planned.size_layers", sized)
-    monkeypatch.setattr("pilon_compress.convert.sensitivity.Sensitivity.measure", sized)
+    monkeypatch.setattr("pilon_compress.convert.allocate.block_options.eliminate", sized)
+    monkeypatch.setattr("pilon_compress.convert.planning.size_layers", sized)
+    monkeypatch.setattr("pilon_compress.convert.calibrate.sensitivity.Sensitivity.measure", sized)
     settings = asked(place, "bert", budget={"ffn_ratio": 1.0}, **more)
     assert prepare(settings).final
     report = pipeline.convert(settings, tmp_path / "out")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pilon_compress import recipe
+from pilon_compress.config import conversion
 from pilon_compress.convert.prepare import prepare
 
 
@@ -15,7 +15,7 @@ def samples(tiny, tmp_path):
         setattr(config, "n_inner" if family == "gpt2" else "intermediate_size", inner)
         config.architectures = [type(tiny.tiny_model(family)).__name__]
         config.save_pretrained(tmp_path / "model")
-        return prepare(recipe.build({"model": str(tmp_path / "model"), **asked})).calibration
+        return prepare(conversion.build({"model": str(tmp_path / "model"), **asked})).calibration
 
     return samples
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from pilon_compress import progress
+from pilon_compress.io import progress
 
 
 class Terminal(io.StringIO):

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress import recipe
+from pilon_compress.config import conversion
+from pilon_compress.config import training as training
 from pilon_compress.errors import BadInput
-from pilon_compress.train import recipe as training
 
 
 @pytest.fixture
@@ -35,28 +35,32 @@ def complaint(call, *arguments) -> str:
 
 
 def test_every_bundled_recipe_is_valid_and_shows_its_own_command():
-    known = recipe.names()
+    known = conversion.names()
     assert {name for name, _ in known} >= {"quickstart", "gpt2-half", "llama-half", "bert-half", "smoke", "tiny"}
     for name, description in known:
         assert description.endswith(".") and len(description) > 20
-        lines, kind = recipe.source(name).splitlines(), recipe.kind(name)
+        lines, kind = conversion.source(name).splitlines(), conversion.kind(name)
         schema = "train" if kind == "train" else "recipe"
         assert lines[1] == f"# yaml-language-server: $schema=./{schema}.schema.json"
         assert any(f"pilon-compress {kind} --recipe {name} -o out/" in line for line in lines)
         if kind == "train":
             assert training.load(name).task == "pretrain"
         else:
-            asked = recipe.load(name)
+            asked = conversion.load(name)
             assert asked.budget.ratio == (1.0 if asked.form.bank_dtype != "auto" else 0.5)
 
 
 def test_a_recipe_of_the_other_kind_is_told_in_one_line_that_names_its_command(write):
-    assert complaint(recipe.load, "tiny") == "tiny.yaml trains a model: pilon-compress train --recipe tiny"
+    assert complaint(conversion.load, "tiny") == "tiny.yaml trains a model: pilon-compress train --recipe tiny"
     told = complaint(training.load, "quickstart")
     assert told == "quickstart.yaml converts a model: pilon-compress convert --recipe quickstart"
     path = write("task: pretrain\nbudget: {ffn_ratio: 0.5}\n")
-    assert f"pilon-compress train --recipe {path}" in complaint(recipe.load, path, ["seed=1"])
-    assert (recipe.kind("tiny"), recipe.kind("quickstart"), recipe.kind(path)) == ("train", "convert", "train")
+    assert f"pilon-compress train --recipe {path}" in complaint(conversion.load, path, ["seed=1"])
+    assert (conversion.kind("tiny"), conversion.kind("quickstart"), conversion.kind(path)) == (
+        "train",
+        "convert",
+        "train",
+    )
 
 
 def test_the_originals_training_differs_from_tiny_in_its_own_ways_alone():
@@ -68,19 +72,19 @@ def test_the_originals_training_differs_from_tiny_in_its_own_ways_alone():
 
 
 def test_quickstart_needs_no_network():
-    settings = recipe.load("quickstart")
+    settings = conversion.load("quickstart")
     assert settings.model.startswith("package:")
     assert settings.calibration.data == "stdlib"
     assert settings.evaluation.data is None  # the held-out part of the calibration source
 
 
-@pytest.mark.parametrize(("name", "kind"), [("recipe", recipe), ("train", training)])
+@pytest.mark.parametrize(("name", "kind"), [("recipe", conversion), ("train", training)])
 def test_schema_file_is_in_step_with_the_code(name, kind):
     stored = files("pilon_compress.recipes").joinpath(f"{name}.schema.json").read_text("utf-8")
     assert json.loads(stored) == kind.schema(), "run `make fix`"
 
 
-@pytest.mark.parametrize("kind", [recipe, training])
+@pytest.mark.parametrize("kind", [conversion, training])
 def test_schema_closes_every_section(kind):
     schema = kind.schema()
     for section in (schema, *schema["$defs"].values()):
@@ -88,7 +92,7 @@ def test_schema_closes_every_section(kind):
 
 
 def test_schema_describes_every_field():
-    schema = recipe.schema()
+    schema = conversion.schema()
     for section in (schema, *schema["$defs"].values()):
         for name, field in section["properties"].items():
             assert field.get("description") or "$ref" in field, name
@@ -98,11 +102,11 @@ def test_schema_describes_every_field():
 
 
 def test_defaults(write):
-    settings = recipe.load(write("model: gpt2\n"))
+    settings = conversion.load(write("model: gpt2\n"))
     assert (settings.method, settings.seed, settings.dtype, settings.device) == ("pilon", 0, "auto", "auto")
     assert settings.budget.ratio == 0.5
     assert settings.form.composition == "component"
-    assert settings == recipe.build({"model": "gpt2"})
+    assert settings == conversion.build({"model": "gpt2"})
 
 
 @pytest.mark.parametrize(
@@ -110,24 +114,24 @@ def test_defaults(write):
     [("minimal", 0.9), ("baseline", 0.75), ("mild", 0.6), ("moderate", 0.5), ("aggressive", 0.25), ("extreme", 0.1)],
 )
 def test_presets_are_stored_ratios(preset, ratio):
-    assert recipe.build({"model": "gpt2", "budget": {"preset": preset}}).budget.ratio == ratio
+    assert conversion.build({"model": "gpt2", "budget": {"preset": preset}}).budget.ratio == ratio
 
 
 def test_scalars_follow_yaml_1_2(write):
-    settings = recipe.load(write("model: no\nbudget: {ffn_ratio: 1e-3}\ncalibration: {data: 1:20}\n"))
+    settings = conversion.load(write("model: no\nbudget: {ffn_ratio: 1e-3}\ncalibration: {data: 1:20}\n"))
     assert (settings.model, settings.budget.ffn_ratio, settings.calibration.data) == ("no", 0.001, "1:20")
 
 
 def test_a_bundled_name_wins_over_a_file_and_a_path_reaches_the_file(tmp_path, monkeypatch):
     (tmp_path / "quickstart").write_text("model: my-own\n")
     monkeypatch.chdir(tmp_path)
-    assert recipe.load("quickstart").model.startswith("package:")
-    assert recipe.load("./quickstart").model == "my-own"
+    assert conversion.load("quickstart").model.startswith("package:")
+    assert conversion.load("./quickstart").model == "my-own"
 
 
 def test_bands_by_number_or_by_layers(write):
-    assert recipe.load(write("model: m\nbudget: {bands: 4}\n")).budget.bands == 4
-    assert recipe.load(write("model: m\nbudget: {bands: [[0, 1], [2]]}\n")).budget.bands == [[0, 1], [2]]
+    assert conversion.load(write("model: m\nbudget: {bands: 4}\n")).budget.bands == 4
+    assert conversion.load(write("model: m\nbudget: {bands: [[0, 1], [2]]}\n")).budget.bands == [[0, 1], [2]]
 
 
 # --- mistakes in a file: the line, the field, the remedy
@@ -159,35 +163,35 @@ def test_bands_by_number_or_by_layers(write):
 )
 def test_a_mistake_is_reported_with_file_and_line(write, text, line, parts):
     path = write(text)
-    message = complaint(recipe.load, path)
+    message = complaint(conversion.load, path)
     assert message.startswith(f"{path}:{line}: ")
     assert all(part in message for part in parts), message
 
 
 def test_the_first_of_several_mistakes_is_shown_and_the_others_counted(write):
     path = write("model: m\nunknown: 1\nbudget:\n  rank: 0\nseed: x\n")
-    message = complaint(recipe.load, path)
+    message = complaint(conversion.load, path)
     assert message.startswith(f"{path}:2: unknown: ") and message.endswith("(+2 more)")
 
 
 def test_a_recipe_without_a_model(write):
-    assert "model: required" in complaint(recipe.load, write("seed: 1\n"))
-    assert "model: required" in complaint(recipe.load, write(""))
-    assert complaint(recipe.build, {}).startswith("command line: model: required")
+    assert "model: required" in complaint(conversion.load, write("seed: 1\n"))
+    assert "model: required" in complaint(conversion.load, write(""))
+    assert complaint(conversion.build, {}).startswith("command line: model: required")
 
 
 @pytest.mark.parametrize("text", ["model: &a [*a]\n", "model: " + "[" * 5000], ids=["cycle", "deep"])
 def test_hostile_yaml_is_one_line_too(write, text):
-    assert "nested " in complaint(recipe.load, write(text))
+    assert "nested " in complaint(conversion.load, write(text))
 
 
 def test_unreadable_recipes(tmp_path):
-    assert "'quickstart'" in complaint(recipe.load, "quickstrat")
-    assert "gpt2-half" in complaint(recipe.load, "nothing-like-it")
-    assert "irectory" in complaint(recipe.load, str(tmp_path))
+    assert "'quickstart'" in complaint(conversion.load, "quickstrat")
+    assert "gpt2-half" in complaint(conversion.load, "nothing-like-it")
+    assert "irectory" in complaint(conversion.load, str(tmp_path))
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"model: \xff\xfe\n")
-    assert "UTF-8" in complaint(recipe.load, str(binary))
+    assert "UTF-8" in complaint(conversion.load, str(binary))
 
 
 # --- overrides
@@ -195,20 +199,20 @@ def test_unreadable_recipes(tmp_path):
 
 def test_overrides_are_yaml_values_and_the_last_one_counts(write):
     path = write("model: m\nscope: {targets: [up]}\n")
-    settings = recipe.load(
+    settings = conversion.load(
         path, ["seed=3", "seed=4", "budget.ffn_ratio=1e-1", "scope.targets=[down, 're:.*mlp']", "calibration.data=a=b"]
     )
     assert (settings.seed, settings.budget.ratio) == (4, 0.1)
     assert settings.scope.targets == ["down", "re:.*mlp"]
     assert settings.calibration.data == "a=b"
-    assert recipe.load(path).scope.targets == ["up"]  # reading again is not affected
+    assert conversion.load(path).scope.targets == ["up"]  # reading again is not affected
 
 
 def test_an_overridden_ratio_replaces_the_preset_of_the_file_and_the_other_way_round(write):
-    assert recipe.load(write("model: m\nbudget: {preset: mild}\n"), ["budget.ffn_ratio=0.3"]).budget.ratio == 0.3
-    assert recipe.load(write("model: m\nbudget: {ffn_ratio: .3}\n"), ["budget.preset=mild"]).budget.ratio == 0.6
+    assert conversion.load(write("model: m\nbudget: {preset: mild}\n"), ["budget.ffn_ratio=0.3"]).budget.ratio == 0.3
+    assert conversion.load(write("model: m\nbudget: {ffn_ratio: .3}\n"), ["budget.preset=mild"]).budget.ratio == 0.6
     both = ["budget.ffn_ratio=0.3", "budget.preset=mild"]
-    assert "not both" in complaint(recipe.load, write("model: m\n"), both)
+    assert "not both" in complaint(conversion.load, write("model: m\n"), both)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +229,7 @@ def test_an_overridden_ratio_replaces_the_preset_of_the_file_and_the_other_way_r
     ],
 )
 def test_a_mistake_in_an_override_is_blamed_on_it_and_not_on_the_file(write, override, start, part):
-    message = complaint(recipe.load, write("model: m\n"), [override])
+    message = complaint(conversion.load, write("model: m\n"), [override])
     assert message.startswith(start) and part in message
 
 
@@ -233,8 +237,8 @@ def test_a_mistake_in_an_override_is_blamed_on_it_and_not_on_the_file(write, ove
 
 
 def test_evaluation_settings_alone():
-    assert recipe.evaluation({"window": 64, "stride": 32}).stride == 32
-    assert complaint(recipe.evaluation, {"samples": 0}).startswith("command line: samples: ")
+    assert conversion.evaluation({"window": 64, "stride": 32}).stride == 32
+    assert complaint(conversion.evaluation, {"samples": 0}).startswith("command line: samples: ")
 
 
 # --- writing
@@ -253,7 +257,7 @@ budgets = st.fixed_dictionaries(
         st.just(rest),
         st.floats(0, 1, exclude_min=True).map(lambda ratio: {**rest, "ffn_ratio": ratio}),
         st.floats(1, 4).map(lambda ratio: {**rest, "ffn_ratio": ratio, "allow_larger": True}),
-        st.sampled_from(sorted(recipe.PRESETS)).map(lambda preset: {**rest, "preset": preset}),
+        st.sampled_from(sorted(conversion.PRESETS)).map(lambda preset: {**rest, "preset": preset}),
     )
 )
 recipes = st.fixed_dictionaries(
@@ -273,14 +277,14 @@ recipes = st.fixed_dictionaries(
 def test_dump_reads_back_as_the_same_recipe(tmp_path_factory, data):
     if data.get("method") == "svd":  # which takes no other shape than a rank
         data["budget"] = {key: value for key, value in data["budget"].items() if key not in ("bands", "n_primitives")}
-    written = recipe.build(data)
+    written = conversion.build(data)
     path = Path(tmp_path_factory.getbasetemp()) / "dumped.yaml"
-    path.write_text(recipe.dump(written), encoding="utf-8", newline="")
-    assert recipe.load(str(path)) == written
+    path.write_text(conversion.dump(written), encoding="utf-8", newline="")
+    assert conversion.load(str(path)) == written
 
 
 def test_dump_is_short_and_always_says_what_matters_most():
-    lines = recipe.dump(recipe.build({"model": "gpt2", "budget": {"bands": [[0, 1], [2]]}})).splitlines()
+    lines = conversion.dump(conversion.build({"model": "gpt2", "budget": {"bands": [[0, 1], [2]]}})).splitlines()
     assert lines[:5] == ["model: gpt2", "method: pilon", "seed: 0", "budget:", "  ffn_ratio: 0.5"]
     assert "  bands: [[0, 1], [2]]" in lines and "calibration:" in lines
     assert not any(line.startswith(("device", "scope", "evaluation")) for line in lines)

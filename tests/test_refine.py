@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from pilon_compress.convert import descent, refine
-from pilon_compress.convert.calibration import Batch
-from pilon_compress.convert.source import Source
-from pilon_compress.convert.stream import Stream, blocks, hidden_of, run_base
+from pilon_compress.data.calibration import Batch
+from pilon_compress.distill import refine, refine_loop
 from pilon_compress.errors import BadInput
-from pilon_compress.form.initialise import initialise
-from pilon_compress.form.layout import BankSpec, Layout, ProjectionSpec, banks, install, projections
+from pilon_compress.models.hidden_states import Stream, blocks, hidden_of, run_base
+from pilon_compress.models.source import Source
+from pilon_compress.nn.init import initialise
+from pilon_compress.nn.layout import BankSpec, Layout, ProjectionSpec, banks, install, projections
 
 FEED_FORWARD = {
     "gpt2": ("h", {"up": "mlp.c_fc", "down": "mlp.c_proj"}),
@@ -159,7 +159,7 @@ def test_nothing_but_nan_leaves_the_model_bit_for_bit(bert, monkeypatch):
     monkeypatch.setattr(refine._Whole, "train", lambda self, index: math.nan)
     before = weights(model)
     made = refine.refine(model, dense, text(), steps=STEPS, rate=0.01, band_share=0.0)
-    assert not made.kept and made.stages[0].halvings == descent.HALVINGS and not changed(before, model)
+    assert not made.kept and made.stages[0].halvings == refine_loop.HALVINGS and not changed(before, model)
 
 
 def test_a_descent_ends_at_its_best_state():
@@ -170,8 +170,8 @@ def test_a_descent_ends_at_its_best_state():
         x.sum().backward()  # always downhill to the left
         return 1.0
 
-    objective = descent.Objective(1, train, lambda: float((x.detach() - 0.5).square()))
-    stage = descent.descend("toy", [x], objective, steps=60, rate=0.1)
+    objective = refine_loop.Objective(1, train, lambda: float((x.detach() - 0.5).square()))
+    stage = refine_loop.descend("toy", [x], objective, steps=60, rate=0.1)
     losses = dict(stage.history)
     assert stage.after == min(losses.values()) < losses[max(losses)], "it went on past the best state"
     assert float((x.detach() - 0.5).square()) == stage.after
@@ -192,7 +192,7 @@ def test_balance_keeps_the_function_and_evens_the_factors(pair):
 
 def test_search_picks_a_rate_that_helps(bert):
     made = refine.refine(*bert, text(), steps=STEPS, rate=None)
-    assert {stage.rate for stage in made.stages} <= set(descent.RATES) and made.after < made.before
+    assert {stage.rate for stage in made.stages} <= set(refine_loop.RATES) and made.after < made.before
 
 
 def test_minutes_end_the_run(bert):

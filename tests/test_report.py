@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pilon_compress import readable
-from pilon_compress.measure.report import render, write_report
+from pilon_compress.report import formatting
+from pilon_compress.report.conversion_page import render, write_report
 
 SIZES = {"gate": (512, 2048), "up": (512, 2048), "down": (2048, 512)}
 KEPT_RANK = 204
@@ -193,11 +193,11 @@ def test_page_is_self_contained_and_shows_every_headline_number(case: dict[str, 
     assert len(page.ids) == len(set(page.ids)), "an id that occurs twice makes one plot borrow another's shapes"
     assert {target[1:] for target in page.loads if target.startswith("#")} <= set(page.ids)
     expected = [
-        readable.number(report[part][key]) for part in ("ffn", "model") for key in report[part] if "ratio" in key
+        formatting.number(report[part][key]) for part in ("ffn", "model") for key in report[part] if "ratio" in key
     ]
-    expected += [readable.number(loss) for loss in report["whitened_loss"].values()]
-    expected += [readable.number(part["parameters"]) for part in report["kept"]]
-    expected += [readable.number(v) for v in (report["evaluation"] or {}).values() if isinstance(v, float)]
+    expected += [formatting.number(loss) for loss in report["whitened_loss"].values()]
+    expected += [formatting.number(part["parameters"]) for part in report["kept"]]
+    expected += [formatting.number(v) for v in (report["evaluation"] or {}).values() if isinstance(v, float)]
     expected += [report["command"], report["source"], "41.2 s", "1.44 GiB", "40,321", "512"]
     expected += [line for line in report["recipe"].splitlines()]
     assert [value for value in expected if value not in page.shown] == []
@@ -336,11 +336,11 @@ def test_more_work_than_dense_is_said() -> None:
     ],
 )
 def test_numbers_read_like_a_person_wrote_them(value: float | None, text: str) -> None:
-    assert readable.number(value) == text
+    assert formatting.number(value) == text
 
 
 def test_counts_sizes_and_layer_lists_are_short() -> None:
-    assert [readable.short_count(n) for n in (0, 950, 12_345, 999_499, 999_600, 7_077_888, 1_235_814_400)] == [
+    assert [formatting.short_count(n) for n in (0, 950, 12_345, 999_499, 999_600, 7_077_888, 1_235_814_400)] == [
         "0",
         "950",
         "12.3 K",
@@ -349,6 +349,6 @@ def test_counts_sizes_and_layer_lists_are_short() -> None:
         "7.08 M",
         "1.24 B",
     ]
-    assert readable.mib(14_155_776) == "13.5 MiB"
-    assert readable.mib(2_471_628_800) == "2,357 MiB"
-    assert readable.layer_list([5, 0, 2, 1]) == "0–2, 5"
+    assert formatting.mib(14_155_776) == "13.5 MiB"
+    assert formatting.mib(2_471_628_800) == "2,357 MiB"
+    assert formatting.layer_list([5, 0, 2, 1]) == "0–2, 5"

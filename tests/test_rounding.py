@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress.convert.factorize import Target
-from pilon_compress.convert.fit import fit_bank
-from pilon_compress.convert.plan import BankPlan
-from pilon_compress.convert.rounding import nearest, round_bank, round_matrix, round_rows, scales
-from pilon_compress.families import Site
-from pilon_compress.form.integers import KINDS, spread
+from pilon_compress.convert.allocate.plan import BankPlan
+from pilon_compress.convert.sharing.joint_fit import fit_bank
+from pilon_compress.convert.solve.gptq import nearest, round_bank, round_matrix, round_rows, scales
+from pilon_compress.convert.solve.low_rank import Target
+from pilon_compress.models.families import Site
+from pilon_compress.nn.integer import KINDS, spread
 
 
 def target(d_in=96, d_out=40, seed=0, layer=0):

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from pilon_compress.convert.blocks import Block
-from pilon_compress.convert.calibration import Batch
-from pilon_compress.convert.moments import gather
-from pilon_compress.convert.neurons import refit
-from pilon_compress.convert.sensitivity import Sensitivity
-from pilon_compress.convert.source import Source
-from pilon_compress.families import find_sites
+from pilon_compress.convert.allocate.block_options import Block
+from pilon_compress.convert.calibrate.second_moments import gather
+from pilon_compress.convert.calibrate.sensitivity import Sensitivity
+from pilon_compress.convert.solve.neuron_pruning import refit
+from pilon_compress.data.calibration import Batch
+from pilon_compress.models.families import find_sites
+from pilon_compress.models.source import Source
 
 
 def block_of(source, sites, moments, layer):

@@ -8,10 +8,10 @@ import torch
 from tokenizers import processors
 
 from pilon_compress.data import sequences
+from pilon_compress.data.streaming import StreamingBlocks
+from pilon_compress.data.token_files import tokenise
+from pilon_compress.data.windows import Blocks
 from pilon_compress.errors import BadInput
-from pilon_compress.train.blocks import Blocks
-from pilon_compress.train.streaming import StreamingBlocks
-from pilon_compress.train.tokens import tokenise
 
 BOS, EOS = 1, 2
 

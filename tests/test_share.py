@@ -6,17 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pilon_compress.convert.align import align
-from pilon_compress.convert.allocate import allocate, size_layers
-from pilon_compress.convert.bands import similar_bands
-from pilon_compress.convert.calibration import Batch
-from pilon_compress.convert.moments import gather
+from pilon_compress.config.conversion import build
+from pilon_compress.convert.allocate.budget import allocate, size_layers
+from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.pipeline import convert
-from pilon_compress.convert.share import Sharing
-from pilon_compress.convert.source import Source
-from pilon_compress.families import find_sites
-from pilon_compress.measure.size import ffn_size
-from pilon_compress.recipe import build
+from pilon_compress.convert.sharing.neuron_alignment import align
+from pilon_compress.convert.sharing.search import Sharing
+from pilon_compress.convert.sharing.similar_layers import similar_bands
+from pilon_compress.data.calibration import Batch
+from pilon_compress.models.families import find_sites
+from pilon_compress.models.source import Source
+from pilon_compress.nn.size import ffn_size
 
 
 def test_matched_neurons_are_put_back_in_their_order():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pilon_compress.convert.shelf import Shelf
+from pilon_compress.io.offload import Shelf
 
 
 def test_beyond_the_limit_tensors_become_files_and_come_back_equal(tmp_path):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from pilon_compress import checkpoint
-from pilon_compress.convert.source import NotStreamable, Source, Streamed, open_source
 from pilon_compress.errors import BadInput
-from pilon_compress.families import FAMILIES
+from pilon_compress.models import checkpoint
 from pilon_compress.models.blocks import blocks
+from pilon_compress.models.families import FAMILIES
+from pilon_compress.models.source import NotStreamable, Source, Streamed, open_source
 
 CPU = torch.device("cpu")
 

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from pilon_compress import checkpoint
-from pilon_compress.convert.calibration import Batch
-from pilon_compress.convert.moments import gather
+from pilon_compress.config.conversion import build
+from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.pipeline import convert
-from pilon_compress.convert.source import Source, Streamed
-from pilon_compress.convert.stream import Stream, last_states
+from pilon_compress.data.calibration import Batch
 from pilon_compress.errors import BadInput
-from pilon_compress.families import find_sites
+from pilon_compress.models import checkpoint
+from pilon_compress.models.families import find_sites
+from pilon_compress.models.hidden_states import Stream, last_states
+from pilon_compress.models.source import Source, Streamed
 from pilon_compress.models.stream_check import check_stream, check_walk
-from pilon_compress.recipe import build
 
 CPU = torch.device("cpu")
 ENCODERS = ("xlnet", "deberta-v2", "deberta", "t5", "modernbert")

@@ -6,10 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, BertConfig, BertLMHeadModel
 
-from pilon_compress import checkpoint
 from pilon_compress.errors import BadInput
-from pilon_compress.measure import language
-from pilon_compress.models import task
+from pilon_compress.evaluate import perplexity
+from pilon_compress.models import checkpoint, task
 from pilon_compress.models.causality import check_causal
 
 
@@ -64,7 +63,7 @@ def test_a_model_that_looks_ahead_has_no_perplexity(tiny):
     torch.manual_seed(0)
     model = BertLMHeadModel(BertConfig(**sizes, vocab_size=264, initializer_range=0.3)).eval()
     with pytest.raises(BadInput, match="looks at later tokens"):
-        language.measure(model, tiny.tiny_tokenizer(), ["some words to be scored"])
+        perplexity.measure(model, tiny.tiny_tokenizer(), ["some words to be scored"])
     check_causal(tiny.tiny_model("gpt2"), torch.arange(10, 30)[None])
 
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pilon_compress import checkpoint, recipe
+from pilon_compress.config import conversion
+from pilon_compress.config import training as recipes
 from pilon_compress.convert.pipeline import convert
-from pilon_compress.convert.ternarise import balance, refit_composition, refit_scales, ternarise
 from pilon_compress.errors import BadInput
-from pilon_compress.form.composed import ComposedLinear
-from pilon_compress.form.fold import dense
-from pilon_compress.form.layout import (
+from pilon_compress.evaluate.evaluate import evaluate
+from pilon_compress.models import checkpoint
+from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.fold import dense
+from pilon_compress.nn.layout import (
     BankSpec,
     KeptSpec,
     Layout,
@@ -25,10 +27,9 @@ from pilon_compress.form.layout import (
     layout_of,
     projections,
 )
-from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
-from pilon_compress.measure.evaluate import evaluate
-from pilon_compress.train import recipe as recipes
+from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
 from pilon_compress.train.pipeline import train_model
+from pilon_compress.train.ternary.initialise import balance, refit_composition, refit_scales, ternarise
 
 LENGTH = 64
 COMPOSITIONS = ("component", "scalar", "softmax")
@@ -164,7 +165,7 @@ def home(tmp_path_factory):
         patch.setenv("PILON_CACHE", str(folder / "cache"))
         train_model(recipes.build(asked), folder / "dense", quiet=True)
         asked = {"model": str(folder / "dense"), "budget": {"ffn_ratio": 0.4}, "calibration": calibration}
-        convert(recipe.build({**asked, "effort": "fast", "evaluation": {"data": "none"}}), folder / "pilon")
+        convert(conversion.build({**asked, "effort": "fast", "evaluation": {"data": "none"}}), folder / "pilon")
         yield folder
 
 

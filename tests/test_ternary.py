@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress.form.composed import ComposedLinear
-from pilon_compress.form.ternary import digits, restored
-from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
 from pilon_compress.kernels.reference import LEVELS, quantise
+from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
+from pilon_compress.nn.ternary_quantizer import digits, restored
 
 
 def composed(d_in=48, d_out=40, n=5, r=8, k=3, seed=0, group=0, norm=False, **options) -> ComposedLinear:

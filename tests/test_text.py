@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pilon_compress import progress
 from pilon_compress.data import stdin, text
 from pilon_compress.data.split import split_items
 from pilon_compress.errors import BadInput
+from pilon_compress.io import progress
 
 DOCUMENTS = [f"Document {i}: naïve café.\nIts second line." for i in range(40)]
 

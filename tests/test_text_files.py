@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pilon_compress import progress
 from pilon_compress.data import plain, rows, text
 from pilon_compress.errors import BadInput
+from pilon_compress.io import progress
 
 LINES = [f"Line {i}: naïve café." for i in range(40)]
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pilon_compress.config import training
 from pilon_compress.errors import BadInput
-from pilon_compress.train import recipe
 from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.pipeline import plan, train_model
 
@@ -52,7 +52,7 @@ def test_one_command_makes_a_model_within_its_budget_that_transformers_loads(und
     tokenizer = AutoTokenizer.from_pretrained(folder / "out")
     assert model.get_input_embeddings().num_embeddings == 512 and tokenizer.eos_token == "<eos>"
     assert model(**tokenizer("The bank", return_tensors="pt")).logits.isfinite().all()
-    assert recipe.load(str(folder / "out" / "recipe.yaml")).host.hidden_size == 64
+    assert training.load(str(folder / "out" / "recipe.yaml")).host.hidden_size == 64
     steps = [line["step"] for line in read_metrics(folder / "out") if "loss" in line]
     assert steps == [1, 10, 20, 24]
 
@@ -97,7 +97,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(command_line, start, tmp_path):
 
 def quick(tmp_path, *overrides: str, **options):
     os.environ["PILON_CACHE"] = str(tmp_path / "tokens")
-    settings = recipe.load("smoke", [*SHORT, "schedule.tokens=4096", "run.checkpoint_every=1e9", *overrides])
+    settings = training.load("smoke", [*SHORT, "schedule.tokens=4096", "run.checkpoint_every=1e9", *overrides])
     return train_model(settings, tmp_path / "out", quiet=True, **options)
 
 
@@ -168,7 +168,7 @@ def test_streamed_runs_resume_exactly(tmp_path):
 
 @pytest.mark.parametrize("name", ["smoke", "tiny", "48m", "360m", "500m"])
 def test_plans_are_within_half_of_the_dense_model_stored_and_computed(name):
-    planned = plan(recipe.load(name))
+    planned = plan(training.load(name))
     assert 0.44 < planned["ffn"]["stored_ratio"] <= 0.5 and 0.44 < planned["ffn"]["mac_ratio"] <= 0.5
 
 

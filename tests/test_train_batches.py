@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from pilon_compress.train.batch import IGNORED, attention_mask
-from pilon_compress.train.blocks import Blocks
-from pilon_compress.train.order import Loader, in_order, permuted
-from pilon_compress.train.tokens import tokenise
+from pilon_compress.data.batch import IGNORED, attention_mask
+from pilon_compress.data.loader import Loader, in_order, permuted
+from pilon_compress.data.token_files import tokenise
+from pilon_compress.data.windows import Blocks
 
 DOCUMENTS = [f"{i}:" + "x" * (i * 5 % 31) for i in range(40)]
 FAMILIES = ("llama", "arcee", "gpt2", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox")

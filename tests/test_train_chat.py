@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pilon_compress.data.batch import IGNORED
+from pilon_compress.data.chat import Rendering, tokenise_chat
+from pilon_compress.data.loader import Loader
+from pilon_compress.data.packed_chats import Packed, packed
 from pilon_compress.errors import BadInput
-from pilon_compress.train.batch import IGNORED
-from pilon_compress.train.chat import Rendering, tokenise_chat
-from pilon_compress.train.order import Loader
-from pilon_compress.train.packed import Packed, packed
 
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT
@@ -162,7 +162,7 @@ import sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from pilon_compress.errors import BadInput
-from pilon_compress.train.chat import tokenise_chat
+from pilon_compress.data.chat import tokenise_chat
 for source in sys.argv[3:]:
     try:
         file = tokenise_chat(source, AutoTokenizer.from_pretrained(sys.argv[1]), "all", Path(sys.argv[2]))

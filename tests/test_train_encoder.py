@@ -5,15 +5,16 @@ import json
 import pytest
 import torch
 
-from pilon_compress import checkpoint, recipe
+from pilon_compress.config import conversion
+from pilon_compress.config import training as recipes
 from pilon_compress.convert.pipeline import convert
+from pilon_compress.data.paragraph_batches import ByLength, Spread, tokenise_paragraphs
+from pilon_compress.distill.students import FollowingEmbeddings
+from pilon_compress.distill.teacher import Teacher
 from pilon_compress.errors import BadInput
-from pilon_compress.measure.evaluate import evaluate
-from pilon_compress.train import recipe as recipes
-from pilon_compress.train.distill import FollowingEmbeddings
-from pilon_compress.train.paragraphs import ByLength, Spread, tokenise_paragraphs
+from pilon_compress.evaluate.evaluate import evaluate
+from pilon_compress.models import checkpoint
 from pilon_compress.train.pipeline import train_model
-from pilon_compress.train.teacher import Teacher
 
 WORDS = [
     "stone",
@@ -45,7 +46,7 @@ def home(tiny, tmp_path_factory):
     asked = {"model": str(folder / "dense"), "budget": {"ffn_ratio": 0.2}, "calibration": text, "effort": "fast"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PILON_CACHE", str(folder / "cache"))
-        convert(recipe.build({**asked, "evaluation": {"data": "none"}}), folder / "pilon")
+        convert(conversion.build({**asked, "evaluation": {"data": "none"}}), folder / "pilon")
         yield folder
 
 

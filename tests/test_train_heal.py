@@ -6,17 +6,18 @@ import pydoc_data.topics
 import pytest
 import torch
 
-from pilon_compress import checkpoint, recipe
+from pilon_compress.config import conversion
+from pilon_compress.config import training as recipes
 from pilon_compress.convert.pipeline import convert
-from pilon_compress.deploy.export import export_dense
+from pilon_compress.data.batch import Batch
+from pilon_compress.distill.students import Following, mismatch
+from pilon_compress.distill.teacher import Teacher
 from pilon_compress.errors import BadInput
-from pilon_compress.lineage import lineage
-from pilon_compress.measure.evaluate import evaluate
-from pilon_compress.train import recipe as recipes
-from pilon_compress.train.batch import Batch
-from pilon_compress.train.distill import Following, mismatch
+from pilon_compress.evaluate.evaluate import evaluate
+from pilon_compress.export.export import export_dense
+from pilon_compress.models import checkpoint
+from pilon_compress.models.provenance import lineage
 from pilon_compress.train.pipeline import plan, train_model
-from pilon_compress.train.teacher import Teacher
 
 LENGTH = 64
 
@@ -32,7 +33,7 @@ def home(tmp_path_factory):
         patch.setenv("PILON_CACHE", str(folder / "cache"))
         made = pretraining(folder, {"ffn": {"kind": "dense"}, "optimizer": {"learning_rate": 5e-3}})
         train_model(made, folder / "dense", quiet=True)
-        convert(conversion(folder, 0.2), folder / "pilon")
+        convert(small_conversion(folder, 0.2), folder / "pilon")
         yield folder
 
 
@@ -46,10 +47,10 @@ def pretraining(folder, changes):
     )
 
 
-def conversion(folder, ratio):
+def small_conversion(folder, ratio):
     text = {"data": str(folder / "text.jsonl"), "samples": 24, "sequence_length": LENGTH, "batch_size": 8}
     asked = {"model": str(folder / "dense"), "budget": {"ffn_ratio": ratio}, "calibration": text}
-    return recipe.build({**asked, "effort": "fast", "evaluation": {"data": "none"}})
+    return conversion.build({**asked, "effort": "fast", "evaluation": {"data": "none"}})
 
 
 def healing(folder, steps=40, **changes):

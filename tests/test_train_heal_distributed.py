@@ -5,9 +5,9 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from pilon_compress import recipe
+from pilon_compress.config import conversion
+from pilon_compress.config import training as recipes
 from pilon_compress.convert.pipeline import convert
-from pilon_compress.train import recipe as recipes
 from pilon_compress.train.pipeline import train_model
 
 TOLERANCE = 5e-4  # of weights around 0.1: sums in another order
@@ -23,7 +23,7 @@ def home(tiny, tmp_path_factory):
     asked = {"model": str(folder / "dense"), "budget": {"ffn_ratio": 0.4}, "calibration": text, "effort": "fast"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PILON_CACHE", str(folder / "cache"))
-        convert(recipe.build({**asked, "evaluation": {"data": "none"}}), folder / "pilon")
+        convert(conversion.build({**asked, "evaluation": {"data": "none"}}), folder / "pilon")
         yield folder
 
 

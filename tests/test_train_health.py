@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from pilon_compress.form.layout import banks, projections
-from pilon_compress.train import hosts, recipe
-from pilon_compress.train.health import Health, energy_of
+from pilon_compress.config import training
+from pilon_compress.models import base_architectures
+from pilon_compress.nn.layout import banks, projections
+from pilon_compress.research.original.moving_linear import settle, staged
+from pilon_compress.research.original.selection import Choosing, stage
+from pilon_compress.train.bank_health import Health, energy_of
 from pilon_compress.train.optim import learning, make_optimizers
-from pilon_compress.train.selection import Choosing, stage
-from pilon_compress.train.staged_linear import settle, staged
 
 IDS = torch.arange(24).reshape(2, 12) % 40
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
@@ -19,10 +20,10 @@ FFN = {"rank": 2, "n_primitives": 8, "top_k": 3, "bands": 1, "ffn_ratio": 1, "ma
 
 def built(composition="component", explore="none", **sections):
     ffn = {**FFN, "composition": composition}
-    settings = recipe.build(
+    settings = training.build(
         {"task": "pretrain", "host": SHAPE, "ffn": ffn, "selection": {"explore": explore}, **sections}
     )
-    model = hosts.build(hosts.config_for(settings.host, 32, 0), settings.ffn, settings.seed)
+    model = base_architectures.build(base_architectures.config_for(settings.host, 32, 0), settings.ffn, settings.seed)
     stage(model, settings)
     return model, settings
 
@@ -117,8 +118,10 @@ def test_looking_while_all_primitives_take_part():
 
 
 def test_a_dense_model_has_no_figures():
-    settings = recipe.build({"task": "pretrain", "host": SHAPE, "ffn": {"kind": "dense"}})
-    assert Health(hosts.build(hosts.config_for(settings.host, 32, 0), settings.ffn, 0))() == {}
+    settings = training.build({"task": "pretrain", "host": SHAPE, "ffn": {"kind": "dense"}})
+    assert (
+        Health(base_architectures.build(base_architectures.config_for(settings.host, 32, 0), settings.ffn, 0))() == {}
+    )
 
 
 def test_frozen_groups_do_not_count_in_the_norm_that_is_clipped():

@@ -8,15 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress import checkpoint
+from pilon_compress.config.training import Ffn, Host, Optimizer, Schedule
+from pilon_compress.distill.losses import next_token_sum
 from pilon_compress.errors import BadInput
-from pilon_compress.families import find_sites
-from pilon_compress.form.layout import install, layout_of, projections
-from pilon_compress.measure.size import ffn_size
-from pilon_compress.train import hosts, schedule
-from pilon_compress.train.losses import next_token_sum
+from pilon_compress.models import base_architectures, checkpoint
+from pilon_compress.models.families import find_sites
+from pilon_compress.nn.layout import install, layout_of, projections
+from pilon_compress.nn.size import ffn_size
+from pilon_compress.train import schedule
 from pilon_compress.train.optim import GROUPS, Muon, group_parameters, make_optimizers, orthogonalised, restrict
-from pilon_compress.train.recipe import Ffn, Host, Optimizer, Schedule
 
 SMALL = Host(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, vocab_size=64)
 
@@ -26,11 +26,11 @@ HALF = Ffn(ffn_ratio=0.6, mac_ratio=0.6)
 
 @cache
 def sites(host: Host = SMALL):
-    return find_sites(checkpoint.empty_model(hosts.config_for(host, 64, 0)))
+    return find_sites(checkpoint.empty_model(base_architectures.config_for(host, 64, 0)))
 
 
 def built(ffn: Ffn = HALF, host: Host = SMALL, seed: int = 0):
-    return hosts.build(hosts.config_for(host, 64, 0), ffn, seed)
+    return base_architectures.build(base_architectures.config_for(host, 64, 0), ffn, seed)
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,7 +45,7 @@ def built(ffn: Ffn = HALF, host: Host = SMALL, seed: int = 0):
 def test_no_plan_is_larger_than_its_budget(kind, stored, macs, bands, composition, family):
     ffn = Ffn(kind=kind, ffn_ratio=stored, mac_ratio=macs, bands=bands, composition=composition)
     try:
-        layout = hosts.layout_for(sites(SMALL.model_copy(update={"family": family})), ffn)
+        layout = base_architectures.layout_for(sites(SMALL.model_copy(update={"family": family})), ffn)
     except BadInput as refusal:
         assert "the budget pays for no" in str(refusal)
         return
@@ -56,7 +56,7 @@ def test_no_plan_is_larger_than_its_budget(kind, stored, macs, bands, compositio
 @pytest.mark.parametrize(("width", "inner", "rank"), [(512, 2048, 32), (1024, 4096, 64)])
 def test_shapes_of_the_original_suit_the_kernels(width, inner, rank):
     host = SMALL.model_copy(update={"hidden_size": width, "intermediate_size": inner, "num_attention_heads": 8})
-    layout = hosts.layout_for(sites(host), Ffn(rank=rank))
+    layout = base_architectures.layout_for(sites(host), Ffn(rank=rank))
     for spec in layout.projections.values():
         assert layout.banks[spec.bank].rank % 16 == 0
         assert spec.top_k * layout.banks[spec.bank].rank <= width / 2
@@ -64,7 +64,7 @@ def test_shapes_of_the_original_suit_the_kernels(width, inner, rank):
 
 def test_wider_blocks_and_plain_matrices_keep_to_the_budget():
     for ffn in (Ffn(neurons=1.5), Ffn(neurons=0.75), Ffn(matrices=True)):
-        size = ffn_size(hosts.layout_for(sites(), ffn)).to_dict()
+        size = ffn_size(base_architectures.layout_for(sites(), ffn)).to_dict()
         assert 0.4 < size["stored_ratio"] <= 0.5 and 0.4 < size["mac_ratio"] <= 0.5
         model = built(ffn)
         assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()
@@ -172,7 +172,7 @@ def test_loss_in_parts_is_the_loss(monkeypatch):
     labels[::7] = -100
     whole = next_token_sum(head, hidden, labels, None)
     (gradient,) = torch.autograd.grad(whole, hidden)
-    monkeypatch.setattr("pilon_compress.train.losses.LOGITS", 200)
+    monkeypatch.setattr("pilon_compress.distill.losses.LOGITS", 200)
     parts = next_token_sum(head, hidden, labels, None)
     assert torch.allclose(whole, parts) and torch.allclose(gradient, torch.autograd.grad(parts, hidden)[0], atol=1e-6)
     expected = -head(hidden).double().log_softmax(-1)[torch.arange(30), labels.clamp_min(0)][labels >= 0].sum()
@@ -181,7 +181,7 @@ def test_loss_in_parts_is_the_loss(monkeypatch):
 
 def test_layout_of_a_new_model_is_its_plan():
     ffn = Ffn(latent_scale=True, composition="softmax")
-    layout = hosts.layout_for(sites(), ffn)
-    model = checkpoint.build(hosts.config_for(SMALL, 64, 0))
+    layout = base_architectures.layout_for(sites(), ffn)
+    model = checkpoint.build(base_architectures.config_for(SMALL, 64, 0))
     install(model, layout)
     assert layout_of(model) == layout

@@ -10,16 +10,16 @@ import matplotlib.image
 import pytest
 import yaml
 
-from pilon_compress import readable
-from pilon_compress.train import curves, recipe
-from pilon_compress.train.card import model_card
-from pilon_compress.train.report import PAGE, PICTURE, marks, page, samples, write_pages
+from pilon_compress.config import training
+from pilon_compress.report import curves, formatting
+from pilon_compress.report.training_card import model_card
+from pilon_compress.report.training_page import PAGE, PICTURE, marks, page, samples, write_pages
 
 HOSTILE = "<script>alert(1)</script> & `x` | $y$ \"'"
 
 
 def settings(**sections):
-    return recipe.build({"task": "pretrain", **sections})
+    return training.build({"task": "pretrain", **sections})
 
 
 def lines(count=30, health=True, sample="Once"):
@@ -54,7 +54,7 @@ def result(asked, dense=False, **changes):
         "processes": 1,
         "device": "cpu",
         "command": "pilon-compress train --recipe smoke -o out",
-        "recipe": recipe.dump(asked),
+        "recipe": training.dump(asked),
         "output": "out",
     }
     return found | ({} if dense else {"model": {key: value + 0.1 for key, value in ratios.items()}}) | changes
@@ -183,10 +183,10 @@ def test_the_card_states_the_measured_figures_the_command_and_the_recipe():
     card = model_card(result(asked), asked)
     for text in ("**143**", "131 K", "1.23 M", "**0.493**", "**0.494**", "**0.487**", "0.593", "`stdlib:topics`"):
         assert text in card, text
-    assert recipe.dump(asked).rstrip() in card and "pilon-compress train --recipe smoke -o out" in card
+    assert training.dump(asked).rstrip() in card and "pilon-compress train --recipe smoke -o out" in card
     assert f"({PICTURE})" in card and f"`{PAGE}`" in card
     numbers = set(re.findall(r"\*\*([\d.,]+)\*\*", card))
-    assert numbers == {readable.number(value) for value in (142.7, 0.493, 0.494, 0.487)}
+    assert numbers == {formatting.number(value) for value in (142.7, 0.493, 0.494, 0.487)}
 
 
 def test_front_matter_names_the_base_only_where_it_is_on_the_hub():
@@ -199,9 +199,9 @@ def test_front_matter_names_the_base_only_where_it_is_on_the_hub():
         "pipeline_tag": "text-generation",
         "tags": ["pilon"],
     }
-    tuned = recipe.build({"task": "sft", "start": "acme/small"})
+    tuned = training.build({"task": "sft", "start": "acme/small"})
     assert front(tuned)["base_model"] == "acme/small"
-    assert "base_model" not in front(recipe.build({"task": "heal", "start": "./out/half"}))
+    assert "base_model" not in front(training.build({"task": "heal", "start": "./out/half"}))
     assert front(settings(ffn={"kind": "dense"}), dense=True)["tags"] == ["pilon-compress"]
 
 
@@ -216,8 +216,8 @@ def test_loading_code_compiles_and_a_dense_model_needs_no_package():
 def test_what_was_done_is_said_of_every_task():
     said = {
         "from random weights": settings(),
-        "learnt from acme/dense": recipe.build({"task": "heal", "start": "x", "teacher": "acme/dense"}),
-        "fine-tuned on conversations": recipe.build({"task": "sft", "start": "x"}),
+        "learnt from acme/dense": training.build({"task": "heal", "start": "x", "teacher": "acme/dense"}),
+        "fine-tuned on conversations": training.build({"task": "sft", "start": "x"}),
     }
     for text, asked in said.items():
         assert text in model_card(result(asked), asked)

@@ -6,17 +6,18 @@ import json
 import pytest
 import torch
 
+from pilon_compress.config import training
 from pilon_compress.errors import BadInput
-from pilon_compress.form.composed import ComposedLinear
-from pilon_compress.form.fold import prune_unused
-from pilon_compress.form.layout import banks, layout_of, projections
-from pilon_compress.train import hosts, recipe
-from pilon_compress.train.masking import UnusedStay, used_by
+from pilon_compress.models import base_architectures
+from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.fold import prune_unused
+from pilon_compress.nn.layout import banks, layout_of, projections
+from pilon_compress.research.original.freeze_unused import UnusedStay, used_by
+from pilon_compress.research.original.moving_linear import settle, settled_state, staged
+from pilon_compress.research.original.selection import Choosing, stage
 from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.optim import group_parameters, make_optimizers
 from pilon_compress.train.pipeline import train_model
-from pilon_compress.train.selection import Choosing, stage
-from pilon_compress.train.staged_linear import settle, settled_state, staged
 
 STEPS = 20
 IDS = torch.arange(24).reshape(2, 12) % 40
@@ -26,12 +27,12 @@ FFN = {"rank": 2, "n_primitives": 8, "top_k": 3, "bands": 2, "ffn_ratio": 1, "ma
 
 def asked(explore="none", ffn=None, **sections):
     data = {"task": "pretrain", "host": SHAPE, "ffn": {**FFN, **(ffn or {})}}
-    return recipe.build({**data, "selection": {"explore": explore, "until": 0.5}, **sections})
+    return training.build({**data, "selection": {"explore": explore, "until": 0.5}, **sections})
 
 
 def built(settings):
     """The model as the pipeline would build it, and the plugin that chooses."""
-    model = hosts.build(hosts.config_for(settings.host, 32, 0), settings.ffn, settings.seed)
+    model = base_architectures.build(base_architectures.config_for(settings.host, 32, 0), settings.ffn, settings.seed)
     stage(model, settings)
     return model, Choosing(model, settings, STEPS)
 
@@ -248,12 +249,12 @@ def test_one_graph_while_exploring_and_one_after(explore):
 def test_choices_that_cannot_be_are_refused(settings, part):
     data = {"task": "pretrain", "host": SHAPE, "ffn": FFN, **settings}
     with pytest.raises(BadInput, match=part):
-        built(recipe.build(data))
+        built(training.build(data))
 
 
 def test_exploring_is_for_models_from_scratch():
     with pytest.raises(BadInput, match="from scratch"):
-        recipe.build({"task": "heal", "start": "x", "selection": {"explore": "noise"}})
+        training.build({"task": "heal", "start": "x", "selection": {"explore": "noise"}})
 
 
 # --- the whole road

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pilon_compress.config import training
+from pilon_compress.config.conversion import build as conversion
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.errors import BadInput
-from pilon_compress.recipe import build as conversion
-from pilon_compress.train import recipe
 from pilon_compress.train.pipeline import train_model
 
 TEMPLATE = (
@@ -52,7 +52,7 @@ def tune(folder, output, *overrides, start="pilon"):
         "schedule": {"tokens": 128 * 8 * 60},
         "run": {"batch_size": 8},
     }
-    return train_model(recipe.build(asked, overrides), folder / output, quiet=True)
+    return train_model(training.build(asked, overrides), folder / output, quiet=True)
 
 
 def test_it_learns_to_answer_and_generation_stops(chats):

@@ -6,11 +6,11 @@ import pydoc_data.topics
 import pytest
 import torch
 
-from pilon_compress import checkpoint
+from pilon_compress.config import training as recipes
 from pilon_compress.errors import BadInput
-from pilon_compress.lineage import lineage
-from pilon_compress.train import recipe as recipes
-from pilon_compress.train import shrink
+from pilon_compress.models import checkpoint
+from pilon_compress.models.provenance import lineage
+from pilon_compress.train import progressive
 from pilon_compress.train.pipeline import plan, train_model
 
 
@@ -39,7 +39,7 @@ def asked(folder, **changes):
 
 
 def test_the_last_ratio_is_what_comes_out_and_a_killed_run_goes_on(home, tmp_path, monkeypatch):
-    out, calls, plain = tmp_path / "out", [], shrink.convert
+    out, calls, plain = tmp_path / "out", [], progressive.convert
 
     def counted(settings, output, **options):
         calls.append(settings)
@@ -47,7 +47,7 @@ def test_the_last_ratio_is_what_comes_out_and_a_killed_run_goes_on(home, tmp_pat
             raise KeyboardInterrupt
         return plain(settings, output, **options)
 
-    monkeypatch.setattr(shrink, "convert", counted)
+    monkeypatch.setattr(progressive, "convert", counted)
     with pytest.raises(KeyboardInterrupt):
         train_model(asked(home), out, quiet=True)
     assert not (out / "config.json").exists()

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from pilon_compress.config import training
 from pilon_compress.errors import BadInput
-from pilon_compress.form.layout import banks, projections
-from pilon_compress.train import hosts, recipe
-from pilon_compress.train.masking import UnusedStay, used_by
+from pilon_compress.models import base_architectures
+from pilon_compress.nn.layout import banks, projections
+from pilon_compress.research.original.callbacks import plugins_for
+from pilon_compress.research.original.freeze_unused import UnusedStay, used_by
+from pilon_compress.research.original.moving_linear import settle, staged
+from pilon_compress.research.original.rates import entropy, similarity, use_of
+from pilon_compress.research.original.selection import ramp, stage
 from pilon_compress.train.optim import make_optimizers
-from pilon_compress.train.plugins import plugins_for
-from pilon_compress.train.selection import ramp, stage
-from pilon_compress.train.staged import entropy, similarity, use_of
-from pilon_compress.train.staged_linear import settle, staged
 
 STEPS = 20
 IDS = torch.arange(24).reshape(2, 12) % 40
@@ -27,8 +28,10 @@ class Twin:
         shape, ffn = {**SHAPE, "num_hidden_layers": layers}, {**FFN, "composition": composition, "bands": layers // 2}
         data = {"task": "pretrain", "host": shape, "ffn": ffn, "staged": asked}
         data |= {"selection": {"explore": explore, "until": 0.5}, "optimizer": optimizer or {}}
-        self.recipe = recipe.build(data)
-        self.model = hosts.build(hosts.config_for(self.recipe.host, 32, 0), self.recipe.ffn, 0)
+        self.recipe = training.build(data)
+        self.model = base_architectures.build(
+            base_architectures.config_for(self.recipe.host, 32, 0), self.recipe.ffn, 0
+        )
         stage(self.model, self.recipe)
         self.optimizers = make_optimizers(self.model, self.recipe.optimizer)
         self.plugins = plugins_for(self.recipe, self.model, self.optimizers, STEPS)

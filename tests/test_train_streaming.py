@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
+from pilon_compress.data.batch import IGNORED
+from pilon_compress.data.streaming import StreamingBlocks
+from pilon_compress.data.token_files import tokenise
+from pilon_compress.data.windows import Blocks
 from pilon_compress.errors import BadInput
-from pilon_compress.train.batch import IGNORED
-from pilon_compress.train.blocks import Blocks
-from pilon_compress.train.streaming import StreamingBlocks
-from pilon_compress.train.tokens import tokenise
 
 DOCUMENTS = [f"{i}:" + "x" * (i * 13 % 71) for i in range(40)]
 
@@ -150,7 +150,7 @@ def test_a_hub_dataset_is_streamed_and_resumed(hub, tiny, tmp_path):
 import sys
 import torch
 from transformers import AutoTokenizer
-from pilon_compress.train.streaming import StreamingBlocks
+from pilon_compress.data.streaming import StreamingBlocks
 def stream():
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
     return StreamingBlocks("hub:some/prose::train:text", tokenizer, 16, 0, "all", shuffle=9)

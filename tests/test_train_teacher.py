@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from pilon_compress.train import divergence, predictions
-from pilon_compress.train.batch import Batch
-from pilon_compress.train.blocks import Blocks
-from pilon_compress.train.distill import Following
-from pilon_compress.train.distributed import World
-from pilon_compress.train.divergence import divergences, largest
-from pilon_compress.train.predictions import Wish
-from pilon_compress.train.teacher import Teacher
-from pilon_compress.train.tokens import tokenise
+from pilon_compress.data.batch import Batch
+from pilon_compress.data.token_files import tokenise
+from pilon_compress.data.windows import Blocks
+from pilon_compress.distill import kl, teacher_cache
+from pilon_compress.distill.kl import divergences, largest
+from pilon_compress.distill.students import Following
+from pilon_compress.distill.teacher import Teacher
+from pilon_compress.distill.teacher_cache import Wish
+from pilon_compress.parallel import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 V, D, N = 40, 8, 30
@@ -44,7 +44,7 @@ def reference(head, hidden, labels, goal, temperature):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("at_once", [2**26, 2 * V * 7])
 def test_divergence_and_its_gradient_equal_a_reference_whole_and_in_parts(rows, monkeypatch, temperature, at_once):
-    monkeypatch.setattr(divergence, "LOGITS", at_once)
+    monkeypatch.setattr(kl, "LOGITS", at_once)
     head, hidden, labels, goal = rows
     found = divergences(head, hidden, labels, goal, temperature, None, next_token=True)
     wanted = reference(head, hidden, labels, goal, temperature)
@@ -93,7 +93,7 @@ def asked(tiny, tmp_path):
 
 def test_predictions_from_disk_are_what_the_teacher_says(asked, tmp_path):
     teacher, wish = asked
-    taught = predictions.predictions(wish, lambda: teacher, ALONE, 5, tmp_path / "cache")
+    taught = teacher_cache.predictions(wish, lambda: teacher, ALONE, 5, tmp_path / "cache")
     picked = [3, 0, 17, 3]
     batch = taught.rows(picked)
     plain = wish.rows.rows(picked)
@@ -108,27 +108,27 @@ def test_predictions_from_disk_are_what_the_teacher_says(asked, tmp_path):
 def test_a_teacher_runs_once_and_another_wish_is_another_folder(asked, tmp_path):
     teacher, wish = asked
     home = tmp_path / "cache"
-    predictions.predictions(wish, lambda: teacher, ALONE, 5, home)
+    teacher_cache.predictions(wish, lambda: teacher, ALONE, 5, home)
 
     def never():
         raise AssertionError("asked again")
 
-    again = predictions.predictions(wish, never, ALONE, 5, home)
+    again = teacher_cache.predictions(wish, never, ALONE, 5, home)
     for change in ({"count": 4}, {"temperature": 2.0}, {"made_from": "another"}, {"indices": wish.indices[::2]}):
         other = replace(wish, **change)
-        assert predictions.predictions(other, lambda: teacher, ALONE, 5, home).folder != again.folder
+        assert teacher_cache.predictions(other, lambda: teacher, ALONE, 5, home).folder != again.folder
     with pytest.raises(IndexError):
-        other = predictions.predictions(replace(wish, indices=wish.indices[::2]), never, ALONE, 5, home)
+        other = teacher_cache.predictions(replace(wish, indices=wish.indices[::2]), never, ALONE, 5, home)
         other.rows([1])
 
 
 def test_what_was_cut_short_is_made_again(asked, tmp_path):
     teacher, wish = asked
     home = tmp_path / "cache"
-    folder = predictions.predictions(wish, lambda: teacher, ALONE, 5, home).folder
+    folder = teacher_cache.predictions(wish, lambda: teacher, ALONE, 5, home).folder
     whole = (folder / "values.bin").read_bytes()
     (folder / "values.bin").write_bytes(whole[:-2])
-    predictions.predictions(wish, lambda: teacher, ALONE, 7, home)
+    teacher_cache.predictions(wish, lambda: teacher, ALONE, 7, home)
     assert (folder / "values.bin").read_bytes() == whole
 
     def fails(batch, count, temperature):
@@ -138,21 +138,21 @@ def test_what_was_cut_short_is_made_again(asked, tmp_path):
     broken = Teacher(teacher.model)
     broken.largest = fails
     with pytest.raises(KeyboardInterrupt):
-        predictions.predictions(wish, lambda: broken, ALONE, 5, home)
+        teacher_cache.predictions(wish, lambda: broken, ALONE, 5, home)
     assert not (folder / "about.json").exists(), "half a cache is none"
-    predictions.predictions(wish, lambda: teacher, ALONE, 5, home)
+    teacher_cache.predictions(wish, lambda: teacher, ALONE, 5, home)
     assert (folder / "values.bin").read_bytes() == whole
 
 
 def test_the_shares_of_several_processes_are_the_whole(asked, tmp_path):
     teacher, wish = asked
-    folder = predictions.predictions(wish, lambda: teacher, ALONE, 5, tmp_path / "one").folder
+    folder = teacher_cache.predictions(wish, lambda: teacher, ALONE, 5, tmp_path / "one").folder
     parts = tmp_path / "parts"
     parts.mkdir()
     for name in wish.files:
         (parts / f"{name}.bin").touch()
     for rank in (2, 0, 1):
-        predictions._write(parts, wish, teacher, World(rank, 3, torch.device("cpu")), 4)
+        teacher_cache._write(parts, wish, teacher, World(rank, 3, torch.device("cpu")), 4)
     for name in ("values", "tokens", "rest"):
         assert (parts / f"{name}.bin").read_bytes() == (folder / f"{name}.bin").read_bytes()
 

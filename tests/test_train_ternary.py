@@ -10,16 +10,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from pilon_compress.config import training
+from pilon_compress.distill.losses import NextToken
 from pilon_compress.errors import BadInput
-from pilon_compress.form.layout import banks, kept_matrices, layout_of, projections
-from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
-from pilon_compress.train import hosts, recipe, schedule
-from pilon_compress.train.losses import NextToken
+from pilon_compress.models import base_architectures
+from pilon_compress.nn.layout import banks, kept_matrices, layout_of, projections
+from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
+from pilon_compress.research.original.callbacks import plugins_for
+from pilon_compress.train import schedule
 from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.optim import group_parameters, make_optimizers
 from pilon_compress.train.pipeline import plan, train_model
-from pilon_compress.train.plugins import plugins_for
-from pilon_compress.train.ternary import Rounding
+from pilon_compress.train.ternary.schedule import Rounding
 
 SHORT = ("schedule.tokens=8192", "run.checkpoint_every=0.001", "run.keep=4", "device=cpu")  # 8 steps
 WORDS = ["train", "--recipe", "smoke", "--ternary", "--json"]
@@ -50,8 +52,10 @@ def built(*overrides: str, **ternary) -> tuple:
     host = {"family": "llama", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
     host |= {"intermediate_size": 96, "vocab_size": 500}
     asked = {"task": "pretrain", "host": host, "ternary": {"enabled": True, **ternary}}
-    settings = recipe.build(asked, list(overrides))
-    return hosts.build(hosts.config_for(settings.host, 32, 0), settings.ffn, 0, settings.ternary), settings
+    settings = training.build(asked, list(overrides))
+    return base_architectures.build(
+        base_architectures.config_for(settings.host, 32, 0), settings.ffn, 0, settings.ternary
+    ), settings
 
 
 # --- the whole road
@@ -227,11 +231,11 @@ def test_rounding_takes_hold_little_by_little():
 )
 def test_recipes_that_cannot_be_are_refused(data, message):
     with pytest.raises(BadInput, match=message):
-        recipe.build(data)
+        training.build(data)
 
 
 def test_plans_of_ternary_models_are_the_same_size():
-    plain, ternary = (plan(recipe.load("smoke", [f"ternary.enabled={asked}"])) for asked in ("false", "true"))
+    plain, ternary = (plan(training.load("smoke", [f"ternary.enabled={asked}"])) for asked in ("false", "true"))
     assert plain["ffn"]["stored_ratio"] == ternary["ffn"]["stored_ratio"]
 
 
@@ -239,7 +243,7 @@ def test_a_selection_that_explores_can_be_ternary(tmp_path, monkeypatch):
     monkeypatch.setenv("PILON_CACHE", str(tmp_path / "tokens"))
     words = ["schedule.tokens=4096", "ternary.enabled=true", "ternary.sub_norm=true", "ternary.learned_scale=true"]
     words += ["selection.explore=anneal", "ffn.rank=4", "ffn.n_primitives=12", "ffn.top_k=3"]
-    result = train_model(recipe.load("smoke", words), tmp_path / "out", quiet=True)
+    result = train_model(training.load("smoke", words), tmp_path / "out", quiet=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(layer.group == 128 for name, layer in projections(model) if "down" in name)
     assert sum("norm.weight" in name and "mlp" in name for name in model.state_dict()) == 4

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pilon_compress.data import sequences
+from pilon_compress.data.token_files import tokenise
 from pilon_compress.errors import BadInput
-from pilon_compress.train.tokens import tokenise
 
 DOCUMENTS = [f"Document {i}: naïve café.\n" + "More of it. " * (i % 7) for i in range(60)]
 EOS = 2

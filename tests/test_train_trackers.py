@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
+from pilon_compress.config import training
 from pilon_compress.errors import BadInput
-from pilon_compress.train import recipe
 from pilon_compress.train.pipeline import train_model
 
 
 def short(tracker):
     asked = ["schedule.tokens=4096", f"run.track=[{tracker}]", "run.log_every=1"]
-    return recipe.load("smoke", asked)
+    return training.load("smoke", asked)
 
 
 def test_tensorboard_has_what_metrics_jsonl_has(tmp_path):

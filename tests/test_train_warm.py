@@ -7,17 +7,17 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import pilon_compress  # noqa: F401  registers the format
+from pilon_compress.config import training
 from pilon_compress.errors import BadInput
-from pilon_compress.form.layout import layout_of
-from pilon_compress.train import recipe
+from pilon_compress.nn.layout import layout_of
+from pilon_compress.train.dense_warmup import stages
 from pilon_compress.train.pipeline import train_model
-from pilon_compress.train.warm import stages
 
 ASKED = ["ffn.dense_until=0.5", "schedule.tokens=16384", "run.evaluate_every=100"]
 
 
 def test_one_run_ends_as_a_pilon_model_of_the_budget_and_is_not_made_again(tmp_path):
-    asked, output = recipe.load("smoke", ASKED), tmp_path / "out"
+    asked, output = training.load("smoke", ASKED), tmp_path / "out"
     result = train_model(asked, output, quiet=True)
     assert result["tokens"] == 16384 and result["ffn"]["stored_ratio"] <= 0.5 and result["ffn"]["mac_ratio"] <= 0.5
     assert result["task"] == "pretrain" and [one["tokens"] for one in result["stages"]] == [8192, 8192]
@@ -32,7 +32,7 @@ def test_one_run_ends_as_a_pilon_model_of_the_budget_and_is_not_made_again(tmp_p
 
 
 def test_the_schedule_is_cut_in_two():
-    asked = recipe.load("smoke", [*ASKED, "schedule.warmup=0.1", "schedule.decay=0.3", "ffn.dense_after=0.5"])
+    asked = training.load("smoke", [*ASKED, "schedule.warmup=0.1", "schedule.decay=0.3", "ffn.dense_after=0.5"])
     first, second = stages(asked, Path("stages"))
     assert first.ffn.kind == "dense" and first.schedule.decay == 0 and first.schedule.warmup == pytest.approx(0.2)
     assert second.schedule.decay == pytest.approx(0.4) and second.start == str(Path("stages") / "converted")
@@ -42,4 +42,4 @@ def test_the_schedule_is_cut_in_two():
 
 def test_it_needs_a_budget_of_tokens_and_a_schedule_that_can_be_cut():
     with pytest.raises(BadInput, match="dense_until needs schedule.tokens"):
-        recipe.load("smoke", [*ASKED, "schedule.kind=cosine"])
+        training.load("smoke", [*ASKED, "schedule.kind=cosine"])

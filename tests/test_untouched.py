@@ -2,8 +2,8 @@
 
 import pytest
 
-from pilon_compress.families import find_sites
-from pilon_compress.models.untouched import notes, untouched
+from pilon_compress.evaluate.untouched import notes, untouched
+from pilon_compress.models.families import find_sites
 
 
 def test_experts_and_routers_are_counted(tiny):

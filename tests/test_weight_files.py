@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pilon_compress.convert.source import Streamed
 from pilon_compress.errors import BadInput
 from pilon_compress.models.files import weight_files
+from pilon_compress.models.source import Streamed
 
 
 def names(folder):

@@ -1,18 +1,11 @@
-"""Dense to PILON. In the order in which a conversion meets them:
+"""Converts a dense model to PILON. In the order in which a conversion meets them:
 
-prepare, plan       what can be known before weights are loaded: sites, sizes, estimates; effort: what may be spent
-calibration         text as batches; source, stream: the dense model's blocks and the states between them
-moments, shelf      what projections see, and what their outputs are worth: the two-sided metric
-neurons, blocks     what a layer may lose; sensitivity: what that really costs
-knapsack, allocate  where the budget goes; share, align: whether bands gain by sharing banks;
-                    bands: which layers those are
-factorize, fit      best factors of one weight, and of a band's weights from one bank; band, lbfgs: that problem,
-                    and what solves it; cluster: which components go together
-anchor, layers      one layer after another, behind the converted ones
-rounding            to whole numbers, if asked for, errors fed on to what is not rounded yet
-build               the model of all that
-refine, descent     regression to the dense model, if asked for
-ternarise           factors become digits, for a training that goes on from there
-pipeline, journal   the whole road, and how it survives being cut off
-compare, ours, peers, candidate, cells    the same against published baselines
+prepare      what is known before weights are loaded: projections, uniform sizes; cost: seconds and memory
+calibrate/   second moments of inputs and output gradients over the calibration text, and measured sensitivities
+allocate/    which neurons and ranks each layer keeps under the budget
+sharing/     banks that several layers share: grouping, joint fit, search
+solve/       the weights of each layer: low-rank factors, pruned neurons, integers, targets behind converted layers
+planning     calibrate and allocate, for a dry run and a conversion alike
+build_model  the converted model
+pipeline     the whole road, with its journal
 """

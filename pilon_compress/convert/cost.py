@@ -4,13 +4,13 @@ import time
 
 import torch
 
+from pilon_compress.convert.calibrate.sensitivity import SCORED, SHARE
 from pilon_compress.convert.prepare import PARAGRAPH, PROCESS_BYTES, Job, shelf_bytes
-from pilon_compress.convert.sensitivity import SCORED, SHARE
-from pilon_compress.convert.source import is_streamed
-from pilon_compress.measure.evaluate import EVALUATED
-from pilon_compress.measure.size import ffn_size, model_size
+from pilon_compress.evaluate.evaluate import EVALUATED
 from pilon_compress.models.blocks import blocks
+from pilon_compress.models.source import is_streamed
 from pilon_compress.models.task import text_config, vocabulary
+from pilon_compress.nn.size import ffn_size, model_size
 
 STARTING = 12.0  # seconds for reading model and text, checking the stream and writing the folder
 STATES = 3  # hidden states of the calibration text that are in memory at once: two streams, and masks and such

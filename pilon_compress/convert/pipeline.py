@@ -19,31 +19,33 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
-from pilon_compress import checkpoint, progress, recipe
-from pilon_compress.convert import calibration
-from pilon_compress.convert.build import build
+from pilon_compress.config import conversion
+from pilon_compress.config.effort import EFFORTS
+from pilon_compress.convert.allocate.plan import Plan
+from pilon_compress.convert.build_model import build
+from pilon_compress.convert.calibrate.second_moments import Moments
 from pilon_compress.convert.cost import estimate, stages
-from pilon_compress.convert.effort import EFFORTS
-from pilon_compress.convert.journal import Journal
-from pilon_compress.convert.layers import Solved, Task, solve, uniform_rank
-from pilon_compress.convert.moments import Moments
-from pilon_compress.convert.plan import Plan
-from pilon_compress.convert.planned import Planned, plan_conversion
+from pilon_compress.convert.planning import Planned, plan_conversion
 from pilon_compress.convert.prepare import PROCESS_BYTES, Job, prepare
-from pilon_compress.convert.refine import refine
-from pilon_compress.convert.source import Source, available, open_source
-from pilon_compress.data import sequences, text
-from pilon_compress.deploy.card import model_card
-from pilon_compress.deploy.save import save_model
+from pilon_compress.convert.solve.layerwise import Solved, Task, solve, uniform_rank
+from pilon_compress.data import calibration, sequences, text
+from pilon_compress.distill.refine import refine
 from pilon_compress.errors import BadInput
-from pilon_compress.families import Site
-from pilon_compress.form.layout import layout_of
-from pilon_compress.io import companions
+from pilon_compress.evaluate import bank_usage, evaluate
+from pilon_compress.export.save import save_model
+from pilon_compress.io import companions, progress
 from pilon_compress.io.folders import fresh_folder, open_output
-from pilon_compress.measure import composition, evaluate, report, size
-from pilon_compress.memory import trim
+from pilon_compress.io.journal import Journal
+from pilon_compress.io.malloc import trim
+from pilon_compress.models import checkpoint
+from pilon_compress.models.families import Site
+from pilon_compress.models.source import Source, available, open_source
 from pilon_compress.models.stream_check import check_stream
 from pilon_compress.models.task import vocabulary
+from pilon_compress.nn import size
+from pilon_compress.nn.layout import layout_of
+from pilon_compress.report import conversion_page
+from pilon_compress.report.conversion_card import model_card
 
 PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
@@ -52,7 +54,7 @@ LESSONS = 8  # refinement reads so many times the calibration's text
 
 
 def convert(
-    settings: recipe.Recipe,
+    settings: conversion.Recipe,
     output: str | Path,
     *,
     overwrite: bool = False,
@@ -73,7 +75,7 @@ def convert(
 
 
 def _convert(
-    settings: recipe.Recipe,
+    settings: conversion.Recipe,
     output: Path,
     overwrite: bool,
     command: str,
@@ -104,7 +106,12 @@ def _convert(
         trim()
         refined = improve(model, source.model, lessons, settings)
         result = describe(job, plan, solved, batches) | {"refinement": refined}
-        result |= {"command": command, "output": str(output), "recipe": recipe.dump(job.recipe), "estimate": expected}
+        result |= {
+            "command": command,
+            "output": str(output),
+            "recipe": conversion.dump(job.recipe),
+            "estimate": expected,
+        }
         with fresh_folder(output, overwrite) as folder:
             save_model(model, tokenizer, folder, job.dtype)
             companions.copy(beside, folder)
@@ -115,7 +122,7 @@ def _convert(
             result["peak_rss_gib"] = peak_rss_gib()
             (folder / "recipe.yaml").write_text(result["recipe"])
             (folder / "README.md").write_text(model_card(result))
-            report.write_report(result, folder)
+            conversion_page.write_report(result, folder)
     journal.remove()
     return result
 
@@ -194,7 +201,7 @@ def open_dense(job: Job, device: torch.device) -> Source:
 
 
 def improve(
-    model: PreTrainedModel, dense: PreTrainedModel, lessons: list[calibration.Batch], settings: recipe.Recipe
+    model: PreTrainedModel, dense: PreTrainedModel, lessons: list[calibration.Batch], settings: conversion.Recipe
 ) -> dict[str, Any] | None:
     """Refine the model in place if the recipe says so; what came of it."""
     asked = settings.refine
@@ -206,7 +213,7 @@ def improve(
 def fingerprint(job: Job, batches: list[calibration.Batch], source: Source) -> str:
     """Of everything that a conversion's steps depend on: version, recipe, calibration text, weights."""
     settings = job.recipe.model_copy(update={"max_memory": None})  # which changes no result
-    state = blake2b(f"{pilon_compress.__version__}\n{recipe.dump(settings)}".encode(), digest_size=16)
+    state = blake2b(f"{pilon_compress.__version__}\n{conversion.dump(settings)}".encode(), digest_size=16)
     for batch in batches:
         state.update(batch.input_ids.numpy().tobytes())
     for parameter in source.parameters():
@@ -297,7 +304,7 @@ def describe(job: Job, plan: Plan, solved: Solved, batches: list[calibration.Bat
                 "band": bank.band,
                 "role": bank.role,
                 "layers": bank.layers,
-                **composition.describe(solved.banks[bank.name].energy, solved.banks[bank.name].selected),
+                **bank_usage.describe(solved.banks[bank.name].energy, solved.banks[bank.name].selected),
             }
             for bank in plan.banks
         ],

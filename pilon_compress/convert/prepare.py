@@ -6,22 +6,22 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pilon_compress import checkpoint
-from pilon_compress.conflicts import fixed_shape
-from pilon_compress.convert.effort import EFFORTS
-from pilon_compress.convert.plan import Plan, check_limits, down_of, keep_whole, make_plan, preview
-from pilon_compress.convert.source import available
-from pilon_compress.data.text import DEFAULT_LM
+from pilon_compress.config.conflicts import fixed_shape
+from pilon_compress.config.conversion import Recipe
+from pilon_compress.config.effort import EFFORTS
+from pilon_compress.convert.allocate.plan import Plan, check_limits, down_of, keep_whole, make_plan, preview
+from pilon_compress.data.text import DEFAULT_ENCODER, DEFAULT_LM
 from pilon_compress.errors import BadInput
-from pilon_compress.families import Site, find_sites
-from pilon_compress.form.layout import Layout
-from pilon_compress.measure.anatomy import stored_dtype
-from pilon_compress.measure.parts import layout_parts
-from pilon_compress.measure.size import ffn_size, model_size
+from pilon_compress.evaluate.inspect import stored_dtype
+from pilon_compress.evaluate.untouched import notes, untouched
+from pilon_compress.models import checkpoint
+from pilon_compress.models.families import Site, find_sites
 from pilon_compress.models.limits import check_length, longest_input
+from pilon_compress.models.source import available
 from pilon_compress.models.stream_check import check_walk
-from pilon_compress.models.untouched import notes, untouched
-from pilon_compress.recipe import Recipe
+from pilon_compress.nn.layout import Layout
+from pilon_compress.nn.size import ffn_size, model_size
+from pilon_compress.report.parts import layout_parts
 
 ENCODER_LENGTH = 128
 CAUSAL_LENGTH = 512
@@ -91,7 +91,7 @@ class Job:
 
     @property
     def quantization(self) -> str | None:
-        """Which of `form.integers.KINDS` where banks and matrices become whole numbers."""
+        """Which of `nn.integer.KINDS` where banks and matrices become whole numbers."""
         asked = self.recipe.form.bank_dtype
         return None if asked == "auto" else asked
 
@@ -160,7 +160,7 @@ def prepare(recipe: Recipe) -> Job:
     length = asked.sequence_length or min(longest, CAUSAL_LENGTH if causal else ENCODER_LENGTH)
     check_length(dense, length, "calibration.sequence_length")
     calibration = Calibration(
-        data=asked.data or (DEFAULT_LM if causal else "stdlib"),
+        data=asked.data or (DEFAULT_LM if causal else DEFAULT_ENCODER),
         samples=asked.samples or EFFORTS[recipe.effort].samples(causal, max(site.d_in for site in sites), length),
         sequence_length=length,
         batch_size=asked.batch_size,

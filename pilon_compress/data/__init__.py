@@ -1,1 +1,1 @@
-"""Text sources, and the token sequences that are made of them."""
+"""Text: sources, token sequences, batches. Knows tokenizers, nothing of models."""

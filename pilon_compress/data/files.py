@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pilon_compress import progress
 from pilon_compress.data import plain, rows
 from pilon_compress.errors import BadInput
+from pilon_compress.io import progress
 
 SOURCES = "text sources are hub:..., a txt, jsonl or parquet file, stdlib, stdin"
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pilon_compress import hub
 from pilon_compress.errors import BadInput
+from pilon_compress.io import hub
 
 ALTERNATIVES = "give a local txt, jsonl or parquet file, `stdlib`, or `stdin` instead"
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from unicodedata import category
 
-from pilon_compress import progress
 from pilon_compress.data.plain import cut
+from pilon_compress.io import progress
 
 LONGEST = 2**12  # characters of a paragraph; a longer one is cut
 ENOUGH = 32  # paragraphs; fewer are cut into more, or joined by short ones

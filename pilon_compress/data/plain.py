@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import IO
 
-from pilon_compress import progress
 from pilon_compress.errors import BadInput
+from pilon_compress.io import progress
 
 LONGEST = 2**20  # characters of a document; a longer one is cut
 LOOK = 2**22  # characters in which a blank line is looked for

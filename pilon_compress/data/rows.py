@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from pilon_compress import progress
 from pilon_compress.errors import BadInput
+from pilon_compress.io import progress
 from pilon_compress.io.errors import first_line
 
 LONGEST_ROW = 2**26  # bytes of a jsonl line, or characters of a JSON value

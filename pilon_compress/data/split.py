@@ -5,9 +5,9 @@ from hashlib import blake2b
 from itertools import chain
 from typing import Literal, TypeVar
 
-from pilon_compress import progress
 from pilon_compress.data.plain import cut
 from pilon_compress.errors import BadInput
+from pilon_compress.io import progress
 
 HELD_OUT = 5  # one document in five is held out
 FEW, SMALL = 20, 2**20  # documents, characters: a source with no more of either is split as a whole

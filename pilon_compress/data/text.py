@@ -12,9 +12,22 @@ from pilon_compress.data.paragraphs import paragraphs
 from pilon_compress.data.split import Part, belongs, split
 from pilon_compress.errors import BadInput
 
-__all__ = ["DEFAULT_LM", "Part", "belongs", "fingerprint", "open_rows", "open_text", "paragraphs", "sample"]
+__all__ = [
+    "DEFAULT_ENCODER",
+    "DEFAULT_LM",
+    "EVALUATION_LM",
+    "Part",
+    "belongs",
+    "fingerprint",
+    "open_rows",
+    "open_text",
+    "paragraphs",
+    "sample",
+]
 
 DEFAULT_LM = "hub:Salesforce/wikitext:wikitext-2-raw-v1:train:text"
+EVALUATION_LM = "hub:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
+DEFAULT_ENCODER = "stdlib"
 POOL = 20  # a sample is drawn from the first POOL * count texts, so that endless sources end
 T = TypeVar("T")
 

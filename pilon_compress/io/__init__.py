@@ -1,1 +1,1 @@
-"""Files and folders: outputs and their locks, checksums, companions of a model, signals. Imports no torch."""
+"""Files: output folders, locks, checksums, journals, signals, progress. Torch is imported only to spill tensors."""

@@ -17,8 +17,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pilon_compress import hub
 from pilon_compress.errors import BadInput
+from pilon_compress.io import hub
 from pilon_compress.io.disk import read_bounded
 
 MODULES = "modules.json"

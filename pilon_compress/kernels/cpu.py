@@ -20,8 +20,8 @@ from torch import Tensor
 
 from pilon_compress.kernels import reference
 from pilon_compress.kernels.build import NoKernel, library
+from pilon_compress.kernels.cpu_layout import BankTiles, MatrixTiles, Projection, matrix_tiles, tiles
 from pilon_compress.kernels.reference import ACTIVATIONS, int8_rows
-from pilon_compress.kernels.tiles import BankTiles, MatrixTiles, Projection, matrix_tiles, tiles
 
 __all__ = [
     "BankTiles",

@@ -29,8 +29,8 @@ except ImportError as missing:
     raise BadInput("the GPU kernels need triton: pip install 'pilon-compress[gpu]'") from missing
 
 from pilon_compress.kernels import triton_launch
+from pilon_compress.kernels.gpu_layout import GROUPS, BankWords, MatrixWords, matrix_words, words
 from pilon_compress.kernels.triton_arithmetic import ACTIVATIONS
-from pilon_compress.kernels.words import GROUPS, BankWords, MatrixWords, matrix_words, words
 
 __all__ = [
     "BankWords",

@@ -26,7 +26,7 @@ def quantise(x: Tensor, group: int = 0, rounding: Callable[[Tensor], Tensor] = t
     """Codes (..., d) of `x` (..., d), whole numbers in float32, and their scales: (..., 1), or (..., ceil(d / group)).
 
     The scale is a token's own largest magnitude over 127, so that neither other tokens nor the batch matter.
-    `rounding`: another one has gradients (`form.ternary.straight`).
+    `rounding`: another one has gradients (`nn.ternary_quantizer.straight`).
     """
     x = x.float()
     d = x.shape[-1]

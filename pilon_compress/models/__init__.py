@@ -1,1 +1,1 @@
-"""Models as users name them: where they are, and the files and the class that they consist of."""
+"""Dense models: references that users name, files, configs, blocks, and hidden states between the blocks."""

@@ -87,7 +87,7 @@ def _on_hub(reference: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from pilon_compress import hub
+    from pilon_compress.io import hub
 
     owner, _, rest = reference.partition("/")
     name, _, file = rest.partition("/")

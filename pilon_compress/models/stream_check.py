@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pilon_compress.convert.calibration import Batch
-from pilon_compress.convert.source import Source
-from pilon_compress.convert.stream import Stream, last_states, run_head
+from pilon_compress.data.calibration import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.models.blocks import check_once
 from pilon_compress.models.causality import check_causal
+from pilon_compress.models.hidden_states import Stream, last_states, run_head
+from pilon_compress.models.source import Source
 
 ROWS, LENGTH = 2, 128  # texts that are compared, and tokens of each at most
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}

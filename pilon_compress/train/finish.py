@@ -12,24 +12,24 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
-from pilon_compress import checkpoint
-from pilon_compress.deploy.export import MODELING_FILE, drop_bundled
-from pilon_compress.deploy.save import save_model
-from pilon_compress.form.fold import prune_unused
-from pilon_compress.form.layout import install, layout_of
+from pilon_compress.config import training as recipes
+from pilon_compress.config.training import TrainRecipe
+from pilon_compress.data.corpus import Corpus, source_of
+from pilon_compress.export.export import MODELING_FILE, drop_bundled
+from pilon_compress.export.save import save_model
 from pilon_compress.io import companions, manifest
 from pilon_compress.io.disk import DiskFull, disk_full, replace, sync, sync_tree
-from pilon_compress.train import recipe as recipes
-from pilon_compress.train.card import model_card
-from pilon_compress.train.corpus import Corpus, source_of
-from pilon_compress.train.distributed import full
+from pilon_compress.models import checkpoint
+from pilon_compress.nn.fold import prune_unused
+from pilon_compress.nn.layout import install, layout_of
+from pilon_compress.parallel import full
+from pilon_compress.report.training_card import model_card
+from pilon_compress.report.training_page import write_pages
+from pilon_compress.research.original.moving_linear import finalise, settled_state
 from pilon_compress.train.loop import Training, put, validation_loss, weights_in
 from pilon_compress.train.monitor import read_metrics
-from pilon_compress.train.plan import sized
-from pilon_compress.train.recipe import TrainRecipe
-from pilon_compress.train.report import write_pages
+from pilon_compress.train.preflight import sized
 from pilon_compress.train.run import RESULT, Run
-from pilon_compress.train.staged_linear import finalise, settled_state
 
 
 def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> dict[str, Any]:

@@ -16,22 +16,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pilon_compress import checkpoint
+from pilon_compress.config.training import TrainRecipe
+from pilon_compress.data.batch import Batch
+from pilon_compress.data.corpus import Corpus
+from pilon_compress.data.loader import Loader, Rows, in_order
+from pilon_compress.distill.students import Following, FollowingEmbeddings, Wanted, embeddings, feed_forward_outputs
+from pilon_compress.distill.teacher import Teacher, fingerprint, open_teacher
+from pilon_compress.distill.teacher_cache import Taught, Wish, predictions
 from pilon_compress.errors import BadInput
+from pilon_compress.evaluate.embeddings import NEIGHBORS, shared_neighbours
 from pilon_compress.io import manifest
-from pilon_compress.lineage import lineage
-from pilon_compress.measure import encoder
+from pilon_compress.models import checkpoint
+from pilon_compress.models.provenance import lineage
 from pilon_compress.models.task import vocabulary
+from pilon_compress.parallel import World
 from pilon_compress.train import schedule
-from pilon_compress.train.batch import Batch
-from pilon_compress.train.corpus import Corpus
-from pilon_compress.train.distill import Following, FollowingEmbeddings, Wanted, embeddings, feed_forward_outputs
-from pilon_compress.train.distributed import World
 from pilon_compress.train.loop import PERPLEXITY, Figure
-from pilon_compress.train.order import Loader, Rows, in_order
-from pilon_compress.train.predictions import Taught, Wish, predictions
-from pilon_compress.train.recipe import TrainRecipe
-from pilon_compress.train.teacher import Teacher, fingerprint, open_teacher
 
 COSINE = Figure("val_cosine", "validation cosine", lambda apart: 1 - apart)
 JUDGED = "judged.json"
@@ -108,10 +108,10 @@ class Healing:
 
     @torch.no_grad()
     def neighbours(self) -> dict[str, Any]:
-        """neighbors10 on the validation texts, if they are enough: see `measure.encoder.measure`."""
+        """neighbors10 on the validation texts, if they are enough: see `evaluate.embeddings.measure`."""
         assert self.teacher is not None
         rows, student = self.corpus.validation, self.trainee.get_submodule("model")
-        if len(rows) <= encoder.NEIGHBORS:
+        if len(rows) <= NEIGHBORS:
             return {}
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
@@ -119,7 +119,7 @@ class Healing:
             batch = batch.to(self.world.device)
             for model, found in ((student, ours), (self.teacher.model, theirs)):
                 found.append(embeddings(model, batch).float().cpu())
-        return {"neighbors10": encoder.shared_neighbours(torch.cat(ours), torch.cat(theirs))}
+        return {"neighbors10": shared_neighbours(torch.cat(ours), torch.cat(theirs))}
 
 
 def size_of(recipe: TrainRecipe) -> int:

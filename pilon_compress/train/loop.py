@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from pilon_compress.config.training import TrainRecipe
+from pilon_compress.data.batch import Batch
+from pilon_compress.data.corpus import Streamed
 from pilon_compress.errors import BadInput
 from pilon_compress.io import signals
+from pilon_compress.parallel import World, full, last_micro_batch, reshard
 from pilon_compress.train import schedule
-from pilon_compress.train.batch import Batch
-from pilon_compress.train.corpus import Streamed
-from pilon_compress.train.distributed import World, full, last_micro_batch, reshard
+from pilon_compress.train.checkpoints import Checkpoints, tensors_of
 from pilon_compress.train.monitor import Clock, Monitor, memory_gib, mfu
 from pilon_compress.train.optim import learning
-from pilon_compress.train.recipe import TrainRecipe
-from pilon_compress.train.state import Checkpoints, tensors_of
 
 SMOOTHING = 0.98  # of the running mean that a spike is measured against
 SETTLED = 50  # steps before a spike can be told from a beginning

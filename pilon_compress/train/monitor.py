@@ -12,7 +12,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pilon_compress.io.disk import write_whole
-from pilon_compress.progress import open_console, say
+from pilon_compress.io.progress import open_console, say
 from pilon_compress.train.trackers import open_tracker
 
 METRICS = "metrics.jsonl"

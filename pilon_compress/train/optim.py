@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pilon_compress.form.bank import PrimitiveBank
-from pilon_compress.form.composed import ComposedLinear
-from pilon_compress.form.kept import KeptLinear
-from pilon_compress.form.ternary_bank import TernaryBank, TernaryLinear
-from pilon_compress.train.distributed import full
-from pilon_compress.train.recipe import Optimizer
+from pilon_compress.config.training import Optimizer
+from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.dense_linear import KeptLinear
+from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
+from pilon_compress.parallel import full
 
 GROUPS = ("banks", "compositions", "scales", "embeddings", "matrices", "vectors")
 SCALES = ("A_scale", "B_scale", "scale")

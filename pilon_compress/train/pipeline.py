@@ -17,43 +17,42 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pilon_compress import checkpoint
-from pilon_compress.convert.stream import blocks
-from pilon_compress.convert.ternarise import ternarise
+from pilon_compress.config.training import TrainRecipe
 from pilon_compress.data import text
+from pilon_compress.data.batch import Batch
+from pilon_compress.data.corpus import Corpus, open_corpus, open_paragraphs, source_of
+from pilon_compress.data.loader import in_order
 from pilon_compress.data.sequences import check_ids
+from pilon_compress.distill.losses import NextToken
 from pilon_compress.errors import BadInput
-from pilon_compress.families import find_sites
-from pilon_compress.form.layout import layout_of
+from pilon_compress.evaluate import generate
 from pilon_compress.io import companions, manifest
 from pilon_compress.io.checksum import damage
 from pilon_compress.io.disk import rename, sync_tree
 from pilon_compress.io.folders import expanded
-from pilon_compress.measure import sample
-from pilon_compress.measure.size import ffn_size, linear_macs
+from pilon_compress.models import base_architectures, checkpoint
+from pilon_compress.models.families import find_sites
+from pilon_compress.models.hidden_states import blocks
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
-from pilon_compress.train import hosts
-from pilon_compress.train.batch import Batch
-from pilon_compress.train.corpus import Corpus, open_corpus, open_paragraphs, source_of
-from pilon_compress.train.distributed import join, lone, spread, wrap
+from pilon_compress.nn.layout import layout_of
+from pilon_compress.nn.size import ffn_size, linear_macs
+from pilon_compress.parallel import join, lone, spread, wrap
+from pilon_compress.research.original.callbacks import plugins_for
+from pilon_compress.research.original.selection import stage
+from pilon_compress.train.bank_health import Health
+from pilon_compress.train.checkpoints import Checkpoints
+from pilon_compress.train.dense_warmup import convert_once, stages
 from pilon_compress.train.finish import finish
 from pilon_compress.train.heal import Healing, open_healing, steps_of, tokens_of
-from pilon_compress.train.health import Health
 from pilon_compress.train.loop import PERPLEXITY, Training, restore, train
-from pilon_compress.train.losses import NextToken
 from pilon_compress.train.monitor import Monitor
 from pilon_compress.train.optim import make_optimizers, restrict
-from pilon_compress.train.order import in_order
-from pilon_compress.train.plan import check, plan
-from pilon_compress.train.plugins import plugins_for
-from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.train.preflight import check, plan
+from pilon_compress.train.progressive import shrink
 from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, settle
-from pilon_compress.train.selection import stage
-from pilon_compress.train.shrink import shrink
-from pilon_compress.train.state import Checkpoints
-from pilon_compress.train.ternary import in_stages
-from pilon_compress.train.warm import convert_once, stages
+from pilon_compress.train.ternary.initialise import ternarise
+from pilon_compress.train.ternary.schedule import in_stages
 
 __all__ = ["plan", "train_model"]
 
@@ -170,7 +169,7 @@ def set_up(run: Run, resume: bool) -> tuple[Training, PreTrainedTokenizerBase, C
     job = assemble(run, model, healing.corpus if healing else corpus, micro_batches, healing)
     prompt = recipe.run.sample
     if prompt is not None and world.size == 1 and model.can_generate():
-        job.sample = lambda: prompt + sample.continued(model, tokenizer, prompt, SAMPLE)
+        job.sample = lambda: prompt + generate.continued(model, tokenizer, prompt, SAMPLE)
     if resume and job.checkpoints.steps():
         restore(job, job.checkpoints.steps()[-1])
     return job, tokenizer, corpus
@@ -217,7 +216,7 @@ def keep_tokenizer(run: Run, folder: Path) -> None:
     documents = list(text.open_text(source_of(run.recipe), "calibration"))
     work = folder.with_suffix(".part")
     shutil.rmtree(work, ignore_errors=True)  # by a process that was killed
-    hosts.train_tokenizer(documents, run.recipe.host.vocab_size).save_pretrained(work)
+    base_architectures.train_tokenizer(documents, run.recipe.host.vocab_size).save_pretrained(work)
     manifest.write(work)
     sync_tree(work)
     rename(work, folder)
@@ -249,15 +248,15 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> 
             round_model(run, model, corpus)
     elif recipe.ffn.like is not None:
         config = checkpoint.load_config(recipe.ffn.like)
-        layout = hosts.layout_in(config)
+        layout = base_architectures.layout_in(config)
         if layout is not None:
-            layout = hosts.with_ternary(layout, find_sites(checkpoint.empty_model(config)), recipe.ternary)
-        model = hosts.build_with(config, layout, recipe.seed)
+            layout = base_architectures.with_ternary(layout, find_sites(checkpoint.empty_model(config)), recipe.ternary)
+        model = base_architectures.build_with(config, layout, recipe.seed)
     else:
-        config = hosts.config_for(recipe.host, recipe.data.sequence_length, tokenizer.eos_token_id)
+        config = base_architectures.config_for(recipe.host, recipe.data.sequence_length, tokenizer.eos_token_id)
         if len(tokenizer) > config.vocab_size:
             raise BadInput(f"the tokenizer has {len(tokenizer)} tokens, host.vocab_size is {config.vocab_size}")
-        model = hosts.build(config, recipe.ffn, recipe.seed, recipe.ternary)
+        model = base_architectures.build(config, recipe.ffn, recipe.seed, recipe.ternary)
     stage(model, recipe)
     model.config.use_cache = False
     restrict(model, recipe.run.train)

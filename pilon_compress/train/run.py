@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pilon_compress.config import training as recipes
+from pilon_compress.config.training import TrainRecipe
 from pilon_compress.errors import BadInput
 from pilon_compress.io.disk import part_of, write_whole
 from pilon_compress.io.folders import check_output, discard_old, open_output, put_back, set_aside
-from pilon_compress.train import recipe as recipes
-from pilon_compress.train.distributed import World
-from pilon_compress.train.recipe import TrainRecipe
+from pilon_compress.parallel import World
 
 RECIPE, RESULT = "recipe.yaml", "train.json"
 STAGES = "stages"  # folder of runs that come before, inside the output

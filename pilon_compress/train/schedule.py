@@ -2,7 +2,7 @@
 
 import math
 
-from pilon_compress.train.recipe import Schedule, Ternary, TrainRecipe
+from pilon_compress.config.training import Schedule, Ternary, TrainRecipe
 
 
 def rate(schedule: Schedule, share: float) -> float:

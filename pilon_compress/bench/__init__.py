@@ -1,0 +1,1 @@
+"""Times blocks and whole models against dense and quantised ones."""

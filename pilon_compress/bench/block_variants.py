@@ -1,0 +1,257 @@
+"""The contenders of the benchmark: one feed-forward block in every form, of random weights. Speed asks no more of them.
+
+To add one, write a function from `Shape` and device to `Block` and put it into `CONTENDERS`.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from pilon_compress.bench.timing import once
+from pilon_compress.kernels import cpu, dispatch
+from pilon_compress.kernels.gpu_layout import MatrixWords
+from pilon_compress.kernels.reference import ACTIVATIONS
+from pilon_compress.nn.ternary_quantizer import GROUP
+
+Linear = Callable[[Tensor], Tensor]
+BASELINE = "dense_fp32"
+
+
+class NotHere(Exception):
+    """Why a contender does not run on this device, in a few words."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A block of width `d` and `hidden`; PILON ones read `active` (= k·r) components, in primitives of `rank`."""
+
+    d: int
+    hidden: int
+    active: int
+    rank: int
+    gated: bool
+    activation: str
+    batch: int
+
+    @property
+    def projections(self) -> list[tuple[int, int]]:
+        """(d_in, d_out) of up, gate if there is one, and down."""
+        wide = (self.d, self.hidden)
+        return [wide, *([wide] if self.gated else []), (self.hidden, self.d)]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block to run on inputs of `dtype`, and the bytes of weights that it reads in a pass."""
+
+    run: Linear
+    bytes: int
+    dtype: torch.dtype = torch.float32
+
+
+def dense_fp32(shape: Shape, device: torch.device) -> Block:
+    return _dense(shape, device, torch.float32)
+
+
+def dense_bf16(shape: Shape, device: torch.device) -> Block:
+    return _dense(shape, device, torch.bfloat16)
+
+
+def dense_int8(shape: Shape, device: torch.device) -> Block:
+    parts = [[_weight(d_in, d_out, device)] for d_in, d_out in shape.projections]
+    return _int8(shape, parts, device)
+
+
+def dense_ternary(shape: Shape, device: torch.device) -> Block:
+    if device.type in dispatch.TRITON:
+        return _ternary_matrices_on_gpu(shape, device)
+    needs_kernel(device)
+    return _ternary(shape, [ternary_matrix(*sizes) for sizes in shape.projections])
+
+
+def pilon_fp32(shape: Shape, device: torch.device) -> Block:
+    return _pilon(shape, device, torch.float32)
+
+
+def pilon_bf16(shape: Shape, device: torch.device) -> Block:
+    return _pilon(shape, device, torch.bfloat16)
+
+
+def pilon_int8(shape: Shape, device: torch.device) -> Block:
+    return _int8(shape, _factors(shape, device), device)
+
+
+def pilon_ternary(shape: Shape, device: torch.device) -> Block:
+    if shape.rank % 16:
+        raise NotHere("ranks must be multiples of 16")
+    if device.type in dispatch.TRITON:
+        return _ternary_banks_on_gpu(shape, device)
+    needs_kernel(device)
+    return _ternary(shape, [ternary_bank(*sizes, shape.active, shape.rank) for sizes in shape.projections])
+
+
+CONTENDERS: dict[str, Callable[[Shape, torch.device], Block]] = {
+    function.__name__: function
+    for function in (
+        *(dense_fp32, dense_bf16, dense_int8, dense_ternary),
+        *(pilon_fp32, pilon_bf16, pilon_int8, pilon_ternary),
+    )
+}
+
+
+def _weight(d_in: int, d_out: int, device: torch.device) -> Tensor:
+    return torch.randn(d_out, d_in, device=device) * d_in**-0.5
+
+
+def _factors(shape: Shape, device: torch.device) -> list[list[Tensor]]:
+    """A and B of every projection, with the composition folded in: two plain matrices."""
+    sizes = shape.projections
+    return [[_weight(i, shape.active, device), _weight(shape.active, o, device)] for i, o in sizes]
+
+
+def _dense(shape: Shape, device: torch.device, dtype: torch.dtype) -> Block:
+    parts = [[_weight(d_in, d_out, device)] for d_in, d_out in shape.projections]
+    return _plain(shape, parts, dtype)
+
+
+def _pilon(shape: Shape, device: torch.device, dtype: torch.dtype) -> Block:
+    return _plain(shape, _factors(shape, device), dtype)
+
+
+def _plain(shape: Shape, parts: list[list[Tensor]], dtype: torch.dtype) -> Block:
+    parts = [[weight.to(dtype) for weight in part] for part in parts]
+    return Block(_block(shape, [_chain([_matrix(w) for w in part]) for part in parts]), _bytes(parts), dtype)
+
+
+def _int8(shape: Shape, parts: list[list[Tensor]], device: torch.device) -> Block:
+    make, dtype = _faster_int8(shape, len(parts[0]), device)
+    size = sum(weight.numel() + 4 * len(weight) for part in parts for weight in part)
+    return Block(_block(shape, [_chain([make(w) for w in part]) for part in parts]), size, dtype)
+
+
+@cache
+def _faster_int8(shape: Shape, factors: int, device: torch.device) -> tuple[Callable[[Tensor], Linear], torch.dtype]:
+    """torch has two int8 products, of which now one is faster, now the other: the faster one here, and its inputs."""
+    parts = [[_weight(*sizes, device)] for sizes in shape.projections] if factors == 1 else _factors(shape, device)
+    found, reason = [], ""
+    for make, dtype in ((weight_only_int8, torch.bfloat16), (dynamic_int8, torch.float32)):
+        x = torch.randn(shape.batch, shape.d, device=device, dtype=dtype)
+        try:
+            run = _block(shape, [_chain([make(w) for w in part]) for part in parts])
+            found.append((min(once(partial(run, x), device) for _ in range(8)), make, dtype))
+        except RuntimeError as error:  # what torch raises where a device or a build lacks the operator
+            reason = str(error).splitlines()[0]
+    if not found:
+        raise NotHere(f"torch has no int8 product here: {reason}")
+    return min(found, key=lambda one: one[0])[1:]
+
+
+def _ternary(shape: Shape, projections: list[cpu.Projection]) -> Block:
+    up, *gate, down = projections
+    activation = shape.activation
+    stored = [tensor for p in projections for tensor in p.tensors() if tensor is not None]
+    return Block(cpu.prepared_ffn(up, down, gate[0] if gate else None, activation), _bytes([stored]))
+
+
+def _ternary_matrices_on_gpu(shape: Shape, device: torch.device) -> Block:
+    runs, stored = [], []
+    for d_in, d_out in shape.projections:
+        matrix = dispatch.matrix(_digits(d_in, d_out).to(device), _group(d_in, d_out))
+        if not isinstance(matrix, MatrixWords):
+            raise NotHere("the Triton kernels do not run here, or take no such shape")
+        scale = torch.rand(d_out, device=device)
+        runs.append(dispatch.multiplied(matrix, scale, _group(d_in, d_out)))
+        stored.append([matrix.A, scale])
+    return Block(_block(shape, runs), _bytes(stored), torch.bfloat16)
+
+
+def _ternary_banks_on_gpu(shape: Shape, device: torch.device) -> Block:
+    if not dispatch.available(device.type):
+        raise NotHere("the Triton kernels do not run here")
+    from pilon_compress.kernels import gpu
+
+    made, k = [], shape.active // shape.rank
+    for d_in, d_out in shape.projections:
+        words = gpu.words(*(_digits(k, *sizes).to(device) for sizes in ((d_in, shape.rank), (shape.rank, d_out))))
+        scale = torch.rand(shape.active, device=device)
+        made.append(gpu.Projection(words, torch.randperm(k, device=device), scale))
+    up, *gate, down = made
+    run = partial(gpu.ffn, up=up, down=down, gate=gate[0] if gate else None, activation=shape.activation)
+    return Block(run, _bytes([[p.words.A, p.words.B, p.selected, p.scale] for p in made]), torch.bfloat16)
+
+
+def ternary_matrix(d_in: int, d_out: int) -> cpu.Projection:
+    """Random digits and scales."""
+    return cpu.Projection(cpu.matrix_tiles(_digits(d_in, d_out)), torch.rand(d_out), group=_group(d_in, d_out))
+
+
+def ternary_bank(d_in: int, d_out: int, active: int, rank: int, n_primitives: int | None = None) -> cpu.Projection:
+    """Random digits and scales of a bank, `active` components of which are selected."""
+    k = active // rank
+    n = n_primitives or k
+    tiles = cpu.tiles(_digits(n, d_in, rank), _digits(n, rank, d_out))
+    return cpu.Projection(tiles, torch.rand(active), torch.randperm(n)[:k], group=_group(d_in, d_out))
+
+
+def _group(d_in: int, d_out: int) -> int:
+    """Only the hidden values that enter a down projection are quantised in groups."""
+    return GROUP if d_in > d_out else 0
+
+
+def _digits(*sizes: int) -> Tensor:
+    return torch.randint(-1, 2, sizes, dtype=torch.int8)
+
+
+def weight_only_int8(weight: Tensor) -> Linear:
+    """Weights (d_out, d_in) in int8, activations in bfloat16."""
+    rows, scale = cpu.int8_rows(weight)
+    scale = scale.bfloat16()
+    return lambda x: torch._weight_int8pack_mm(x, rows, scale)
+
+
+def dynamic_int8(weight: Tensor) -> Linear:
+    """Weights (d_out, d_in) and activations in int8."""
+    scale = cpu.int8_rows(weight)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to replace these types, but nothing else it has is as fast
+        quantised = torch.quantize_per_channel(weight, scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(quantised, None)
+    # activations of 7 bits, as torch's own layer asks for: without VNNI sums of 8-bit products saturate
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
+
+
+def _matrix(weight: Tensor) -> Linear:
+    return lambda x: linear(x, weight)
+
+
+def _chain(linears: list[Linear]) -> Linear:
+    first, *rest = linears
+    if not rest:
+        return first
+    (second,) = rest
+    return lambda x: second(first(x))
+
+
+def _block(shape: Shape, linears: list[Linear]) -> Linear:
+    up, *gate, down = linears
+    act = ACTIVATIONS[shape.activation]
+    if gate:
+        return lambda x: down(act(gate[0](x)) * up(x))
+    return lambda x: down(act(up(x)))
+
+
+def _bytes(parts: list[list[Tensor]]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part)
+
+
+def needs_kernel(device: torch.device) -> None:
+    """Raises NotHere where the CPU's ternary kernel does not run."""
+    if device.type != "cpu":
+        raise NotHere("the ternary kernel is for CPUs")
+    if not cpu.available():
+        raise NotHere("the ternary kernel could not be had")

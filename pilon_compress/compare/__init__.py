@@ -1,0 +1,1 @@
+"""Compares PILON with baselines at equal stored numbers or equal bytes."""

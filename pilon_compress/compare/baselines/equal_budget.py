@@ -1,0 +1,64 @@
+"""How stored numbers are dealt out: the same ratio for every part of the model, what rounding leaves to the first."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pilon_compress.errors import BadInput
+from pilon_compress.models.families import Site
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a method sizes in one: it stores `fixed + count · price` numbers, and more than `most` would add nothing.
+
+    A step is one rank, one basis vector, one neuron or one primitive, as the method has it.
+    """
+
+    sites: tuple[Site, ...]
+    price: int
+    fixed: int
+    most: int
+
+    @property
+    def dense(self) -> int:
+        return sum(site.parameters for site in self.sites)
+
+
+Share = tuple[Unit, int]
+
+
+def deal(units: list[Unit], ratio: float, method: str) -> list[Share]:
+    """Steps for every unit so that all of them together store at most `ratio` of the dense numbers.
+
+    Every unit gets the steps that its own share pays for; what that leaves of the whole budget buys one more step,
+    unit by unit, those first that have none yet. Raises BadInput where a unit would get none.
+    """
+    counts = [min(unit.most, int((ratio * unit.dense - unit.fixed) // unit.price)) for unit in units]
+    left = ratio * sum(unit.dense for unit in units)
+    left -= sum(unit.fixed + unit.price * count for unit, count in zip(units, counts, strict=True))
+    for index in sorted(range(len(units)), key=lambda index: counts[index] > 0):
+        unit = units[index]
+        if counts[index] < unit.most and unit.price <= left:
+            counts[index] += 1
+            left -= unit.price
+        if counts[index] < 1:
+            raise BadInput(f"ratio {ratio:g} is too small for {method}: nothing would be left of {unit.sites[0].name}")
+    return list(zip(units, counts, strict=True))
+
+
+def bias_numbers(sites: Sequence[Site]) -> int:
+    return sum(site.d_out for site in sites if site.bias)
+
+
+def groups(sites: Sequence[Site], layers_per_group: int) -> list[tuple[Site, ...]]:
+    """Sites of one role and shape from `layers_per_group` neighbouring layers at a time, in layer order."""
+    found: list[tuple[Site, ...]] = []
+    alike: dict[tuple[str, int, int], list[Site]] = {}
+    for site in sites:
+        alike.setdefault((site.role, site.d_in, site.d_out), []).append(site)
+    for members in alike.values():
+        members.sort(key=lambda site: site.layer)
+        found += [
+            tuple(members[start : start + layers_per_group]) for start in range(0, len(members), layers_per_group)
+        ]
+    return found

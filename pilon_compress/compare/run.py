@@ -1,0 +1,224 @@
+"""PILON against the published baselines: same dense model, same text, same budgets, same counting.
+
+seed -> calibrate -> method and ratio -> approximate -> install -> evaluate -> one cell
+cells -> measure.comparison -> compare.json, compare.html, compare.md
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import pilon_compress
+from pilon_compress.compare import baselines, our_methods
+from pilon_compress.compare.baselines.rtn_gptq import ROUNDED
+from pilon_compress.compare.candidate import baseline, dense_size, problem_of
+from pilon_compress.compare.our_methods import OURS
+from pilon_compress.config import conversion
+from pilon_compress.convert import pipeline
+from pilon_compress.convert.calibrate.second_moments import gather
+from pilon_compress.convert.prepare import Job, prepare
+from pilon_compress.data import calibration
+from pilon_compress.data.calibration import Batch
+from pilon_compress.errors import BadInput
+from pilon_compress.evaluate import evaluate
+from pilon_compress.io.folders import fresh_folder, journal_of, open_output
+from pilon_compress.io.progress import track
+from pilon_compress.io.result_log import Cells
+from pilon_compress.models import checkpoint
+from pilon_compress.models.source import Source
+from pilon_compress.models.stream_check import check_stream
+from pilon_compress.nn.integer import KINDS
+from pilon_compress.nn.size import DENSE_ITEMSIZE, Size, linear_macs
+from pilon_compress.report import comparison_page
+
+METHODS = (*OURS, *baselines.PEERS, *ROUNDED)
+WHOLE = {method for method in METHODS if method.partition("-")[2] in KINDS}  # in whole numbers: compared where named
+DEFAULT = tuple(method for method in METHODS if method not in WHOLE)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison before it starts. `jobs`: what our own methods would do, by method and ratio; `base`: any job.
+
+    `ratios` are those of all methods together: 1 is among them for those that keep all numbers.
+    """
+
+    base: Job
+    ratios: list[float]
+    methods: list[str]
+    seeds: list[int]
+    jobs: dict[tuple[str, float], Job]
+    work: list[tuple[str, float]]
+
+    def describe(self) -> dict[str, Any]:
+        """What would be measured, as plain data: `planned` has the stored and bytes ratio that each method reaches."""
+        dense = dense_size(self.base.sites)
+        planned = []
+        for method, ratio in sorted(self.work, key=lambda item: -item[1]):
+            if method in OURS:
+                size = replace(self.jobs[method, ratio], dtype=torch.bfloat16).size()["ffn"]  # as all are counted
+                stored, asked = size["stored"], size["bytes"]
+            else:
+                stored, asked = baselines.planned(method, self.base.sites, ratio)
+            row = {"method": method, "ratio": ratio, "stored": stored, "stored_ratio": stored / dense.stored}
+            planned.append({**row, "bytes_ratio": asked / dense.bytes})
+        return {
+            "source": self.base.recipe.model,
+            "seeds": self.seeds,
+            "cells": len(planned) * len(self.seeds),
+            "calibration": vars(self.base.calibration),
+            "planned": planned,
+        }
+
+
+def plan(settings: conversion.Recipe, ratios: Sequence[float], methods: Sequence[str], seeds: int) -> Comparison:
+    """Size every method at every ratio, for `seeds` calibration seeds from `settings.seed` on.
+
+    Loads no weights and reads no text. Raises BadInput for an unknown method, for a ratio that is too small for one.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise BadInput(f"no method {method!r}; there are {', '.join(METHODS)}")
+    if seeds < 1 or not methods or not ratios:
+        raise BadInput("a comparison needs at least one method, one ratio and one seed")
+    ratios, methods = sorted(set(ratios), reverse=True), list(dict.fromkeys(methods))
+    base = prepare(
+        our_methods.settings(settings, "pilon", 1.0)
+    )  # at full size: a small ratio is for each method to refuse
+    for ratio in ratios:  # refused where it is no ratio, whatever is compared
+        our_methods.settings(settings, "pilon", ratio)
+    work = [(method, ratio) for method in methods for ratio in ([1.0] if method in ROUNDED else ratios)]
+    jobs = {}
+    for method, ratio in work:
+        if method in OURS:
+            jobs[method, ratio] = prepare(our_methods.settings(settings, method, ratio))
+        else:
+            baselines.planned(method, base.sites, ratio)
+    shown = sorted({ratio for _, ratio in work}, reverse=True)
+    return Comparison(base, shown, methods, list(range(settings.seed, settings.seed + seeds)), jobs, work)
+
+
+def compare(
+    asked: Comparison, output: str | Path, *, overwrite: bool = False, command: str = "", device: str = "auto"
+) -> dict[str, Any]:
+    """Measure every cell and write compare.json, compare.html and compare.md to the folder `output`.
+
+    Finished cells are kept beside `output` until it is written, and reused when the same comparison starts again.
+    Returns the contents of compare.json. Raises BadInput.
+    """
+    with open_output(output, overwrite, asked.base.recipe.model, kind="comparison") as path:
+        return _compare(asked, path, overwrite, command, device)
+
+
+def _compare(asked: Comparison, output: Path, overwrite: bool, command: str, device: str) -> dict[str, Any]:
+    """Compare into `output`, which this process holds."""
+    started, job = time.perf_counter(), asked.base
+    tokenizer = checkpoint.load_tokenizer(job.recipe.model)
+    exam = pipeline.read_evaluation(job)
+    if isinstance(exam, str):
+        raise BadInput(f"a comparison needs text to judge by: {exam}")
+    drawn = {seed: pipeline.read_calibration(job.seeded(seed), tokenizer) for seed in asked.seeds}
+    where = checkpoint.find_device(device)
+    dtype = pipeline.compute_dtype(job, where)
+    bench = Bench(job, checkpoint.load_model(job.recipe.model, dtype=dtype, device=str(where)), tokenizer, exam)
+    cells = Cells(output, bench.fingerprint())
+    dense = _dense(bench, cells)
+    measured = [cell for seed, batches in drawn.items() for cell in _measure(asked, seed, batches, bench, cells)]
+    result = {
+        "format_version": 1,
+        "pilon_compress": pilon_compress.__version__,
+        "source": job.recipe.model,
+        "command": command,
+        "output": str(output),
+        "journal": journal_of(output),
+        "ratios": asked.ratios,
+        "methods": asked.methods,
+        "seeds": asked.seeds,
+        "calibration": {
+            "data": job.calibration.data,
+            "texts": max(calibration.sequences(batches) for batches in drawn.values()),
+            "tokens": max(calibration.tokens(batches) for batches in drawn.values()),
+        },
+        **comparison_page.summarise(measured, dense),
+        "cells": measured,
+        "seconds": time.perf_counter() - started,
+    }
+    with fresh_folder(output, overwrite, "comparison") as folder:
+        comparison_page.write(result, folder)
+    cells.remove()
+    return result
+
+
+class Bench:
+    """The dense model and the text that every candidate is judged by, the same for all."""
+
+    def __init__(
+        self, job: Job, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]
+    ) -> None:
+        self.job, self.dense, self.tokenizer, self.documents = job, dense, tokenizer, documents
+        self.size = dense_size(job.sites)
+
+    def quality(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Figures of `model` against the dense one."""
+        asked = evaluate.affordable(self.job.recipe.evaluation, self.dense)
+        figures = evaluate.measure(
+            model, self.tokenizer, self.documents, against=self.dense, settings=asked, seed=self.job.recipe.seed
+        )
+        return {**figures, "data": asked.data or f"{self.job.calibration.data} (held-out part)"}
+
+    def sizes(self, ffn: Size) -> dict[str, Any]:
+        """`ffn` and `model`: numbers, bytes in bfloat16 and MACs, with their ratios to the dense ones."""
+        rest = sum(p.numel() for p in self.dense.parameters()) - self.size.stored
+        macs = linear_macs(self.dense) - self.size.macs
+        whole = ffn + Size(rest, rest, rest * DENSE_ITEMSIZE, rest * DENSE_ITEMSIZE, macs, macs)
+        return {"ffn": ffn.to_dict(), "model": whole.to_dict()}
+
+    def fingerprint(self) -> str:
+        """Of everything that all cells depend on: version, settings but the ratio, evaluation text and weights."""
+        settings = conversion.dump(self.job.recipe.model_copy(update={"budget": conversion.Budget()}))
+        state = blake2b(f"{pilon_compress.__version__}\n{settings}".encode(), digest_size=16)
+        for document in self.documents:
+            state.update(document.encode("utf-8", "surrogatepass") + b"\0")
+        for name, parameter in self.dense.named_parameters():
+            state.update(name.encode())
+            state.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return state.hexdigest()
+
+
+def _dense(bench: Bench, cells: Cells) -> dict[str, Any]:
+    """The dense model judged like the others: what a perfect row looks like."""
+    if "dense" not in cells.found:
+        cells.keep("dense", {**bench.sizes(bench.size), "whitened_loss": 0.0, "quality": bench.quality(bench.dense)})
+    found: dict[str, Any] = cells.found["dense"]
+    return found
+
+
+def _measure(asked: Comparison, seed: int, batches: list[Batch], bench: Bench, cells: Cells) -> list[dict[str, Any]]:
+    """The cells of one seed: every method at every ratio. Calibrates only if one is missing."""
+    ids = blake2b(b"".join(batch.input_ids.numpy().tobytes() for batch in batches), digest_size=8).hexdigest()
+    work = {(method, ratio): f"{method} {ratio:g} {seed} {ids}" for method, ratio in asked.work}
+    missing = [item for item, key in work.items() if key not in cells.found]
+    if missing:
+        torch.manual_seed(seed)
+        source = Source(bench.dense)
+        check_stream(source, batches[0], head=asked.base.causal)
+        moments = gather(source, batches, asked.base.sites, causal=asked.base.causal, seed=seed)
+        problem = problem_of(bench.dense, asked.base.sites, {s.input: moments.input(s) for s in asked.base.sites})
+        for number, (method, ratio) in enumerate(missing, 1):
+            began, label = time.perf_counter(), f"{number}/{len(missing)} {method} {ratio:g}"
+            if method in OURS:
+                candidate = our_methods.candidate(asked.jobs[method, ratio], source, batches, moments, seed)
+            else:
+                (candidate,) = [baseline(method, ratio, problem, bench.dense) for _ in track([method], label)]
+            cell = {"method": method, "ratio": ratio, "seed": seed, **bench.sizes(candidate.size)}
+            cell["whitened_loss"] = max(0.0, sum(candidate.losses) / len(candidate.losses))
+            cell["fit_seconds"] = time.perf_counter() - began
+            cell["quality"] = bench.quality(candidate.model)
+            cells.keep(work[method, ratio], cell)
+    return [cells.found[key] for key in work.values()]

@@ -1,0 +1,1 @@
+"""Distributes the budget: sizes per layer, uniform or by loss."""

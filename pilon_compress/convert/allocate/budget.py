@@ -1,0 +1,132 @@
+"""Where the budget goes: neurons, ranks and plain matrices of all layers by what they cost the model as a whole.
+
+Every block offers options (`blocks.Block.options`) with their loss in the two-sided metric, one unit for the whole
+model, and a multi-choice knapsack takes the best set within the budget. LEMS and ROCKET allocate ranks in this way;
+here neurons, ranks and plain matrices compete.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from pilon_compress.convert.allocate.block_options import Block, Choice
+from pilon_compress.convert.allocate.knapsack import Option, choose
+from pilon_compress.convert.allocate.plan import BankPlan, Plan, trimmed
+from pilon_compress.convert.calibrate.second_moments import Moments
+from pilon_compress.convert.calibrate.sensitivity import Sensitivity
+from pilon_compress.convert.solve.neuron_pruning import Elimination
+from pilon_compress.errors import BadInput
+from pilon_compress.io.progress import track
+from pilon_compress.models.families import Site
+from pilon_compress.models.source import Source
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What a layer may become: `options` with their losses times `scale`, and the order in which its neurons go."""
+
+    layer: int
+    sites: list[Site]
+    options: list[Option]
+    scale: float
+    elimination: Elimination | None
+
+    def left(self, neurons: int | None) -> Tensor | None:
+        return None if neurons is None or self.elimination is None else self.elimination.left(neurons)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A plan, the neurons that stay by layer (None: all), and the loss that the metric expects of every layer."""
+
+    plan: Plan
+    left: dict[int, Tensor | None]
+    losses: dict[int, float]
+
+    def pack(self) -> dict[str, Tensor]:
+        """All of it as tensors by name, for the journal."""
+        plain = {"plan": asdict(self.plan), "losses": list(self.losses.items()), "layers": list(self.left)}
+        text = torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
+        return {"plain": text} | {f"left.{layer}": left for layer, left in self.left.items() if left is not None}
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor]) -> "Allocation":
+        plain = json.loads(bytes(tensors["plain"].tolist()))
+        asked = plain["plan"]
+        banks = [
+            BankPlan(**{**bank, "sites": tuple(Site(**site) for site in bank["sites"])}) for bank in asked["banks"]
+        ]
+        kept, host = [Site(**site) for site in asked["kept"]], {name: (a, b) for name, (a, b) in asked["host"].items()}
+        left = {layer: tensors.get(f"left.{layer}") for layer in plain["layers"]}
+        return cls(Plan(asked["ratio"], asked["bands"], banks, kept, host), left, dict(map(tuple, plain["losses"])))
+
+
+def size_layers(
+    source: Source,
+    sites: Sequence[Site],
+    moments: Moments,
+    ratio: float,
+    sensitivity: Sensitivity | None = None,
+    neurons: bool = True,
+) -> list[Sizing]:
+    """The options of every layer around a stored ratio, in the two-sided metric, put right by `sensitivity`.
+
+    `neurons`: whether blocks may lose some.
+    """
+    layers: dict[int, list[Site]] = {}
+    for site in sites:
+        layers.setdefault(site.layer, []).append(site)
+
+    def size(layer: int, members: list[Site]) -> Sizing:
+        with source.block(layer) as module:
+            block = Block(layer, members, module, source.names[layer], moments)
+        scale = 1.0
+        if sensitivity is not None and block.down is not None:
+            scale = sensitivity.measure(layer, block, max(1, round(ratio * block.down.d_in)))
+        return Sizing(layer, members, block.options(ratio, scale, neurons), scale, block.elimination)
+
+    # in a function, so that one block is forgotten before the next is there
+    return [size(*item) for item in track(layers.items(), "sizing layers", total=len(layers))]
+
+
+def allocate(sizings: Sequence[Sizing], ratio: float, mac_ratio: float | None = None) -> Allocation:
+    """Spend at most `ratio` of the stored numbers, and `mac_ratio` of the MACs, at the least loss.
+
+    Raises BadInput if no plan is as small as that.
+    """
+    sites = [site for sizing in sizings for site in sizing.sites]
+    dense = sum(site.parameters for site in sites)
+    macs = sum(site.d_in * site.d_out for site in sites)
+    menus = [sizing.options for sizing in sizings]
+    chosen = choose(menus, ratio * dense, None if mac_ratio is None else mac_ratio * macs)
+    if chosen is None:
+        least = sum(min(option.stored for option in menu) for menu in menus) / dense
+        if mac_ratio is not None and least <= ratio:
+            lightest = sum(min(option.macs for option in menu) for menu in menus) / macs
+            raise BadInput(
+                f"ratio {ratio:g} with MACs of at most {mac_ratio:g} is too small: the smallest plan takes "
+                f"{lightest:.3g} of the dense MACs; raise --mac-ratio"
+            )
+        raise BadInput(f"ratio {ratio:g} is too small: the smallest plan stores {least:.3g} of the dense numbers")
+    plan, left = Plan(ratio, [[sizing.layer] for sizing in sizings], []), dict[int, Tensor | None]()
+    for band, (sizing, option) in enumerate(zip(sizings, chosen, strict=True)):
+        assert isinstance(option.what, Choice)
+        left[sizing.layer] = sizing.left(option.what.neurons)
+        _plan_layer(plan, band, sizing, option.what)
+    return Allocation(plan, left, {sizing.layer: option.loss for sizing, option in zip(sizings, chosen, strict=True)})
+
+
+def _plan_layer(plan: Plan, band: int, sizing: Sizing, choice: Choice) -> None:
+    for site in sizing.sites:
+        small = site
+        if choice.neurons is not None and sizing.elimination is not None:
+            small = trimmed(site, choice.neurons, len(sizing.elimination.order))
+            plan.host[site.name] = (site.d_in, site.d_out)
+        rank = choice.ranks[site.name]
+        if rank is None:
+            plan.kept.append(small)
+        else:
+            plan.banks.append(BankPlan(band, site.role, (small,), 1, rank, 1))

@@ -1,0 +1,71 @@
+"""The PILON model of a conversion: the dense one with what was solved in the place of its projections."""
+
+import copy
+from itertools import chain
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from transformers import PreTrainedModel
+
+from pilon_compress.convert.allocate.plan import Plan
+from pilon_compress.convert.solve.layerwise import Solved
+from pilon_compress.models.source import Source
+from pilon_compress.nn.fold import prune_unused
+from pilon_compress.nn.layout import banks, install
+
+
+@torch.no_grad()
+def build(
+    source: Source, plan: Plan, solved: Solved, dtype: torch.dtype, quantization: str | None = None
+) -> PreTrainedModel:
+    """The PILON model: a copy of the dense one that shares every other tensor with it. Unused primitives are dropped.
+
+    Of a streamed model the blocks are read once more, and everything in them is in `dtype` at once.
+    """
+    dense = source.model
+    shared = {id(tensor): tensor for tensor in chain(dense.parameters(), dense.buffers())}
+    model = copy.deepcopy(dense, memo=dict(shared))
+    own, computed = torch.get_default_dtype(), source.model.dtype
+    if source.streamed:
+        torch.set_default_dtype(dtype)
+    try:
+        install(model, plan.layout(quantization))
+    finally:
+        torch.set_default_dtype(own)
+    modules = dict(banks(model))
+    for bank in plan.banks:
+        fit = solved.banks[bank.name]
+        for side, tensor in (("A", fit.A), ("B", fit.B)):
+            whole, place_of = solved.rounded.get(f"{bank.name}.{side}"), getattr(modules[bank.name], side)
+            if whole is not None:
+                place_of.put(whole.codes, whole.scale)
+            else:
+                place_of.copy_(tensor.to(computed))  # rounded twice, as a model in memory is when it is saved
+        for place, site in enumerate(bank.sites):
+            composed = model.base_model.get_submodule(site.name)
+            composed.weight.copy_(fit.weight[place].to(computed))
+            composed.selected.copy_(fit.selected[place])
+    for name, weight in solved.kept.items():
+        matrix, whole = model.base_model.get_submodule(name), solved.rounded.get(name)
+        if whole is not None:
+            matrix.put(whole.codes, whole.scale)
+        else:
+            matrix.weight.copy_(weight.T.to(computed))
+    for name, bias in solved.biases.items():
+        model.base_model.get_submodule(name).bias.copy_(bias.to(computed))
+    if source.streamed:
+        fill(model, source, dtype)
+    model.to(source.device)
+    prune_unused(model)
+    return model.requires_grad_(False).eval()
+
+
+def fill(model: PreTrainedModel, source: Source, dtype: torch.dtype) -> None:
+    """Read what conversion left alone in the blocks."""
+    for index, name in enumerate(source.names):
+        with source.block(index) as block:
+            mine = model.base_model.get_submodule(name)
+            dense = dict(block.named_parameters())
+            for key, parameter in list(mine.named_parameters()):
+                if parameter.is_meta:
+                    set_module_tensor_to_device(mine, key, source.device, value=dense[key], dtype=dtype)

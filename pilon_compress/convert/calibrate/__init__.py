@@ -1,0 +1,1 @@
+"""K-FAC statistics of every projection and measured losses of every layer."""

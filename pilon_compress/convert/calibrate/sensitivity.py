@@ -1,0 +1,118 @@
+"""How far the two-sided metric is off, layer by layer: what trimming one layer really does, over what the metric says.
+
+The metric takes the errors of different tokens as independent. They are not, least of all just before the output: in
+MiniLM's last layer the true loss is five times the predicted one, in the others 1.4 times (docs/log.md). Measuring
+each layer once puts their losses on one scale.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from pilon_compress.convert.allocate.block_options import Block
+from pilon_compress.convert.calibrate.second_moments import LOGITS
+from pilon_compress.convert.solve.neuron_pruning import refit
+from pilon_compress.data.calibration import Batch, sequences, tokens
+from pilon_compress.io.offload import Shelf
+from pilon_compress.io.progress import track
+from pilon_compress.models.hidden_states import Stream
+from pilon_compress.models.source import Source
+
+ROWS = 64  # predictions compared at once: each holds the vocabulary several times
+SHARE = 1.5  # passes over all of the calibration text that the measurements may cost together
+SCORED = 2048  # predictions of a language model, at most: layers are then on one scale to 4 % (docs/log.md)
+
+
+class Sensitivity:
+    """Measures one layer after the other, first to last, on a part of the calibration text.
+
+    What the dense model makes of that text waits on the shelf; of a language model it is large.
+    """
+
+    def __init__(self, source: Source, batches: Sequence[Batch], causal: bool, shelf: Shelf | None = None) -> None:
+        self.source, self.causal, self.shelf = source, causal, shelf or Shelf()
+        self.stream = Stream(source, _part(batches, SHARE / (len(source.names) / 2 + 2), causal))
+        stream = self.stream.fork()
+        for index in track(range(len(source.names)), "reference outputs"):
+            with source.block(index) as block:
+                stream.advance(block)
+        for name, part in self._outputs(stream):
+            self.shelf.put(name, part)
+
+    @torch.no_grad()
+    def measure(self, layer: int, block: Block, neurons: int) -> float:
+        """True loss ÷ predicted loss of leaving `neurons` of the neurons of `layer`; the stream ends behind it."""
+        assert block.down is not None and block.elimination is not None
+        while self.stream.position < layer:
+            self._advance(self.stream, self.stream.position)
+        stream = self.stream.fork()
+        left, down = block.elimination.left(neurons), block.down
+        weight = refit(block.weights[down.name], block.metrics[down.name], left)
+        with self.source.block(layer) as module:
+            ours = copy.deepcopy(module)
+            name = down.name.removeprefix(f"{self.source.names[layer]}.")
+            _trim(ours.get_submodule(name), left, weight, block.means[down.name] if down.bias else None)
+            stream.advance(ours)
+            self.stream.advance(module)
+        while stream.position < len(self.source.names):
+            self._advance(stream, stream.position)
+        lost = [self._distance(part, self.shelf.get(name)) for name, part in self._outputs(stream)]
+        tokens = sum(int(mask.sum()) for mask in stream.masks)
+        true, predicted = math.fsum(lost) / tokens, block.elimination.loss(neurons)
+        return true / predicted if predicted > 0 and true > 0 else 1.0
+
+    def _advance(self, stream: Stream, index: int) -> None:
+        with self.source.block(index) as block:
+            stream.advance(block)
+
+    @torch.no_grad()
+    def _outputs(self, stream: Stream) -> Iterator[tuple[str, Tensor]]:
+        """Log-probabilities (N, V) of every prediction, or unit embeddings (B, d): a few texts at a time, by name."""
+        for index, (hidden, mask) in enumerate(zip(stream.hidden, stream.masks, strict=True)):
+            if not self.causal:
+                states = stream.finish(index, hidden, slice(None), head=False).float()
+                kept = mask[..., None].float()
+                yield f"{index}", normalize((states * kept).sum(1) / kept.sum(1).clamp_min(1), dim=1)
+                continue
+            rows = max(1, LOGITS // (hidden.shape[1] * stream.vocab_size))
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
+                logits = stream.finish(index, hidden[part], part, head=True)[mask[part]]
+                yield f"{index}.{start}", logits.float().log_softmax(-1).to(torch.bfloat16)
+
+    def _distance(self, ours: Tensor, theirs: Tensor) -> float:
+        """Twice the KL divergence, summed over tokens, or the squared distance of the embeddings, summed over texts."""
+        if not self.causal:
+            return float((ours - theirs).square().sum())
+        total = 0.0
+        for a, b in zip(ours.split(ROWS), theirs.split(ROWS), strict=True):
+            a, b = a.float(), b.float()
+            total += 2 * float((b.exp() * (b - a)).sum())
+        return total
+
+
+def _part(batches: Sequence[Batch], share: float, causal: bool) -> list[Batch]:
+    """A `share` of the texts, or as many as make SCORED predictions: the first ones of batches from everywhere."""
+    texts = share * sequences(batches)
+    if causal:
+        texts = min(texts, SCORED * sequences(batches) / tokens(batches))
+    largest = max(len(batch.input_ids) for batch in batches)
+    count = max(1, round(texts / largest))
+    each = max(1, min(largest, round(texts / count)))
+    chosen = [batches[round(i * len(batches) / count)] for i in range(count)]
+    return [Batch(batch.input_ids[:each], batch.attention_mask[:each]) for batch in chosen]
+
+
+def _trim(linear: nn.Module, left: Tensor, weight: Tensor, mean: Tensor | None) -> None:
+    """Let a dense `down` read the neurons `left` only, through `weight` (m, d_out); its bias absorbs the mean error."""
+    kernel = linear.get_parameter("weight")
+    turned = type(linear).__name__ == "Conv1D"
+    dense = (kernel if turned else kernel.T).double()
+    full = torch.zeros_like(dense).index_copy(0, left, weight)
+    if mean is not None:
+        linear.get_parameter("bias").add_((mean @ (dense - full)).to(kernel.dtype))
+    kernel.copy_((full if turned else full.T).to(kernel.dtype))

@@ -1,0 +1,155 @@
+"""Whether the layers of a band gain by sharing: their banks fitted jointly, against what each has of its own.
+
+Layers that share have as many neurons as each other, and compose their weights from one bank per role that stores no
+more than their own matrices and factors did. A band shares only if the joint fit's loss, in the metric that the
+allocation used, is lower: sharing never costs quality, but it costs MACs, since every layer uses the whole bank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pilon_compress.convert.allocate.block_options import Block
+from pilon_compress.convert.allocate.budget import Allocation, Sizing
+from pilon_compress.convert.allocate.plan import BankPlan, Plan, down_of, trimmed
+from pilon_compress.convert.calibrate.second_moments import Moments
+from pilon_compress.convert.sharing.joint_fit import BankFit, fit_bank
+from pilon_compress.convert.sharing.neuron_alignment import align
+from pilon_compress.convert.solve.low_rank import Target
+from pilon_compress.io.progress import track
+from pilon_compress.models.families import Site
+from pilon_compress.models.source import Source
+
+WIDER = (1.25, 1.6, 1e9)  # a shared block keeps so many times the neurons that its layers have alone; at last all
+RANKS = (16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A band that shares: its banks with their fits, the neurons that stay by layer in order, the loss by layer."""
+
+    banks: list[tuple[BankPlan, BankFit]]
+    left: list[Tensor | None]
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What trials need: the dense model, its moments, and how banks are fitted."""
+
+    source: Source
+    moments: Moments
+    sweeps: int
+    seed: int = 0
+    align: bool = False
+
+    def apply(
+        self, sizings: Sequence[Sizing], alone: Allocation, bands: Sequence[Sequence[int]]
+    ) -> tuple[Allocation, dict[str, BankFit]]:
+        """The allocation with the bands that gain by sharing, and their banks as fitted, by name."""
+        by_layer = {sizing.layer: sizing for sizing in sizings}
+        plan = Plan(alone.plan.ratio, [], [], [], {})
+        left, losses, fits = dict[int, Tensor | None](), dict[int, float](), dict[str, BankFit]()
+        for layers in track(bands, "trying shared banks"):
+            members = [by_layer[layer] for layer in layers]
+            whole = len(layers) > 1 and all(down_of(sizing.sites) is not None for sizing in members)
+            found = self.best(members, alone, len(plan.bands)) if whole else None
+            if found is None:
+                for layer in layers:
+                    _copy_layer(alone, layer, plan)
+                    left[layer], losses[layer] = alone.left[layer], alone.losses[layer]
+                continue
+            plan.bands.append(list(layers))
+            plan.banks.extend(bank for bank, _ in found.banks)
+            fits |= {bank.name: fit for bank, fit in found.banks}
+            for sizing, kept, loss in zip(members, found.left, found.losses, strict=True):
+                left[sizing.layer], losses[sizing.layer] = kept, loss
+                if kept is not None:
+                    plan.host.update({site.name: (site.d_in, site.d_out) for site in sizing.sites})
+        return Allocation(plan, left, losses), fits
+
+    def best(self, sizings: Sequence[Sizing], alone: Allocation, band: int) -> Trial | None:
+        """The best way for a band to share within what its layers store alone; None if alone is better."""
+        layers = [sizing.layer for sizing in sizings]
+        stored = sum(bank.stored() for bank in alone.plan.banks if bank.layers[0] in layers)
+        stored += sum(site.parameters for site in alone.plan.kept if site.layer in layers)
+        down = down_of(sizings[0].sites)
+        assert down is not None
+        widths = [down.d_in if (kept := alone.left[layer]) is None else len(kept) for layer in layers]
+        best, least = None, sum(alone.losses[layer] for layer in layers)
+        for wider in WIDER:
+            neurons = min(down.d_in, max(1, round(wider * sum(widths) / len(widths))))
+            trial = self.trial(sizings, None if neurons == down.d_in else neurons, stored, band)
+            if trial is not None and sum(trial.losses) < least:
+                best, least = trial, sum(trial.losses)
+            if neurons == down.d_in:
+                break
+        return best
+
+    def trial(self, sizings: Sequence[Sizing], neurons: int | None, stored: int, band: int) -> Trial | None:
+        """One bank per role for layers with `neurons` each, within `stored` numbers; None if that is too few."""
+        blocks = []
+        for sizing in sizings:
+            with self.source.block(sizing.layer) as module:
+                name = self.source.names[sizing.layer]
+                blocks.append(Block(sizing.layer, sizing.sites, module, name, self.moments))
+        left = [sizing.left(neurons) for sizing in sizings]
+        if self.align:
+            left = _matched(blocks, left)
+        losses, targets, small = [], dict[str, list[Target]](), dict[str, list[Site]]()
+        for sizing, block, kept in zip(sizings, blocks, left, strict=True):
+            cut = sizing.elimination if neurons is not None else None
+            losses.append(0.0 if cut is None or neurons is None else sizing.scale * cut.loss(neurons))
+            for site in sizing.sites:
+                target = block.target(site, kept)
+                assert target.gradient is not None
+                targets.setdefault(site.role, []).append(replace(target, gradient=sizing.scale * target.gradient))
+                narrow = site if cut is None or neurons is None else trimmed(site, neurons, len(cut.order))
+                small.setdefault(site.role, []).append(narrow)
+        plans = _plans(small, stored, band)
+        if plans is None:
+            return None
+        banks = [(bank, fit_bank(targets[role], bank, self.seed, self.sweeps)) for role, bank in plans.items()]
+        for _, fit in banks:
+            losses = [loss + more for loss, more in zip(losses, fit.losses, strict=True)]
+        return Trial(banks, left, losses)
+
+
+def _matched(blocks: Sequence[Block], left: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same neurons, each layer's in the order that matches the others'."""
+    features, kept = [], []
+    for block, some in zip(blocks, left, strict=True):
+        assert block.down is not None
+        every = torch.arange(block.down.d_in) if some is None else some
+        rows = [block.weights[block.down.name][every]]
+        for site in block.sites:
+            if site is not block.down:
+                rows += block.weights[site.name][:, block.columns(site, every)].T.split(len(every))
+        features.append(torch.cat([torch.nn.functional.normalize(part, dim=1) for part in rows], 1))
+        kept.append(every)
+    return [every[order] for every, order in zip(kept, align(features), strict=True)]
+
+
+def _plans(sites: dict[str, list[Site]], stored: int, band: int) -> dict[str, BankPlan] | None:
+    """Banks of equally many components for every role, as many as `stored` pays for; None if that is too few."""
+    fixed = sum(site.d_out for members in sites.values() for site in members if site.bias)
+    price = sum(members[0].d_in + members[0].d_out + 2 * len(members) for members in sites.values())
+    components = (stored - fixed) // price
+    rank = next((rank for rank in RANKS if components // rank >= 4 * len(next(iter(sites.values())))), None)
+    if rank is None:
+        return None
+    n = int(components // rank)
+    return {role: BankPlan(band, role, tuple(members), n, rank, n) for role, members in sites.items()}
+
+
+def _copy_layer(alone: Allocation, layer: int, plan: Plan) -> None:
+    """Take one layer's own parts over, as a band of its own."""
+    band = len(plan.bands)
+    plan.bands.append([layer])
+    plan.banks.extend(replace(bank, band=band) for bank in alone.plan.banks if bank.layers == [layer])
+    mine = [site for site in alone.plan.kept if site.layer == layer]
+    plan.kept.extend(mine)
+    names = {site.name for site in mine} | {s.name for bank in plan.banks if bank.band == band for s in bank.sites}
+    plan.host.update({name: shape for name, shape in alone.plan.host.items() if name in names})

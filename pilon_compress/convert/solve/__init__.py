@@ -1,0 +1,1 @@
+"""Solves for the weights of one layer after the other."""

@@ -1,0 +1,154 @@
+"""Rounding to whole numbers that knows what it does to the output: each row makes up for the rows before it.
+
+    minimise  tr((W - Ŵ)ᵀ C (W - Ŵ))     Ŵ = codes · scale, row by row of W (d, m)
+
+Once a row is rounded, the rows that are still free move by -Δ C⁻¹[i, rest] / C⁻¹[i, i], which is the best that they can
+do (GPTQ, Frantar et al., 2023; Cholesky factors and blocks as there). Rows that matter most go first, against scales
+that are fixed beforehand. What the error costs behind the output (G of `convert.solve.low_rank`) does not change that
+move."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pilon_compress.convert.allocate.plan import BankPlan
+from pilon_compress.convert.calibrate.damping import damped_cholesky, damped_inverse, damped_solve
+from pilon_compress.convert.sharing.joint_fit import BankFit, recompose
+from pilon_compress.convert.solve.low_rank import Target, damped
+from pilon_compress.nn.integer import KINDS, Kind, spread
+
+BLOCK = 128  # rows whose moves reach the rows behind them in one product
+SHRINKS = torch.linspace(1.0, 0.5, 21).tolist()  # of the scale that nothing is clipped by
+LEAST = 1e-12
+
+
+@dataclass
+class Rounded:
+    """Whole numbers `codes` (n, d, m) int8 and their scales `scale` (n, groups, m), as `nn.integer` stores them."""
+
+    codes: Tensor
+    scale: Tensor
+    quantization: str
+
+    @property
+    def values(self) -> Tensor:
+        """(n, d, m) float64."""
+        return self.codes.double() * spread(self.scale, self.codes.shape[1], KINDS[self.quantization]).double()
+
+    def pack(self, name: str) -> dict[str, Tensor]:
+        """As tensors for the journal."""
+        return {f"{name}.codes": self.codes, f"{name}.scale": self.scale}
+
+    @classmethod
+    def unpack(cls, name: str, tensors: Mapping[str, Tensor], quantization: str) -> "Rounded":
+        return cls(tensors[f"{name}.codes"], tensors[f"{name}.scale"], quantization)
+
+
+def scales(weight: Tensor, kind: Kind) -> Tensor:
+    """Scales (n, groups, m) of `weight` (n, d, m), bfloat16: of those tried, the ones with the least squared error."""
+    n, d, m = weight.shape
+    low, high = kind.range
+    group = kind.group or d
+    parts = torch.nn.functional.pad(weight, (0, 0, 0, -d % group)).unflatten(1, (-1, group))
+    top, bottom = parts.amax(2), parts.amin(2)
+    largest = torch.where(top.abs() >= bottom.abs(), top, bottom)  # becomes the lowest number: that reaches farthest
+    bases = [largest.abs() / high] + ([largest / low] if -low > high else [])
+    best, least = bases[0], torch.full_like(largest, torch.inf)
+    for base in bases:
+        for shrink in SHRINKS:
+            scale = _stored(base * shrink)
+            error = (parts - (parts / scale[:, :, None]).round().clamp(low, high) * scale[:, :, None]).square().sum(2)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return _stored(best).to(torch.bfloat16)
+
+
+def _stored(scale: Tensor) -> Tensor:
+    """As bfloat16 has it, and never zero."""
+    scale = torch.where(scale.abs() < LEAST, torch.full_like(scale, LEAST), scale)
+    return scale.to(torch.bfloat16).to(scale.dtype)
+
+
+def round_rows(weight: Tensor, scale: Tensor, metric: Tensor, limits: tuple[int, int]) -> Tensor:
+    """Codes (d, m) float64 for `weight` (d, m) with a scale for each of its numbers, in the `metric` (d, d)."""
+    order = metric.diagonal().argsort(descending=True, stable=True)
+    W, scale = weight[order].clone(), scale[order]
+    inverse = damped_inverse(metric[order][:, order])
+    U = damped_cholesky(inverse, upper=True)
+    codes = torch.empty_like(W)
+    for start in range(0, len(W), BLOCK):
+        stop = min(start + BLOCK, len(W))
+        errors = torch.empty_like(W[start:stop])
+        for row in range(start, stop):
+            codes[row] = (W[row] / scale[row]).round().clamp(*limits)
+            errors[row - start] = error = (W[row] - codes[row] * scale[row]) / U[row, row]
+            W[row:stop].addr_(U[row, row:stop], error, alpha=-1)
+        W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+    return torch.empty_like(codes).index_copy_(0, order, codes)
+
+
+def nearest(weight: Tensor, quantization: str) -> Rounded:
+    """`weight` (n, d, m), every number on its own."""
+    kind = KINDS[quantization]
+    scale = scales(weight, kind)
+    codes = (weight / spread(scale.to(weight.dtype), weight.shape[1], kind)).round().clamp(*kind.range)
+    return Rounded(codes.to(torch.int8), scale, quantization)
+
+
+def round_matrix(target: Target, quantization: str) -> Rounded:
+    """The target's weight as one matrix (1, d_in, d_out)."""
+    kind, weight = KINDS[quantization], target.weight[None]
+    scale = scales(weight, kind)
+    whole = spread(scale.double(), weight.shape[1], kind)[0]
+    codes = round_rows(target.weight, whole, damped(target.metric), kind.range)
+    return Rounded(codes.to(torch.int8)[None], scale, quantization)
+
+
+def round_bank(fit: BankFit, targets: Sequence[Target], plan: BankPlan, quantization: str) -> tuple[Rounded, Rounded]:
+    """Round the bank of `fit`, in place, for the layers that compose it; A, and B as (n, d_out, r).
+
+    A in the metric of the inputs. B, of a bank of one layer fitted anew to the rounded A, in that of the latent; then
+    the compositions are fitted anew.
+    """
+    kind = KINDS[quantization]
+    n, d_in, r = fit.A.shape
+    inputs = torch.stack([target.metric for target in targets]).sum(0)
+    columns = fit.A.permute(1, 0, 2).reshape(d_in, n * r)
+    scale = scales(columns[None], kind)
+    codes = round_rows(columns, spread(scale.double(), d_in, kind)[0], damped(inputs), kind.range)
+    A = Rounded(_by_primitive(codes, n).to(torch.int8), _by_primitive(scale[0], n), quantization)
+    fit.A = A.values
+    columns = fit.A.permute(1, 0, 2).reshape(d_in, n * r)
+    gains = _gains(fit, len(targets))
+    grams = [columns.T @ target.metric @ columns for target in targets]
+    latent = damped(sum((g[:, None] * gram * g for g, gram in zip(gains, grams, strict=True)), grams[0] * 0))
+    rows = fit.B.reshape(n * r, -1)
+    if len(targets) == 1:
+        ridge = latent - gains[0][:, None] * grams[0] * gains[0]
+        right = gains[0][:, None] * (columns.T @ (targets[0].metric @ targets[0].weight)) + ridge @ rows
+        rows = damped_solve(latent, right)
+    scale = scales(rows.T[None], kind)
+    whole = spread(scale.double(), rows.shape[1], kind)[0].T
+    codes = round_rows(rows, whole, latent, kind.range)
+    B = Rounded(_by_primitive(codes.T, n).to(torch.int8), _by_primitive(scale[0], n), quantization)
+    fit.B = B.values.transpose(1, 2)
+    for place, target in enumerate(targets):
+        recompose(fit, place, target, plan)
+    return A, B
+
+
+def _by_primitive(columns: Tensor, n: int) -> Tensor:
+    """(d, n·r) as (n, d, r)."""
+    return columns.unflatten(1, (n, -1)).permute(1, 0, 2).contiguous()
+
+
+def _gains(fit: BankFit, layers: int) -> list[Tensor]:
+    """What each layer weighs each component (n·r) by; zero where it selects none."""
+    n, _, r = fit.A.shape
+    found = []
+    for layer in range(layers):
+        g = fit.weight.new_zeros(n, r)
+        g[fit.selected[layer]] = fit.weight[layer].expand(-1, r)
+        found.append(g.reshape(-1))
+    return found

@@ -1,0 +1,76 @@
+"""Conversations packed into blocks of equal length."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from pilon_compress.data.batch import IGNORED, Batch, from_windows
+from pilon_compress.data.token_files import TokenFile
+from pilon_compress.errors import BadInput
+
+
+class Packed:
+    """Whole documents of a token file, several to a block of `length` tokens where they fit, none seeing another.
+
+    A document that is longer is cut at its right end; one of which nothing is scored then is left out. `dropped` and
+    `cut` count them. Raises BadInput if none is left.
+    """
+
+    def __init__(self, tokens: TokenFile, length: int) -> None:
+        self.tokens = tokens
+        self.length = length
+        sizes = np.diff(tokens.starts, append=len(tokens))
+        self._sizes = np.minimum(sizes, length + 1)
+        kept = np.flatnonzero([self._scores(document) for document in range(len(sizes))])
+        if not len(kept):
+            raise BadInput(f"{tokens.about.source}: no answer begins within the first {length} tokens")
+        self.dropped = len(sizes) - len(kept)
+        self.cut = int((sizes[kept] > length + 1).sum())
+        self._blocks = [kept[block].tolist() for block in packed(self._sizes[kept].tolist(), length + 1)]
+
+    def _scores(self, document: int) -> bool:
+        begin, size = int(self.tokens.starts[document]), int(self._sizes[document])
+        return size > 1 and (self.tokens.scored is None or bool(self.tokens.scored[begin + 1 : begin + size].any()))
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def rows(self, indices: Sequence[int]) -> Batch:
+        """The blocks with these indices, in this order."""
+        shape = (len(indices), self.length + 1)
+        windows = np.full(shape, self.tokens.about.eos, np.int64)
+        starts, scored = np.zeros(shape, bool), np.zeros(shape, bool)
+        sizes = np.zeros(len(indices), np.int64)
+        for row, index in enumerate(indices):
+            for document in self._blocks[index]:
+                place, begin, size = int(sizes[row]), int(self.tokens.starts[document]), int(self._sizes[document])
+                windows[row, place : place + size] = self.tokens.ids[begin : begin + size]
+                marks = True if self.tokens.scored is None else self.tokens.scored[begin : begin + size]
+                scored[row, place : place + size] = marks
+                starts[row, place] = True
+                sizes[row] += size
+        made = (torch.from_numpy(windows), torch.from_numpy(starts), torch.from_numpy(sizes))
+        batch = from_windows(*made, respect_documents=True)
+        return replace(batch, labels=batch.labels.masked_fill(~torch.from_numpy(scored)[:, 1:], IGNORED))
+
+
+def packed(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Indices of `sizes` in groups of at most `room` together: the largest first, each where the least room is left."""
+    groups: list[list[int]] = []
+    left: list[list[int]] = [[] for _ in range(room + 1)]  # the groups by the room that they have left
+    occupied = np.zeros(room + 1, bool)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        size = sizes[index]
+        best = size + int(occupied[size:].argmax())
+        if occupied[best]:
+            group = left[best].pop()
+            occupied[best] = bool(left[best])
+        else:
+            group, best = len(groups), room
+            groups.append([])
+        groups[group].append(index)
+        left[best - size].append(group)
+        occupied[best - size] = True
+    return groups

@@ -1,0 +1,220 @@
+"""Text tokenised once, into files that training maps into memory."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from pilon_compress.data import sequences, text
+from pilon_compress.errors import BadInput
+from pilon_compress.io import manifest, signals
+from pilon_compress.io.checksum import MANIFEST, damage
+from pilon_compress.io.disk import disk_full, rename, sync_tree
+from pilon_compress.io.progress import track
+
+FORMAT = 2  # of the folder; raise it whenever the same text would give other files
+SMALL = 1 << 16  # a vocabulary up to this fits two bytes per token
+PARTS: dict[str, text.Part] = {"train": "calibration", "validation": "held-out", "all": "all"}
+
+Part = Literal["train", "validation", "all"]
+
+
+@dataclass(frozen=True)
+class About:
+    """The sidecar: what the files were made from, and what they must hold to be whole.
+
+    `prefix`: ids that every sequence begins with (`data.sequences`).
+    `kind` is text, paragraphs, or chat, whose tokens are scored or not. `largest` is the largest id, for a look at the
+    model's vocabulary.
+    """
+
+    kind: str
+    source: str
+    part: str
+    source_state: str
+    tokenizer: str
+    dtype: str
+    eos: int
+    prefix: list[int] = field(default_factory=list)
+    format: int = FORMAT
+    tokens: int = 0
+    documents: int = 0
+    utf8_bytes: int = 0
+    largest: int = 0
+
+    @property
+    def key(self) -> str:
+        """The name of the folder: what the files are made from, without what is counted on the way."""
+        counted = ("tokens", "documents", "utf8_bytes", "largest")
+        made_from = {name: value for name, value in asdict(self).items() if name not in counted}
+        return blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file."""
+        sizes = {"tokens.bin": self.tokens * np.dtype(self.dtype).itemsize, "starts.bin": 8 * self.documents}
+        return sizes | {"scored.bin": self.tokens} if self.kind == "chat" else sizes
+
+
+class Item(NamedTuple):
+    """A document for a token file. Without `scored`, every token counts."""
+
+    ids: Sequence[int]
+    utf8_bytes: int
+    scored: Sequence[bool] | None = None
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A tokenised source: documents one behind the other, those of plain text with EOS at their end.
+
+    ids     (tokens,) uint16 or uint32, mapped from disk
+    starts  (documents,) int64: where in `ids` each document begins
+    scored  (tokens,) bool: whether a token counts in the loss; None if all do
+    """
+
+    folder: Path
+    about: About
+    ids: NDArray[Any]
+    starts: NDArray[np.int64]
+    scored: NDArray[np.bool_] | None = None
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return len(self.ids)
+
+
+def tokenise(source: str, tokenizer: PreTrainedTokenizerBase, part: Part, folder: Path | None = None) -> TokenFile:
+    """The tokens of a text source (`text.open_text` says which there are), from `folder` if they are there already.
+
+    `train` and `validation` never share a document: a hash of its text decides. `folder` may be cleared at any time;
+    left out, it is $PILON_CACHE or ~/.cache/pilon-compress/tokens. Files are made again when the source or the
+    tokenizer has changed, or when they are not whole; processes that ask at once wait for the first. Raises BadInput
+    for a source that cannot be read, a tokenizer without EOS, and a disk that is full.
+    """
+    about = described("text", source, tokenizer, part, fingerprint(tokenizer))
+    documents = text.open_text(source, PARTS[part])
+    framed = sequences.encode_framed(tokenizer, documents)
+    items = (Item(ids, len(document.encode())) for document, ids in framed if ids)
+    return cached(about, items, folder)
+
+
+def described(kind: str, source: str, tokenizer: PreTrainedTokenizerBase, part: Part, state: str) -> About:
+    """What is known of a token file before it is made; `state` is the fingerprint of all that encodes."""
+    if tokenizer.eos_token_id is None:
+        raise BadInput("the tokenizer has no eos_token, which must end every document: name one in its config")
+    largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
+    return About(
+        kind=kind,
+        source=source,
+        part=part,
+        source_state=text.fingerprint(source),
+        tokenizer=state,
+        dtype="uint16" if largest < SMALL else "uint32",
+        eos=int(tokenizer.eos_token_id),
+        prefix=[one for one in sequences.prefix(tokenizer) if one != tokenizer.eos_token_id] if kind == "text" else [],
+    )
+
+
+def cached(about: About, items: Iterable[Item], folder: Path | None = None) -> TokenFile:
+    """The files in `folder` that `about` describes, made from `items` unless they are there."""
+    home = (folder or cache_folder()).absolute()
+    place = home / about.key
+    found = _opened(place)
+    if found is not None:
+        return found
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / f".{about.key}.lock"):
+            found = _opened(place, quiet=False)  # by a process that came first
+            if found is None:
+                _build(place, about, items)
+                found = _opened(place)
+    except OSError as error:
+        reason = disk_full(error) or error.strerror or str(error)
+        raise BadInput(f"cannot write {home}: {reason}; PILON_CACHE can name another folder") from error
+    assert found is not None
+    return found
+
+
+def cache_folder() -> Path:
+    """Where token files are kept."""
+    named = os.environ.get("PILON_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "pilon-compress" / "tokens"
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that decides which ids a text gets."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is not None and hasattr(core, "to_str"):
+        state = json.loads(core.to_str())
+        state = {name: value for name, value in state.items() if name not in ("padding", "truncation")}
+    else:
+        state = {"class": type(tokenizer).__name__, "words": sorted(tokenizer.get_vocab().items())}
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sequences.prefix(tokenizer)]
+    return blake2b(json.dumps([state, special], sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _opened(place: Path, quiet: bool = True) -> TokenFile | None:
+    """The files there, if they have the contents that they were made with; else None, with a line unless `quiet`."""
+    if not place.is_dir():
+        return None
+    reason = damage(place) if (place / MANIFEST).is_file() else f"{place} has no {MANIFEST}"
+    if reason is not None:
+        if not quiet:
+            print(f"{reason}: it is made again", file=sys.stderr)
+        return None
+    try:
+        about = About(**json.loads((place / "about.json").read_text("utf-8")))
+        if any((place / name).stat().st_size != size for name, size in about.sizes.items()):
+            return None
+        ids = np.memmap(place / "tokens.bin", about.dtype, "r")
+        starts: NDArray[np.int64] = np.memmap(place / "starts.bin", np.int64, "r")
+        scored = np.memmap(place / "scored.bin", np.bool_, "r") if "scored.bin" in about.sizes else None
+    except (OSError, ValueError, TypeError):  # JSON errors are ValueErrors
+        return None
+    return TokenFile(place, about, ids, starts, scored)
+
+
+def _build(place: Path, about: About, items: Iterable[Item]) -> None:
+    """Make the folder `place` whole, or nothing of it. The caller holds the lock."""
+    work = place.with_name(f".{place.name}.part")
+    shutil.rmtree(work, ignore_errors=True)  # by a process that was killed
+    work.mkdir()
+    with signals.cleanup(lambda: shutil.rmtree(work, ignore_errors=True)):
+        try:
+            _write(work, about, items)
+            manifest.write(work)
+            sync_tree(work)
+            shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
+            rename(work, place)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(work: Path, about: About, items: Iterable[Item]) -> None:
+    tokens = documents = size = largest = 0
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((work / name).open("wb")) for name in about.sizes}
+        for item in track(items, f"tokens of {about.source}"):
+            files["starts.bin"].write(np.int64(tokens).tobytes())
+            files["tokens.bin"].write(np.array(item.ids, about.dtype).tobytes())
+            if item.scored is not None:
+                files["scored.bin"].write(np.array(item.scored, np.bool_).tobytes())
+            tokens, documents, largest = tokens + len(item.ids), documents + 1, max([largest, *item.ids])
+            size += item.utf8_bytes
+    if tokens < 2:
+        raise BadInput(f"{about.source} holds no text that the tokenizer knows")
+    counted = {"tokens": tokens, "documents": documents, "utf8_bytes": size, "largest": largest}
+    (work / "about.json").write_text(json.dumps(asdict(about) | counted, indent=1), "utf-8")

@@ -1,0 +1,41 @@
+"""A token file cut into blocks."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pilon_compress.data.batch import Batch, Row, from_rows
+from pilon_compress.data.sequences import body_length
+from pilon_compress.data.token_files import TokenFile
+
+
+class Blocks:
+    """The blocks of `length` tokens of a token file, each followed by the token that its last one predicts.
+
+    Every block begins as the tokenizer begins a text, with BOS where it puts one. Neighbours overlap by one token, so
+    that over all blocks every token but the first is predicted exactly once; the last block is padded. With
+    `respect_documents` no document sees another, and neither is the first token of one predicted from the end of the
+    one before.
+    """
+
+    def __init__(self, tokens: TokenFile, length: int, respect_documents: bool = False) -> None:
+        self.tokens = tokens
+        self.length = length
+        self.respect_documents = respect_documents
+        self.stride = body_length(length, tokens.about.prefix)
+
+    def __len__(self) -> int:
+        return max(1, -(-(len(self.tokens) - 1) // self.stride))
+
+    def rows(self, indices: Sequence[int]) -> Batch:
+        """The blocks with these indices, in this order."""
+        found = []
+        for index in indices:
+            begin = index * self.stride
+            ids = self.tokens.ids[begin : begin + self.stride + 1]
+            first, last = np.searchsorted(self.tokens.starts, (begin, begin + len(ids)))
+            starts = np.zeros(len(ids), bool)
+            starts[self.tokens.starts[first:last] - begin] = True
+            found.append(Row(ids, starts))
+        about = self.tokens.about
+        return from_rows(found, self.length, about.prefix, about.eos, self.respect_documents)

@@ -1,1 +1,0 @@
-"""Shipping: loading through transformers, safe saving, exports."""

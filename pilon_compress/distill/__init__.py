@@ -1,0 +1,1 @@
+"""Distillation from the dense model: losses, teacher, cached predictions, students."""

@@ -1,0 +1,72 @@
+"""How far a student's predictions are from its teacher's: sums over rows, of which few exist as logits at a time."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+
+from pilon_compress.data.batch import IGNORED
+from pilon_compress.distill.losses import LOGITS, capped, in_parts
+
+Goal = dict[str, Tensor]
+"""What the teacher predicts for N rows. Either of
+
+states (N, d), head (V, d), bias (V,) if there is one     its last hidden states and its language-model head
+values (N, k), tokens (N, k) int64, rest (N,)             its k largest log-probabilities at the temperature, whose
+                                                          they are, and the log of the mass of all others
+"""
+
+CONSTANT = ("head", "bias")  # of a goal: not one for each row
+MOST_TOP = -1e-6  # log of the student's mass on the teacher's k: nearer to 1 float32 cannot tell what is left from 0
+NOTHING = -100.0  # log of a mass that is none: finite, so that no 0 · ∞ arises
+
+
+def divergences(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    goal: Goal,
+    temperature: float,
+    cap: float | None,
+    next_token: bool,
+) -> Tensor:
+    """(2,): sums over rows of T² · KL(teacher ‖ student) at temperature T, and, if wanted, of -log p(label).
+
+    `hidden` (N, d) are the student's; rows whose label is -100 do not count. T² keeps gradients as large as at T = 1
+    (Hinton et al., 2015).
+    """
+    assert isinstance(head, nn.Linear)
+
+    def part(span: slice) -> Tensor:
+        logits = capped(head(hidden[span]).float(), cap)
+        wanted = {name: tensor if name in CONSTANT else tensor[span] for name, tensor in goal.items()}
+        apart = divergence(logits, wanted, temperature, cap) * (labels[span] != IGNORED)
+        apart = apart.sum() * temperature**2
+        if not next_token:
+            return torch.stack([apart, torch.zeros_like(apart)])
+        return torch.stack([apart, cross_entropy(logits, labels[span], ignore_index=IGNORED, reduction="sum")])
+
+    return in_parts(part, len(hidden), LOGITS // 2 // head.out_features)
+
+
+def divergence(logits: Tensor, goal: Goal, temperature: float, cap: float | None = None) -> Tensor:
+    """(N,) nats: KL(teacher ‖ student) of each row of the student's `logits` (N, V) float32, both at `temperature`.
+
+    Of a goal of k values, the other tokens count as one: a lower bound, equal for k = V.
+    """
+    ours = (logits / temperature).log_softmax(-1)
+    if "values" not in goal:
+        theirs = capped(linear(goal["states"], goal["head"], goal.get("bias")).float(), cap)
+        theirs = (theirs / temperature).log_softmax(-1)
+        return (theirs.exp() * (theirs - ours)).sum(-1)
+    top = ours.gather(-1, goal["tokens"])
+    ours = torch.cat([top, torch.log(-torch.expm1(top.logsumexp(-1, True).clamp(max=MOST_TOP)))], -1)
+    theirs = torch.cat([goal["values"].float(), goal["rest"].float()[:, None]], -1).log_softmax(-1)  # was rounded
+    return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+def largest(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, tokens, rest) of a goal, from the teacher's `logits` (N, V) float32."""
+    log = (logits / temperature).log_softmax(-1)
+    values, tokens = log.topk(count, dim=-1)
+    others = log.scatter(-1, tokens, -torch.inf).logsumexp(-1)
+    return values, tokens, others.clamp(min=NOTHING)

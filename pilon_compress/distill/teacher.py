@@ -1,0 +1,115 @@
+"""The model that is followed: it runs without gradient, and never changes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pilon_compress.data.batch import Batch
+from pilon_compress.distill.kl import Goal, largest
+from pilon_compress.distill.losses import LOGITS, capped, next_token_sum
+from pilon_compress.distill.students import Wanted, captured, feed_forward_outputs, mean_of_tokens
+from pilon_compress.errors import BadInput
+from pilon_compress.models import checkpoint
+from pilon_compress.models.hidden_states import blocks
+
+
+class Teacher:
+    """`model`, frozen. `match`: which of its states are wanted besides its predictions: hidden, ffn."""
+
+    def __init__(self, model: PreTrainedModel, match: Sequence[str] = ()) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.model.config.use_cache = False
+        self.causal, self.match = checkpoint.is_causal(model.config), tuple(match)
+        self.places = feed_forward_outputs(model) if "ffn" in match else []
+
+    @torch.no_grad()
+    def wanted(self, batch: Batch, block_by_block: bool = False) -> Wanted:
+        """What a trainee is given beside `batch`: see `distill`."""
+        if block_by_block:
+            with captured(self.model, list(blocks(self.model))) as outputs:
+                self.model.base_model(**batch.inputs())
+            return {"blocks": outputs}
+        states = {"output_hidden_states": True} if "hidden" in self.match else {}
+        with captured(self.model, self.places) as outputs:
+            found = self.model.base_model(**batch.inputs(), **states)
+        last = found.last_hidden_state
+        wanted: Wanted
+        if self.causal:
+            wanted = {"goal": self.goal(last.flatten(0, 1))}
+        else:
+            assert batch.padding_mask is not None
+            wanted = {"pooled": mean_of_tokens(last.float(), batch.padding_mask)}
+        if "hidden" in self.match:
+            wanted["hidden"] = list(found.hidden_states[1:])
+        if "ffn" in self.match:
+            wanted["ffn"] = outputs
+        return wanted
+
+    def goal(self, states: Tensor) -> Goal:
+        """Last hidden states (N, d) as predictions."""
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        goal = {"states": states, "head": head.weight.detach()}
+        return goal if head.bias is None else goal | {"bias": head.bias.detach()}
+
+    @torch.no_grad()
+    def largest(self, batch: Batch, count: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Its `count` largest log-probabilities (B, T, k), their tokens, and the log of the remaining mass (B, T)."""
+        head, cap = self.model.get_output_embeddings(), getattr(self.model.config, "final_logit_softcapping", None)
+        assert isinstance(head, nn.Linear)
+        states = self.model.base_model(**batch.inputs()).last_hidden_state
+        rows = max(1, LOGITS // 2 // head.out_features)
+        parts = [
+            largest(capped(head(part).float(), cap), count, temperature) for part in states.flatten(0, 1).split(rows)
+        ]
+        shape = states.shape[:2]
+        values, tokens, rest = (torch.cat([part[i] for part in parts]) for i in range(3))
+        return values.view(*shape, -1), tokens.view(*shape, -1), rest.view(shape)
+
+    @torch.no_grad()
+    def nats(self, batch: Batch) -> float:
+        """Cross-entropy of the text, summed over its scored tokens."""
+        head, cap = self.model.get_output_embeddings(), getattr(self.model.config, "final_logit_softcapping", None)
+        assert isinstance(head, nn.Linear)
+        states = self.model.base_model(**batch.inputs()).last_hidden_state
+        return float(next_token_sum(head, states.flatten(0, 1), batch.labels.flatten(), cap))
+
+    def variances(self, batch: Batch, block_by_block: bool) -> dict[str, Tensor]:
+        """(layers,) for each kind of states that is matched: the mean over dimensions of the variance over tokens."""
+        wanted = self.wanted(batch) | (self.wanted(batch, True) if block_by_block else {})
+        kept = batch.padding_mask.bool() if batch.padding_mask is not None else torch.ones_like(batch.input_ids).bool()
+        return {
+            name: torch.stack([x[kept].float().var(0, unbiased=False).mean() for x in wanted[name]]).clamp_min(1e-12)
+            for name in ("hidden", "ffn", "blocks")
+            if name in wanted
+        }
+
+
+def fingerprint(reference: str) -> str:
+    """What tells one teacher from another: cheap, so files count by size and time of change, and hub ids by name."""
+    folder = Path(checkpoint.resolve(reference))
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"]) if folder.is_dir() else []
+    return "\n".join([str(folder), *(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)])
+
+
+def open_teacher(
+    reference: str, student: PreTrainedModel, device: torch.device, match: Sequence[str], layerwise: bool = False
+) -> Teacher:
+    """The teacher, on `device`, in bfloat16 on GPUs. Raises BadInput for one that the student cannot follow."""
+    half = device.type == "cuda"
+    model = checkpoint.load_model(reference, dtype=torch.bfloat16 if half else torch.float32, device=str(device))
+    ours, theirs = student.config, model.config
+    if checkpoint.is_causal(ours) != checkpoint.is_causal(theirs):
+        raise BadInput(f"{reference} is a {type(model).__name__}: the model to heal is a {type(student).__name__}")
+    if ours.vocab_size != theirs.vocab_size:
+        raise BadInput(f"{reference} has {theirs.vocab_size} tokens, the model to heal {ours.vocab_size}: no teacher")
+    if not checkpoint.is_causal(ours) and ours.hidden_size != theirs.hidden_size:
+        raise BadInput(
+            f"{reference} has embeddings of {theirs.hidden_size} numbers, the model to heal {ours.hidden_size}"
+        )
+    if (match or layerwise) and (len(blocks(model)), ours.hidden_size) != (len(blocks(student)), theirs.hidden_size):
+        raise BadInput(f"{reference} has other layers than the model to heal: set distill.hidden, ffn, layerwise to 0")
+    return Teacher(model, match)

@@ -1,0 +1,212 @@
+"""A teacher's predictions on disk: its k largest log-probabilities for each token that a run will see.
+
+CACHE/teacher-KEY/
+  about.json     how many rows, tokens and values; written last
+  rows.bin       (n,) int64: which rows of the training data, ascending
+  values.bin     (n, T, k) float16: log-probabilities at the temperature
+  tokens.bin     (n, T, k) uint16 or uint32: whose they are
+  rest.bin       (n, T) float16: the log of the mass of all others
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from pilon_compress.data.batch import Batch
+from pilon_compress.data.loader import Rows
+from pilon_compress.data.token_files import SMALL, cache_folder
+from pilon_compress.distill.teacher import Teacher
+from pilon_compress.errors import BadInput
+from pilon_compress.io import manifest
+from pilon_compress.io.checksum import MANIFEST, damage
+from pilon_compress.io.disk import disk_full, rename, sync_tree
+from pilon_compress.io.progress import track
+from pilon_compress.parallel import World
+
+ABOUT = "about.json"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be kept: predictions for `indices`, ascending, of `rows` with `length` tokens each.
+
+    `made_from` tells data and teacher apart from others; with the rest it is the key.
+    """
+
+    rows: Rows
+    indices: NDArray[np.int64]
+    length: int
+    count: int
+    vocabulary: int
+    temperature: float
+    made_from: str
+
+    @property
+    def key(self) -> str:
+        state = blake2b(self.indices.tobytes(), digest_size=16)
+        state.update(json.dumps([1, self.made_from, self.length, self.count, self.temperature]).encode())
+        return state.hexdigest()
+
+    @property
+    def files(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """dtype and shape of each file."""
+        n, wide = len(self.indices), (len(self.indices), self.length, self.count)
+        ids = "uint16" if self.vocabulary <= SMALL else "uint32"
+        return {
+            "rows": ("int64", (n,)),
+            "values": ("float16", wide),
+            "tokens": (ids, wide),
+            "rest": ("float16", wide[:2]),
+        }
+
+    @property
+    def bytes(self) -> int:
+        return sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in self.files.values())
+
+
+class Taught:
+    """The rows of a run, each with what the teacher predicts for it. Only rows that are kept may be asked for."""
+
+    def __init__(self, rows: Rows, folder: Path, wish: Wish) -> None:
+        self.inner, self.folder = rows, folder
+        self.maps = {
+            name: np.memmap(folder / f"{name}.bin", dtype, "r", shape=shape)
+            for name, (dtype, shape) in wish.files.items()
+        }
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def rows(self, indices: Sequence[int]) -> Batch:
+        places = np.searchsorted(self.maps["rows"], indices)
+        if not np.array_equal(self.maps["rows"][places], indices):
+            raise IndexError("the teacher has not seen these rows")
+        goal = {
+            "values": torch.from_numpy(self.maps["values"][places]),
+            "tokens": torch.from_numpy(self.maps["tokens"][places].astype(np.int64)),
+            "rest": torch.from_numpy(self.maps["rest"][places]),
+        }
+        return replace(self.inner.rows(indices), goal=goal)
+
+
+def predictions(
+    wish: Wish, teacher: Callable[[], Teacher], world: World, size: int, folder: Path | None = None, quiet: bool = True
+) -> Taught:
+    """The rows with their predictions, from `folder` if they are there already; the teacher is asked for only if not.
+
+    All processes take part, each for its share of the rows, `size` at a time; files appear whole or not at all.
+    `folder` is that of token files unless given. Raises BadInput where the disk is full.
+    """
+    home = (folder or cache_folder()).absolute()
+    place = home / f"teacher-{wish.key}"
+    with _locked(home, wish.key, world):
+        if not world.total(float(world.first and _whole(place, wish)))[0]:
+            if world.first and not quiet:
+                print(f"the teacher's predictions: {wish.bytes / 2**20:,.0f} MiB in {place}", file=sys.stderr)
+            _build(place, wish, teacher(), world, size)
+    return Taught(wish.rows, place, wish)
+
+
+@contextmanager
+def _locked(home: Path, key: str, world: World) -> Iterator[None]:
+    """One run at a time: its first process holds the lock for all."""
+    if not world.first:
+        world.wait()
+        yield
+        return
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(home / f".teacher-{key}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise BadInput(
+            f"cannot write {home}: {error.strerror or error}; PILON_CACHE can name another folder"
+        ) from error
+    try:
+        world.wait()
+        yield
+    finally:
+        lock.release()
+
+
+def _whole(place: Path, wish: Wish) -> bool:
+    """True for files that are there with the contents that they were made with; a line says if they are damaged."""
+    if not place.is_dir():
+        return False
+    reason = damage(place) if (place / MANIFEST).is_file() else f"{place} has no {MANIFEST}"
+    if reason is not None:
+        print(f"{reason}: the teacher is asked again", file=sys.stderr)
+        return False
+    try:
+        if json.loads((place / ABOUT).read_text("utf-8")) != _about(wish):
+            return False
+        return all(
+            (place / f"{name}.bin").stat().st_size == np.dtype(dtype).itemsize * int(np.prod(shape))
+            for name, (dtype, shape) in wish.files.items()
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def _about(wish: Wish) -> dict[str, Any]:
+    return {"rows": len(wish.indices), "length": wish.length, "count": wish.count, "temperature": wish.temperature}
+
+
+def _build(place: Path, wish: Wish, teacher: Teacher, world: World, size: int) -> None:
+    work = place.with_name(f".{place.name}.part")
+    failure: str | None = None
+    if world.first:
+        shutil.rmtree(work, ignore_errors=True)  # by a process that was killed
+        work.mkdir()
+        for name in wish.files:
+            (work / f"{name}.bin").touch()
+    world.wait()
+    try:
+        _write(work, wish, teacher, world, size)
+    except OSError as error:
+        failure = disk_full(error) or error.strerror or str(error)
+    if world.total(float(failure is not None))[0]:
+        if world.first:
+            shutil.rmtree(work, ignore_errors=True)
+        raise BadInput(f"cannot write {place}: {failure or 'another process could not'}; PILON_CACHE can name another")
+    if world.first:
+        try:
+            wish.indices.astype(np.int64).tofile(work / "rows.bin")
+            (work / ABOUT).write_text(json.dumps(_about(wish)), "utf-8")
+            manifest.write(work)
+            sync_tree(work)
+            shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
+            rename(work, place)
+        except OSError as error:
+            shutil.rmtree(work, ignore_errors=True)
+            reason = disk_full(error) or error.strerror or str(error)
+            raise BadInput(f"cannot write {place}: {reason}; PILON_CACHE can name another") from error
+    world.wait()
+
+
+def _write(work: Path, wish: Wish, teacher: Teacher, world: World, size: int) -> None:
+    """This process's share: written, not mapped, so that a full disk is an error and not a signal."""
+    total = len(wish.indices)
+    first, last = (total * edge // world.size for edge in (world.rank, world.rank + 1))
+    for start in track(range(first, last, size), "teacher", total=-(-(last - first) // size)):
+        mine = wish.indices[start : min(last, start + size)]
+        batch = wish.rows.rows([int(index) for index in mine]).to(world.device)
+        found = dict(
+            zip(("values", "tokens", "rest"), teacher.largest(batch, wish.count, wish.temperature), strict=True)
+        )
+        for name, tensor in found.items():
+            dtype, shape = wish.files[name]
+            with (work / f"{name}.bin").open("r+b") as file:
+                file.seek(start * int(np.prod(shape[1:])) * np.dtype(dtype).itemsize)
+                file.write(tensor.cpu().numpy().astype(dtype).tobytes())

@@ -1,0 +1,1 @@
+"""Judges a model: perplexity, embeddings, generation, what it consists of."""

@@ -1,0 +1,94 @@
+"""Fidelity of an encoder: do its text embeddings point where the dense model's do, and have the same neighbours?"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pilon_compress.data.sequences import check_ids
+from pilon_compress.errors import BadInput
+from pilon_compress.io.progress import track
+from pilon_compress.models.limits import longest_input
+from pilon_compress.models.task import vocabulary
+
+NEIGHBORS = 10
+
+
+@torch.no_grad()
+def embed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 16,
+    max_length: int = 256,
+) -> Tensor:
+    """(N, d) float32: the mean of the last hidden states over the tokens of each text, padding left out."""
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # alike lengths together: little padding
+    rows: list[Tensor] = [torch.empty(0)] * len(texts)
+    starts = range(0, len(order), batch_size)
+    limit = min(max_length, longest_input(model) or max_length)
+    for start in track(starts, "embedding", total=len(starts)):
+        chosen = order[start : start + batch_size]
+        batch = tokenizer(
+            [texts[i] for i in chosen], padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        ).to(model.device)
+        check_ids(tokenizer, int(batch["input_ids"].max()), vocabulary(model.config))
+        hidden = model.base_model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).last_hidden_state.float()
+        mask = batch["attention_mask"][..., None].float()
+        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
+        for index, row in zip(chosen, pooled.cpu(), strict=True):
+            rows[index] = row
+    result = torch.stack(rows)
+    if not bool(torch.isfinite(result).all()):
+        raise BadInput("the embeddings of the evaluation texts are NaN or infinite: they cannot be compared")
+    return result
+
+
+def measure(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 16,
+    max_length: int = 256,
+) -> dict[str, Any]:
+    """Compare the embeddings of `texts` by both models.
+
+    cosine: mean cosine between a text's two embeddings. neighbors10: mean share of a text's ten nearest texts (by
+    cosine, itself left out) that both models agree on. texts: how many there were. Raises BadInput for fewer than
+    eleven.
+    """
+    check(texts)
+    ours, theirs = (
+        torch.nn.functional.normalize(embed(m, tokenizer, texts, batch_size=batch_size, max_length=max_length), dim=1)
+        for m in (model, dense)
+    )
+    return {
+        "cosine": float((ours * theirs).sum(1).mean()),
+        "neighbors10": shared_neighbours(ours, theirs),
+        "texts": len(texts),
+    }
+
+
+def check(texts: Sequence[str]) -> None:
+    """Raise BadInput if there are too few texts for each to have ten neighbours."""
+    if len(texts) <= NEIGHBORS:
+        raise BadInput(
+            f"{len(texts)} paragraphs are too few to compare {NEIGHBORS} neighbours: give at least {NEIGHBORS + 1}"
+        )
+
+
+def shared_neighbours(ours: Tensor, theirs: Tensor) -> float:
+    """Mean share of a text's ten nearest texts that both embeddings (N, d) agree on, for N above ten."""
+    ours, theirs = (torch.nn.functional.normalize(embeddings, dim=1) for embeddings in (ours, theirs))
+    return float((_nearest(ours)[:, :, None] == _nearest(theirs)[:, None, :]).any(2).float().mean())
+
+
+def _nearest(embeddings: Tensor) -> Tensor:
+    similarity = embeddings @ embeddings.T
+    similarity.fill_diagonal_(-torch.inf)
+    return similarity.topk(NEIGHBORS, dim=1).indices

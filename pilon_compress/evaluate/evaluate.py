@@ -1,0 +1,107 @@
+"""Judging a model: the right figures for its kind, on text that it was not calibrated on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pilon_compress.config import conversion
+from pilon_compress.data import text
+from pilon_compress.data.text import DEFAULT_ENCODER, EVALUATION_LM
+from pilon_compress.errors import BadInput
+from pilon_compress.evaluate import embeddings, perplexity
+from pilon_compress.models import checkpoint
+from pilon_compress.models.provenance import lineage
+
+ENCODER_TEXTS = 500
+EVALUATED = 2**14  # tokens scored by the evaluation that ends a conversion; `eval` scores all of the text
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    *,
+    against: PreTrainedModel | None,
+    settings: conversion.Evaluation,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Perplexity and its kin for a causal LM, fidelity to `against` for an encoder; `kind` says which."""
+    settings.check_kind(checkpoint.is_causal(model.config))
+    if checkpoint.is_causal(model.config):
+        figures = perplexity.measure(
+            model,
+            tokenizer,
+            documents,
+            against=against,
+            window=settings.window,
+            stride=settings.stride,
+            batch_size=settings.batch_size,
+            max_windows=settings.samples,
+        )
+        return {"kind": "causal", **figures}
+    if against is None:
+        raise BadInput("an encoder is judged by its fidelity to the dense model: name it with --against")
+    texts = text.sample(text.paragraphs(documents), settings.samples or ENCODER_TEXTS, seed)
+    return {
+        "kind": "encoder",
+        **embeddings.measure(model, against, tokenizer, texts, batch_size=settings.batch_size),
+    }
+
+
+def affordable(settings: conversion.Evaluation, model: PreTrainedModel) -> conversion.Evaluation:
+    """Return `settings` with the windows of a language model limited to EVALUATED tokens, unless they say how many."""
+    if settings.samples is not None or not checkpoint.is_causal(model.config):
+        return settings
+    window = settings.window or perplexity.default_window(model)
+    return settings.model_copy(update={"samples": max(1, EVALUATED // window)})
+
+
+def check(documents: Sequence[str], causal: bool) -> None:
+    """Raise BadInput if the text is too short to judge by."""
+    if not causal:
+        embeddings.check(list(text.paragraphs(documents)))
+
+
+def evaluate(
+    model: str,
+    *,
+    against: str | None = None,
+    data: str | None = None,
+    settings: conversion.Evaluation | None = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluate the model at `model` (PILON or dense), against the dense one it came from where that is known.
+
+    `against` defaults to the dense model that the folder's recipe.yaml leads to. `data` is a text source; by default
+    the one that the recipe evaluates on or else calibrates on, and without a recipe WikiText-2 (encoders: stdlib).
+    Where it overlaps a source of calibration or training, only the part that these leave out is used, and the figures
+    say so.
+    """
+    origin = lineage(checkpoint.resolve(model))
+    against = against or origin.dense
+    causal = checkpoint.is_causal(checkpoint.load_config(model))
+    if not causal and against is None:  # before anything is loaded
+        raise BadInput(f"{model} is an encoder, judged by its fidelity to the dense model: name that with --against")
+    data = data or origin.judged_by or (EVALUATION_LM if causal else DEFAULT_ENCODER)
+    seen = any(_overlap(data, source) for source in origin.texts)
+    documents = list(text.open_text(data, part="held-out" if seen else "all"))
+    pilon = checkpoint.load_model(model, dtype="float32", device=device)
+    dense = checkpoint.load_model(against, dtype="float32", device=device) if against else None
+    figures = measure(
+        pilon,
+        checkpoint.load_tokenizer(model),
+        documents,
+        against=dense,
+        settings=settings or conversion.Evaluation(),
+        seed=seed,
+    )
+    return {**figures, "model": model, "against": against, "data": data + (" (held-out part)" if seen else "")}
+
+
+def _overlap(data: str, source: str) -> bool:
+    """True if two sources may share documents: the same one, or `stdlib` and one of its halves."""
+    return data == source or (
+        {data, source} & {"stdlib"} != set() and data.startswith("stdlib") and source.startswith("stdlib")
+    )

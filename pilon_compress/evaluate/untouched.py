@@ -1,0 +1,69 @@
+"""Experts and routers that a conversion leaves as they are."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pilon_compress.models.blocks import blocks
+from pilon_compress.models.families import Site
+from pilon_compress.report.formatting import number
+
+SMALL = 0.05  # share of a model's parameters below which replacing them is hardly worth it
+
+
+def untouched(model: PreTrainedModel, sites: Sequence[Site]) -> list[dict[str, Any]]:
+    """Return the parameters of expert layers that replacing `sites` leaves alone, largest first; [] without experts.
+
+    One entry for each part of the expert layers, summed over the blocks: `name` below the base model with `*` for the
+    block, `parameters`, `share` of all parameters of the model.
+    """
+    replaced = {site.name for site in sites}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    sizes: Counter[str] = Counter()
+    for name, block in blocks(model).items():
+        parts = _expert_parts(block)
+        for path, parameter in block.named_parameters():
+            owner = path.rpartition(".")[0]
+            part = next((part for part in parts if f"{path}.".startswith(f"{part}.")), None)
+            if part is not None and f"{name}.{owner}" not in replaced:
+                sizes[f"{name.rpartition('.')[0]}.*.{part}"] += parameter.numel()
+    return [{"name": name, "parameters": size, "share": size / total} for name, size in sizes.most_common()]
+
+
+def notes(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
+    """Return the lines that tell a user what a conversion of `sites` leaves alone, and how little it may reach."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lines = []
+    if left := untouched(model, sites):
+        names = ", ".join(entry["name"] for entry in left[:3]) + (", ..." if len(left) > 3 else "")
+        share = sum(entry["share"] for entry in left)
+        lines.append(f"mixture of experts: {number(100 * share)} % of the parameters are not touched ({names})")
+    reached = sum(site.parameters for site in sites) / total
+    if reached < SMALL:
+        lines.append(f"only {number(100 * reached)} % of the parameters are in projections that would be replaced")
+    return lines
+
+
+def _expert_parts(block: nn.Module) -> list[str]:
+    """Paths in a block of everything that belongs to an expert layer: its members, or, where experts stand in the block
+    itself, they and their routers."""
+    parts: list[str] = []
+    for path, module in block.named_modules():
+        if path.startswith(tuple(f"{part}." for part in parts)):
+            continue
+        members = {**dict(module.named_children()), **dict(module.named_parameters(recurse=False))}
+        experts = {name for name, member in members.items() if _is_expert(name, member)}
+        if not experts:
+            continue
+        if path:
+            parts += [f"{path}.{name}" for name in members]
+        else:
+            parts += [name for name in members if name in experts or "router" in name.lower()]
+    return parts
+
+
+def _is_expert(name: str, member: object) -> bool:
+    return "expert" in name.lower() or "expert" in type(member).__name__.lower()

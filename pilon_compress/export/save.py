@@ -1,0 +1,40 @@
+"""A model's own files: weights, config and tokenizer."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pilon_compress.export.transformers_plugin import PilonConfig
+from pilon_compress.nn.layout import layout_of, stored_types
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write weights (safetensors, in `dtype`), config and tokenizer of a PILON or dense model into a fresh `folder`."""
+    layout = layout_of(model)
+    if layout.projections or layout.kept:
+        model.config.quantization_config = PilonConfig(layout.to_dict(), 2 if layout.quantized else 1)
+    model.save_pretrained(folder, state_dict=_narrowed(model, dtype), max_shard_size=max_shard_size)
+    model.config.dtype = dtype  # save_pretrained notes the dtype of the module, not of the state that it was given
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        path.chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner only
+
+
+def _narrowed(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state in `dtype`, but for what has a type of its own; tensors that were tied stay one, and are saved once."""
+    own, made, state = stored_types(model), dict[int, Tensor](), dict[str, Tensor]()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in made:
+            plain = tensor.detach()
+            made[id(tensor)] = plain.to(own.get(name, dtype)) if plain.is_floating_point() else plain
+        state[name] = made[id(tensor)]
+    return state

@@ -1,0 +1,131 @@
+"""How transformers loads a PILON model: as a quantization method that swaps the projections in, then steps aside.
+
+from_pretrained(folder)
+  config.json  quantization_config {"quant_method": "pilon", "layout": ...}
+    -> PilonConfig -> PilonQuantizer
+         before the weights (model on the meta device): install(model, layout); with PILON_VERIFY=1 every file of the
+         folder is compared with its checksum in manifest.json first, and ValueError names one that differs
+         after the weights: refuse gaps, then dissolve, so that an ordinary nn.Module remains
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pilon_compress.io.checksum import damage
+from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.dense_linear import KeptLinear
+from pilon_compress.nn.int8 import Int8, Int8Embedding, Int8Linear
+from pilon_compress.nn.integer import Integers
+from pilon_compress.nn.layout import Host, Layout, install, stored_types
+from pilon_compress.nn.packed_ternary import PackedBank, PackedLinear, scales_of
+
+VERIFY = "PILON_VERIFY"  # environment: compare every file with its checksum when a model is loaded
+FORMAT_VERSION = 2  # 2: ternary and packed banks, whole numbers
+
+
+class PilonConfig(QuantizationConfigMixin):
+    """The `quantization_config` entry of config.json: the layout, and the version of the format it is written in."""
+
+    def __init__(self, layout: Any = None, format_version: int = FORMAT_VERSION, **unused: Any) -> None:
+        if type(format_version) is not int or format_version < 1:
+            raise ValueError(f"format_version {format_version!r:.60} is no PILON format: config.json is damaged")
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint is in PILON format {format_version}, newer than the {FORMAT_VERSION} read here: "
+                "upgrade pilon-compress"
+            )
+        Layout.from_dict(layout)  # refused now, before anything is made of it
+        self.quant_method = "pilon"
+        self.format_version = format_version
+        self.layout = layout
+
+
+class PilonQuantizer(HfQuantizer):
+    """Installs the layout before the weights are read and leaves no trace on the model afterwards."""
+
+    requires_calibration = False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Host, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise ValueError("a dense checkpoint becomes PILON with `pilon-compress convert`, not while it is loaded")
+        if os.environ.get(VERIFY, "") not in ("", "0"):
+            verify_files(kwargs.get("checkpoint_files") or ())
+        install(model, Layout.from_dict(self.quantization_config.layout))
+        model._keep_in_fp32_modules_strict.update(
+            name for name, dtype in stored_types(model).items() if dtype == torch.float32
+        )
+
+    def _process_model_after_weight_loading(self, model: Host, **kwargs: Any) -> None:
+        refuse_gaps(model)
+        refuse_damage(model)
+        dissolve(model)
+
+
+def verify_files(weights: Iterable[str]) -> None:
+    """Raise ValueError if a file of the folder that holds `weights` is not as the manifest there lists it."""
+    for folder in {Path(file).parent for file in weights}:
+        if reason := damage(folder):
+            raise ValueError(f"{reason}: the file is damaged")
+
+
+def refuse_gaps(model: Host) -> None:
+    """Raise ValueError if a PILON tensor was not in the file: transformers would leave it as random memory."""
+    lost = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, PrimitiveBank | ComposedLinear | KeptLinear | PackedLinear | Integers | Int8)
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if key not in module._non_persistent_buffers_set
+        and not tensor.is_meta  # offloaded to disk
+        and not getattr(tensor, "_is_hf_initialized", False)
+    ]
+    if lost:
+        raise ValueError(f"the checkpoint lacks {len(lost)} PILON tensors, the first is {lost[0]}")
+
+
+def refuse_damage(model: Host) -> None:
+    """Raise ValueError for packed numbers that are none, and scales that are zero or not finite."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedBank | PackedLinear | Integers):
+            codes = next(module.buffers(recurse=False))
+            if not codes.is_meta and (reason := module.refuse()):
+                raise ValueError(f"{name} {reason}: the file is corrupt")
+        if isinstance(module, Int8Linear | Int8Embedding) and not module.scale.is_meta:
+            scale = module.scale
+            if not (torch.isfinite(scale).all() and scale.all()):
+                raise ValueError(f"{name} holds scales that are zero or not finite: the file is corrupt")
+    for name, scale in scales_of(model).items():
+        if not scale.is_meta and not (torch.isfinite(scale).all() and (scale.any() or name.endswith("shift"))):
+            raise ValueError(f"{name} holds scales that are zero or not finite: the file is corrupt")
+
+
+def dissolve(model: Host) -> None:
+    """Take the quantizer off the model: it would block .half(), ignore save_pretrained(state_dict=), upset Trainer."""
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_is_quantized"):
+            del config._is_quantized
+
+
+if "pilon" not in AUTO_QUANTIZER_MAPPING:  # a self-contained folder brings its own copy of this file
+    register_quantization_config("pilon")(PilonConfig)
+    register_quantizer("pilon")(PilonQuantizer)

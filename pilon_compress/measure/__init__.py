@@ -1,1 +1,0 @@
-"""Judging: sizes, perplexity, fidelity, and the report of a conversion."""

@@ -1,0 +1,210 @@
+"""Models that are trained from scratch: a transformers host, its feed-forward projections replaced within a budget.
+
+    Ffn (recipe)   ->  layout_for(sites, ffn)  ->  install on the host  ->  initialise
+
+The dense twin is the same host without the replacement.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import ArceeConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from pilon_compress.config.training import Ffn, Host, Ternary
+from pilon_compress.errors import BadInput
+from pilon_compress.models import checkpoint
+from pilon_compress.models.families import Site, find_sites
+from pilon_compress.nn.bands import split_bands
+from pilon_compress.nn.init import initialise
+from pilon_compress.nn.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install
+from pilon_compress.nn.stored import stored_layout
+
+RANKS = (64, 32, 16, 8, 4, 2, 1)  # of a primitive; multiples of 16 suit the kernels, small models need finer steps
+WASTE = 0.04  # of the budget that rounding to whole primitives may leave
+EOS = "<eos>"
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens, the first of which is EOS (and padding)."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=EOS)
+
+
+def config_for(host: Host, sequence_length: int, eos: int | None) -> PretrainedConfig:
+    """The config of a host for sequences of `sequence_length` tokens. Raises BadInput for sizes that do not fit."""
+    if host.hidden_size % host.num_attention_heads:
+        raise BadInput(f"hidden_size {host.hidden_size} is no multiple of {host.num_attention_heads} attention heads")
+    heads = host.num_key_value_heads or host.num_attention_heads
+    if host.num_attention_heads % heads:
+        raise BadInput(f"{host.num_attention_heads} attention heads are no multiple of num_key_value_heads {heads}")
+    kind = LlamaConfig if host.family == "llama" else ArceeConfig
+    act = {"hidden_act": host.hidden_act} if host.hidden_act else {}
+    config = kind(
+        hidden_size=host.hidden_size,
+        num_hidden_layers=host.num_hidden_layers,
+        num_attention_heads=host.num_attention_heads,
+        num_key_value_heads=heads,
+        intermediate_size=host.intermediate_size,
+        vocab_size=host.vocab_size,
+        tie_word_embeddings=host.tie_word_embeddings,
+        max_position_embeddings=sequence_length,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=None,
+        **act,
+    )
+    config.architectures = ["LlamaForCausalLM" if host.family == "llama" else "ArceeForCausalLM"]
+    return config
+
+
+def build(config: PretrainedConfig, ffn: Ffn, seed: int, ternary: Ternary = Ternary()) -> PreTrainedModel:  # noqa: B008
+    """A model with random weights, dense or with its feed-forward projections replaced as `ffn` and `ternary` say.
+
+    Float32, CPU. Weights outside the feed-forward part depend on the seed alone: twins start alike.
+    """
+    return build_with(config, layout_for(find_sites(checkpoint.empty_model(config)), ffn, ternary), seed)
+
+
+def build_with(config: PretrainedConfig, layout: Layout | None, seed: int) -> PreTrainedModel:
+    """As `build`, of any architecture and layout; `layout` None: dense."""
+    torch.manual_seed(seed)
+    model = checkpoint.build(config)
+    if layout is not None:
+        install(model, layout)
+        generator = torch.Generator().manual_seed(seed)
+        initialise(model, getattr(config, "initializer_range", 0.02), generator)
+        balance_selection(model, layout)
+    return model.float().train()
+
+
+def layout_in(config: PretrainedConfig) -> Layout | None:
+    """The layout of a PILON model by its config; None of a dense one. Raises BadInput for one that is damaged."""
+    return stored_layout(config)
+
+
+def layout_for(sites: Sequence[Site], ffn: Ffn, ternary: Ternary = Ternary()) -> Layout | None:  # noqa: B008
+    """Banks and projections that store at most `ffn_ratio` and compute at most `mac_ratio` of what `sites` do.
+
+    lowrank: one primitive for each projection. dense: the matrices as they are, None where nothing about them changes.
+    Raises BadInput where the budget pays for no primitive, and for bands that are none.
+    """
+    if ffn.kind == "dense" and not ffn.matrices:
+        if not (ternary.enabled or ternary.sub_norm):
+            return None
+        layout = Layout({}, {}, {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in sites})
+    else:
+        layout = _narrowed(sites, ffn) if ffn.matrices else _composed(sites, ffn)
+    return with_ternary(layout, sites, ternary)
+
+
+def with_ternary(layout: Layout, sites: Sequence[Site], ternary: Ternary) -> Layout:
+    """The layout in digits, and with norms, as far as `ternary` asks for them."""
+    down = [site.name for site in sites if site.role == "down"]
+    if ternary.sub_norm:
+        layout = layout.normed(down)
+    return layout.ternary(ternary.learned_scale, down, ternary.group) if ternary.enabled else layout
+
+
+def _composed(sites: Sequence[Site], ffn: Ffn) -> Layout:
+    """Layers that share banks, or each have their own (lowrank)."""
+    wide = _widened(sites, ffn.neurons)
+    layers = sorted({site.layer for site in sites})
+    bands = [[layer] for layer in layers] if ffn.kind == "lowrank" else split_bands(layers, ffn.bands)
+    banks: dict[str, BankSpec] = {}
+    projections: dict[str, ProjectionSpec] = {}
+    for index, band in enumerate(bands):
+        for role in dict.fromkeys(site.role for site in wide):
+            members = [site for site in wide if site.role == role and site.layer in band]
+            dense = [site for site in sites if site.role == role and site.layer in band]
+            bank, top_k = _solve(members, dense, ffn)
+            name = f"band{index}.{role}"
+            banks[name] = bank
+            composition = "component" if ffn.kind == "lowrank" else ffn.composition
+            projections |= {site.name: ProjectionSpec(name, top_k, site.bias, composition) for site in members}
+    host = {d.name: (d.d_in, d.d_out) for d, w in zip(sites, wide, strict=True) if d != w}
+    return Layout(banks, projections, {}, host)
+
+
+def _widened(sites: Sequence[Site], neurons: float) -> list[Site]:
+    """The sites with another inner width."""
+    if neurons == 1:
+        return list(sites)
+
+    def sized(width: int) -> int:
+        return max(16, round(neurons * width / 16) * 16)
+
+    return [
+        replace(site, d_in=sized(site.d_in)) if site.role == "down" else replace(site, d_out=sized(site.d_out))
+        for site in sites
+    ]
+
+
+def _narrowed(sites: Sequence[Site], ffn: Ffn) -> Layout:
+    """Plain matrices of fewer neurons: what a small dense model would have."""
+    down = next(site for site in sites if site.role == "down")
+    width = int(min(ffn.ffn_ratio, ffn.mac_ratio) * down.d_in)
+    width = width // 16 * 16 or width
+    if width < 1:
+        raise BadInput(f"ratio {ffn.ffn_ratio:g} is too small for one neuron")
+    narrow = [replace(s, d_in=width) if s.role == "down" else replace(s, d_out=width) for s in sites]
+    kept = {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in narrow}
+    return Layout({}, {}, kept, {site.name: (site.d_in, site.d_out) for site in sites})
+
+
+def _solve(members: Sequence[Site], dense: Sequence[Site], ffn: Ffn) -> tuple[BankSpec, int]:
+    """The bank of one band and role, and how many of its primitives a layer selects."""
+    site, layers = members[0], len(members)
+    pair, full = site.d_in + site.d_out, min(site.d_in, site.d_out)
+    biases = sum(one.d_out for one in members if one.bias)
+    stored = ffn.ffn_ratio * sum(one.parameters for one in dense) - biases
+    macs = ffn.mac_ratio * dense[0].d_in * dense[0].d_out
+    if ffn.kind == "lowrank":
+        per_rank = layers * (pair + 1)
+        rank = min(full, int(min((stored - layers) / per_rank, macs / pair)))
+        if rank < 1:
+            raise BadInput(f"the budget pays for no rank in the {site.role} projections")
+        return BankSpec(site.d_in, site.d_out, 1, rank), 1
+    softmax = ffn.composition == "softmax"
+    best: tuple[BankSpec, int] | None = None
+    for rank in (ffn.rank,) if ffn.rank else RANKS:
+        k = ffn.top_k or min(int(macs // (pair * rank)), full // rank)
+        width = 1 if ffn.composition != "component" else rank
+        per_layer, per_primitive = (0, rank * pair + layers) if softmax else (k * (width + 1), rank * pair)
+        n = ffn.n_primitives or int((stored - layers * per_layer) // per_primitive)
+        n = n if ffn.n_primitives or softmax else min(n, layers * k)  # more than the layers can use are of no use
+        k = min(k, n)
+        if k < 1:
+            continue
+        best = best or (BankSpec(site.d_in, site.d_out, n, rank, ffn.latent_scale, ffn.latent_bias), k)
+        spent = min(n * rank * pair / stored, k * rank * pair / macs)
+        if spent >= 1 - WASTE and k >= 2:
+            return BankSpec(site.d_in, site.d_out, n, rank, ffn.latent_scale, ffn.latent_bias), k
+    if best is None:
+        raise BadInput(f"the budget pays for no primitive in the {site.role} projections: raise ffn_ratio or mac_ratio")
+    return best
+
+
+@torch.no_grad()
+def balance_selection(model: PreTrainedModel, layout: Layout) -> None:
+    """Let the layers of a band take turns: the first k primitives to the first layer, the next k to the second, ...
+
+    Every primitive is used by as many layers as any other, give or take one, and none is left out.
+    """
+    users: dict[str, int] = {}
+    for name, spec in layout.projections.items():
+        composed = model.base_model.get_submodule(name)
+        turn = users.get(spec.bank, 0)
+        users[spec.bank] = turn + 1
+        if spec.composition != "softmax":
+            n = layout.banks[spec.bank].n_primitives
+            places = (turn * spec.top_k + torch.arange(spec.top_k)) % n
+            composed.selected.copy_(places.sort().values)

@@ -1,0 +1,218 @@
+"""Where models come from: a folder, an installed package, or the hub; and what is wrong with one that does not load."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+
+from pilon_compress.errors import BadInput
+from pilon_compress.io import hub
+from pilon_compress.io.errors import UNREADABLE, first_line, unreadable
+from pilon_compress.io.manifest import read_ours, verify_folder
+from pilon_compress.models import files
+from pilon_compress.models.config_check import check_declared, check_shapes
+from pilon_compress.models.references import resolve
+from pilon_compress.models.task import architecture, is_causal, text_config, vocabulary
+
+__all__ = ["architecture", "is_causal", "resolve", "text_config", "vocabulary"]  # beside what is defined here
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+HUB_HELP = "a local folder, a .gguf file or package:NAME works without it"
+
+logging.disable_progress_bar()  # ours are enough
+logging.set_verbosity_error()  # what matters of its reports is refused here, in one line
+# Otherwise transformers asks a bot to open a pull request in a hub repository that has pickled weights only.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
+
+def load_config(reference: str) -> PretrainedConfig:
+    """Return the model's config, with the dtype of its weights.
+
+    Raises BadInput if the config is missing, unreadable or of an unknown architecture, or if the weights are quantised
+    by a method other than PILON.
+    """
+    folder = resolve(reference)
+    if Path(folder).is_dir():
+        files.check_readable(Path(folder))
+        check_declared(read_ours(Path(folder) / "config.json"))
+        verify_folder(folder, weights=False)
+    try:
+        check_declared(PretrainedConfig.get_config_dict(folder, **_where(folder))[0])
+        config = AutoConfig.from_pretrained(folder, **_where(folder))
+        _check_method(reference, config)
+        if getattr(config, "dtype", None) is None:
+            config.dtype = _stored_dtype(folder)
+    except UNREADABLE as error:
+        raise _refusal(reference, folder, error) from error
+    check_shapes(config)
+    architecture(config)
+    check_shapes(config)
+    return config
+
+
+def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer. Raises BadInput if there is none, or one that cannot pad."""
+    folder = resolve(reference)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_where(folder))
+        known = len(tokenizer) > len(tokenizer.all_special_ids)
+    except Exception as error:
+        if not unreadable(error):
+            raise
+        if not Path(folder).is_dir():
+            raise _refusal(reference, folder, error) from error
+        raise BadInput(f"{reference} has no tokenizer that loads: {first_line(error)}") from error
+    if not known:  # without files transformers invents one that knows no words
+        raise BadInput(f"{reference} has no tokenizer: copy the files (tokenizer.json, ...) of the model it comes from")
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The dense architecture of `config` on the meta device: shapes without memory. A PILON config gives its host.
+
+    Raises BadInput for an architecture that cannot be built, or does not read token ids.
+    """
+    with torch.device("meta"):
+        model = build(config)
+    if model.main_input_name != "input_ids":
+        raise BadInput(f"{type(model).__name__} reads {model.main_input_name}, not text")
+    vocabulary(config)
+    return model
+
+
+def build(config: PretrainedConfig) -> PreTrainedModel:
+    """The dense architecture of `config`, where and how the caller has parameters made."""
+    kind = architecture(config)
+    try:
+        plain = type(config).from_dict(config.to_dict())
+        if hasattr(plain, "quantization_config"):
+            del plain.quantization_config
+        return kind(plain) if kind is not None else AutoModel.from_config(plain)
+    except UNREADABLE as error:
+        raise BadInput(f"cannot build a model from config type {config.model_type}: {first_line(error)}") from error
+
+
+def check_dense(reference: str, config: PretrainedConfig) -> None:
+    """Raise BadInput for a model whose weights are not plain matrices: PILON already, or quantised."""
+    if _method(config) == "pilon":
+        raise BadInput(f"{reference} is a PILON model already: convert the dense model that it was made from")
+    _check_method(reference, config)
+
+
+def _check_method(reference: str, config: PretrainedConfig) -> None:
+    """Raise BadInput for weights in a quantised format that is not PILON's."""
+    method = _method(config)
+    if method not in (None, "pilon"):
+        raise BadInput(f"{reference} is quantised ({method}): give the model that it was made from")
+
+
+def _method(config: PretrainedConfig) -> object:
+    """The quantization method that a config names; None where weights are plain."""
+    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return getattr(method, "value", method) or "by a method that its config does not name"
+
+
+def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
+    """Load weights (safetensors only, no code from the checkpoint) with the class that the config names, in eval mode.
+
+    Raises BadInput for files that are missing, truncated, or hold other tensors than the architecture, and for values
+    that are NaN or infinite.
+    """
+    wanted = find_dtype(dtype) if isinstance(dtype, str) else dtype
+    target = find_device(device)
+    folder = resolve(reference)
+    config = load_config(reference)
+    kind = architecture(config)
+    if Path(folder).is_dir():
+        files.check_weights(Path(folder))
+        verify_folder(folder)
+    try:
+        model, loaded = (kind or AutoModel).from_pretrained(
+            folder,
+            dtype=wanted or config.dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            **_where(folder),
+        )
+    except UNREADABLE as error:
+        raise _refusal(reference, folder, error) from error
+    lost = sorted(loaded["unexpected_keys"])
+    if lost and type(model).__name__ not in (config.architectures or []):
+        raise BadInput(
+            f"{reference} holds tensors that a {type(model).__name__} has no place for, the first is {lost[0]}: "
+            "name its class as `architectures` in config.json"
+        )
+    if missing := sorted(loaded["missing_keys"]):  # transformers leaves them random
+        raise BadInput(f"{reference} lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}")
+    model = model.to(target).eval()
+    check_finite(model)
+    return model
+
+
+def _stored_dtype(folder: str) -> torch.dtype | None:
+    """The dtype of most weights in the files, for a config that does not say."""
+    if Path(folder).is_dir():
+        try:
+            return files.stored_dtype(files.weight_files(Path(folder))[:1])
+        except BadInput:  # said where weights are wanted
+            return None
+    try:
+        found = cached_file(folder, SAFE_WEIGHTS_NAME, local_files_only=hub.offline())
+    except OSError:  # in shards: transformers reads the dtype when it loads them
+        return None
+    return files.stored_dtype([Path(found)]) if found else None
+
+
+def find_dtype(name: str) -> torch.dtype | None:
+    """What `name` means: one of DTYPES, None for auto. Raises BadInput."""
+    if name not in DTYPES:
+        raise BadInput(f"dtype {name!r} is none of {', '.join(DTYPES)}")
+    found: torch.dtype | None = getattr(torch, name, None)
+    return found
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; auto: cuda where it is present, else cpu. Raises BadInput where it is not available."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise BadInput naming the first parameter that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise BadInput(f"the weight {name} holds NaN or infinite values")
+
+
+def _where(folder: str) -> dict[str, Any]:
+    """Local folders never ask the hub, and nothing does when it is out of reach."""
+    return {"local_files_only": Path(folder).is_dir() or hub.offline(), "trust_remote_code": False}
+
+
+def _refusal(reference: str, folder: str, error: Exception) -> BadInput:
+    if Path(folder).is_dir():
+        return BadInput(f"{reference} does not load: {first_line(error)}")
+    if reason := hub.unreachable():
+        return BadInput(
+            f"{reference} is neither a folder nor cached, and the hub is out of reach ({reason}); {HUB_HELP}"
+        )
+    return BadInput(f"{reference} does not load from the hub: {first_line(error)}")

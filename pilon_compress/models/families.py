@@ -1,0 +1,226 @@
+"""Where the feed-forward projections live in each architecture: a table, and detection by shape for the rest."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pilon_compress.errors import BadInput
+from pilon_compress.models.blocks import blocks
+from pilon_compress.models.task import text_config
+from pilon_compress.nn.layout import linear_shape
+
+
+@dataclass(frozen=True)
+class Family:
+    """`projections`: role -> path below one transformer block."""
+
+    projections: dict[str, str]
+
+
+HEADS = {"num_heads", "n_heads", "n_head", "num_attention_heads", "head_dim", "attention_head_size"} | {
+    *("num_key_value_heads", "num_key_value_groups", "ssm_state_size", "state_size", "d_state")
+}
+"""Attributes of modules that mix tokens: attention and state-space models."""
+
+GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+BERT = Family({"up": "intermediate.dense", "down": "output.dense"})
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family({"up": "mlp.c_fc", "down": "mlp.c_proj"}),
+    "llama": Family(GATED),
+    "mistral": Family(GATED),
+    "qwen2": Family(GATED),
+    "qwen3": Family(GATED),
+    "gemma": Family(GATED),
+    "gemma2": Family(GATED),
+    "gemma3_text": Family(GATED),
+    "phi3": Family({"gate_up": "mlp.gate_up_proj", "down": "mlp.down_proj"}),
+    "arcee": Family({"up": "mlp.up_proj", "down": "mlp.down_proj"}),
+    "opt": Family({"up": "fc1", "down": "fc2"}),
+    "gpt_neox": Family({"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}),
+    "bert": BERT,
+    "roberta": BERT,
+    "distilbert": Family({"up": "ffn.lin1", "down": "ffn.lin2"}),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One projection to replace: where it is and what it looks like."""
+
+    name: str
+    """Module name below the base model."""
+    layer: int
+    role: str
+    """gate, up, down, gate_up (fused); for a projection outside the feed-forward block, its path with underscores."""
+    d_in: int
+    d_out: int
+    bias: bool
+    input: str
+    """Name of the site whose input it shares: gate and up of one layer read the same activations."""
+    block: tuple[str, ...] = ()
+    """Names of all projections of its feed-forward block, if neurons of that can be dropped: see `_block`."""
+
+    @property
+    def parameters(self) -> int:
+        return self.d_in * self.d_out + self.d_out * self.bias
+
+
+def find_sites(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[Site]:
+    """The projections of `model` (on any device, meta included) that would be replaced, in layer order.
+
+    Without `targets` these are the feed-forward projections. `targets` and `ignore` are module names, class names, or
+    `re:` followed by a regular expression that the module name must match from its start; names count from the base
+    model. A target may name any linear projection inside a layer. Raises BadInput when nothing is left.
+    """
+    layers = blocks(model)
+    family = family_of(model)
+    if family is None and not targets:
+        raise BadInput(
+            f"no feed-forward projections found in {type(model).__name__} (experts, attention and state-space mixers "
+            "are not replaced by themselves); name projections with --targets"
+        )
+    known = text_config(model.config).model_type in FAMILIES
+    hidden = _hidden_size(model)
+    roles = {path: role for role, path in family.projections.items()} if family else {}
+    sites = []
+    for index, (layer_name, layer) in enumerate(layers.items()):
+        block = _block(layer, roles, layer_name, known)
+        for path, module in layer.named_modules():
+            name = f"{layer_name}.{path}"
+            wanted = (
+                _matches(name, module, targets) if targets else path in roles and not mixes_tokens(layer, path, hidden)
+            )
+            if not wanted or not _is_linear(module) or _matches(name, module, ignore):
+                continue
+            d_in, d_out = linear_shape(module)
+            role = roles.get(path, path.replace(".", "_"))
+            whole = block if path in roles else ()
+            sites.append(Site(name, index, role, d_in, d_out, module.bias is not None, name, whole))
+    if not sites:
+        why = (
+            "every feed-forward projection is ignored" if ignore and not targets else "no projection matches --targets"
+        )
+        raise BadInput(f"{why} in {type(model).__name__}")
+    return _share_inputs(sites)
+
+
+def family_of(model: PreTrainedModel) -> Family | None:
+    """The architecture's row of FAMILIES, else what `detect` finds; of a model of several towers, the text tower's."""
+    return FAMILIES.get(text_config(model.config).model_type) or detect(model)
+
+
+def _block(layer: nn.Module, roles: Mapping[str, str], name: str, known: bool) -> tuple[str, ...]:
+    """The projections of a layer's feed-forward block, by name, if its neurons are independent of each other.
+
+    They are not where something else in the layer has a parameter for each neuron (a norm between up and down), and of
+    an unknown architecture it cannot be seen how the halves of a fused gate_up are laid out.
+    """
+    down = next((path for path, role in roles.items() if role == "down"), None)
+    if down is None or (not known and "gate_up" in roles.values()):
+        return ()
+    try:
+        width = linear_shape(layer.get_submodule(down))[0]
+    except (AttributeError, ValueError):  # layers differ
+        return ()
+    own = tuple(f"{path}." for path in roles)
+    others = [p for path, p in layer.named_parameters() if not path.startswith(own)]
+    if any(p.dim() == 1 and len(p) == width for p in others):
+        return ()
+    return tuple(f"{name}.{path}" for path in roles)
+
+
+def detect(model: PreTrainedModel) -> Family | None:
+    """Find the feed-forward projections of an unknown architecture by their shapes; None if there are none.
+
+    Within the first block that has them, and outside of what mixes tokens, `down` is the linear that maps the widest
+    inner size F back to the hidden size; linears from the hidden size to F are `up` (and `gate`, if two), one to 2F is
+    a fused `gate_up`.
+    """
+    hidden = _hidden_size(model)
+    kinds: set[tuple[type, frozenset[tuple[str, tuple[int, int]]]]] = set()
+    for layer in blocks(model).values():
+        shapes = {
+            name: linear_shape(module)
+            for name, module in layer.named_modules()
+            if _is_linear(module) and not mixes_tokens(layer, name, hidden)
+        }
+        kind = (type(layer), frozenset(shapes.items()))
+        if kind not in kinds and (family := _family(shapes, hidden)) is not None:
+            return family
+        kinds.add(kind)
+    return None
+
+
+def _family(shapes: Mapping[str, tuple[int, int]], hidden: int | None) -> Family | None:
+    """The feed-forward projections among the linears of one block, given by path and shape (d_in, d_out)."""
+    if not shapes:
+        return None
+    hidden = hidden or Counter(d_in for d_in, _ in shapes.values()).most_common(1)[0][0]
+    downs = {name: d_in for name, (d_in, d_out) in shapes.items() if d_out == hidden and d_in > hidden}
+    if not downs:
+        return None
+    down, inner = max(downs.items(), key=lambda item: item[1])
+    ups = [name for name, shape in shapes.items() if shape == (hidden, inner)]
+    fused = [name for name, shape in shapes.items() if shape == (hidden, 2 * inner)]
+    if len(ups) == 1:
+        return Family({"up": ups[0], "down": down})
+    if len(ups) == 2:
+        gate = next((name for name in ups if "gate" in name), ups[0])
+        return Family({"gate": gate, "up": next(name for name in ups if name != gate), "down": down})
+    return Family({"gate_up": fused[0], "down": down}) if len(fused) == 1 else None
+
+
+def _hidden_size(model: PreTrainedModel) -> int | None:
+    found = getattr(text_config(model.config), "hidden_size", None)
+    return found if isinstance(found, int) else None
+
+
+def mixes_tokens(layer: nn.Module, path: str, hidden: int | None) -> bool:
+    """True if the projection at `path` belongs to something in `layer` that mixes tokens: attention, a convolution, a
+    state-space or other recurrent mixer.
+
+    Told by structure: a part around the projection that has heads or a state, a convolution over time, or parameters
+    of its own whose shape is not the `hidden` size (decay rates, state matrices).
+    """
+    parts = path.split(".")[:-1]
+    for depth in range(1, len(parts) + 1):
+        module = layer.get_submodule(".".join(parts[:depth]))
+        if "att" in parts[depth - 1].lower() or "attention" in type(module).__name__.lower():
+            return True
+        if any(isinstance(child, nn.Conv1d) for child in module.children()):
+            return True
+        own = (parameter for parameter in module._parameters.values() if parameter is not None)
+        if HEADS & module.__dict__.keys() or any(size not in (1, hidden) for one in own for size in one.shape):
+            return True
+    return False
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _matches(name: str, module: nn.Module, patterns: Sequence[str]) -> bool:
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                hit = re.match(pattern[3:], name) is not None
+            except re.error as error:
+                raise BadInput(f"{pattern!r} is not a regular expression: {error}") from None
+        else:
+            hit = pattern in (name, type(module).__name__)
+        if hit:
+            return True
+    return False
+
+
+def _share_inputs(sites: list[Site]) -> list[Site]:
+    """Give gate and up of one layer the same input name."""
+    first = {site.layer: site.name for site in reversed(sites) if site.role in ("gate", "up")}
+    return [
+        Site(**{**vars(site), "input": first[site.layer]}) if site.role in ("gate", "up") else site for site in sites
+    ]

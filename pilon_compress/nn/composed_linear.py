@@ -1,0 +1,90 @@
+"""The projection that composes: it takes the place of one nn.Linear (or GPT-2 Conv1D) and borrows its bank."""
+
+import torch
+from torch import Tensor, nn
+
+from pilon_compress.nn.bank import PrimitiveBank
+
+COMPOSITIONS = ("component", "scalar", "softmax")
+NORM_EPS = 1e-6
+
+
+class ComposedLinear(nn.Module):
+    """`x` (..., d_in) -> (..., d_out), composed from `top_k` of the bank's primitives.
+
+    composition   weight    meaning
+    component     (k, r)    a signed coefficient for every component of every selected primitive (default)
+    scalar        (k, 1)    one signed coefficient per selected primitive
+    softmax       (n, 1)    logits over the whole bank; the k largest are selected and renormalised (original PILON)
+
+    `norm`: RMSNorm of the input, where a quantiser follows (SubLN as BitNet has it before `down`). `group`: inputs that
+    share a scale of that quantiser, 0 for all of a token's.
+
+    `shift` (k, r) is added to the latent behind the weight: packed banks have it in the place of a latent bias.
+
+    The composition tensor is called `weight` on purpose: a checkpoint that is loaded without this package meets a
+    stock layer with another shape and fails, instead of running on random weights.
+    """
+
+    bank: PrimitiveBank
+    selected: Tensor
+
+    def __init__(
+        self,
+        bank: PrimitiveBank,
+        top_k: int,
+        bias: bool,
+        composition: str = "component",
+        host_shape: tuple[int, int] | None = None,
+        group: int = 0,
+        norm: bool = False,
+        shift: bool = False,
+    ) -> None:
+        super().__init__()
+        if composition not in COMPOSITIONS:
+            raise ValueError(f"composition {composition!r} is none of {', '.join(COMPOSITIONS)}")
+        if not 1 <= top_k <= bank.n_primitives:
+            raise ValueError(f"top_k {top_k} is not between 1 and the bank's {bank.n_primitives} primitives")
+        # borrowed, not registered: one owner, one key in the checkpoint, one storage, one optimiser entry
+        object.__setattr__(self, "bank", bank)
+        self.composition, self.top_k, self.group = composition, top_k, group
+        self.host_shape = host_shape or (bank.d_in, bank.d_out)
+        shape = {"component": (top_k, bank.rank), "scalar": (top_k, 1), "softmax": (bank.n_primitives, 1)}[composition]
+        self.weight = nn.Parameter(torch.empty(shape))
+        if composition != "softmax":
+            self.register_buffer("selected", torch.arange(top_k))
+        self.bias = nn.Parameter(torch.zeros(bank.d_out)) if bias else None
+        self.shift = nn.Parameter(torch.zeros(shape)) if shift else None
+        self.norm = nn.RMSNorm(bank.d_in, eps=NORM_EPS) if norm else None
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """`selected` (k,) int64 and the weight (k, r) or (k, 1) that each selected primitive gets."""
+        if self.composition != "softmax":
+            return self.selected, self.weight
+        top = self.weight[:, 0].topk(self.top_k)
+        return top.indices, top.values.softmax(0)[:, None]
+
+    @torch.no_grad()
+    def keep(self, used: Tensor) -> None:
+        """Follow a bank that drops the primitives for which `used` (n,) is False; the layer selects none of them."""
+        if self.composition == "softmax":
+            self.weight = nn.Parameter(self.weight[used].clone())
+        else:
+            self.selected.copy_((used.cumsum(0) - 1)[self.selected])
+
+    def forward(self, x: Tensor) -> Tensor:
+        selected, weight = self.coefficients()
+        if self.norm is not None:
+            x = self.norm(x)
+        shift = {} if self.shift is None else {"shift": self.shift}
+        y = self.bank(x, selected, weight, self.group, **shift)
+        if y.device != x.device:  # a bank shared by layers on several devices lives on one of them
+            y = y.to(x.device)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        bank = self.bank
+        return (
+            f"d_in={bank.d_in}, d_out={bank.d_out}, top_k={self.top_k} of {bank.n_primitives}, rank={bank.rank}, "
+            f"composition={self.composition}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,112 @@
+"""Folding: what a composition amounts to once it no longer changes. Two plain GEMMs, or one where that is cheaper."""
+
+import torch
+from torch import Tensor, nn
+
+from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.integer import IntegerLinear
+from pilon_compress.nn.layout import BANKS, Host, banks, kept_matrices, projections
+from pilon_compress.nn.packed_ternary import PackedBank
+from pilon_compress.nn.ternary import TernaryBank
+
+
+def pair_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
+    """Whether two GEMMs through `rank` (= k·r) need fewer MACs per token than the one dense GEMM."""
+    return rank * (d_in + d_out) < d_in * d_out
+
+
+@torch.no_grad()
+def factors(composed: ComposedLinear) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A (d_in, k·r), B (k·r, d_out), bias (d_out,) or None, so that the projection is `x @ A @ B + bias`.
+
+    The composition weight, latent scale and latent bias are folded in. Computed in float64, returned in the bank's
+    dtype.
+    """
+    bank, (selected, weight) = composed.bank, composed.coefficients()
+    A, B = (factor.double() for factor in bank.primitives(selected))
+    A = A.permute(1, 0, 2).reshape(bank.d_in, -1)
+    scaled = B * weight.double()[:, :, None]
+    bias = None if composed.bias is None else composed.bias.double()
+    if composed.shift is not None:
+        moved = torch.einsum("kr,kro->o", composed.shift.double(), B)
+        bias = moved if bias is None else bias + moved
+    if bank.latent_bias is not None:
+        shift = torch.einsum("r,kro->o", bank.latent_bias.double(), scaled)
+        bias = shift if bias is None else bias + shift
+    if bank.latent_scale is not None:
+        scaled = scaled * bank.latent_scale.double()[:, None]
+    dtype = weight.dtype
+    return A.to(dtype), scaled.reshape(-1, bank.d_out).to(dtype), None if bias is None else bias.to(dtype)
+
+
+@torch.no_grad()
+def dense(composed: ComposedLinear) -> tuple[Tensor, Tensor | None]:
+    """The one matrix W (d_in, d_out) that the composition amounts to, and its bias. Multiplied out in float64."""
+    A, B, bias = factors(composed)
+    return (A.double() @ B.double()).to(A.dtype), bias
+
+
+def foldable(model: Host) -> bool:
+    """Whether `fold` may change the model: not if it has ternary banks."""
+    return not any(isinstance(bank, TernaryBank | PackedBank) for _, bank in banks(model))
+
+
+@torch.no_grad()
+def fold(model: Host) -> Host:
+    """Replace, in place, every composed projection by plain nn.Linear layers and drop the banks: for inference only.
+
+    A projection becomes two Linears, or one where k·r > d_in·d_out / (d_in + d_out). The result runs faster, holds more
+    memory than the shared banks, and is no longer a PILON model that could be saved as one. Raises ValueError for
+    ternary banks: their products are of whole numbers, which folding would lose.
+    """
+    if not foldable(model):
+        raise ValueError("ternary banks do not fold: export them packed")
+    base = model.base_model
+    for name, kept in list(kept_matrices(model)):
+        if isinstance(kept, IntegerLinear):  # in whole numbers it would be restored for every call
+            plain: nn.Module = _linear(kept.matrix().to(base.dtype), kept.bias)
+            base.set_submodule(name, _behind(kept.norm, plain))
+    for name, composed in list(projections(model)):
+        bank = composed.bank
+        if pair_is_cheaper(composed.top_k * bank.rank, bank.d_in, bank.d_out):
+            A, B, bias = factors(composed)
+            plain = nn.Sequential(_linear(A, None), _linear(B, bias))
+        else:
+            plain = _linear(*dense(composed))
+        base.set_submodule(name, _behind(composed.norm, plain))
+    delattr(base, BANKS)
+    return model
+
+
+def _behind(norm: nn.Module | None, plain: nn.Module) -> nn.Module:
+    return plain if norm is None else nn.Sequential(norm, plain)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    d_in, d_out = weight.shape
+    linear = nn.Linear(d_in, d_out, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.T.contiguous())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.clone())
+    return linear
+
+
+@torch.no_grad()
+def prune_unused(model: Host) -> int:
+    """Drop, in place, the primitives that no layer selects; outputs stay bit-identical. Returns how many went."""
+    gone = 0
+    users: dict[int, list[ComposedLinear]] = {}
+    for _, composed in projections(model):
+        users.setdefault(id(composed.bank), []).append(composed)
+    for _, bank in banks(model):
+        layers = users.get(id(bank), [])
+        used = torch.zeros(bank.n_primitives, dtype=torch.bool, device=layers[0].weight.device if layers else None)
+        for layer in layers:
+            used[layer.coefficients()[0]] = True
+        if bool(used.all()):
+            continue
+        for layer in layers:
+            layer.keep(used)
+        gone += int((~used).sum())
+        bank.keep(used)
+    return gone

@@ -1,0 +1,51 @@
+"""Starting weights for a PILON model that is trained from scratch."""
+
+import torch
+
+from pilon_compress.nn.layout import Host, kept_matrices, projections
+from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
+
+
+@torch.no_grad()
+def initialise(model: Host, std: float, generator: torch.Generator | None = None) -> Host:
+    """Draw banks and compositions so that every projection's output variance equals that of a dense N(0, std²) weight.
+
+    A composed weight is a sum of k·r products a·g·b, so Var W = k·r · Var a · E[g²] · Var b, which is set to std².
+    Component and scalar weights start as random signs, so that layers which share a bank start apart; softmax logits
+    near zero, hence weights near 1/k. A and B get the same scale. Kept matrices are drawn as the dense ones are.
+    Ternary ones are scaled so that the variance is right as their digits have it, which is less than the numbers' own.
+    """
+    done: set[int] = set()
+    for _, composed in projections(model):
+        bank, k = composed.bank, composed.top_k
+        softmax = composed.composition == "softmax"
+        composed.weight.normal_(0, 0.01, generator=generator)
+        if not softmax:
+            composed.weight.sign_()
+        if composed.bias is not None:
+            composed.bias.zero_()
+        if composed.composition != "softmax":
+            picked = torch.randperm(bank.n_primitives, generator=generator)[:k].sort().values
+            composed.selected.copy_(picked)
+        if id(bank) in done:
+            continue
+        done.add(id(bank))
+        weight_square = 1 / k**2 if softmax else 1.0
+        factor_std = (std**2 / (k * bank.rank * weight_square)) ** 0.25
+        bank.A.normal_(0, factor_std, generator=generator)
+        bank.B.normal_(0, factor_std, generator=generator)
+        if isinstance(bank, TernaryBank):
+            bank.fit_scales()
+            everything = torch.arange(bank.n_primitives, device=bank.A.device)
+            for latent, counted in zip((bank.A, bank.B), bank.primitives(everything), strict=True):
+                latent.mul_(factor_std / counted.square().mean().sqrt())
+            bank.fit_scales()
+    for _, matrix in kept_matrices(model):
+        matrix.weight.normal_(0, std, generator=generator)
+        if isinstance(matrix, TernaryLinear):
+            matrix.fit_scales()
+            matrix.weight.mul_(std / matrix.matrix().square().mean().sqrt())
+            matrix.fit_scales()
+        if matrix.bias is not None:
+            matrix.bias.zero_()
+    return model

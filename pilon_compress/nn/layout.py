@@ -1,0 +1,399 @@
+"""The layout: which projection composes from which bank, which stays one matrix, and all sizes; kept in config.json."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.composed_linear import COMPOSITIONS, ComposedLinear
+from pilon_compress.nn.dense_linear import KeptLinear
+from pilon_compress.nn.int8 import Int8Embedding, Int8Linear, install_int8, installed
+from pilon_compress.nn.integer import KINDS, IntegerBank, IntegerLinear, Integers
+from pilon_compress.nn.packed_ternary import PackedBank, PackedLinear, scales_of
+from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
+from pilon_compress.nn.ternary_codec import PER_BYTE
+
+Kept = KeptLinear | PackedLinear | IntegerLinear
+PACKED = {f"ternary-{encoding}": encoding for encoding in PER_BYTE}
+Host = Any  # a transformers PreTrainedModel; transformers imports this file while that class is being made
+WORDS = {"quantization": ("none", "ternary", *PACKED, *KINDS), "composition": COMPOSITIONS}
+REST = ("linear", "embedding", "head")  # kinds of 8-bit layers, see `int8.installed`
+WIDEST, LARGEST = 1 << 26, 1 << 40  # of one size, and of the numbers of one side of a bank
+BANKS = "pilon_banks"  # where the base model owns its banks
+
+
+@dataclass(frozen=True)
+class BankSpec:
+    """Shape of one bank, and what its numbers are: `quantization` none, ternary (in training), ternary-2bit or
+    ternary-base3 (packed), or one of `integers.KINDS`."""
+
+    d_in: int
+    d_out: int
+    n_primitives: int
+    rank: int
+    latent_scale: bool = False
+    latent_bias: bool = False
+    quantization: str = "none"
+    learned_scale: bool = False
+
+
+@dataclass(frozen=True)
+class ProjectionSpec:
+    """How one projection composes: the bank's name (`band0.up`), how many primitives, whether it adds a bias.
+
+    `group` and `norm`: see `ComposedLinear`.
+    """
+
+    bank: str
+    top_k: int
+    bias: bool
+    composition: str = "component"
+    group: int = 0
+    norm: bool = False
+    shift: bool = False
+
+
+@dataclass(frozen=True)
+class KeptSpec:
+    """A projection that stays one matrix: at the host's size, or smaller where its block lost neurons."""
+
+    d_in: int
+    d_out: int
+    bias: bool
+    quantization: str = "none"
+    learned_scale: bool = False
+    group: int = 0
+    norm: bool = False
+
+
+SPECS = {"banks": BankSpec, "projections": ProjectionSpec, "kept": KeptSpec}  # by part of a layout
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Banks by name (`band0.up`); projections and kept matrices by module name below the base model (`h.0.mlp.c_fc`).
+
+    `host`: (d_in, d_out) of the host model's projection, for those that lost inputs or outputs with the neurons of
+    their block. The up, gate and down projections of one block agree on the neurons that are left. `rest`: what else
+    is in 8 bits, as `form.int8` names it.
+    """
+
+    banks: dict[str, BankSpec]
+    projections: dict[str, ProjectionSpec]
+    kept: dict[str, KeptSpec] = field(default_factory=dict)
+    host: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rest: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> set[str]:
+        """The quantizations of banks and kept matrices."""
+        return {spec.quantization for spec in self.banks.values()} | {one.quantization for one in self.kept.values()}
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything is stored otherwise than in plain numbers."""
+        return bool(self.kinds - {"none"} or self.rest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, without what is at its default: older versions read what they can compute."""
+        plain: dict[str, Any] = {
+            part: {name: _written(spec) for name, spec in getattr(self, part).items()}
+            for part in ("banks", "projections", "kept")
+        }
+        plain["host"] = {name: list(shape) for name, shape in self.host.items()}
+        return plain | ({"rest": self.rest} if self.rest else {})
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(d_in, d_out) of a projection as it is computed here."""
+        spec = self.kept.get(name) or self.banks[self.projections[name].bank]
+        return spec.d_in, spec.d_out
+
+    def host_shape(self, name: str) -> tuple[int, int]:
+        """(d_in, d_out) of the host model's projection of that name."""
+        return self.host.get(name) or self.shape(name)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Layout":
+        """Read what `to_dict` wrote. Raises ValueError, in one line, for anything else: see `_checked`."""
+        parts = _table(data, "the layout")
+        if unknown := set(parts) - {one.name for one in fields(cls)}:
+            raise ValueError(f"the layout has unknown parts {sorted(unknown)}: written by a newer pilon-compress?")
+        if lost := {"banks", "projections"} - set(parts):
+            raise ValueError(f"the layout is incomplete: it lacks {min(lost)}")
+        specs = dict[str, dict[str, Any]]()
+        for part, kind in SPECS.items():
+            table = _table(parts.get(part, {}), f"the layout's {part}")
+            specs[part] = {name: _read(kind, entry, f"{part} {name}") for name, entry in table.items()}
+        host = {name: _shape(shape, name) for name, shape in _table(parts.get("host", {}), "the layout's host").items()}
+        rest = _table(parts.get("rest", {}), "the layout's rest")
+        made = cls(specs["banks"], specs["projections"], specs["kept"], host, rest)
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        """Raise ValueError where parts of the layout contradict each other."""
+        folders = {name[:end] for name in self.banks for end, letter in enumerate(name) if letter == "."}
+        for name in self.banks:
+            if not all(part.isidentifier() and not hasattr(nn.ModuleDict, part) for part in name.split(".")):
+                raise ValueError(f"{name!r} is no name for a bank")
+            if name in folders:
+                raise ValueError(f"bank {name} and banks inside it share their name")
+        for name, spec in self.projections.items():
+            bank = self.banks.get(spec.bank)
+            if bank is None:
+                raise ValueError(f"projection {name} composes from bank {spec.bank!r}, which the layout does not have")
+            if spec.composition != "softmax" and spec.top_k > bank.n_primitives:
+                raise ValueError(f"projection {name} selects {spec.top_k} of the {bank.n_primitives} of {spec.bank}")
+            if name in self.kept:
+                raise ValueError(f"{name} is both composed and kept")
+        for name in self.host:
+            if name not in self.projections and name not in self.kept:
+                raise ValueError(f"the layout's host names {name!r}, which it does not replace")
+        for name, kind in self.rest.items():
+            if kind not in REST:
+                raise ValueError(f"{name}: {kind!r} is none of {', '.join(REST)}")
+
+    def integers(self, quantization: str) -> "Layout":
+        """The same with every bank and kept matrix in whole numbers."""
+        banks = {name: replace(spec, quantization=quantization) for name, spec in self.banks.items()}
+        kept = {name: replace(spec, quantization=quantization) for name, spec in self.kept.items()}
+        return replace(self, banks=banks, kept=kept)
+
+    def normed(self, places: Collection[str]) -> "Layout":
+        """The same with an RMSNorm before the projections of those names."""
+        projections = {name: replace(spec, norm=spec.norm or name in places) for name, spec in self.projections.items()}
+        kept = {name: replace(spec, norm=spec.norm or name in places) for name, spec in self.kept.items()}
+        return replace(self, projections=projections, kept=kept)
+
+    def ternary(self, learned_scale: bool, grouped: Collection[str], group: int) -> "Layout":
+        """The same in digits; inputs of the projections `grouped` share scales by `group`."""
+        groups = dict.fromkeys(grouped, group)
+        banks = {
+            name: replace(spec, quantization="ternary", learned_scale=learned_scale)
+            for name, spec in self.banks.items()
+        }
+        projections = {name: replace(spec, group=groups.get(name, 0)) for name, spec in self.projections.items()}
+        kept = {
+            name: replace(spec, quantization="ternary", learned_scale=learned_scale, group=groups.get(name, 0))
+            for name, spec in self.kept.items()
+        }
+        return replace(self, banks=banks, projections=projections, kept=kept)
+
+    @property
+    def is_ternary(self) -> bool:
+        """Whether anything is in digits."""
+        return "ternary" in self.kinds
+
+    def users(self, bank: str) -> list[str]:
+        """Names of the projections that compose from `bank`."""
+        return [name for name, spec in self.projections.items() if spec.bank == bank]
+
+
+def _written(spec: Any) -> dict[str, Any]:
+    values = {one.name: (getattr(spec, one.name), one.default) for one in fields(spec)}
+    return {name: value for name, (value, default) in values.items() if default is MISSING or value != default}
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is no table: {value!r:.60}")
+    return dict(value)
+
+
+def _shape(value: Any, name: str) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"host {name} is no pair of sizes: {value!r:.60}")
+    return _checked(value[0], "d_in", int, f"host {name}"), _checked(value[1], "d_out", int, f"host {name}")
+
+
+def _read(kind: type, entry: Any, where: str) -> Any:
+    """A specification of that `kind`. Raises ValueError for fields that are unknown, missing, or not `_checked`."""
+    known = {one.name: one for one in fields(kind)}
+    given = _table(entry, where)
+    if unknown := set(given) - set(known):
+        raise ValueError(f"{where} has unknown fields {sorted(unknown)}: written by a newer pilon-compress?")
+    if lost := [name for name, one in known.items() if one.default is MISSING and name not in given]:
+        raise ValueError(f"{where} is incomplete: it lacks {lost[0]}")
+    made = kind(**{name: _checked(value, name, known[name].type, where) for name, value in given.items()})
+    if isinstance(made, BankSpec) and made.n_primitives * made.rank * max(made.d_in, made.d_out) > LARGEST:
+        raise ValueError(f"{where} declares more than {LARGEST:,} numbers")
+    return made
+
+
+def _checked(value: Any, name: str, kind: Any, where: str) -> Any:
+    """`value` of a field: its exact type, sizes from 1 (`group`: 0) to WIDEST, words that are known."""
+    if type(value) is not kind:
+        raise ValueError(f"{where}: {name} must be {kind.__name__}, not {value!r:.60}")
+    if kind is int and not (0 if name == "group" else 1) <= value <= WIDEST:
+        raise ValueError(f"{where}: {name} is {value}, which no model has")
+    if name in WORDS and value not in WORDS[name]:
+        raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
+    return value
+
+
+def install(model: Host, layout: Layout) -> Host:
+    """Put a `ComposedLinear` or `KeptLinear` in the place of every projection of `layout`; parameters are left
+    uninitialised.
+
+    `model` may have a head or not. The banks go to its base model, once each, so that every
+    head class reads the same keys. Raises ValueError if the model has no such projection or its shape differs.
+    """
+    base = model.base_model
+    banks = {name: make_bank(spec) for name, spec in layout.banks.items()}
+    for name in (*layout.projections, *layout.kept):
+        try:
+            dense = base.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"the layout names {name}, which {type(base).__name__} does not have") from None
+        expected = layout.host_shape(name)
+        if linear_shape(dense) != expected:
+            raise ValueError(f"{name} is {linear_shape(dense)} in the model, {expected} in the layout")
+        base.set_submodule(name, _module(layout, name, banks))
+    tree = nn.ModuleDict()
+    for name, bank in banks.items():
+        *folders, leaf = name.split(".")
+        node: nn.ModuleDict = tree
+        for folder in folders:
+            if folder not in node:
+                node[folder] = nn.ModuleDict()
+            child = node[folder]
+            assert isinstance(child, nn.ModuleDict)
+            node = child
+        node[leaf] = bank
+    setattr(base, BANKS, tree)
+    install_int8(model, layout.rest)
+    no_split = getattr(base, "_no_split_modules", None)
+    if no_split is not None:  # device_map="auto" must keep a bank on one device
+        base._no_split_modules = [*no_split, "PrimitiveBank", "TernaryBank", "PackedBank", "IntegerBank"]
+    return model
+
+
+def make_bank(spec: BankSpec) -> PrimitiveBank:
+    """An uninitialised bank. Raises ValueError for a quantization that is not known."""
+    shape = (spec.d_in, spec.d_out, spec.n_primitives, spec.rank, spec.latent_scale, spec.latent_bias)
+    if spec.quantization == "ternary":
+        return TernaryBank(*shape, learned_scale=spec.learned_scale)
+    if spec.quantization in PACKED:
+        return PackedBank(*shape[:4], PACKED[spec.quantization])
+    if spec.quantization in KINDS:
+        return IntegerBank(*shape[:4], spec.quantization, *shape[4:])
+    if spec.quantization != "none":
+        raise ValueError(f"quantization {spec.quantization!r} is not known: written by a newer pilon-compress?")
+    return PrimitiveBank(*shape)
+
+
+def make_kept(spec: KeptSpec, host_shape: tuple[int, int]) -> Kept:
+    """An uninitialised kept matrix. Raises ValueError for a quantization that is not known."""
+    if spec.quantization == "ternary":
+        return TernaryLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.group, spec.norm, spec.learned_scale)
+    if spec.quantization in PACKED:
+        packed = PACKED[spec.quantization]
+        return PackedLinear(spec.d_in, spec.d_out, spec.bias, host_shape, packed, spec.group, spec.norm)
+    if spec.quantization in KINDS:
+        return IntegerLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.quantization, spec.norm)
+    if spec.quantization != "none":
+        raise ValueError(f"quantization {spec.quantization!r} is not known: written by a newer pilon-compress?")
+    return KeptLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.norm)
+
+
+def _module(layout: Layout, name: str, banks: dict[str, PrimitiveBank]) -> nn.Module:
+    host_shape = layout.host_shape(name)
+    if name in layout.kept:
+        return make_kept(layout.kept[name], host_shape)
+    spec = layout.projections[name]
+    return ComposedLinear(
+        banks[spec.bank], spec.top_k, spec.bias, spec.composition, host_shape, spec.group, spec.norm, spec.shift
+    )
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of an nn.Linear, a GPT-2 Conv1D (whose weight is stored (in, out)) or a projection of ours."""
+    if isinstance(module, nn.Linear | PackedLinear | IntegerLinear):
+        return module.in_features, module.out_features
+    if isinstance(module, ComposedLinear):
+        return module.bank.d_in, module.bank.d_out
+    if type(module).__name__ == "Conv1D":
+        d_in, d_out = module.get_parameter("weight").shape
+        return d_in, d_out
+    raise ValueError(f"{type(module).__name__} is not a linear projection")
+
+
+def projections(model: Host) -> Iterator[tuple[str, ComposedLinear]]:
+    """Every composed projection of a PILON model, by module name below the base model."""
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, ComposedLinear):
+            yield name, module
+
+
+def kept_matrices(model: Host) -> Iterator[tuple[str, Kept]]:
+    """Every projection of a PILON model that stays one matrix, by module name below the base model."""
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, Kept):
+            yield name, module
+
+
+def banks(model: Host) -> Iterator[tuple[str, PrimitiveBank]]:
+    """Every bank of a PILON model by its layout name (`band0.up`)."""
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, PrimitiveBank):
+            yield name.removeprefix(f"{BANKS}."), module
+
+
+def stored_types(model: Host) -> dict[str, torch.dtype]:
+    """By name, the type of tensors that are stored in their own, whatever that of the model."""
+    found = dict.fromkeys(scales_of(model), torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, Integers):
+            found[f"{name}.scale"] = torch.bfloat16
+        elif isinstance(module, Int8Linear | Int8Embedding):
+            found[f"{name}.scale"] = torch.float32
+    return found
+
+
+def layout_of(model: Host) -> Layout:
+    """Read the layout back from an installed model."""
+    names = {id(bank): name for name, bank in banks(model)}
+    specs = {name: _bank_spec(bank) for name, bank in banks(model)}
+    composed = {
+        name: ProjectionSpec(
+            names[id(p.bank)],
+            p.top_k,
+            p.bias is not None,
+            p.composition,
+            p.group,
+            p.norm is not None,
+            p.shift is not None,
+        )
+        for name, p in projections(model)
+    }
+    kept = {name: _kept_spec(matrix) for name, matrix in kept_matrices(model)}
+    shapes = {name: (m.host_shape, linear_shape(m)) for name, m in projections(model)}
+    shapes |= {name: (m.host_shape, linear_shape(m)) for name, m in kept_matrices(model)}
+    host = {name: whole for name, (whole, own) in shapes.items() if whole != own}
+    return Layout(specs, composed, kept, host, installed(model))
+
+
+def _bank_spec(bank: PrimitiveBank) -> BankSpec:
+    options = bank.latent_scale is not None, bank.latent_bias is not None
+    shape = (bank.d_in, bank.d_out, bank.n_primitives, bank.rank)
+    if isinstance(bank, TernaryBank):
+        return BankSpec(*shape, *options, "ternary", bank.A_scale is not None)
+    if isinstance(bank, PackedBank):
+        return BankSpec(*shape, *options, f"ternary-{bank.encoding}")
+    if isinstance(bank, IntegerBank):
+        return BankSpec(*shape, *options, bank.A.quantization)
+    return BankSpec(*shape, *options)
+
+
+def _kept_spec(matrix: Kept) -> KeptSpec:
+    shape = (matrix.in_features, matrix.out_features, matrix.bias is not None)
+    if isinstance(matrix, TernaryLinear):
+        return KeptSpec(*shape, "ternary", matrix.scale is not None, matrix.group, matrix.norm is not None)
+    if isinstance(matrix, PackedLinear):
+        return KeptSpec(*shape, f"ternary-{matrix.encoding}", False, matrix.group, matrix.norm is not None)
+    if isinstance(matrix, IntegerLinear):
+        return KeptSpec(*shape, matrix.quantization, norm=matrix.norm is not None)
+    return KeptSpec(*shape, norm=matrix.norm is not None)

@@ -1,0 +1,160 @@
+"""How large: numbers stored, bytes, and multiply-accumulates per token, PILON over dense."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pilon_compress.nn.integer import KINDS
+from pilon_compress.nn.layout import PACKED, Layout, linear_shape
+from pilon_compress.nn.ternary_codec import packed_size
+
+DENSE_ITEMSIZE = 2  # `dense_bytes` is the dense model in bfloat16, whatever it was stored in
+INDEX_ITEMSIZE = 8  # selected primitives are int64
+SCALE_ITEMSIZE = 4  # scales of packed projections and of 8-bit rows are float32
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers stored, bytes on disk, MACs per token; of the PILON form and of the dense one that it replaces.
+
+    MACs are those of matrix products with weights: attention scores, norms and look-ups do not count. A composition
+    that would cost more MACs than its dense matrix counts as the dense one, which is how `fold` runs it.
+    """
+
+    stored: int
+    dense_stored: int
+    bytes: int
+    dense_bytes: int
+    macs: int
+    dense_macs: int
+
+    def __add__(self, other: "Size") -> "Size":
+        return Size(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def to_dict(self, source_itemsize: int = DENSE_ITEMSIZE) -> dict[str, Any]:
+        """The figures with their ratios, PILON over dense; `source_itemsize`: bytes per number of the dense file.
+
+        `bytes_ratio_to_source` is over the dense file as it is (`source_bytes`), `bytes_ratio_to_bf16` over the dense
+        model in bfloat16 (`dense_bytes`); `bytes_ratio` is the latter under its older name.
+        """
+        source_bytes = self.dense_bytes // DENSE_ITEMSIZE * source_itemsize
+        return {
+            "stored_ratio": self.stored / self.dense_stored,
+            "bytes_ratio": self.bytes / self.dense_bytes,
+            "bytes_ratio_to_source": self.bytes / source_bytes,
+            "bytes_ratio_to_bf16": self.bytes / self.dense_bytes,
+            "mac_ratio": self.macs / self.dense_macs,
+            **vars(self),
+            "source_bytes": source_bytes,
+        }
+
+
+def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """One bank and the projections that compose from it; `itemsize` in bytes per stored number."""
+    spec = layout.banks[bank]
+    numbers = spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
+    numbers += spec.rank * (spec.latent_scale + spec.latent_bias)
+    numbers += 2 * spec.n_primitives * spec.rank * spec.learned_scale
+    indices = scales = macs = dense = dense_macs = 0
+    for name in layout.users(bank):
+        user = layout.projections[name]
+        width = spec.rank if user.composition == "component" else 1
+        numbers += (spec.n_primitives if user.composition == "softmax" else user.top_k) * width + user.bias * spec.d_out
+        indices += 0 if user.composition == "softmax" else user.top_k
+        scales += user.top_k * width * (1 + user.shift)
+        numbers += user.shift * user.top_k * width + user.norm * spec.d_in
+        inner = user.top_k * spec.rank
+        d_in, d_out = layout.host_shape(name)
+        macs += min(inner * (spec.d_in + spec.d_out), spec.d_in * spec.d_out)
+        dense += d_in * d_out + user.bias * d_out
+        dense_macs += d_in * d_out
+    size = numbers * itemsize
+    if spec.quantization in PACKED:
+        in_codes = spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
+        codes = sum(packed_size(d * spec.rank, PACKED[spec.quantization]) for d in (spec.d_in, spec.d_out))
+        size = spec.n_primitives * codes + scales * SCALE_ITEMSIZE + (numbers - in_codes - scales) * itemsize
+    if spec.quantization in KINDS:
+        each = sum(sum(KINDS[spec.quantization].size(d, spec.rank)) for d in (spec.d_in, spec.d_out))
+        size = (
+            spec.n_primitives * each + (numbers - spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)) * itemsize
+        )
+    return Size(
+        stored=numbers + indices,
+        dense_stored=dense,
+        bytes=size + indices * INDEX_ITEMSIZE,
+        dense_bytes=dense * DENSE_ITEMSIZE,
+        macs=macs,
+        dense_macs=dense_macs,
+    )
+
+
+def kept_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """One projection that stays a matrix, against the host's."""
+    spec, (d_in, d_out) = layout.kept[name], layout.host_shape(name)
+    macs, dense_macs = spec.d_in * spec.d_out, d_in * d_out
+    rest = spec.bias * spec.d_out + spec.norm * spec.d_in
+    scales = spec.d_out if spec.learned_scale or spec.quantization in PACKED else 0
+    stored, dense = macs + rest + scales, dense_macs + spec.bias * d_out
+    size = stored * itemsize
+    if spec.quantization in PACKED:
+        size = packed_size(macs, PACKED[spec.quantization]) + scales * SCALE_ITEMSIZE + rest * itemsize
+    if spec.quantization in KINDS:
+        size = sum(KINDS[spec.quantization].size(spec.d_in, spec.d_out)) + rest * itemsize
+    return Size(stored, dense, size, dense * DENSE_ITEMSIZE, macs, dense_macs)
+
+
+def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """Everything that the layout names: composed projections with their banks, and kept matrices."""
+    parts = [bank_size(layout, bank, itemsize) for bank in layout.banks]
+    parts += [kept_size(layout, name, itemsize) for name in layout.kept]
+    return sum(parts, Size(0, 0, 0, 0, 0, 0))
+
+
+def model_size(layout: Layout, dense: PreTrainedModel, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """The whole model; `dense` is the host model before conversion, on any device (meta will do)."""
+    ffn = ffn_size(layout, itemsize)
+    parameters = sum(p.numel() for p in dense.parameters())  # tied weights once
+    rest = parameters - ffn.dense_stored
+    rest_macs = linear_macs(dense) - ffn.dense_macs
+    size = rest * itemsize + sum(_saved_by_int8(dense, *entry, itemsize) for entry in layout.rest.items())
+    return ffn + Size(rest, rest, size, rest * DENSE_ITEMSIZE, rest_macs, rest_macs)
+
+
+def _saved_by_int8(dense: PreTrainedModel, place: str, kind: str, itemsize: int) -> int:
+    """Change in bytes where a place (see `form.int8`) is in 8 bits with a scale per row; a tied head has no own."""
+    if kind == "head":
+        return 0
+    module = dense.get_submodule(place[1:]) if place.startswith(".") else dense.base_model.get_submodule(place)
+    weight = module.get_parameter("weight")
+    rows = weight.shape[1] if type(module).__name__ == "Conv1D" else weight.shape[0]
+    return weight.numel() * (1 - itemsize) + rows * SCALE_ITEMSIZE
+
+
+def linear_macs(model: nn.Module) -> int:
+    """MACs per token of every dense linear projection of `model`, the language-model head included."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            d_in, d_out = linear_shape(module)
+            total += d_in * d_out
+    return total
+
+
+def kept(dense: PreTrainedModel, layout: Layout) -> list[dict[str, Any]]:
+    """What the layout leaves alone, by place: name, parameters, share of the dense model's parameters."""
+    replaced = {f"{name}." for name in (*layout.projections, *layout.kept)}
+    prefix = dense.base_model_prefix + "."
+    groups: dict[str, int] = {}
+    total = 0
+    for name, parameter in dense.named_parameters():
+        total += parameter.numel()
+        local = name.removeprefix(prefix)
+        if any(local.startswith(place) for place in replaced):
+            continue
+        words = [word for word in local.split(".")[:-1] if not word.isdigit()]
+        group = ".".join(words[:3]) or local
+        groups[group] = groups.get(group, 0) + parameter.numel()
+    ordered = sorted(groups.items(), key=lambda item: -item[1])
+    return [{"name": name, "parameters": count, "share": count / total} for name, count in ordered]

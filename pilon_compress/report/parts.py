@@ -1,0 +1,55 @@
+"""The parts of a layout as plain data: every bank with its projections, and every matrix, with what each stores."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pilon_compress.models.families import Site
+from pilon_compress.nn.integer import KINDS
+from pilon_compress.nn.layout import PACKED, Layout
+from pilon_compress.nn.size import Size, bank_size, kept_size
+
+BITS = {"ternary-2bit": 2.0, "ternary-base3": 1.6} | {name: float(kind.bits) for name, kind in KINDS.items()}
+
+
+def layout_parts(layout: Layout, sites: Sequence[Site], itemsize: int) -> list[dict[str, Any]]:
+    """One entry per bank and per matrix, by first layer and then by role; `itemsize` in bytes per float.
+
+    names, role, layers     of the projections that it makes
+    d_in, d_out             as stored, after neurons were dropped; dense_d_in, dense_d_out before
+    n_primitives, rank, top_k, composition     None for a matrix
+    quantization, bits      of its weights; bits of a float where quantization is none
+    stored, bytes, macs, dense_stored, dense_macs
+    """
+    found = []
+    by_name = {site.name: site for site in sites}
+    for name, spec in layout.banks.items():
+        users = [by_name[user] for user in layout.users(name) if user in by_name]
+        if users:
+            user = layout.projections[users[0].name]
+            shape: dict[str, Any] = {"n_primitives": spec.n_primitives, "rank": spec.rank, "top_k": user.top_k}
+            shape["composition"] = user.composition
+            found.append(_part(layout, users, bank_size(layout, name, itemsize), spec.quantization, itemsize, shape))
+    for name, kept in layout.kept.items():
+        if name in by_name:
+            shape = dict.fromkeys(("n_primitives", "rank", "top_k", "composition"))
+            size = kept_size(layout, name, itemsize)
+            found.append(_part(layout, [by_name[name]], size, kept.quantization, itemsize, shape))
+    order = {site.role: place for place, site in reversed(list(enumerate(sites)))}
+    return sorted(found, key=lambda part: (part["layers"][0], order[part["role"]]))
+
+
+def _part(
+    layout: Layout, users: list[Site], size: Size, quantization: str, itemsize: int, shape: dict[str, Any]
+) -> dict[str, Any]:
+    d_in, d_out = layout.shape(users[0].name)
+    dense_in, dense_out = layout.host_shape(users[0].name)
+    known = quantization in PACKED or quantization in KINDS
+    return {
+        "names": [site.name for site in users],
+        "role": users[0].role,
+        "layers": [site.layer for site in users],
+        **{"d_in": d_in, "d_out": d_out, "dense_d_in": dense_in, "dense_d_out": dense_out},
+        **shape,
+        **{"quantization": quantization, "bits": BITS[quantization] if known else 8.0 * itemsize},
+        **{key: getattr(size, key) for key in ("stored", "bytes", "macs", "dense_stored", "dense_macs")},
+    }

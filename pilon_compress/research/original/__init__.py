@@ -1,0 +1,1 @@
+"""The schedules of the original PILON: staged rates, selections that explore, frozen unused primitives."""

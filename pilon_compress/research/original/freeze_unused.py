@@ -1,0 +1,76 @@
+"""What took no part in a step keeps its value through it: neither weight decay nor momentum move it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.layout import banks, projections
+from pilon_compress.nn.ternary import TernaryBank
+from pilon_compress.parallel import full
+from pilon_compress.research.original.moving_linear import StagedLinear
+from pilon_compress.train.loop import Plugin
+
+
+class UnusedStay(Plugin):
+    """Primitives that no layer selected, components out of use, and their weights, for the length of a step."""
+
+    def __init__(self, model: Any) -> None:
+        users: dict[int, list[ComposedLinear]] = {}
+        for _, layer in projections(model):
+            users.setdefault(id(layer.bank), []).append(layer)
+        self.users = [(bank, users[id(bank)]) for _, bank in banks(model) if id(bank) in users]
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        # copies of whole tensors: picking rows would make a GPU wait for their number
+        kept = [
+            (parameter, parameter.detach().clone(), _spread(used, parameter))
+            for bank, layers in self.users
+            for parameter, used in self._parts(bank, layers)
+            if parameter.grad is not None
+        ]
+        yield
+        with torch.no_grad():
+            for parameter, before, used in kept:
+                parameter.copy_(torch.where(used, parameter, before))
+
+    def _parts(self, bank: PrimitiveBank, layers: list[ComposedLinear]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters, and a mask that broadcasts over each: what was used."""
+        each = [used_by(layer) for layer in layers]
+        rows = torch.stack(each).any(0)
+        first = layers[0]
+        parts = first.components > 0 if isinstance(first, StagedLinear) else rows.new_ones(bank.rank)
+        yield bank.A, rows[:, None, None] & parts[None, None, :]
+        yield bank.B, rows[:, None, None] & parts[None, :, None]
+        if isinstance(bank, TernaryBank) and bank.A_scale is not None and bank.B_scale is not None:
+            yield bank.A_scale, rows[:, None] & parts[None, :]
+            yield bank.B_scale, rows[:, None] & parts[None, :]
+        for layer, used in zip(layers, each, strict=True):
+            if layer.weight.shape[0] == bank.n_primitives:
+                yield layer.weight, used[:, None].expand(layer.weight.shape)
+
+
+def used_by(layer: ComposedLinear) -> Tensor:
+    """Which primitives (n,) of its bank a layer uses as it stands."""
+    used = torch.zeros(layer.bank.n_primitives, dtype=torch.bool, device=layer.weight.device)
+    if isinstance(layer, StagedLinear):
+        return used.index_fill(0, layer.selected, True).logical_and(
+            torch.zeros(len(used), device=used.device).index_add(0, layer.selected, layer.mask) > 0
+        )
+    if layer.composition == "softmax":
+        return used.index_fill(0, full(layer.weight).detach()[:, 0].topk(layer.top_k).indices, True)
+    return used.index_fill(0, layer.selected, True)
+
+
+def _spread(mask: Tensor, parameter: Tensor) -> Tensor:
+    """The mask as `torch.where` needs it beside a parameter: on every process, where that is sharded."""
+    if not isinstance(parameter, DTensor):
+        return mask
+    placements = [Replicate()] * parameter.device_mesh.ndim
+    return DTensor.from_local(mask, parameter.device_mesh, placements, run_check=False)

@@ -1,0 +1,118 @@
+"""How the banks fare while they are trained: looked at with every evaluation.
+
+composition_entropy   how evenly a layer spreads its energy over its bank's primitives: 0 (one does all) to 1; mean
+primitive_entropy     how evenly a bank's primitives carry the energy of all its layers: 0 to 1; mean over banks
+primitive_gini        the same as inequality: 0 (all alike) to nearly 1
+utilisation           share of the primitives that any layer selects
+dead_share            share that no layer selects, or that had no gradient since the last look
+zero_share            ternary: share of the digits that are 0
+flipped_share         ternary: share that are not what they were at the last look
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pilon_compress.evaluate.bank_usage import describe
+from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.layout import banks, projections
+from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
+from pilon_compress.nn.ternary_quantizer import absmean, digits
+from pilon_compress.parallel import full
+from pilon_compress.research.original.freeze_unused import used_by
+from pilon_compress.research.original.moving_linear import StagedLinear, sizes_of
+from pilon_compress.train.loop import Plugin
+
+
+class Health(Plugin):
+    """As a plugin it notes which primitives get a gradient; called, it says how things stand."""
+
+    def __init__(self, model: Any) -> None:
+        self.banks = [(bank, [p for _, p in projections(model) if p.bank is bank]) for _, bank in banks(model)]
+        self.seen: dict[int, Tensor] = {}
+        self.ternary = [module for module in model.modules() if isinstance(module, TernaryBank | TernaryLinear)]
+        self.digits: list[Tensor] = []
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        for bank, _ in self.banks:
+            if bank.B.grad is not None:
+                size = bank.B.grad.norm(dim=(1, 2))
+                self.seen[id(bank)] = self.seen[id(bank)] + size if id(bank) in self.seen else size
+        yield
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        """The figures above, and a new count of gradients from here on."""
+        found: list[dict[str, float]] = []
+        for bank, layers in self.banks:
+            if not layers:
+                continue
+            used = torch.stack([used_by(layer) for layer in layers])
+            energy = torch.stack([energy_of(layer) for layer in layers])
+            most = int(used.sum(1).max())
+            each = describe(energy, used.int().topk(most, dim=1).indices)
+            whole = describe(torch.tensor(each["energy"]).sum(0, keepdim=True), used.any(0).nonzero().T)
+            alive = used.any(0)
+            if id(bank) in self.seen:
+                alive = alive & (full(self.seen[id(bank)]) > 0)
+            found.append(
+                {
+                    "composition_entropy": sum(each["entropy"]) / len(layers),
+                    "primitive_entropy": whole["entropy"][0],
+                    "primitive_gini": whole["gini"][0],
+                    "utilisation": whole["utilisation"],
+                    "dead_share": 1 - float(alive.double().mean()),
+                }
+            )
+        self.seen = {}
+        means = {key: sum(entry[key] for entry in found) / len(found) for key in found[0]} if found else {}
+        return means | self._of_digits()
+
+    def _of_digits(self) -> dict[str, float]:
+        """Shares over all digits of the model, and a copy of them to compare with the next time."""
+        before, self.digits = self.digits, [all_digits(part) for part in self.ternary]
+        count = sum(digits.numel() for digits in self.digits)
+        if not count:
+            return {}
+        found = {"zero_share": sum(int((digits == 0).sum()) for digits in self.digits) / count}
+        if before:
+            pairs = zip(before, self.digits, strict=True)
+            found["flipped_share"] = sum(int((old != new).sum()) for old, new in pairs) / count
+        return found
+
+
+def all_digits(part: TernaryBank | TernaryLinear) -> Tensor:
+    """Every digit of a bank or matrix as it stands, int8, in one row; whole on every process."""
+    if isinstance(part, TernaryLinear):
+        pairs = [(full(part.weight), scale_of(part.scale, part.weight, 1))]
+    else:
+        pairs = [
+            (full(part.A), scale_of(part.A_scale, part.A, 1)),
+            (full(part.B), scale_of(part.B_scale, part.B, 2)),
+        ]
+    return torch.cat([digits(weight, scale).to(torch.int8).flatten() for weight, scale in pairs])
+
+
+def scale_of(learned: Tensor | None, weight: Tensor, axis: int) -> Tensor:
+    """A scale that broadcasts over `weight`, sharded or not; `axis`: the one that learned scales lack."""
+    if learned is not None:
+        return full(learned).float().unsqueeze(axis)
+    return absmean(full(weight))
+
+
+def energy_of(layer: ComposedLinear) -> Tensor:
+    """Power (n,) of each primitive in a layer as it stands: Σ over components of (g · ‖a‖ · ‖b‖)²."""
+    weight, used = full(layer.weight).detach(), used_by(layer)
+    if layer.composition == "softmax":
+        shares = weight[:, 0].masked_fill(~used, float("-inf")).softmax(0)[:, None]
+    elif isinstance(layer, StagedLinear) and layer.explored:
+        shares = weight * used[:, None]
+    else:
+        shares = weight.new_zeros(len(used), weight.shape[1]).index_copy(0, layer.selected, weight)
+    if isinstance(layer, StagedLinear):
+        shares = shares * layer.components
+    return (shares * sizes_of(layer.bank)).square().sum(1)

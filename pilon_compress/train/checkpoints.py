@@ -1,0 +1,189 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+    OUT/checkpoints/step-00001200/
+      *.safetensors    weights, moving averages and optimiser states; each process writes its own shards
+      *.stream         each process's place in streamed text
+      state.json       step, recipe, best validation so far; a folder without it is none
+      manifest.json    checksums of all of these
+
+A state depends on nothing but the step otherwise: data order, schedules and selections are functions of it. Files are
+read back by any number of processes.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from pilon_compress.data.corpus import Streamed
+from pilon_compress.errors import BadInput
+from pilon_compress.io import manifest
+from pilon_compress.io.checksum import damage
+from pilon_compress.io.disk import DiskFull, disk_full, rename, sync_tree
+from pilon_compress.io.errors import UNREADABLE, first_line
+from pilon_compress.parallel import World
+
+STATE = "state.json"
+FORMAT = 1
+
+
+class Checkpoints:
+    """The checkpoints of one output folder; the last `keep` stay."""
+
+    def __init__(self, output: Path, world: World, keep: int = 2) -> None:
+        self.folder, self.world, self.keep = output / "checkpoints", world, keep
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        found = self.folder.glob(f"step-*/{STATE}")
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def stream(self, step: int) -> Path:
+        """Where this process's place in streamed text is kept."""
+        return self.path(step) / f"rank{self.world.rank}.stream"
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], stream: Streamed | None = None
+    ) -> None:
+        """Write a checkpoint; it appears whole or not at all, and only then are older ones removed.
+
+        All processes take part. Raises BadInput where the disk is full: earlier checkpoints are still there.
+        """
+        target, work = self.path(step), self.folder / f"writing-{step:08d}"
+        if self.world.first:
+            for left in self.folder.glob("writing-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            work.mkdir(parents=True, exist_ok=True)
+        self.world.wait()
+        failure = None
+        try:
+            _write(tensors, work, self.world)
+            if stream is not None:
+                stream.save(work / self.stream(step).name)
+        except (OSError, SafetensorError, CheckpointException) as error:
+            reason = next(filter(None, map(disk_full, _causes(error))), None)
+            if reason is None:
+                raise
+            failure = DiskFull(f"no checkpoint of step {step}: {reason}; {self.kept()}", reason)
+        if self.world.total(float(failure is not None))[0]:
+            if self.world.first:
+                shutil.rmtree(work, ignore_errors=True)
+            raise failure or BadInput(f"no checkpoint of step {step}: another process could not write")
+        if self.world.first:
+            self._publish(step, work, target, plain)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old), ignore_errors=True)
+        self.world.wait()
+
+    def _publish(self, step: int, work: Path, target: Path, plain: Mapping[str, Any]) -> None:
+        """Give a written checkpoint its state, its manifest and its name. Raises DiskFull."""
+        try:
+            (work / STATE).write_text(json.dumps({"format": FORMAT, "step": step, **plain}))
+            manifest.write(work)
+            sync_tree(work)
+            shutil.rmtree(target, ignore_errors=True)
+            rename(work, target)
+        except OSError as error:
+            shutil.rmtree(work, ignore_errors=True)
+            if reason := disk_full(error):
+                raise DiskFull(f"no checkpoint of step {step}: {reason}; {self.kept()}", reason) from error
+            raise
+
+    def kept(self) -> str:
+        """Name the checkpoint that a full disk leaves, for messages."""
+        return f"that of step {steps[-1]} stays" if (steps := self.steps()) else self.standing()
+
+    def standing(self) -> str:
+        """Name the checkpoint that a run which ends now goes on from, for messages."""
+        steps = self.steps()
+        if steps:
+            return f"the checkpoint of step {steps[-1]} stands, --resume goes on from it"
+        return "there is no checkpoint yet, --resume begins again"
+
+    def plain(self, step: int) -> dict[str, Any]:
+        """The `plain` data of `save`, with `step`. Raises BadInput for a checkpoint that is damaged or not ours."""
+        path = self.path(step) / STATE
+        reason = damage(self.path(step)) if self.world.first else None
+        if self.world.total(float(reason is not None))[0]:
+            self._refuse(step, f"{self.path(step)} does not load: {reason or 'the first process finds it damaged'}")
+        found = manifest.read_ours(path)
+        if found.get("format") != FORMAT:
+            raise BadInput(f"{path} is in format {found.get('format')}, not the {FORMAT} read here")
+        for name in ("tokens", "seconds", "best", "before"):
+            numbers = (int, float) if name in ("tokens", "seconds") else (int, float, type(None))
+            if not isinstance(found.get(name), numbers) or isinstance(found.get(name), bool):
+                self._refuse(step, f"{path} has no number `{name}`")
+        return found
+
+    def _refuse(self, step: int, reason: str) -> NoReturn:
+        older = [one for one in self.steps() if one < step]
+        rest = f"to go on from step {older[-1]}" if older else "to begin again"
+        raise BadInput(f"{reason}: delete {self.path(step)} {rest}")
+
+    def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Read, in place, into tensors of the same names and shapes. Raises BadInput for files that do not match."""
+        path = self.path(step)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                load(
+                    dict(tensors),
+                    storage_reader=HuggingFaceStorageReader(str(path)),
+                    no_dist=self.world.size == 1,
+                )
+        except (*UNREADABLE, CheckpointException) as error:
+            self._refuse(step, f"{path} does not load: {first_line(_causes(error)[0])}")
+
+
+def _causes(error: BaseException) -> list[Exception]:
+    """What went wrong in each process."""
+    if isinstance(error, CheckpointException):
+        return [cause for cause, _ in error.failures.values() if isinstance(cause, Exception)]
+    return [error] if isinstance(error, Exception) else []
+
+
+def _write(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process only
+        save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+
+
+def tensors_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """All tensors of a run by name: parameters, buffers, and optimiser states (zeros where there are none yet)."""
+    found: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.named_parameters()}
+    lasting = model.state_dict().keys()  # what is not is made anew
+    found |= {f"buffer.{name}": tensor for name, tensor in model.named_buffers() if name in lasting}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for index, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for key, tensor in _ready(optimizer, parameter).items():
+                    found[f"optimizer{index}.{key}.{names[id(parameter)]}"] = tensor
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _ready(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The parameter's state as the optimiser would begin it."""
+    state = optimizer.state[parameter]
+    if not state:
+        if isinstance(optimizer, torch.optim.AdamW):
+            # one number each, kept on the parameter's device by the fused form
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        else:
+            state["momentum"] = torch.zeros_like(parameter)
+    return {key: value for key, value in state.items() if torch.is_tensor(value)}

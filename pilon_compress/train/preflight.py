@@ -1,0 +1,90 @@
+"""What can be told of a run before it starts: whether its recipe goes with its models, and what it would train."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pilon_compress.config.training import TrainRecipe
+from pilon_compress.data.corpus import source_of
+from pilon_compress.data.text import DEFAULT_ENCODER
+from pilon_compress.errors import BadInput
+from pilon_compress.models import base_architectures, checkpoint
+from pilon_compress.models.families import find_sites
+from pilon_compress.models.limits import longest_input
+from pilon_compress.nn.layout import Layout
+from pilon_compress.nn.size import ffn_size, model_size
+from pilon_compress.train.heal import teacher_of
+from pilon_compress.train.trackers import check_trackers
+
+
+def check(recipe: TrainRecipe) -> None:
+    """Raise BadInput for a recipe that does not go with the models it names: before anything is written."""
+    check_trackers(recipe.run.track)
+    model = recipe.start or recipe.ffn.like
+    if model is None:
+        return
+    config = checkpoint.load_config(model)
+    if recipe.shrink:
+        checkpoint.check_dense(model, config)
+    elif recipe.task == "heal":
+        teacher_of(recipe)
+    layout = base_architectures.layout_in(config)
+    if recipe.start is not None and layout is not None and layout.quantized and not layout.is_ternary:
+        raise BadInput(f"{model} is packed, which does not train: start from the model that it was made from")
+    if recipe.ternary.enabled and recipe.start is not None and not recipe.shrink:
+        if layout is None:
+            raise BadInput(f"{model} is dense: convert it, or name --shrink")
+        if layout.is_ternary:
+            raise BadInput(f"{model} is ternary already: leave --ternary out")
+    if not checkpoint.is_causal(config):
+        if recipe.task != "heal":
+            raise BadInput(f"{model} predicts no next token: an encoder can be healed, not trained otherwise")
+        if recipe.distill.cache_teacher:
+            raise BadInput("distill.cache_teacher keeps a causal model's predictions: leave it out for an encoder")
+        return
+    longest = longest_input(checkpoint.empty_model(config))
+    if longest is not None and recipe.data.sequence_length > longest:
+        raise BadInput(f"{model} takes {longest} tokens: --sequence-length {longest}, or less")
+
+
+def plan(recipe: TrainRecipe) -> dict[str, Any]:
+    """What a run would train, from shapes alone. Raises BadInput."""
+    check(recipe)
+    if recipe.start is not None:
+        config = checkpoint.load_config(recipe.start)
+    elif recipe.ffn.like is not None:
+        config = checkpoint.load_config(recipe.ffn.like)
+    else:
+        config = base_architectures.config_for(recipe.host, recipe.data.sequence_length, None)
+    dense = checkpoint.empty_model(config)
+    layout = None
+    if recipe.start is not None or recipe.ffn.like is not None:
+        layout = base_architectures.layout_in(config)
+        if layout is not None and recipe.ternary.enabled:
+            layout = base_architectures.with_ternary(layout, find_sites(dense), recipe.ternary)
+    else:
+        layout = base_architectures.layout_for(find_sites(dense), recipe.ffn, recipe.ternary)
+    sizes = sized(layout, dense)
+    parameters = sum(p.numel() for p in dense.parameters())
+    if recipe.shrink:  # about: conversions find their layouts themselves
+        sizes = {"ffn": {"stored_ratio": recipe.shrink[-1], "mac_ratio": recipe.shrink[-1]}}
+        parameters -= round((1 - recipe.shrink[-1]) * sum(site.parameters for site in find_sites(dense)))
+    elif layout is not None:
+        parameters = sizes["model"]["stored"]
+    separate = recipe.task == "heal" and not checkpoint.is_causal(config)
+    return {
+        "dry_run": True,
+        "task": recipe.task,
+        "data": recipe.data.source or DEFAULT_ENCODER if separate else source_of(recipe),
+        "tokens": recipe.schedule.tokens,
+        "batch_size": recipe.run.batch_size,
+        "parameters": parameters,
+        **sizes,
+    }
+
+
+def sized(layout: Layout | None, dense: PreTrainedModel) -> dict[str, Any]:
+    """`ffn` and, of a PILON model, `model`: numbers stored, bytes, MACs, and their ratios over the dense model's."""
+    if layout is None or not (layout.projections or layout.kept):
+        return {"ffn": {"stored_ratio": 1.0, "bytes_ratio": 1.0, "mac_ratio": 1.0}}
+    return {"ffn": ffn_size(layout).to_dict(), "model": model_size(layout, dense).to_dict()}

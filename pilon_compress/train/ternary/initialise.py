@@ -1,0 +1,185 @@
+"""A model of float factors becomes ternary, in place: what a ternary training goes on from.
+
+balance   the components of a primitive get factors of one size; compositions take over what they lose
+round     digits and scales, the same for all layers that share a bank
+refit     what stays floats, compositions, biases and scales of kept matrices: least squares on calibration inputs,
+          projection after projection, each behind those that are done
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pilon_compress.convert.calibrate.damping import damped_solve
+from pilon_compress.kernels.reference import LEAST, quantise
+from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.dense_linear import KeptLinear
+from pilon_compress.nn.fold import factors
+from pilon_compress.nn.layout import BANKS, banks, kept_matrices, layout_of, make_bank, make_kept, projections
+from pilon_compress.nn.ternary import TernaryLinear
+from pilon_compress.nn.ternary_quantizer import restored
+
+RIDGE = 1e-4  # of the mean diagonal: pulls towards what a composition was
+SMALLEST = 0.1  # factor on a scale: nothing is turned round, or away
+Layer = ComposedLinear | KeptLinear
+Was = Callable[[Tensor], Tensor]  # what a projection computed as floats: (N, d_in) -> (N, d_out)
+
+
+@torch.no_grad()
+def ternarise(
+    model: PreTrainedModel,
+    grouped: Collection[str],
+    inputs: Mapping[str, Any] | None,
+    *,
+    learned_scale: bool = False,
+    group: int = 0,
+) -> None:
+    """Replace banks and kept matrices by ternary ones. `grouped` and `group`: see `Layout.ternary`.
+
+    `inputs`: keyword arguments of the base model, calibration text, on its device; where an `attention_mask` (B, T) is
+    among them, its zeros do not count. None: nothing is refitted. Selections stay.
+    """
+    layout = layout_of(model).ternary(learned_scale, grouped, group)
+    matrices = [(name, one) for name, one in kept_matrices(model) if isinstance(one, KeptLinear)]
+    layers: dict[str, Layer] = dict([*projections(model), *matrices])
+    was = {name: _computes(layer) for name, layer in layers.items()}
+    for name, bank in list(banks(model)):
+        users = [layer for layer in layers.values() if isinstance(layer, ComposedLinear) and layer.bank is bank]
+        balance(bank, users)
+        made = _filled(make_bank(layout.banks[name]), bank)
+        model.base_model.set_submodule(f"{BANKS}.{name}", made)
+        for user in users:
+            object.__setattr__(user, "bank", made)  # borrowed: see `ComposedLinear`
+    for name, layer in layers.items():
+        if isinstance(layer, ComposedLinear):
+            layer.group = layout.projections[name].group
+        else:
+            layers[name] = _filled(make_kept(layout.kept[name], layer.host_shape), layer)
+            model.base_model.set_submodule(name, layers[name])
+    if inputs is not None:
+        _refit(model, layers, was, inputs)
+
+
+def _filled(made: Any, plain: nn.Module) -> Any:
+    """`made`, a ternary module, with the parameters of `plain` and scales that suit them."""
+    made.load_state_dict(plain.state_dict(), strict=False)
+    made.to(next(plain.parameters()).device).train(plain.training)
+    made.fit_scales()
+    return made
+
+
+def _computes(layer: Layer) -> Was:
+    """What `layer` computes as it is, behind its norm, whatever becomes of it."""
+    if isinstance(layer, ComposedLinear):
+        A, B, bias = factors(layer)
+        return lambda x: x @ A @ B if bias is None else x @ A @ B + bias
+    weight, shift = layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone()
+    return lambda x: nn.functional.linear(x, weight, shift)
+
+
+@torch.no_grad()
+def balance(bank: PrimitiveBank, users: Sequence[ComposedLinear]) -> None:
+    """Give all components factors of one size, in place, without a change of what is computed.
+
+    One scale for a primitive would round small components to nothing. Weights of components take over the sizes; where
+    compositions have none, A and B share them evenly. A latent bias stands between A and the rest, so that A stays.
+    """
+    a, b = (one.square().mean(axis, keepdim=True).sqrt().clamp_min(LEAST) for one, axis in ((bank.A, 1), (bank.B, 2)))
+    if all(layer.composition == "component" for layer in users):
+        a, b = a / a.square().mean().sqrt(), b / b.square().mean().sqrt()
+        a = torch.ones_like(a) if bank.latent_bias is not None else a
+        for layer in users:
+            layer.weight.mul_((a[:, 0] * b[:, :, 0])[layer.selected])
+        bank.A.div_(a)
+        bank.B.div_(b)
+    elif bank.latent_bias is None:
+        ratio = (b[:, :, 0] / a[:, 0]).sqrt()
+        bank.A.mul_(ratio[:, None, :])
+        bank.B.div_(ratio[:, :, None])
+
+
+def _refit(
+    model: PreTrainedModel, layers: Mapping[str, Layer], was: Mapping[str, Was], inputs: Mapping[str, Any]
+) -> None:
+    """One forward pass: each projection is refitted when its inputs arrive, before it runs itself."""
+    mask = inputs.get("attention_mask")
+    counts = None if mask is None else mask.bool().flatten()
+
+    def arrive(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0] if layer.norm is None else layer.norm(args[0])  # type: ignore[operator]
+        x = x.flatten(0, -2).float()
+        x = x if counts is None else x[counts]
+        if isinstance(layer, ComposedLinear):
+            refit_composition(layer, x, was[name](x))
+        else:
+            assert isinstance(layer, TernaryLinear)
+            refit_scales(layer, x, was[name](x))
+
+    handles = [layer.register_forward_pre_hook(partial(arrive, name)) for name, layer in layers.items()]
+    training = model.training
+    model.eval()
+    try:
+        model.base_model(**inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def refit_composition(layer: ComposedLinear, x: Tensor, wanted: Tensor) -> None:
+    """Weights, and the bias where there is one, with the least squared error on `x` (N, d_in) to `wanted` (N, d_out).
+
+    With z = x̂ A of all components, x̂ the codes' values, the error is quadratic in g: (ZᵀZ ∘ BBᵀ) g = diag(ZᵀY Bᵀ).
+    Softmax weights stay.
+    """
+    bank, (selected, weight) = layer.bank, layer.coefficients()
+    A, B = (one.double() for one in bank.primitives(selected))
+    z = restored(*quantise(x, layer.group), layer.group).double() @ A.permute(1, 0, 2).reshape(bank.d_in, -1)
+    if bank.latent_scale is not None:
+        z = z * bank.latent_scale.double().repeat(len(selected))
+    if bank.latent_bias is not None:
+        z = z + bank.latent_bias.double().repeat(len(selected))
+    y, B = wanted.double(), B.reshape(-1, bank.d_out)
+    means = z.mean(0), y.mean(0)
+    if layer.bias is not None:
+        z, y = z - means[0], y - means[1]
+    if layer.composition != "softmax":
+        square, right = (z.T @ z) * (B @ B.T), ((z.T @ y) * B).sum(1)
+        if layer.composition == "scalar":
+            shape = (len(selected), bank.rank)
+            square, right = square.reshape(*shape, *shape).sum((1, 3)), right.reshape(shape).sum(1)
+        start = weight.double().flatten()
+        if bool(square.any()):  # else nothing ever reaches the layer: its weights stay
+            square = square + RIDGE * square.diagonal().mean() * torch.eye(len(square), device=x.device)
+            right = right + RIDGE * square.diagonal().mean() * start
+            weight = damped_solve(square, right[:, None])[:, 0].reshape(weight.shape)
+            layer.weight.copy_(weight)
+    if layer.bias is not None:
+        mixed = means[0] * weight.double().expand(len(selected), bank.rank).flatten()
+        layer.bias.copy_(means[1] - mixed @ B)
+
+
+@torch.no_grad()
+def refit_scales(layer: TernaryLinear, x: Tensor, wanted: Tensor) -> None:
+    """As `refit_composition`: the learned scales, or the one of the whole matrix, and the bias.
+
+    The numbers are scaled along, so that their digits stay.
+    """
+    y = wanted.double()
+    found = restored(*quantise(x, layer.group), layer.group).double() @ layer.matrix().double()
+    means = found.mean(0), y.mean(0)
+    if layer.bias is not None:
+        found, y = found - means[0], y - means[1]
+    axis = 0 if layer.learned else (0, 1)
+    factor = ((found * y).sum(axis) / found.square().sum(axis).clamp_min(LEAST)).clamp_min(SMALLEST)
+    layer.weight.mul_(factor[..., None])
+    if layer.scale is not None:
+        layer.scale.mul_(factor)
+    if layer.bias is not None:
+        layer.bias.copy_(means[1] - means[0] * factor)

@@ -1,0 +1,78 @@
+"""What changes over a ternary training: how far numbers are rounded, the digits of each step, weight decay.
+
+share of the steps   0 ...... warmup ............ second .......... 1
+rounding             0 to 1   all of it
+weight decay         as asked                     none              rates: `schedule.rate_of`
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from pilon_compress.config.training import Schedule, TrainRecipe
+from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
+from pilon_compress.train.heal import teacher_of
+from pilon_compress.train.loop import Plugin
+from pilon_compress.train.schedule import second_stage
+
+
+class Rounding(Plugin):
+    """Makes the digits of banks and kept matrices once before each step, for all layers and micro batches.
+
+    Parts that are sharded make theirs when they are gathered. Only buffers change: all steps are one graph.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[TernaryBank | TernaryLinear],
+        recipe: TrainRecipe,
+        optimizers: Sequence[torch.optim.Optimizer],
+    ) -> None:
+        self.parts, self.asked = parts, recipe.ternary
+        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        if self.asked.enabled and self.asked.warmup:
+            for part in parts:
+                part.strength = torch.zeros((), device=next(part.parameters()).device)
+
+    @classmethod
+    def of(cls, model: Any, recipe: TrainRecipe, optimizers: Sequence[torch.optim.Optimizer]) -> "Rounding | None":
+        """The plugin, where the model has ternary parts."""
+        parts = [module for module in model.modules() if isinstance(module, TernaryBank | TernaryLinear)]
+        return cls(parts, recipe, optimizers) if parts else None
+
+    def before(self, step: int, share: float) -> None:
+        strength = min(1.0, share / self.asked.warmup) if self.asked.warmup else 1.0
+        for part in self.parts:
+            part.train()  # whatever the rest does: healing runs without dropout, hence in evaluation mode
+            if part.strength is not None:
+                part.strength.fill_(strength)
+            if not isinstance(next(part.parameters()), DTensor):
+                part.hold()
+        if second_stage(self.asked, share):
+            for group in self.groups:
+                group["weight_decay"] = 0.0
+
+
+def in_stages(recipe: TrainRecipe, tokens: int, floats: Path) -> tuple[TrainRecipe, TrainRecipe]:
+    """Healing in digits as two runs: of the float factors, whose model goes to the folder `floats`, and from there on.
+
+    `tokens`: of both. The second run sees the text in another order, so that it does not begin with the same part.
+    """
+    share = max(1, round(tokens * recipe.ternary.after))
+    teacher = teacher_of(recipe)
+    plain = recipe.ternary.model_copy(update={"enabled": False})
+    first = {"teacher": teacher, "ternary": plain, "schedule": _lasting(recipe, share)}
+    second = {
+        "teacher": teacher,
+        "start": str(floats),
+        "seed": (recipe.seed + 1) % 2**32,
+        "schedule": _lasting(recipe, max(1, tokens - share)),
+    }
+    return recipe.model_copy(update=first), recipe.model_copy(update=second)
+
+
+def _lasting(recipe: TrainRecipe, tokens: int) -> Schedule:
+    return recipe.schedule.model_copy(update={"tokens": tokens})
