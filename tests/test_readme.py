@@ -1,4 +1,4 @@
-"""The README and the examples do what they say: their commands and code run here, word for word."""
+"""README, guides and examples do what they say: their commands and code run here, word for word."""
 
 import json
 import os
@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("convert", "train", "speed"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
 BLOCK = re.compile(r"(<!-- test: run -->\n)?^```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-COMMANDS = [line for _, kind, body in BLOCK.findall(README) if kind == "sh" for line in body.splitlines()]
+COMMANDS = [line for _, kind, body in BLOCK.findall(TEXT) if kind == "sh" for line in body.splitlines()]
 ON_THE_HUB = [line for line in COMMANDS if re.search(r"^pilon-compress .*\bgpt2", line)]
 
 
@@ -55,7 +56,7 @@ def test_the_demo_keeps_the_promised_quality(demo):
 
 def test_the_marked_blocks_run(demo):
     ran = 0
-    for marked, kind, body in BLOCK.findall(README):
+    for marked, kind, body in BLOCK.findall(TEXT):
         if not marked:
             continue
         ran += 1
@@ -79,7 +80,7 @@ def test_commands_on_hub_models_parse_and_name_the_hub_when_it_is_out_of_reach(c
     assert not list(tmp_path.iterdir())
 
 
-def test_every_command_of_the_readme_is_a_command():
+def test_every_command_of_the_pages_is_a_command():
     known = pilon("pilon-compress --help", ROOT).stdout
     for line in COMMANDS:
         if line.startswith("pilon-compress"):
@@ -87,9 +88,10 @@ def test_every_command_of_the_readme_is_a_command():
     assert {"make demo", "make test", "make check"} <= {line.split("#")[0].strip() for line in COMMANDS}
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
 def test_search_example_agrees_with_the_dense_model(demo):
