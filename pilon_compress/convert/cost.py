@@ -30,6 +30,11 @@ FIT = (40.0, 60.0)  # of d_in · d_out · (d_in + d_out), and of the smaller sid
 ROUNDING = 250.0  # of d_in² · d_out, where matrices become integers
 ANCHOR = 4  # passes of a layer that is fitted behind converted ones
 
+# The constants are of a machine where a large product runs at REFERENCE operations per second. Elsewhere only a share
+# of the time goes with the speed of products; the rest (norms, softmax, eigenvalues on one thread) differs little.
+# It is fitted on a second machine, whose products run at 1.5e11 (docs/results/real-models.md).
+REFERENCE, PRODUCTS = 3.5e11, 0.4
+
 
 def stages(job: Job) -> list[tuple[str, float]]:
     """Return (beginning of the phase's description, floating-point operations) of every phase, in order."""
@@ -95,7 +100,8 @@ def estimate(job: Job) -> dict[str, float]:
 
     A guide, not a promise: the speed is measured on one matrix product, and the fit may stop early.
     """
-    seconds = STARTING + sum(operations for _, operations in stages(job)) / _gemm_flops()
+    operations = sum(operations for _, operations in stages(job))
+    seconds = STARTING + operations * (PRODUCTS / _gemm_flops() + (1 - PRODUCTS) / REFERENCE)
     parameters = sum(p.numel() for p in job.dense.parameters())
     calibration = job.calibration
     tokens = calibration.samples * calibration.sequence_length * (1.0 if job.causal else PARAGRAPH)
