@@ -7,7 +7,7 @@ from pilon_compress.convert.allocate.block_options import Block
 from pilon_compress.convert.allocate.budget import Sizing, allocate
 from pilon_compress.convert.allocate.plan import down_of, preview
 from pilon_compress.convert.calibrate.second_moments import gather
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.models.families import FAMILIES, find_sites
 from pilon_compress.models.source import Source

@@ -136,8 +136,7 @@ def test_batches_change_nothing(tiny, monkeypatch):
     )
     del one["begins_with"], five["begins_with"]  # which has no tolerance
     assert one == pytest.approx(five, rel=1e-6)
-    monkeypatch.setattr(perplexity, "CHUNK", 3)
-    monkeypatch.setattr(perplexity, "LOGITS", 1)  # no room for more than one window at a time
+    monkeypatch.setattr("pilon_compress.nn.functional.LOGITS", 1)  # no room for more than one window at a time
     sizes = set()
     model.register_forward_hook(lambda _m, _args, out: sizes.add(out.logits.shape[0]))
     small = perplexity.measure(model, tokenizer, DOCUMENTS, against=dense, window=16, batch_size=5)

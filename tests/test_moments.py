@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 from pilon_compress.convert.calibrate.second_moments import PANEL, SecondMoment, add_gram, gather
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.io.offload import Shelf
 from pilon_compress.models.families import find_sites

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.distill import refine, refine_loop
 from pilon_compress.errors import BadInput
 from pilon_compress.models.hidden_states import Stream, blocks, hidden_of, run_base

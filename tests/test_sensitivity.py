@@ -9,7 +9,7 @@ from pilon_compress.convert.allocate.block_options import Block
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
 from pilon_compress.convert.solve.neuron_pruning import refit
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.source import Source
 

@@ -13,7 +13,7 @@ from pilon_compress.convert.pipeline import convert
 from pilon_compress.convert.sharing.neuron_alignment import align
 from pilon_compress.convert.sharing.search import Sharing
 from pilon_compress.convert.sharing.similar_layers import similar_bands
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.source import Source
 from pilon_compress.nn.size import ffn_size

@@ -6,7 +6,7 @@ import torch
 from pilon_compress.config.conversion import build
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.pipeline import convert
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import find_sites

@@ -11,6 +11,7 @@ from pilon_compress.data.batch import IGNORED, attention_mask
 from pilon_compress.data.loader import Loader, in_order, permuted
 from pilon_compress.data.token_files import tokenise
 from pilon_compress.data.windows import Blocks
+from pilon_compress.nn.functional import mean_pooled
 
 DOCUMENTS = [f"{i}:" + "x" * (i * 5 % 31) for i in range(40)]
 FAMILIES = ("llama", "arcee", "gpt2", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox")
@@ -181,3 +182,19 @@ def test_the_mask_is_causal_and_closed_between_documents(file):
             assert (mask[0, 0, query, key] == 0) == (key <= query and document[key] == document[query])
     whole = attention_mask(Blocks(file, 12).rows([0]), torch.float32)[0, 0]
     assert torch.equal(whole == 0, torch.ones(12, 12, dtype=torch.bool).tril())
+
+
+def test_rows_of_a_batch_are_cut_in_every_field(file):
+    whole = Blocks(file, 12, respect_documents=True).rows([0, 1, 2])
+    part = whole.rows(slice(1, 3))
+    for name in ("input_ids", "labels", "position_ids", "document"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[1:3])
+    assert part.attention_mask is None and part.mask.all() and part.mask.shape == (2, 12)
+
+
+def test_mean_pooling_leaves_padding_out():
+    states = torch.randn(2, 5, 3)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    pooled = mean_pooled(states, mask)
+    assert torch.allclose(pooled[0], states[0].mean(0)) and torch.allclose(pooled[1], states[1, :2].mean(0))
+    assert torch.equal(mean_pooled(states, mask.bool()), pooled)

@@ -94,7 +94,7 @@ def test_padding_changes_nothing_and_texts_count_alike(home, tiny):
     sizes = rows.sizes.argsort()
     picked = [int(sizes[0]), int(sizes[-1])]
     batch = rows.rows(picked)
-    assert batch.input_ids.shape[1] == rows.sizes[picked[1]] and batch.padding_mask[0].sum() == rows.sizes[picked[0]]
+    assert batch.input_ids.shape[1] == rows.sizes[picked[1]] and batch.attention_mask[0].sum() == rows.sizes[picked[0]]
     trainee = FollowingEmbeddings(student, variances=teacher.variances(batch, False), places=()).eval()
     terms = torch.ones(5)
 
@@ -111,7 +111,7 @@ def test_padding_changes_nothing_and_texts_count_alike(home, tiny):
 def test_micro_batches_hold_texts_of_like_length(home):
     rows = tokenise_paragraphs(str(home / "text.jsonl"), checkpoint.load_tokenizer(str(home / "dense")), "all", 64)
     loader = ByLength(rows, 12, 0, 3)
-    sizes = [loader.batch(2, micro).padding_mask.sum(1) for micro in range(3)]
+    sizes = [loader.batch(2, micro).attention_mask.sum(1) for micro in range(3)]
     assert torch.cat(sizes).tolist() == sorted(torch.cat(sizes).tolist(), reverse=True)
     assert sorted(loader.indices(2)) == sorted(super(ByLength, loader).indices(2))
     assert len(Spread(rows, 7)) == 7 and len(Spread(rows, 10_000)) == len(rows)

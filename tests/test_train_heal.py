@@ -122,7 +122,7 @@ def test_block_by_block_lowers_the_error_of_every_block_alone(home):
     student = checkpoint.load_model(str(home / "pilon"))
     student.config.use_cache = False
     ids = torch.randint(5, 290, (6, LENGTH), generator=torch.Generator().manual_seed(0))
-    batch = Batch(ids, ids.roll(-1, 1), torch.arange(LENGTH).expand_as(ids))
+    batch = Batch(ids, labels=ids.roll(-1, 1))
     trainee = Following(student, variances=teacher.variances(batch, True))
     wanted = teacher.wanted(batch, block_by_block=True)
     first = trainee(batch.inputs(), batch.labels, wanted, torch.ones(5))

@@ -5,7 +5,7 @@ from pilon_compress.config import conversion
 from pilon_compress.convert import pipeline
 from pilon_compress.convert.calibrate.second_moments import Moments
 from pilon_compress.convert.prepare import Job
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.models.source import Source
 from pilon_compress.nn.integer import KINDS
 from pilon_compress.nn.layout import layout_of

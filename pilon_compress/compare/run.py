@@ -24,7 +24,7 @@ from pilon_compress.convert import pipeline
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.prepare import Job, prepare
 from pilon_compress.data import calibration
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import evaluate
 from pilon_compress.io.folders import fresh_folder, journal_of, open_output

@@ -29,6 +29,7 @@ from pilon_compress.convert.planning import Planned, plan_conversion
 from pilon_compress.convert.prepare import PROCESS_BYTES, Job, prepare
 from pilon_compress.convert.solve.layerwise import Solved, Task, solve, uniform_rank
 from pilon_compress.data import calibration, sequences, text
+from pilon_compress.data.batch import Batch
 from pilon_compress.distill.refine import refine
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import bank_usage, evaluate
@@ -153,7 +154,7 @@ def settle(job: Job) -> Job:
 def compress(
     source: Source,
     job: Job,
-    batches: list[calibration.Batch],
+    batches: list[Batch],
     journal: Journal | None = None,
     moments: Moments | None = None,
 ) -> tuple[PreTrainedModel, Plan, Solved]:
@@ -163,7 +164,7 @@ def compress(
 
 
 def solve_plan(
-    source: Source, planned: Planned, batches: list[calibration.Batch], journal: Journal | None = None
+    source: Source, planned: Planned, batches: list[Batch], journal: Journal | None = None
 ) -> tuple[PreTrainedModel, Plan, Solved]:
     """Solve every layer in the sizes of the plan; the model, its plan and the solution."""
     job, settings = planned.job, planned.job.recipe
@@ -201,7 +202,7 @@ def open_dense(job: Job, device: torch.device) -> Source:
 
 
 def improve(
-    model: PreTrainedModel, dense: PreTrainedModel, lessons: list[calibration.Batch], settings: conversion.Recipe
+    model: PreTrainedModel, dense: PreTrainedModel, lessons: list[Batch], settings: conversion.Recipe
 ) -> dict[str, Any] | None:
     """Refine the model in place if the recipe says so; what came of it."""
     asked = settings.refine
@@ -210,7 +211,7 @@ def improve(
     return refine(model, dense, lessons, steps=asked.steps, minutes=asked.minutes, seed=settings.seed).to_dict()
 
 
-def fingerprint(job: Job, batches: list[calibration.Batch], source: Source) -> str:
+def fingerprint(job: Job, batches: list[Batch], source: Source) -> str:
     """Of everything that a conversion's steps depend on: version, recipe, calibration text, weights."""
     settings = job.recipe.model_copy(update={"max_memory": None})  # which changes no result
     state = blake2b(f"{pilon_compress.__version__}\n{conversion.dump(settings)}".encode(), digest_size=16)
@@ -235,7 +236,7 @@ def say_beginning(job: Job, tokenizer: PreTrainedTokenizerBase) -> Job:
     return replace(job, recipe=job.recipe.model_copy(update={"calibration": calibration}))
 
 
-def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[calibration.Batch]:
+def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
     """Draw from the calibration part of the text, and tokenise; the held-out part is left for evaluation."""
     asked = job.calibration
     documents = text.open_text(asked.data, part="calibration")
@@ -258,9 +259,7 @@ def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[calib
     return batches
 
 
-def read_lessons(
-    job: Job, tokenizer: PreTrainedTokenizerBase, batches: list[calibration.Batch]
-) -> list[calibration.Batch]:
+def read_lessons(job: Job, tokenizer: PreTrainedTokenizerBase, batches: list[Batch]) -> list[Batch]:
     """What refinement learns from: more of the calibration source, where it can be read twice."""
     asked = job.calibration
     if not job.recipe.refine.steps or asked.data == "stdin":
@@ -287,7 +286,7 @@ def read_evaluation(job: Job) -> list[str] | str:
     return documents
 
 
-def describe(job: Job, plan: Plan, solved: Solved, batches: list[calibration.Batch]) -> dict[str, Any]:
+def describe(job: Job, plan: Plan, solved: Solved, batches: list[Batch]) -> dict[str, Any]:
     """The report's contents, less what is known only after saving."""
     methods = next(iter(solved.errors.values()))
     losses = {method: [errors[method] for errors in solved.errors.values()] for method in methods}

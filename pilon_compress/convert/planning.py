@@ -16,7 +16,7 @@ from pilon_compress.convert.prepare import Job, shelf_bytes
 from pilon_compress.convert.sharing.joint_fit import BankFit
 from pilon_compress.convert.sharing.search import Sharing
 from pilon_compress.convert.sharing.similar_layers import similar_bands
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.io.journal import Journal
 from pilon_compress.io.offload import Shelf
 from pilon_compress.models.source import Source

@@ -1,6 +1,6 @@
-"""What a training step sees: tokens, the tokens after them, and which of them may attend to which."""
+"""`Batch`: rows of tokens for calibration, training and evaluation alike, and how stretches of a stream become one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,47 +14,67 @@ IGNORED = -100  # the label that cross entropy leaves out
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens, all int64 and (B, T).
+    """B rows of T tokens; unless said otherwise int64 and (B, T). None: the default in brackets.
 
-    labels        the token AFTER each of `input_ids`, aligned already: no shift when scoring; -100 is not scored
-    position_ids  from 0 at the start of every document if `document` is given, else of every row
-    document      which document of its row a token belongs to, from 0; None where rows are one stretch of text
-    padding_mask  1, or 0 where a row is padding; None where nothing needs to be told
-    goal          what a teacher predicts, tensors (B, T, ...) by name: see `divergence.Goal`
-
-    Batches of separate texts, for encoders, have labels (B,), which only tell whether a text counts.
+    input_ids
+    attention_mask  1, or 0 where a row is padding (no padding)
+    labels          language models: the token AFTER each of `input_ids`, aligned already: no shift when scoring; -100
+                    is not scored. Separate texts of an encoder: (B,), -100 where a text does not count (nothing is
+                    scored: calibration)
+    position_ids    from 0 at the start of every document if `document` is given (from 0 in every row)
+    document        which document of its row a token belongs to, from 0 (rows are one stretch of text)
+    goal            a teacher's predictions, tensors (B, T, ...) by name: see `distill.kl.Goal` (not known)
     """
 
     input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor
+    attention_mask: Tensor | None = None
+    labels: Tensor | None = None
+    position_ids: Tensor | None = None
     document: Tensor | None = None
-    padding_mask: Tensor | None = None
     goal: dict[str, Tensor] | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) bool: True where a token is no padding."""
+        mask = self.attention_mask
+        return torch.ones_like(self.input_ids, dtype=torch.bool) if mask is None else mask.bool()
+
+    @property
+    def targets(self) -> Tensor:
+        """Return `labels` of a batch that has them."""
+        assert self.labels is not None, "a batch without labels cannot be scored"
+        return self.labels
 
     @property
     def scored(self) -> int:
         """How many tokens, or separate texts, count in the loss."""
-        return int((self.labels != IGNORED).sum())
+        return int((self.targets != IGNORED).sum())
 
     @property
     def tokens(self) -> int:
         """How many tokens are learnt from."""
-        if self.padding_mask is None:
+        if self.targets.dim() == 2:
             return self.scored
-        return int(self.padding_mask[self.labels != IGNORED].sum())
+        return int(self.mask[self.targets != IGNORED].sum())
 
     def unscored(self) -> "Batch":
         """The same without labels: for a process that has nothing to learn from but must take part."""
-        return replace(self, labels=torch.full_like(self.labels, IGNORED))
+        return replace(self, labels=torch.full_like(self.targets, IGNORED))
 
     def to(self, device: torch.device | str) -> "Batch":
-        def moved(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: moved(one) for name, one in value.items()}
-            return None if value is None else value.to(device, non_blocking=True)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
-        return Batch(**{name: moved(value) for name, value in vars(self).items()})
+    def rows(self, span: slice) -> "Batch":
+        """Some of the rows."""
+        return self._mapped(lambda tensor: tensor[span])
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        def mapped(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: change(tensor) for name, tensor in value.items()}
+            return None if value is None else change(value)
+
+        return Batch(**{name: mapped(value) for name, value in vars(self).items()})
 
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments for a model of transformers, eager or sdpa.
@@ -62,8 +82,8 @@ class Batch:
         Without mask and cache, transformers takes positions that start again for packed documents and keeps them apart.
         OPT alone does not: it needs `attention_mask` besides.
         """
-        if self.padding_mask is not None:
-            return {"input_ids": self.input_ids, "attention_mask": self.padding_mask}
+        if self.attention_mask is not None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
         if self.document is not None:
             inputs["position_ids"] = self.position_ids
@@ -112,7 +132,7 @@ def from_rows(
     made = (torch.from_numpy(windows), torch.from_numpy(starts), torch.from_numpy(sizes))
     batch = from_windows(*made, respect_documents)
     unscored = torch.arange(length) < torch.from_numpy(given)[:, None]
-    return replace(batch, labels=batch.labels.masked_fill(unscored, IGNORED))
+    return replace(batch, labels=batch.targets.masked_fill(unscored, IGNORED))
 
 
 def from_windows(windows: Tensor, starts: Tensor, sizes: Tensor, respect_documents: bool) -> Batch:
@@ -126,8 +146,9 @@ def from_windows(windows: Tensor, starts: Tensor, sizes: Tensor, respect_documen
     labels = windows[:, 1:].masked_fill(column[1:] >= sizes[:, None], IGNORED)
     positions = column[:length].expand(len(windows), length)
     if not respect_documents:
-        return Batch(windows[:, :length], labels, positions)
+        return Batch(windows[:, :length], labels=labels, position_ids=positions)
     labels = labels.masked_fill(starts[:, 1:], IGNORED)
     begins = starts[:, :length] & (column[:length] > 0)
     first = torch.where(begins, positions, 0).cummax(1).values
-    return Batch(windows[:, :length], labels, positions - first, begins.cumsum(1))
+    document = begins.cumsum(1)
+    return Batch(windows[:, :length], labels=labels, position_ids=positions - first, document=document)

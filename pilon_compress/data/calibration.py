@@ -1,21 +1,12 @@
 """The calibration text as batches of token ids."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids and attention mask, both (B, T); masked positions are padding."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
 
 
 def encoder_batches(
@@ -41,12 +32,12 @@ def encoder_batches(
 def causal_batches(windows: Sequence[list[int]], batch_size: int) -> list[Batch]:
     """Windows of equal length (see `data.sequences`) as batches without padding."""
     stacks = [torch.tensor(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
-    return [Batch(ids, torch.ones_like(ids)) for ids in stacks]
+    return [Batch(ids) for ids in stacks]
 
 
 def tokens(batches: Sequence[Batch]) -> int:
     """How many tokens are not padding."""
-    return int(sum(int(batch.attention_mask.sum()) for batch in batches))
+    return int(sum(int(batch.mask.sum()) for batch in batches))
 
 
 def largest_id(batches: Sequence[Batch]) -> int:

@@ -53,7 +53,7 @@ class Packed:
                 sizes[row] += size
         made = (torch.from_numpy(windows), torch.from_numpy(starts), torch.from_numpy(sizes))
         batch = from_windows(*made, respect_documents=True)
-        return replace(batch, labels=batch.labels.masked_fill(~torch.from_numpy(scored)[:, 1:], IGNORED))
+        return replace(batch, labels=batch.targets.masked_fill(~torch.from_numpy(scored)[:, 1:], IGNORED))
 
 
 def packed(sizes: Sequence[int], room: int) -> list[list[int]]:

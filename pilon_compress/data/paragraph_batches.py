@@ -33,9 +33,8 @@ class Paragraphs:
         for row, index in enumerate(indices):
             begin, size = int(self.tokens.starts[index]), int(self.sizes[index])
             ids[row, :size], mask[row, :size] = self.tokens.ids[begin : begin + size], 1
-        positions = torch.arange(longest).expand(len(indices), longest)
         labels = torch.zeros(len(indices), dtype=torch.int64)
-        return Batch(torch.from_numpy(ids), labels, positions, padding_mask=torch.from_numpy(mask))
+        return Batch(torch.from_numpy(ids), torch.from_numpy(mask), labels)
 
 
 class Spread:

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from pilon_compress.data.batch import IGNORED
-from pilon_compress.distill.losses import LOGITS, capped, in_parts
+from pilon_compress.distill.losses import in_parts
+from pilon_compress.nn.functional import kl_divergence, rows_at_once, soft_capped
 
 Goal = dict[str, Tensor]
 """What the teacher predicts for N rows. Either of
@@ -16,6 +17,7 @@ values (N, k), tokens (N, k) int64, rest (N,)             its k largest log-prob
 """
 
 CONSTANT = ("head", "bias")  # of a goal: not one for each row
+COPIES = 2  # of logits that exist at once: the student's and the teacher's
 MOST_TOP = -1e-6  # log of the student's mass on the teacher's k: nearer to 1 float32 cannot tell what is left from 0
 NOTHING = -100.0  # log of a mass that is none: finite, so that no 0 · ∞ arises
 
@@ -37,7 +39,7 @@ def divergences(
     assert isinstance(head, nn.Linear)
 
     def part(span: slice) -> Tensor:
-        logits = capped(head(hidden[span]).float(), cap)
+        logits = soft_capped(head(hidden[span]).float(), cap)
         wanted = {name: tensor if name in CONSTANT else tensor[span] for name, tensor in goal.items()}
         apart = divergence(logits, wanted, temperature, cap) * (labels[span] != IGNORED)
         apart = apart.sum() * temperature**2
@@ -45,7 +47,7 @@ def divergences(
             return torch.stack([apart, torch.zeros_like(apart)])
         return torch.stack([apart, cross_entropy(logits, labels[span], ignore_index=IGNORED, reduction="sum")])
 
-    return in_parts(part, len(hidden), LOGITS // 2 // head.out_features)
+    return in_parts(part, len(hidden), rows_at_once(head.out_features, COPIES))
 
 
 def divergence(logits: Tensor, goal: Goal, temperature: float, cap: float | None = None) -> Tensor:
@@ -55,13 +57,13 @@ def divergence(logits: Tensor, goal: Goal, temperature: float, cap: float | None
     """
     ours = (logits / temperature).log_softmax(-1)
     if "values" not in goal:
-        theirs = capped(linear(goal["states"], goal["head"], goal.get("bias")).float(), cap)
+        theirs = soft_capped(linear(goal["states"], goal["head"], goal.get("bias")).float(), cap)
         theirs = (theirs / temperature).log_softmax(-1)
-        return (theirs.exp() * (theirs - ours)).sum(-1)
+        return kl_divergence(theirs, ours)
     top = ours.gather(-1, goal["tokens"])
     ours = torch.cat([top, torch.log(-torch.expm1(top.logsumexp(-1, True).clamp(max=MOST_TOP)))], -1)
     theirs = torch.cat([goal["values"].float(), goal["rest"].float()[:, None]], -1).log_softmax(-1)  # was rounded
-    return (theirs.exp() * (theirs - ours)).sum(-1)
+    return kl_divergence(theirs, ours)
 
 
 def largest(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pilon_compress.data.batch import IGNORED
-
-LOGITS = 2**26  # numbers of logits that exist at once; with more, they are computed in parts, twice
+from pilon_compress.nn.functional import rows_at_once, soft_capped
 
 
 class NextToken(nn.Module):
@@ -34,24 +33,18 @@ def next_token_sum(head: nn.Linear, hidden: Tensor, labels: Tensor, cap: float |
     """Sum of -log p(label) over rows: `hidden` (N, d), `labels` (N,); rows of label -100 do not count."""
 
     def part(span: slice) -> Tensor:
-        logits = capped(head(hidden[span]).float(), cap)
+        logits = soft_capped(head(hidden[span]).float(), cap)
         return cross_entropy(logits, labels[span], ignore_index=IGNORED, reduction="sum")
 
-    return in_parts(part, len(hidden), LOGITS // head.out_features)
+    return in_parts(part, len(hidden), rows_at_once(head.out_features))
 
 
 def in_parts(part: Callable[[slice], Tensor], count: int, rows: int) -> Tensor:
     """The sum of `part(span)` over `count` rows, so many `rows` at a time; parts are computed again going backward."""
-    rows = max(1, rows)
     if count <= rows:
         return part(slice(None))
     spans = [slice(start, start + rows) for start in range(0, count, rows)]
     return torch.stack([checkpoint(part, span, use_reentrant=False) for span in spans]).sum(0)
-
-
-def capped(logits: Tensor, cap: float | None) -> Tensor:
-    """Soft-capped as Gemma's are."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _cap(model: PreTrainedModel) -> float | None:

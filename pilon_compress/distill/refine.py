@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.distill.refine_loop import Objective, Stage, descend, restore, snapshot
 from pilon_compress.errors import BadInput
 from pilon_compress.models.hidden_states import Stream, blocks, hidden_of, run_base
@@ -28,13 +28,13 @@ from pilon_compress.models.source import Source
 from pilon_compress.models.task import is_causal, vocabulary
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.functional import kl_divergence, mean_pooled, rows_at_once
 from pilon_compress.nn.layout import banks, kept_matrices, projections
 
 STEPS = 600
 RATE = 3e-3  # short searches settle on too small a rate for a longer run
 BAND_SHARE = 0.0  # of steps and time that goes to the bands, the rest to the whole model: no gain seen from bands yet
 HELD_OUT = 10  # one batch in so many
-LOGITS = 2**26  # most logits held at a time: 256 MiB in float32
 CACHED = 2**31  # bytes of dense states that are remembered; beyond that the dense model runs at every step
 COSINE, STATES = 1.0, 0.1  # weights beside the main term of each loss
 
@@ -116,9 +116,9 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
         return train, [batches[index] for index in sorted(chosen)]
     if not batches or len(batches[0].input_ids) < 2:
         raise BadInput("refinement needs at least two calibration sequences: one to learn from, one to hold out")
-    ids, mask = batches[0].input_ids, batches[0].attention_mask
-    cut = len(ids) - max(1, len(ids) // HELD_OUT)
-    return [Batch(ids[:cut], mask[:cut])], [Batch(ids[cut:], mask[cut:])]
+    only = batches[0]
+    cut = len(only.input_ids) - max(1, len(only.input_ids) // HELD_OUT)
+    return [only.rows(slice(cut))], [only.rows(slice(cut, None))]
 
 
 @contextmanager
@@ -303,7 +303,7 @@ class _Whole:
         self.causal = is_causal(model.config)
         with torch.no_grad():
             outputs = [_outputs(dense, batch, False, self.time_first) for batch in held]
-        masks = [batch.attention_mask.to(dense.device).bool() for batch in held]
+        masks = [batch.mask.to(dense.device) for batch in held]
         self.variances = [_variance(list(states), masks) for states in zip(*(one[0] for one in outputs), strict=True)]
 
     def train(self, index: int) -> float:
@@ -319,11 +319,11 @@ class _Whole:
         batch = self.batches[index]
         rows = len(batch.input_ids)
         if self.causal:
-            rows = max(1, LOGITS // (batch.input_ids.shape[1] * vocabulary(self.model.config)))
-        total, tokens = 0.0, float(batch.attention_mask.sum())
+            rows = rows_at_once(batch.input_ids.shape[1] * vocabulary(self.model.config))
+        total, tokens = 0.0, float(batch.mask.sum())
         for start in range(0, len(batch.input_ids), rows):
-            part = Batch(batch.input_ids[start : start + rows], batch.attention_mask[start : start + rows])
-            loss = self.loss(part, self._wanted(index, part)) * (float(part.attention_mask.sum()) / tokens)
+            part = batch.rows(slice(start, start + rows))
+            loss = self.loss(part, self._wanted(index, part)) * (float(part.mask.sum()) / tokens)
             if backward:
                 loss.backward()
             total += float(loss.detach())
@@ -343,13 +343,13 @@ class _Whole:
     def loss(self, batch: Batch, dense: tuple[list[Tensor], Tensor]) -> Tensor:
         """One part's loss against the dense states and last output."""
         wanted, last = dense
-        mask = batch.attention_mask.to(self.model.device).bool()
+        mask = batch.mask.to(self.model.device)
         states, ours = _outputs(self.model, batch, self.causal, self.time_first)
         errors = [_error(a, b, mask) / v for a, b, v in zip(states, wanted, self.variances, strict=True)]
         hidden = torch.stack(errors).mean()
         if self.causal:
             return _divergence(ours[mask], last[mask]) + STATES * hidden
-        pooled, goal = (normalize(_pool(x.float(), mask), dim=1) for x in (ours, last))
+        pooled, goal = (normalize(mean_pooled(x.float(), mask), dim=1) for x in (ours, last))
         return hidden + COSINE * (1 - (pooled * goal).sum(1).mean())
 
 
@@ -368,7 +368,7 @@ def _outputs(model: PreTrainedModel, batch: Batch, logits: bool, time_first: boo
     try:
         if not logits:
             return states, run_base(model, batch).last_hidden_state
-        ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+        ids, mask = batch.input_ids.to(model.device), batch.mask.long().to(model.device)
         return states, model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     finally:
         for handle in handles:
@@ -377,8 +377,7 @@ def _outputs(model: PreTrainedModel, batch: Batch, logits: bool, time_first: boo
 
 def _divergence(ours: Tensor, theirs: Tensor) -> Tensor:
     """Mean KL(theirs ‖ ours) in nats of logits (N, V), in float32."""
-    log, goal = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
-    return (goal.exp() * (goal - log)).sum(-1).mean()
+    return kl_divergence(theirs.float().log_softmax(-1), ours.float().log_softmax(-1)).mean()
 
 
 def _error(ours: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
@@ -390,9 +389,3 @@ def _variance(states: Sequence[Tensor], masks: Sequence[Tensor]) -> float:
     """Mean over dimensions of the variance over tokens."""
     rows = torch.cat([x[mask].float() for x, mask in zip(states, masks, strict=True)])
     return max(1e-12, float(rows.var(0, unbiased=False).mean()))
-
-
-def _pool(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of each text, (B, d)."""
-    kept = mask[..., None].to(states.dtype)
-    return (states * kept).sum(1) / kept.sum(1).clamp_min(1)

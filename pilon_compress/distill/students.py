@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from pilon_compress.data.batch import IGNORED, Batch
+from pilon_compress.data.batch import IGNORED
 from pilon_compress.distill.kl import divergences
 from pilon_compress.distill.losses import next_token_sum
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.hidden_states import blocks, hidden_of
+from pilon_compress.nn.functional import mean_pooled
 
 TERMS = ("kl", "next_token", "hidden", "ffn", "pooled")
 Wanted = dict[str, Any]
@@ -117,7 +118,7 @@ class FollowingEmbeddings(_Follower):
             loss, last = self._block_by_block(inputs, wanted, weights)
             return loss + 0.0 * last.sum()
         found, ffn = self._run(inputs, wanted if terms is not None else {})
-        ours = normalize(mean_of_tokens(found.last_hidden_state.float(), mask), dim=1)
+        ours = normalize(mean_pooled(found.last_hidden_state.float(), mask), dim=1)
         apart = ((1 - (ours * normalize(wanted["pooled"].float(), dim=1)).sum(1)) * counts).sum()
         if terms is None:
             return apart
@@ -129,17 +130,6 @@ def mismatch(ours: Sequence[Tensor], theirs: Sequence[Tensor], variances: Tensor
     with `weights` (B, T)."""
     errors = [((a.float() - b.float()).square().mean(-1) * weights).sum() for a, b in zip(ours, theirs, strict=True)]
     return (torch.stack(errors) / variances).mean()
-
-
-def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
-    """(B, d): the embedding of each text, from states (B, T, d) and `mask` (B, T) of 0 and 1."""
-    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
-
-
-def embeddings(model: Any, batch: Batch) -> Tensor:
-    """(B, d): of the texts of a padded batch."""
-    assert batch.padding_mask is not None
-    return mean_of_tokens(model.base_model(**batch.inputs()).last_hidden_state, batch.padding_mask)
 
 
 def feed_forward_outputs(model: PreTrainedModel) -> list[str]:

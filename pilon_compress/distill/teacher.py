@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pilon_compress.data.batch import Batch
-from pilon_compress.distill.kl import Goal, largest
-from pilon_compress.distill.losses import LOGITS, capped, next_token_sum
-from pilon_compress.distill.students import Wanted, captured, feed_forward_outputs, mean_of_tokens
+from pilon_compress.distill.kl import COPIES, Goal, largest
+from pilon_compress.distill.losses import next_token_sum
+from pilon_compress.distill.students import Wanted, captured, feed_forward_outputs
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.hidden_states import blocks
+from pilon_compress.nn.functional import mean_pooled, rows_at_once, soft_capped
 
 
 class Teacher:
@@ -40,8 +41,7 @@ class Teacher:
         if self.causal:
             wanted = {"goal": self.goal(last.flatten(0, 1))}
         else:
-            assert batch.padding_mask is not None
-            wanted = {"pooled": mean_of_tokens(last.float(), batch.padding_mask)}
+            wanted = {"pooled": mean_pooled(last.float(), batch.mask)}
         if "hidden" in self.match:
             wanted["hidden"] = list(found.hidden_states[1:])
         if "ffn" in self.match:
@@ -61,9 +61,10 @@ class Teacher:
         head, cap = self.model.get_output_embeddings(), getattr(self.model.config, "final_logit_softcapping", None)
         assert isinstance(head, nn.Linear)
         states = self.model.base_model(**batch.inputs()).last_hidden_state
-        rows = max(1, LOGITS // 2 // head.out_features)
+        rows = rows_at_once(head.out_features, COPIES)
         parts = [
-            largest(capped(head(part).float(), cap), count, temperature) for part in states.flatten(0, 1).split(rows)
+            largest(soft_capped(head(part).float(), cap), count, temperature)
+            for part in states.flatten(0, 1).split(rows)
         ]
         shape = states.shape[:2]
         values, tokens, rest = (torch.cat([part[i] for part in parts]) for i in range(3))
@@ -75,17 +76,21 @@ class Teacher:
         head, cap = self.model.get_output_embeddings(), getattr(self.model.config, "final_logit_softcapping", None)
         assert isinstance(head, nn.Linear)
         states = self.model.base_model(**batch.inputs()).last_hidden_state
-        return float(next_token_sum(head, states.flatten(0, 1), batch.labels.flatten(), cap))
+        return float(next_token_sum(head, states.flatten(0, 1), batch.targets.flatten(), cap))
 
     def variances(self, batch: Batch, block_by_block: bool) -> dict[str, Tensor]:
         """(layers,) for each kind of states that is matched: the mean over dimensions of the variance over tokens."""
         wanted = self.wanted(batch) | (self.wanted(batch, True) if block_by_block else {})
-        kept = batch.padding_mask.bool() if batch.padding_mask is not None else torch.ones_like(batch.input_ids).bool()
         return {
-            name: torch.stack([x[kept].float().var(0, unbiased=False).mean() for x in wanted[name]]).clamp_min(1e-12)
+            name: torch.stack([_variance(states[batch.mask]) for states in wanted[name]]).clamp_min(1e-12)
             for name in ("hidden", "ffn", "blocks")
             if name in wanted
         }
+
+
+def _variance(rows: Tensor) -> Tensor:
+    """Mean over dimensions of the variance over `rows` (N, d)."""
+    return rows.float().var(0, unbiased=False).mean()
 
 
 def fingerprint(reference: str) -> str:

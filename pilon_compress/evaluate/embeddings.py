@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pilon_compress.data.batch import Batch
 from pilon_compress.data.sequences import check_ids
 from pilon_compress.errors import BadInput
 from pilon_compress.io.progress import track
+from pilon_compress.models.hidden_states import embeddings
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
 
@@ -36,9 +38,7 @@ def embed(
             [texts[i] for i in chosen], padding=True, truncation=True, max_length=limit, return_tensors="pt"
         ).to(model.device)
         check_ids(tokenizer, int(batch["input_ids"].max()), vocabulary(model.config))
-        hidden = model.base_model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).last_hidden_state.float()
-        mask = batch["attention_mask"][..., None].float()
-        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
+        pooled = embeddings(model, Batch(batch["input_ids"], batch["attention_mask"]))
         for index, row in zip(chosen, pooled.cpu(), strict=True):
             rows[index] = row
     result = torch.stack(rows)

@@ -16,16 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress.data import sequences
+from pilon_compress.data.batch import IGNORED, Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.io.progress import track
 from pilon_compress.models.causality import check_causal
 from pilon_compress.models.limits import check_length, longest_input
 from pilon_compress.models.task import vocabulary
+from pilon_compress.nn.functional import kl_divergence, rows_at_once
 
 LONGEST_WINDOW = 1024
-CHUNK = 128  # positions whose logits are held in float32 at a time
-LOGITS = 2**25  # most logits that one forward pass may return, unless one window has more: 128 MiB in float32
-IGNORED = -100  # label of a token that is not scored
+COPIES = 2  # of logits that exist at once: those of both models
+WORKING = 8  # copies in float32 while predictions are compared
 
 
 def default_window(model: PreTrainedModel) -> int:
@@ -68,12 +69,12 @@ def measure(
         raise BadInput("the evaluation text, or the window, is shorter than two tokens")
     sequences.check_ids(tokenizer, max(ids), vocabulary(model.config))
     check_causal(model, torch.tensor([before + ids], device=model.device))
-    rows = max(1, min(batch_size, LOGITS // (window * vocabulary(model.config))))
+    rows = min(batch_size, rows_at_once(window * vocabulary(model.config), COPIES))
     sums = torch.zeros(4, dtype=torch.float64)
     tokens = 0
-    for inputs, labels in track(list(_batches(_windows(ids, before, room, stride), rows)), "evaluating"):
-        sums += _scores(model, against, inputs, labels)
-        tokens += int((labels != IGNORED).sum())
+    for batch in track(list(_batches(_windows(ids, before, room, stride), rows)), "evaluating"):
+        sums += _scores(model, against, batch)
+        tokens += batch.scored
     if not bool(torch.isfinite(sums).all()):
         raise BadInput("the predictions on the evaluation text are NaN or infinite: no perplexity can be taken")
     nats = float(sums[0]) / tokens
@@ -125,24 +126,25 @@ def _windows(ids: Sequence[int], before: list[int], room: int, stride: int) -> I
             break
 
 
-def _batches(rows: Iterable[tuple[list[int], list[int]]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (inputs, labels), both (B, T), padded at the right end, which causal models do not look at."""
+def _batches(rows: Iterable[tuple[list[int], list[int]]], batch_size: int) -> Iterator[Batch]:
+    """Yield batches (B, T), padded at the right end, which causal models do not look at."""
     rows = list(rows)
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
         longest = max(len(inputs) for inputs, _ in batch)
         padded = [(i + [0] * (longest - len(i)), t + [IGNORED] * (longest - len(t))) for i, t in batch]
-        yield torch.tensor([i for i, _ in padded]), torch.tensor([t for _, t in padded])
+        yield Batch(torch.tensor([i for i, _ in padded]), labels=torch.tensor([t for _, t in padded]))
 
 
-def _scores(model: PreTrainedModel, against: PreTrainedModel | None, inputs: Tensor, labels: Tensor) -> Tensor:
+def _scores(model: PreTrainedModel, against: PreTrainedModel | None, batch: Batch) -> Tensor:
     """Sums over the scored tokens: nll, dense nll, KL(dense ‖ model), agreements. float64, (4,)."""
-    kept = labels.reshape(-1) != IGNORED
-    wanted = labels.reshape(-1)[kept]
-    logits = [_logits(one, inputs, kept) for one in (model, against) if one is not None]
+    kept = batch.targets.reshape(-1) != IGNORED
+    wanted = batch.targets.reshape(-1)[kept]
+    logits = [_logits(one, batch.input_ids, kept) for one in (model, against) if one is not None]
     sums = torch.zeros(4, dtype=torch.float64)
-    for start in range(0, len(wanted), CHUNK):
-        span = slice(start, start + CHUNK)
+    rows = rows_at_once(logits[0].shape[-1], WORKING)
+    for start in range(0, len(wanted), rows):
+        span = slice(start, start + rows)
         target = wanted[span, None].to(logits[0].device)
         ours = logits[0][span].float().log_softmax(-1)
         sums[0] -= ours.gather(1, target).double().sum().cpu()
@@ -150,7 +152,7 @@ def _scores(model: PreTrainedModel, against: PreTrainedModel | None, inputs: Ten
             continue
         theirs = logits[1][span].float().log_softmax(-1)
         sums[1] -= theirs.gather(1, target).double().sum().cpu()
-        sums[2] += (theirs.exp() * (theirs - ours)).double().sum().cpu()
+        sums[2] += kl_divergence(theirs, ours).double().sum().cpu()
         sums[3] += (ours.argmax(-1) == theirs.argmax(-1)).double().sum().cpu()
     return sums
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.models.block_call import Call, Result, hidden_of
 from pilon_compress.models.blocks import blocks
 from pilon_compress.models.task import text_config
+from pilon_compress.nn.functional import mean_pooled
 
 if TYPE_CHECKING:
     from pilon_compress.models.source import Source
@@ -42,7 +43,7 @@ class Stream:
     def __init__(self, source: "Source", batches: Sequence[Batch]) -> None:
         self.model, self.batches, self.device = source.model, batches, source.device
         self.names = source.names
-        self.masks = [batch.attention_mask.to(self.device).bool() for batch in batches]
+        self.masks = [batch.mask.to(self.device) for batch in batches]
         self.position = 0
         self.hidden: list[Tensor] = []
         self.time_first = False
@@ -162,8 +163,7 @@ class Stream:
 
         `hidden` (b, T, d): states of those rows that leave the last block, with gradient where it is enabled.
         """
-        batch = self.batches[index]
-        part = Batch(batch.input_ids[rows], batch.attention_mask[rows])
+        part = self.batches[index].rows(rows)
         output = self._results[index].filled(self.turned(hidden))
         with self._standing_in(lambda _: lambda *args, **kwargs: output):
             return run_head(self.model, part, self.device) if head else last_states(self.model, part, self.device)
@@ -174,7 +174,7 @@ def run_base(model: PreTrainedModel, batch: Batch, device: torch.device | None =
     no_cache = {"use_cache": False} if getattr(text_config(model.config), "use_cache", None) is not None else {}
     device = device or model.device
     # code that looks into the mask, to leave it out, cannot do so on the meta device
-    mask = {} if device.type == "meta" else {"attention_mask": batch.attention_mask.to(device)}
+    mask = {} if device.type == "meta" else {"attention_mask": batch.mask.long().to(device)}
     return model.base_model(input_ids=batch.input_ids.to(device), **mask, **no_cache)
 
 
@@ -188,10 +188,16 @@ def last_states(model: PreTrainedModel, batch: Batch, device: torch.device | Non
     return states
 
 
+def embeddings(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Embeddings (B, d) float32 of the texts of one batch: the mean of the last hidden states over their tokens."""
+    states = last_states(model, batch)
+    return mean_pooled(states.float(), batch.mask.to(states.device))
+
+
 def run_head(model: PreTrainedModel, batch: Batch, device: torch.device | None = None) -> Tensor:
     """Logits (B, T, V) of one batch, without a key-value cache."""
     device = device or model.device
-    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+    ids, mask = batch.input_ids.to(device), batch.mask.long().to(device)
     logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits
 
@@ -199,4 +205,4 @@ def run_head(model: PreTrainedModel, batch: Batch, device: torch.device | None =
 def _oblong(batch: Batch) -> Batch:
     """One row of a batch, or two equal ones of one token: more tokens than rows, or fewer, but not as many."""
     rows = 1 if batch.input_ids.shape[1] > 1 else 2
-    return Batch(batch.input_ids[:1].repeat(rows, 1), batch.attention_mask[:1].repeat(rows, 1))
+    return Batch(batch.input_ids[:1].repeat(rows, 1), batch.mask[:1].long().repeat(rows, 1))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.models.blocks import check_once
 from pilon_compress.models.causality import check_causal
@@ -29,7 +29,7 @@ def check_stream(source: Source, batch: Batch, head: bool = False) -> float:
     sides read one block at a time.
     """
     check_once(source.model)
-    part = Batch(batch.input_ids[:ROWS, :LENGTH], batch.attention_mask[:ROWS, :LENGTH])
+    part = Batch(batch.input_ids[:ROWS, :LENGTH], batch.mask[:ROWS, :LENGTH].long())
     with _refusing(source.model):
         stream = Stream(source, [part])
         for index in range(len(source.names)):
@@ -64,7 +64,7 @@ def check_walk(model: PreTrainedModel) -> None:
     check_once(model)
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     with suppress(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        Stream(_Skeleton(model), [Batch(ids, torch.ones_like(ids))])
+        Stream(_Skeleton(model), [Batch(ids)])
 
 
 class _Skeleton(Source):

@@ -20,13 +20,14 @@ from pilon_compress.config.training import TrainRecipe
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.corpus import Corpus
 from pilon_compress.data.loader import Loader, Rows, in_order
-from pilon_compress.distill.students import Following, FollowingEmbeddings, Wanted, embeddings, feed_forward_outputs
+from pilon_compress.distill.students import Following, FollowingEmbeddings, Wanted, feed_forward_outputs
 from pilon_compress.distill.teacher import Teacher, fingerprint, open_teacher
 from pilon_compress.distill.teacher_cache import Taught, Wish, predictions
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate.embeddings import NEIGHBORS, shared_neighbours
 from pilon_compress.io import manifest
 from pilon_compress.models import checkpoint
+from pilon_compress.models.hidden_states import embeddings
 from pilon_compress.models.provenance import lineage
 from pilon_compress.models.task import vocabulary
 from pilon_compress.parallel import World
@@ -118,7 +119,7 @@ class Healing:
         for batch in in_order(rows, size_of(self.recipe)):
             batch = batch.to(self.world.device)
             for model, found in ((student, ours), (self.teacher.model, theirs)):
-                found.append(embeddings(model, batch).float().cpu())
+                found.append(embeddings(model, batch).cpu())
         return {"neighbors10": shared_neighbours(torch.cat(ours), torch.cat(theirs))}
 
 
@@ -221,7 +222,7 @@ def judged(rows: Rows, recipe: TrainRecipe, world: World, teacher: Callable[[], 
     batches = list(in_order(rows, size_of(recipe), world.rank, world.size))
     state = blake2b(digest_size=16)
     for batch in batches:
-        state.update(batch.labels.numpy().tobytes())
+        state.update(batch.targets.numpy().tobytes())
     path = kept / JUDGED if kept is not None else None
     known = manifest.read_json(path) if path is not None else None
     known = known if isinstance(known, dict) else {}

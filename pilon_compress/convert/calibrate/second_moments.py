@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.functional import cross_entropy, normalize
 
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.io.offload import Shelf
 from pilon_compress.io.progress import track
 from pilon_compress.models.families import Site
 from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.source import Source
+from pilon_compress.nn.functional import mean_pooled, rows_at_once
 
-LOGITS = 2**23  # numbers of logits that exist at once; with their gradients about seven times that
+COPIES = 8  # of logits that exist at once, with their gradients
 PANEL = 384  # rows of a Gram matrix that are computed at once
 
 
@@ -160,7 +161,7 @@ def _output_gradients(stream: Stream, causal: bool, seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         rows = len(hidden)
         if causal:
-            rows = max(1, LOGITS // (hidden.shape[1] * stream.vocab_size))
+            rows = rows_at_once(hidden.shape[1] * stream.vocab_size, COPIES)
         parts: list[Tensor] = []
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -179,8 +180,7 @@ def _draw(output: Tensor, mask: Tensor, causal: bool, generator: torch.Generator
         level = torch.rand(len(logits), 1, generator=generator).to(logits.device) * summed[:, -1:]
         drawn = torch.searchsorted(summed, level)[:, 0]
         return cross_entropy(logits, drawn, reduction="sum")
-    kept = mask[..., None].to(output.dtype)
-    pooled = normalize((output * kept).sum(1) / kept.sum(1).clamp_min(1), dim=1)
+    pooled = normalize(mean_pooled(output, mask), dim=1)
     return (pooled * torch.randn(pooled.shape, generator=generator).to(pooled.device)).sum()
 
 

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from pilon_compress.convert.allocate.block_options import Block
-from pilon_compress.convert.calibrate.second_moments import LOGITS
+from pilon_compress.convert.calibrate.second_moments import COPIES
 from pilon_compress.convert.solve.neuron_pruning import refit
-from pilon_compress.data.calibration import Batch, sequences, tokens
+from pilon_compress.data.batch import Batch
+from pilon_compress.data.calibration import sequences, tokens
 from pilon_compress.io.offload import Shelf
 from pilon_compress.io.progress import track
 from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.source import Source
+from pilon_compress.nn.functional import kl_divergence, mean_pooled, rows_at_once
 
-ROWS = 64  # predictions compared at once: each holds the vocabulary several times
 SHARE = 1.5  # passes over all of the calibration text that the measurements may cost together
 SCORED = 2048  # predictions of a language model, at most: layers are then on one scale to 4 % (docs/log.md)
 
@@ -75,10 +76,9 @@ class Sensitivity:
         for index, (hidden, mask) in enumerate(zip(stream.hidden, stream.masks, strict=True)):
             if not self.causal:
                 states = stream.finish(index, hidden, slice(None), head=False).float()
-                kept = mask[..., None].float()
-                yield f"{index}", normalize((states * kept).sum(1) / kept.sum(1).clamp_min(1), dim=1)
+                yield f"{index}", normalize(mean_pooled(states, mask), dim=1)
                 continue
-            rows = max(1, LOGITS // (hidden.shape[1] * stream.vocab_size))
+            rows = rows_at_once(hidden.shape[1] * stream.vocab_size, COPIES)
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 logits = stream.finish(index, hidden[part], part, head=True)[mask[part]]
@@ -89,9 +89,9 @@ class Sensitivity:
         if not self.causal:
             return float((ours - theirs).square().sum())
         total = 0.0
-        for a, b in zip(ours.split(ROWS), theirs.split(ROWS), strict=True):
-            a, b = a.float(), b.float()
-            total += 2 * float((b.exp() * (b - a)).sum())
+        rows = rows_at_once(ours.shape[-1], COPIES)
+        for a, b in zip(ours.split(rows), theirs.split(rows), strict=True):
+            total += 2 * float(kl_divergence(b.float(), a.float()).double().sum())
         return total
 
 
@@ -104,7 +104,7 @@ def _part(batches: Sequence[Batch], share: float, causal: bool) -> list[Batch]:
     count = max(1, round(texts / largest))
     each = max(1, min(largest, round(texts / count)))
     chosen = [batches[round(i * len(batches) / count)] for i in range(count)]
-    return [Batch(batch.input_ids[:each], batch.attention_mask[:each]) for batch in chosen]
+    return [batch.rows(slice(each)) for batch in chosen]
 
 
 def _trim(linear: nn.Module, left: Tensor, weight: Tensor, mean: Tensor | None) -> None:

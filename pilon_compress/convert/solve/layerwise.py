@@ -15,7 +15,7 @@ from pilon_compress.convert.sharing.joint_fit import BankFit, fit_bank, recompos
 from pilon_compress.convert.solve.gptq import Rounded, round_bank, round_matrix
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.convert.solve.sequential_targets import Cross, Pair
-from pilon_compress.data.calibration import Batch
+from pilon_compress.data.batch import Batch
 from pilon_compress.io.journal import Journal
 from pilon_compress.io.progress import track
 from pilon_compress.models.families import Site
