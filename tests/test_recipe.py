@@ -65,8 +65,9 @@ def test_a_recipe_of_the_other_kind_is_told_in_one_line_that_names_its_command(w
 
 def test_the_originals_training_differs_from_tiny_in_its_own_ways_alone():
     tiny, original = (training.load(name).model_dump() for name in ("tiny", "original"))
-    assert {section for section in tiny if tiny[section] != original[section]} == {"ffn", "staged"}
-    assert original["staged"]["banks"][1:] == [0, 0] and original["staged"]["phases"][0] == 0.2
+    assert {section for section in tiny if tiny[section] != original[section]} == {"ffn", "research"}
+    staged = original["research"]["original"]["staged"]
+    assert staged["banks"][1:] == [0, 0] and staged["phases"][0] == 0.2
     for size in ("ffn_ratio", "mac_ratio"):
         assert original["ffn"][size] == tiny["ffn"][size] == 0.5
 

@@ -63,7 +63,8 @@ def test_a_sharded_run_goes_on_alone(launch, alone):
 
 def test_two_processes_choose_alike_and_a_sharded_bank_keeps_what_was_not_used(launch, alone):
     folder, _ = alone
-    words = ["--tokens", "4096", "--set", "selection.explore=gumbel", "--set", "staged.entropy=0.01"]
+    words = ["--tokens", "4096", "--set", "research.original.selection.explore=gumbel"]
+    words += ["--set", "research.original.staged.entropy=0.01"]
     words += ["--set", "ffn.rank=4", "--set", "ffn.n_primitives=12", "--set", "ffn.top_k=3"]
     expected = launch(folder, "explored", 1, *words)
     result = launch(folder, "explored-fsdp", 2, *words, "--set", "run.parallel=fsdp")

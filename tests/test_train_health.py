@@ -10,7 +10,7 @@ from pilon_compress.models import base_architectures
 from pilon_compress.nn.layout import banks, projections
 from pilon_compress.research.original.moving_linear import settle, staged
 from pilon_compress.research.original.selection import Choosing, stage
-from pilon_compress.train.bank_health import Health, energy_of
+from pilon_compress.train.bank_health import Health
 from pilon_compress.train.optim import learning, make_optimizers
 
 IDS = torch.arange(24).reshape(2, 12) % 40
@@ -20,11 +20,10 @@ FFN = {"rank": 2, "n_primitives": 8, "top_k": 3, "bands": 1, "ffn_ratio": 1, "ma
 
 def built(composition="component", explore="none", **sections):
     ffn = {**FFN, "composition": composition}
-    settings = training.build(
-        {"task": "pretrain", "host": SHAPE, "ffn": ffn, "selection": {"explore": explore}, **sections}
-    )
+    original = {"selection": {"explore": explore}, **sections}
+    settings = training.build({"task": "pretrain", "host": SHAPE, "ffn": ffn, "research": {"original": original}})
     model = base_architectures.build(base_architectures.config_for(settings.host, 32, 0), settings.ffn, settings.seed)
-    stage(model, settings)
+    stage(model, settings.research.sections["original"], settings.seed)
     return model, settings
 
 
@@ -96,13 +95,13 @@ def test_selected_primitives_without_a_gradient_since_the_last_look_are_dead():
 )
 def test_energies_are_those_of_the_model_that_is_left(composition, explore):
     model, settings = built(composition, explore, staged={"phases": [1.0], "rank": [2]})
-    choosing = Choosing(model, settings, 10)
+    choosing = Choosing(model, settings.research.sections["original"], settings.seed, 10)
     for step in (4, 9):
         choosing.before(step, step / 10)
-    before = [energy_of(layer) for _, layer in staged(model)]
+    before = [layer.energy() for _, layer in staged(model)]
     figures = Health(model)()
     settle(model)
-    after = [energy_of(layer) for _, layer in projections(model)]
+    after = [layer.energy() for _, layer in projections(model)]
     assert before and all(torch.allclose(a, b) for a, b in zip(before, after, strict=True))
     assert Health(model)() == pytest.approx(figures)
     for energy, (_, layer) in zip(after, projections(model), strict=True):
@@ -111,7 +110,7 @@ def test_energies_are_those_of_the_model_that_is_left(composition, explore):
 
 def test_looking_while_all_primitives_take_part():
     model, settings = built("component", "anneal")
-    Choosing(model, settings, 10).before(0, 0.0)
+    Choosing(model, settings.research.sections["original"], settings.seed, 10).before(0, 0.0)
     found = Health(model)()
     assert found["utilisation"] == 1 and found["dead_share"] == 0
     assert 0.8 < found["composition_entropy"] < 1

@@ -143,7 +143,9 @@ def test_a_running_mean_has_the_ends_of_what_it_smooths():
 
 
 def test_changes_in_the_training_are_marked_where_they_happened():
-    asked = settings(staged={"phases": [0.2, 0.5, 1.0]}, selection={"explore": "noise", "until": 0.3})
+    asked = settings(
+        research={"original": {"staged": {"phases": [0.2, 0.5, 1.0]}, "selection": {"explore": "noise", "until": 0.3}}}
+    )
     assert marks(asked, lines()) == [(6000, "phase 2"), (9000, "choice final"), (15000, "phase 3")]
     assert "phase 2, choice final, phase 3" in words(page(result(asked), asked, lines()))
     assert marks(settings(), lines()) == []

@@ -12,9 +12,10 @@ from pilon_compress.models import base_architectures
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.fold import prune_unused
 from pilon_compress.nn.layout import banks, layout_of, projections
-from pilon_compress.research.original.freeze_unused import UnusedStay, used_by
-from pilon_compress.research.original.moving_linear import settle, settled_state, staged
+from pilon_compress.research.original.moving_linear import settle, staged
 from pilon_compress.research.original.selection import Choosing, stage
+from pilon_compress.train.finish import plain_state
+from pilon_compress.train.freeze_unused import UnusedStay
 from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.optim import group_parameters, make_optimizers
 from pilon_compress.train.pipeline import train_model
@@ -27,14 +28,19 @@ FFN = {"rank": 2, "n_primitives": 8, "top_k": 3, "bands": 2, "ffn_ratio": 1, "ma
 
 def asked(explore="none", ffn=None, **sections):
     data = {"task": "pretrain", "host": SHAPE, "ffn": {**FFN, **(ffn or {})}}
-    return training.build({**data, "selection": {"explore": explore, "until": 0.5}, **sections})
+    research = {"original": {"selection": {"explore": explore, "until": 0.5}}}
+    return training.build({**data, "research": research, **sections})
 
 
 def built(settings):
-    """The model as the pipeline would build it, and the plugin that chooses."""
+    """The model as the pipeline would build it, and the callback that chooses."""
     model = base_architectures.build(base_architectures.config_for(settings.host, 32, 0), settings.ffn, settings.seed)
-    stage(model, settings)
-    return model, Choosing(model, settings, STEPS)
+    stage(model, settings.research.sections["original"], settings.seed)
+    return model, choosing_for(model, settings)
+
+
+def choosing_for(model, settings):
+    return Choosing(model, settings.research.sections["original"], settings.seed, STEPS)
 
 
 def layers_of(model):
@@ -45,12 +51,12 @@ def loss_of(model):
     return model(IDS, labels=IDS).loss
 
 
-def learn(model, settings, steps=range(STEPS), plugins=()):
+def learn(model, settings, steps=range(STEPS), callbacks=()):
     """Train as the loop does, step by step; yields after each backward pass."""
     optimizers = make_optimizers(model, settings.optimizer)
     for step in steps:
-        for plugin in plugins:
-            plugin.before(step, step / STEPS)
+        for callback in callbacks:
+            callback.before(step, step / STEPS)
         loss_of(model).backward()
         yield step
         with UnusedStay(model).around():
@@ -69,7 +75,9 @@ def test_a_settled_model_computes_what_the_exploring_one_did_with_its_last_choic
     assert all(int((layer.mask > 0).sum()) == 3 for layer in layers_of(model))
     with torch.no_grad():
         before = model(IDS).logits
-        state = settled_state(model, model.state_dict())
+        for _, layer in staged(model):
+            layer.settle()
+        state = plain_state(model, model.state_dict())
         settle(model)
         assert torch.allclose(model(IDS).logits, before, atol=1e-5)
     assert not layers_of(model) and layout_of(model).projections
@@ -95,7 +103,7 @@ def test_annealing_goes_from_all_primitives_to_k_and_keeps_those_that_contribute
         layer.weight[5] *= 100
         layer.weight[2] *= 0.01
     choosing.before(8, 0.4)
-    assert used_by(layer)[5] and not used_by(layer)[2]
+    assert layer.used()[5] and not layer.used()[2]
     assert torch.equal(layer.contributions().argmax(), torch.tensor(5))
 
 
@@ -133,7 +141,7 @@ def test_a_choice_depends_on_seed_and_step_alone():
     chosen = [[layer.selected[layer.mask > 0].tolist() for layer in layers_of(model)] for model in (one, other)]
     assert chosen[0] == chosen[1]
     assert len({tuple(places) for places in chosen[0]}) > 1, "layers draw their own"
-    third = Choosing(other, asked("gumbel", seed=1), STEPS)
+    third = choosing_for(other, asked("gumbel", seed=1))
     third.before(6, 6 / STEPS)
     assert [layer.selected[layer.mask > 0].tolist() for layer in layers_of(other)] != chosen[0]
 
@@ -144,7 +152,7 @@ def test_gates_of_unselected_primitives_learn_too_and_stop_when_the_choice_is_fi
     choosing.before(3, 3 / STEPS)
     loss_of(model).backward()
     layer = layers_of(model)[0]
-    out = ~used_by(layer)
+    out = ~layer.used()
     assert (layer.gate.grad[out] != 0).all()
     assert (layer.weight.grad[out] == 0).all() and (layer.weight.grad[~out] != 0).all()
     model.zero_grad()
@@ -191,7 +199,7 @@ def test_what_no_layer_used_keeps_its_bits_through_the_optimiser(optimizer, expl
                     still, moved = still + int(same.sum()), moved + int((~same).sum())
         watched = []
         for _, bank in banks(model):
-            users = [used_by(layer) for _, layer in projections(model) if layer.bank is bank]
+            users = [layer.used() for _, layer in projections(model) if layer.bank is bank]
             watched.append((bank, [bank.A.detach().clone(), bank.B.detach().clone()], torch.stack(users).any(0)))
     assert still and moved
 
@@ -239,22 +247,22 @@ def test_one_graph_while_exploring_and_one_after(explore):
 
 
 @pytest.mark.parametrize(
-    ("settings", "part"),
+    ("original", "ffn", "part"),
     [
-        ({"selection": {"explore": "noise"}, "ffn": {**FFN, "composition": "softmax"}}, "softmax"),
-        ({"staged": {"phases": [1.0], "top_k": [3]}}, "selection.explore"),
-        ({"staged": {"phases": [0.5, 1.0], "rank": [1, 1]}}, "staged.rank ends at 1"),
+        ({"selection": {"explore": "noise"}}, {"composition": "softmax"}, "softmax"),
+        ({"staged": {"phases": [1.0], "top_k": [3]}}, {}, "selection.explore"),
+        ({"staged": {"phases": [0.5, 1.0], "rank": [1, 1]}}, {}, "staged.rank ends at 1"),
     ],
 )
-def test_choices_that_cannot_be_are_refused(settings, part):
-    data = {"task": "pretrain", "host": SHAPE, "ffn": FFN, **settings}
+def test_choices_that_cannot_be_are_refused(original, ffn, part):
+    data = {"task": "pretrain", "host": SHAPE, "ffn": {**FFN, **ffn}, "research": {"original": original}}
     with pytest.raises(BadInput, match=part):
         built(training.build(data))
 
 
 def test_exploring_is_for_models_from_scratch():
     with pytest.raises(BadInput, match="from scratch"):
-        training.build({"task": "heal", "start": "x", "selection": {"explore": "noise"}})
+        training.build({"task": "heal", "start": "x", "research": {"original": {"selection": {"explore": "noise"}}}})
 
 
 # --- the whole road

@@ -7,12 +7,13 @@ from pilon_compress.config import training
 from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures
 from pilon_compress.nn.layout import banks, projections
-from pilon_compress.research.original.callbacks import plugins_for
-from pilon_compress.research.original.freeze_unused import UnusedStay, used_by
 from pilon_compress.research.original.moving_linear import settle, staged
 from pilon_compress.research.original.rates import entropy, similarity, use_of
-from pilon_compress.research.original.selection import ramp, stage
+from pilon_compress.research.original.selection import ramp
+from pilon_compress.train.callbacks import extensions
+from pilon_compress.train.freeze_unused import UnusedStay
 from pilon_compress.train.optim import make_optimizers
+from pilon_compress.train.pipeline import callbacks_for
 
 STEPS = 20
 IDS = torch.arange(24).reshape(2, 12) % 40
@@ -22,37 +23,39 @@ PHASES = [0.2, 0.5, 1.0]
 
 
 class Twin:
-    """A model with its optimisers and plugins, as the pipeline makes them; `step` is one step of the loop."""
+    """A model with its optimisers and callbacks, as the pipeline makes them; `step` is one step of the loop."""
 
     def __init__(self, composition="component", explore="none", optimizer=None, layers=4, **asked):
         shape, ffn = {**SHAPE, "num_hidden_layers": layers}, {**FFN, "composition": composition, "bands": layers // 2}
-        data = {"task": "pretrain", "host": shape, "ffn": ffn, "staged": asked}
-        data |= {"selection": {"explore": explore, "until": 0.5}, "optimizer": optimizer or {}}
+        original = {"staged": asked, "selection": {"explore": explore, "until": 0.5}}
+        data = {"task": "pretrain", "host": shape, "ffn": ffn, "research": {"original": original}}
+        data |= {"optimizer": optimizer or {}}
         self.recipe = training.build(data)
         self.model = base_architectures.build(
             base_architectures.config_for(self.recipe.host, 32, 0), self.recipe.ffn, 0
         )
-        stage(self.model, self.recipe)
+        for extension in extensions(self.recipe):
+            extension.stage(self.model)
         self.optimizers = make_optimizers(self.model, self.recipe.optimizer)
-        self.plugins = plugins_for(self.recipe, self.model, self.optimizers, STEPS)
+        self.callbacks = callbacks_for(self.recipe, self.model, self.optimizers, STEPS)
         self.layers = [layer for _, layer in projections(self.model)]
 
     def before(self, step):
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"]
-        for plugin in self.plugins:
-            plugin.before(step, step / STEPS)
+        for callback in self.callbacks:
+            callback.before(step, step / STEPS)
 
     def backward(self):
         self.model.zero_grad(set_to_none=True)
-        extra = [term for term in (plugin.penalty() for plugin in self.plugins) if term is not None]
+        extra = [term for term in (callback.penalty() for callback in self.callbacks) if term is not None]
         (self.model(IDS, labels=IDS).loss + sum(extra)).backward()
 
     def step(self, step):
         self.before(step)
         self.backward()
-        masks = [plugin.around() for plugin in self.plugins if isinstance(plugin, UnusedStay)]
+        masks = [callback.around() for callback in self.callbacks if isinstance(callback, UnusedStay)]
         for mask in masks:
             mask.__enter__()
         for optimizer in self.optimizers:
@@ -159,7 +162,7 @@ def test_primitives_come_into_use_as_scheduled(composition, explore):
         twin.before(step)
         twin.backward()
         for layer in twin.layers:
-            assert not used_by(layer)[among:].any() and used_by(layer)[:among].any()
+            assert not layer.used()[among:].any() and layer.used()[:among].any()
         for _, bank in banks(twin.model):
             assert (bank.A.grad[among:] == 0).all()
 
@@ -171,7 +174,7 @@ def test_top_k_warms_up_and_anneals(composition, explore):
     twin = Twin(composition, explore, phases=PHASES, top_k=[8, 4, 3])
     for step, count in [(0, 8), (7, 6), (10, 4), (18, 3)]:
         twin.before(step)
-        assert {int(used_by(layer).sum()) for layer in twin.layers} == {count}
+        assert {int(layer.used().sum()) for layer in twin.layers} == {count}
 
 
 def test_a_softmax_over_more_candidates_is_the_plain_one_over_as_many():

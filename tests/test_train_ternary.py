@@ -16,11 +16,10 @@ from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures
 from pilon_compress.nn.layout import banks, kept_matrices, layout_of, projections
 from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
-from pilon_compress.research.original.callbacks import plugins_for
 from pilon_compress.train import schedule
 from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.optim import group_parameters, make_optimizers
-from pilon_compress.train.pipeline import plan, train_model
+from pilon_compress.train.pipeline import callbacks_for, plan, train_model
 from pilon_compress.train.ternary.schedule import Rounding
 
 SHORT = ("schedule.tokens=8192", "run.checkpoint_every=0.001", "run.keep=4", "device=cpu")  # 8 steps
@@ -156,12 +155,12 @@ def test_one_graph_for_all_steps():
         return graph.forward
 
     optimizers = make_optimizers(trainee, settings.optimizer)
-    plugins = plugins_for(settings, model, optimizers, 6)
+    callbacks = callbacks_for(settings, model, optimizers, 6)
     run = torch.compile(trainee, backend=backend, dynamic=False, fullgraph=True)
     model.config.use_cache = False
     for step in range(6):
-        for plugin in plugins:
-            plugin.before(step, step / 6)
+        for callback in callbacks:
+            callback.before(step, step / 6)
         for _ in range(2):  # micro batches
             run({"input_ids": IDS}, IDS).backward()
         for optimizer in optimizers:
@@ -242,7 +241,7 @@ def test_plans_of_ternary_models_are_the_same_size():
 def test_a_selection_that_explores_can_be_ternary(tmp_path, monkeypatch):
     monkeypatch.setenv("PILON_CACHE", str(tmp_path / "tokens"))
     words = ["schedule.tokens=4096", "ternary.enabled=true", "ternary.sub_norm=true", "ternary.learned_scale=true"]
-    words += ["selection.explore=anneal", "ffn.rank=4", "ffn.n_primitives=12", "ffn.top_k=3"]
+    words += ["research.original.selection.explore=anneal", "ffn.rank=4", "ffn.n_primitives=12", "ffn.top_k=3"]
     result = train_model(training.load("smoke", words), tmp_path / "out", quiet=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(layer.group == 128 for name, layer in projections(model) if "down" in name)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -44,6 +44,14 @@ class Section(BaseModel):
     """A set of fields of a recipe: unknown ones are refused, none changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    MOVED: ClassVar[dict[str, str]] = {}
+    """Dotted names of fields that have moved, and where to."""
+
+    @classmethod
+    def parts(cls) -> dict[str, Any]:
+        """Every field by name, with its type: the class of a section, where it is one."""
+        return {name: field.annotation for name, field in cls.model_fields.items()}
 
 
 def bundled() -> list[str]:
@@ -169,11 +177,13 @@ def _related(key: list[str], path: list[str]) -> bool:
     return shared > 0 and key[:shared] == path[:shared]
 
 
-def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
+def _explain(error: ErrorDetails, model: type[Section]) -> str:
     kind, location = error["type"], error["loc"]
     if kind == "missing":
         return "required, and not given"
     if kind == "extra_forbidden":
+        if (name := ".".join(map(str, location))) in model.MOVED:
+            return f"unknown field; {name} moved to {model.MOVED[name]}"
         return "unknown field" + _alternatives(str(location[-1]), _fields(model, location[:-1]))
     if kind == "model_type":
         return f"must be a section, with some of the fields {', '.join(_fields(model, location))}"
@@ -182,12 +192,12 @@ def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
     return f"{message} (got {given if len(given) <= 60 else given[:57] + '...'})"
 
 
-def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+def _fields(model: type[Section], location: Sequence[int | str]) -> list[str]:
     for key in location:
-        section = model.model_fields[str(key)].annotation
-        assert isinstance(section, type) and issubclass(section, BaseModel)  # only sections forbid unknown fields
+        section = model.parts()[str(key)]
+        assert isinstance(section, type) and issubclass(section, Section)  # only sections forbid unknown fields
         model = section
-    return list(model.model_fields)
+    return list(model.parts())
 
 
 def _alternatives(word: str, known: Sequence[str]) -> str:

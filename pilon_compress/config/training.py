@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pilon_compress.config import reading, strict_yaml
 from pilon_compress.config.ratio import Ratio
 from pilon_compress.config.reading import Above, Count, Number, Positive, Section, Share, Switch, Text
+from pilon_compress.config.research import Research
 from pilon_compress.config.strict_yaml import Document
 
 Task = Literal["pretrain", "heal", "sft"]
@@ -85,55 +86,6 @@ class Ternary(Section):
     second: Share = 0.5
     """Share of the steps after which the second stage begins: no weight decay, and rates times second_rate."""
     second_rate: Number = 1.0
-
-
-class Selection(Section):
-    """Which primitives a layer of a model that is trained from scratch uses. Not for softmax compositions."""
-
-    explore: Literal["none", "anneal", "noise", "gumbel"] = "none"
-    """none: a balanced choice made at the start. anneal: all, then fewer and fewer. noise, gumbel: the top k of scores
-    that are disturbed less and less, with a straight-through gradient."""
-    until: Share = 0.4
-    """Share of the training after which the choice is final."""
-    temperature: Above = 1.0
-    """Of the disturbance at the start."""
-
-
-class Staged(Section):
-    """The original PILON's schedules; all off by default (docs/log.md says what each of them costs or gains)."""
-
-    phases: list[Share] = []
-    """Ends of the phases, as shares of the training: [0.2, 0.5, 1.0] is the original's."""
-    banks: list[Number] = []
-    """Factor on the banks' learning rate in each phase; 0 freezes them."""
-    compositions: list[Number] = []
-    base: list[Number] = []
-    """Factor on everything else's."""
-    top_k: list[Positive] = []
-    """Primitives that a layer selects at the ends of the phases; softmax and explored selections only. As in the next
-    two, the first value holds from the start, it moves in straight lines between ends, and ends at the model's own."""
-    rank: list[Positive] = []
-    """Components of each primitive in use at the ends of the phases."""
-    n_primitives: list[Positive] = []
-    """Primitives of each bank in use at the ends of the phases; softmax and explored selections only."""
-    unfreeze: list[Share] = []
-    """Share of the training at which each band, first to last, begins to learn: its banks and compositions."""
-    cache_top_k: Positive = 1
-    """Steps for which a softmax selection is kept."""
-    entropy: Number = 0.0
-    """Weight of the mean entropy of compositions, which it raises: it keeps them from collapsing."""
-    diversity: Number = 0.0
-    """Weight of the mean cosine between the compositions of a band's layers, which it lowers."""
-
-    @model_validator(mode="after")
-    def _one_each(self) -> "Staged":
-        for name in ("banks", "compositions", "base", "top_k", "rank", "n_primitives"):
-            given = getattr(self, name)
-            if given and len(given) != len(self.phases):
-                raise ValueError(f"{name} has {len(given)} entries for {len(self.phases)} phases")
-        if self.phases != sorted(self.phases) or (self.phases and self.phases[-1] != 1):
-            raise ValueError("phases must grow, and end at 1")
-        return self
 
 
 class Data(Section):
@@ -257,6 +209,11 @@ HEALING: dict[str, dict[str, Any]] = {
 class TrainRecipe(Section):
     """Everything that decides a training run."""
 
+    MOVED: ClassVar[dict[str, str]] = {
+        "staged": "research.original.staged",
+        "selection": "research.original.selection",
+    }
+
     task: Task
     """pretrain: from scratch. heal: a converted model learns from its dense teacher. sft: chat data."""
     start: Text | None = None
@@ -274,13 +231,13 @@ class TrainRecipe(Section):
     host: Host = Host()
     ffn: Ffn = Ffn()
     ternary: Ternary = Ternary()
-    selection: Selection = Selection()
-    staged: Staged = Staged()
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     distill: Distill = Distill()
     run: Run = Run()
+    research: Research = Research()
+    """Research modules by name, with their own fields: `original` has the original PILON's schedules."""
 
     @model_validator(mode="before")
     @classmethod
@@ -324,8 +281,7 @@ class TrainRecipe(Section):
             raise ValueError(
                 "ternary.sub_norm is for models from scratch, with ffn.dense_until 0: no conversion has it"
             )
-        if self.task != "pretrain" and self.selection.explore != "none":
-            raise ValueError("selection.explore is for models from scratch (task pretrain)")
+        self.research.check(self)
         return self
 
 

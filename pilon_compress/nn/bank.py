@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from pilon_compress.nn.sharded import full
+
 
 class PrimitiveBank(nn.Module):
     """`n_primitives` low-rank primitives for one band and role.
@@ -65,6 +67,10 @@ class PrimitiveBank(nn.Module):
     def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         """The selected A (k, d_in, r) and B (k, r, d_out) as they count in the forward pass."""
         return self.A.index_select(0, selected), self.B.index_select(0, selected)
+
+    def sizes(self) -> Tensor:
+        """‖a‖ · ‖b‖ of every component (n, r), whole on every process: of banks that train."""
+        return full(self.A.detach().norm(dim=1)) * full(self.B.detach().norm(dim=2))
 
     @torch.no_grad()
     def keep(self, used: Tensor) -> None:

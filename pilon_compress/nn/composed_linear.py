@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.sharded import full
 
 COMPOSITIONS = ("component", "scalar", "softmax")
 NORM_EPS = 1e-6
@@ -63,6 +64,40 @@ class ComposedLinear(nn.Module):
             return self.selected, self.weight
         top = self.weight[:, 0].topk(self.top_k)
         return top.indices, top.values.softmax(0)[:, None]
+
+    @property
+    def moves(self) -> bool:
+        """True if the primitives or components that take part may change from one training step to the next."""
+        return self.composition == "softmax"
+
+    def used(self) -> Tensor:
+        """Mask (n,), bool, of the bank's primitives that the layer selects as it stands."""
+        used = torch.zeros(self.bank.n_primitives, dtype=torch.bool, device=self.weight.device)
+        if self.composition == "softmax":
+            return used.index_fill(0, full(self.weight).detach()[:, 0].topk(self.top_k).indices, True)
+        return used.index_fill(0, self.selected, True)
+
+    def active(self) -> Tensor:
+        """Mask (r,), bool, of the components of rank that take part: all of a plain layer."""
+        return torch.ones(self.bank.rank, dtype=torch.bool, device=self.weight.device)
+
+    def spread(self) -> Tensor:
+        """Weight (n, r) or (n, 1) of every primitive of the bank as it stands, 0 of those that are not selected."""
+        weight, used = full(self.weight).detach(), self.used()
+        if self.composition == "softmax":
+            return weight[:, 0].masked_fill(~used, float("-inf")).softmax(0)[:, None]
+        return weight.new_zeros(len(used), weight.shape[1]).index_copy(0, self.selected, weight)
+
+    def energy(self) -> Tensor:
+        """Energy (n,) of each primitive as it stands: the sum over components of (g · ‖a‖ · ‖b‖)²."""
+        return (self.spread() * self.bank.sizes()).square().sum(1)
+
+    def settle(self) -> None:
+        """Make a selection that moves in training final; that of a plain layer is."""
+
+    def settled(self, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """`state`, the whole state of a settled model, with what lies below `prefix` as a plain layer's."""
+        return state
 
     @torch.no_grad()
     def keep(self, used: Tensor) -> None:

@@ -89,11 +89,9 @@ def _learnt(recipe: TrainRecipe) -> str:
 def marks(recipe: TrainRecipe, lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
     """Where in the training something changed, in tokens, and what."""
     total = max((line["tokens"] for line in lines), default=0)
-    found = [(end, f"phase {index + 2}") for index, end in enumerate(recipe.staged.phases[:-1])]
+    found = [mark for section in recipe.research.sections.values() for mark in section.marks()]
     if recipe.ternary.enabled and 0 < recipe.ternary.second < 1:
         found.append((recipe.ternary.second, "second stage"))
-    if recipe.selection.explore != "none" and 0 < recipe.selection.until < 1:
-        found.append((recipe.selection.until, "choice final"))
     return [(share * total, label) for share, label in sorted(found)]
 
 

@@ -1,7 +1,7 @@
 """Training: from scratch, healing a converted model, chats. In reading order:
 
 recipe         what a run may say
-plan           what can be told before a run starts
+preflight      what can be told before a run starts
 pipeline, run, finish
                the road from a recipe to a model folder
 tokens, blocks, packed, chat, paragraphs, streaming, batch, order, corpus
@@ -13,16 +13,14 @@ heal           a converted model follows its teacher:
                what it is shown, how far apart they are, the trainees
   predictions  the teacher's, on disk
   shrink       converting and healing in turn
-warm           dense at first, then converted
+dense_warmup   dense at first, then converted
 optim, schedule
                which parameters move how fast, and when
-selection, staged_linear, masking
-               which primitives take part in a step, and that the others keep their values
-staged         the original's schedules: rates by phase, bands in turn, regularisers
+callbacks      changes over the training, and what a research module adds to one
+freeze_unused  primitives that take no part in a step keep their values
 ternary        digits: made before each step, rounded more and more; healing in two stages
-plugins        which of these a recipe asks for
 loop           steps, validation, checkpoints
-state          checkpoints, read back by any number of processes
+checkpoints    checkpoints, read back by any number of processes
 distributed    several processes: DDP, FSDP2
 monitor, trackers
                what a run tells while it goes on, and to whom besides

@@ -17,18 +17,15 @@ import torch
 from torch import Tensor
 
 from pilon_compress.evaluate.bank_usage import describe
-from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.layout import banks, projections
+from pilon_compress.nn.sharded import full
 from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
 from pilon_compress.nn.ternary_quantizer import absmean, digits
-from pilon_compress.parallel import full
-from pilon_compress.research.original.freeze_unused import used_by
-from pilon_compress.research.original.moving_linear import StagedLinear, sizes_of
-from pilon_compress.train.loop import Plugin
+from pilon_compress.train.callbacks import Callback
 
 
-class Health(Plugin):
-    """As a plugin it notes which primitives get a gradient; called, it says how things stand."""
+class Health(Callback):
+    """As a callback it notes which primitives get a gradient; called, it says how things stand."""
 
     def __init__(self, model: Any) -> None:
         self.banks = [(bank, [p for _, p in projections(model) if p.bank is bank]) for _, bank in banks(model)]
@@ -51,8 +48,8 @@ class Health(Plugin):
         for bank, layers in self.banks:
             if not layers:
                 continue
-            used = torch.stack([used_by(layer) for layer in layers])
-            energy = torch.stack([energy_of(layer) for layer in layers])
+            used = torch.stack([layer.used() for layer in layers])
+            energy = torch.stack([layer.energy() for layer in layers])
             most = int(used.sum(1).max())
             each = describe(energy, used.int().topk(most, dim=1).indices)
             whole = describe(torch.tensor(each["energy"]).sum(0, keepdim=True), used.any(0).nonzero().T)
@@ -102,17 +99,3 @@ def scale_of(learned: Tensor | None, weight: Tensor, axis: int) -> Tensor:
     if learned is not None:
         return full(learned).float().unsqueeze(axis)
     return absmean(full(weight))
-
-
-def energy_of(layer: ComposedLinear) -> Tensor:
-    """Power (n,) of each primitive in a layer as it stands: Σ over components of (g · ‖a‖ · ‖b‖)²."""
-    weight, used = full(layer.weight).detach(), used_by(layer)
-    if layer.composition == "softmax":
-        shares = weight[:, 0].masked_fill(~used, float("-inf")).softmax(0)[:, None]
-    elif isinstance(layer, StagedLinear) and layer.explored:
-        shares = weight * used[:, None]
-    else:
-        shares = weight.new_zeros(len(used), weight.shape[1]).index_copy(0, layer.selected, weight)
-    if isinstance(layer, StagedLinear):
-        shares = shares * layer.components
-    return (shares * sizes_of(layer.bank)).square().sum(1)

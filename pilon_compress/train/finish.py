@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
@@ -21,11 +21,10 @@ from pilon_compress.io import companions, manifest
 from pilon_compress.io.disk import DiskFull, disk_full, replace, sync, sync_tree
 from pilon_compress.models import checkpoint
 from pilon_compress.nn.fold import prune_unused
-from pilon_compress.nn.layout import install, layout_of
-from pilon_compress.parallel import full
+from pilon_compress.nn.layout import install, layout_of, projections
+from pilon_compress.nn.sharded import full
 from pilon_compress.report.training_card import model_card
 from pilon_compress.report.training_page import write_pages
-from pilon_compress.research.original.moving_linear import finalise, settled_state
 from pilon_compress.train.loop import Training, put, validation_loss, weights_in
 from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.preflight import sized
@@ -38,7 +37,8 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
         put(job.trainee, job.kept)  # moving averages included: they are what was judged
         job.ema = {}
     with weights_in(job):
-        finalise(job.trainee.model)
+        for _, layer in projections(job.trainee.model):
+            layer.settle()
         round_to(job.trainee, dtype_of(run.recipe))
         loss = validation_loss(job)
         model = gathered(job)
@@ -77,7 +77,7 @@ def gathered(job: Training) -> PreTrainedModel:
     """The model on the CPU, whole: on every process, since sharded tensors are gathered by all."""
     model: Any = job.trainee.model
     state = {name: full(tensor).detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    state = settled_state(model, state)
+    state = plain_state(model, state)
     plain = copy.copy(model.config)
     fresh = checkpoint.build(plain).to("meta")
     layout = layout_of(model)
@@ -88,6 +88,14 @@ def gathered(job: Training) -> PreTrainedModel:
     if hasattr(model, "generation_config"):  # not without a head
         fresh.generation_config = model.generation_config
     return fresh.eval()
+
+
+def plain_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state`, the whole state of a settled model, with every projection's as that of a plain one."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for _, layer in projections(model):
+        state = layer.settled(state, names[id(layer)] + ".")
+    return state
 
 
 def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> dict[str, Any]:

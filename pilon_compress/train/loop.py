@@ -20,8 +20,10 @@ from pilon_compress.data.batch import Batch
 from pilon_compress.data.corpus import Streamed
 from pilon_compress.errors import BadInput
 from pilon_compress.io import signals
-from pilon_compress.parallel import World, full, last_micro_batch, reshard
+from pilon_compress.nn.sharded import full
+from pilon_compress.parallel import World, last_micro_batch, reshard
 from pilon_compress.train import schedule
+from pilon_compress.train.callbacks import Callback
 from pilon_compress.train.checkpoints import Checkpoints, tensors_of
 from pilon_compress.train.monitor import Clock, Monitor, memory_gib, mfu
 from pilon_compress.train.optim import learning
@@ -42,22 +44,6 @@ class Batches(Protocol):
     """Training data as the loop asks for it: see `order.Loader`."""
 
     def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> Batch: ...
-
-
-class Plugin(Protocol):
-    """What changes over the training besides the learning rates: selections, stages, masks."""
-
-    def before(self, step: int, share: float) -> None:
-        """Before the forward pass of a step, at `share` of the training."""
-        return None
-
-    def penalty(self) -> Tensor | None:
-        """A term added to the loss, once per step."""
-        return None
-
-    def around(self) -> Any:
-        """A context manager around the optimiser's step."""
-        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -93,7 +79,7 @@ class Training:
     validate: Callable[[], tuple[float, int]]
     checkpoints: Checkpoints
     prepare: Callable[[Batch], tuple[Any, ...]]
-    plugins: Sequence[Plugin] = ()
+    callbacks: Sequence[Callback] = ()
     micro_batches: int = 1
     flops_per_token: float = 0.0
     keep_best: bool = False
@@ -159,8 +145,8 @@ def _step(job: Training, share: float) -> tuple[tuple[float, int], dict[str, flo
     for optimizer in job.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-    for plugin in job.plugins:
-        plugin.before(job.step, share)
+    for callback in job.callbacks:
+        callback.before(job.step, share)
     batches = [job.batches.batch(job.step, micro, world.rank, world.size) for micro in range(job.micro_batches)]
     counts = world.total(sum(batch.scored for batch in batches), sum(batch.tokens for batch in batches))
     scored, tokens = max(1, round(counts[0])), round(counts[1])
@@ -171,14 +157,14 @@ def _step(job: Training, share: float) -> tuple[tuple[float, int], dict[str, flo
         with last_micro_batch(job.wrapped, last):
             with torch.autocast(world.device.type, torch.bfloat16) if job.half else nullcontext():
                 loss = job.run(*arguments) / scored
-            extra = [p for p in (plugin.penalty() for plugin in job.plugins) if p is not None] if last else []
+            extra = [p for p in (callback.penalty() for callback in job.callbacks) if p is not None] if last else []
             # processes average their gradients: times their number, so that it is the mean over all tokens
             (loss * world.size + sum(extra)).backward()
         total += float(loss.detach())
     norms = _clip(job)
     with ExitStack() as stack:
-        for plugin in job.plugins:
-            stack.enter_context(plugin.around())
+        for callback in job.callbacks:
+            stack.enter_context(callback.around())
         for optimizer in job.optimizers:
             optimizer.step()
     for optimizer in job.optimizers:

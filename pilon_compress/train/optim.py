@@ -19,8 +19,8 @@ from pilon_compress.config.training import Optimizer
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.dense_linear import KeptLinear
+from pilon_compress.nn.sharded import full
 from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
-from pilon_compress.parallel import full
 
 GROUPS = ("banks", "compositions", "scales", "embeddings", "matrices", "vectors")
 SCALES = ("A_scale", "B_scale", "scale")

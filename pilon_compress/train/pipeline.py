@@ -7,7 +7,7 @@ OUT holds the run while it goes on (recipe.yaml, metrics.jsonl, checkpoints/, to
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -35,15 +35,15 @@ from pilon_compress.models.families import find_sites
 from pilon_compress.models.hidden_states import blocks
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
-from pilon_compress.nn.layout import layout_of
+from pilon_compress.nn.layout import layout_of, projections
 from pilon_compress.nn.size import ffn_size, linear_macs
 from pilon_compress.parallel import join, lone, spread, wrap
-from pilon_compress.research.original.callbacks import plugins_for
-from pilon_compress.research.original.selection import stage
 from pilon_compress.train.bank_health import Health
+from pilon_compress.train.callbacks import Callback, extensions
 from pilon_compress.train.checkpoints import Checkpoints
 from pilon_compress.train.dense_warmup import convert_once, stages
 from pilon_compress.train.finish import finish
+from pilon_compress.train.freeze_unused import UnusedStay
 from pilon_compress.train.heal import Healing, open_healing, steps_of, tokens_of
 from pilon_compress.train.loop import PERPLEXITY, Training, restore, train
 from pilon_compress.train.monitor import Monitor
@@ -52,7 +52,7 @@ from pilon_compress.train.preflight import check, plan
 from pilon_compress.train.progressive import shrink
 from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, settle
 from pilon_compress.train.ternary.initialise import ternarise
-from pilon_compress.train.ternary.schedule import in_stages
+from pilon_compress.train.ternary.schedule import Rounding, in_stages
 
 __all__ = ["plan", "train_model"]
 
@@ -257,7 +257,8 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> 
         if len(tokenizer) > config.vocab_size:
             raise BadInput(f"the tokenizer has {len(tokenizer)} tokens, host.vocab_size is {config.vocab_size}")
         model = base_architectures.build(config, recipe.ffn, recipe.seed, recipe.ternary)
-    stage(model, recipe)
+    for extension in extensions(recipe):
+        extension.stage(model)
     model.config.use_cache = False
     restrict(model, recipe.run.train)
     if recipe.run.gradient_checkpointing:
@@ -299,7 +300,7 @@ def assemble(
         validate=lambda: healing.judge(wrapped) if healing else judge(wrapped, corpus, run),
         checkpoints=Checkpoints(run.output, world, recipe.run.keep),
         prepare=healing.prepared if healing else prepared,
-        plugins=[*([healing] if healing else []), *plugins_for(recipe, model, optimizers, steps), health],
+        callbacks=[*([healing] if healing else []), *callbacks_for(recipe, model, optimizers, steps), health],
         figure=healing.figure if healing else PERPLEXITY,
         told=healing.told if healing else None,
         keep_best=healing is not None and recipe.distill.keep_best,
@@ -308,6 +309,21 @@ def assemble(
         flops_per_token=6.0 * macs_per_token(model),
         half=half,
     )
+
+
+def callbacks_for(
+    recipe: TrainRecipe, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], steps: int
+) -> list[Callback]:
+    """Callbacks that the recipe asks for, in the order in which they act before each step.
+
+    Raises BadInput for schedules that do not fit the model.
+    """
+    found = [one for each in extensions(recipe) for one in each.callbacks(model, optimizers, steps)]
+    if rounding := Rounding.of(model, recipe, optimizers):
+        found.append(rounding)
+    if any(layer.moves for _, layer in projections(model)):
+        found.append(UnusedStay(model))
+    return found
 
 
 def prepared(batch: Batch) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """A run and its output folder: begun once, and gone on with under the same recipe only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,15 +108,24 @@ def drop(run: Run, fresh: bool) -> None:
 
 
 def changed(before: TrainRecipe, now: TrainRecipe) -> str | None:
-    """The first field in which two recipes differ; how the work is done may differ, as long as batches are the same."""
-    free = {"batch_size", "train"}
-    for name, old in before.model_dump(mode="json").items():
-        new = now.model_dump(mode="json")[name]
-        if name == "device" or old == new:
+    """Name the first field in which two recipes differ, with both values; None where a run may go on.
+
+    How the work is done may differ, as long as batches are the same.
+    """
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    for recipe in (old, new):
+        del recipe["device"]
+        recipe["run"] = {name: recipe["run"][name] for name in ("batch_size", "train")}
+    return _difference(old, new)
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first field, dotted, in which nested dictionaries differ."""
+    for name in dict.fromkeys([*old, *new]):
+        was, now = old.get(name), new.get(name)
+        if was == now:
             continue
-        if not isinstance(old, dict):
-            return name
-        keys = [key for key in old if old[key] != new[key] and not (name == "run" and key not in free)]
-        if keys:
-            return f"{name}.{keys[0]} ({old[keys[0]]}, now {new[keys[0]]})"
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            return _difference(was, now, f"{prefix}{name}.")
+        return f"{prefix}{name} ({was}, now {now})"
     return None

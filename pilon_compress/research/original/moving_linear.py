@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.layout import projections
-from pilon_compress.parallel import full
+from pilon_compress.nn.sharded import full
 
 BUFFERS = ("selected", "mask", "components", "open")
 
@@ -55,9 +54,25 @@ class StagedLinear(ComposedLinear):
         self.gate = nn.Parameter(0.01 * torch.randn(bank.n_primitives, generator=generator)) if gated else None
 
     @property
+    def moves(self) -> bool:
+        return True
+
+    @property
     def chooses(self) -> bool:
-        """Whether there is a choice: every primitive of the bank may be selected."""
+        """True if every primitive of the bank may be selected."""
         return self.explored or self.composition == "softmax"
+
+    def used(self) -> Tensor:
+        counts = torch.zeros(self.bank.n_primitives, device=self.weight.device)
+        return counts.index_add(0, self.selected, self.mask) > 0
+
+    def active(self) -> Tensor:
+        return self.components > 0
+
+    def spread(self) -> Tensor:
+        if self.explored:
+            return full(self.weight).detach() * self.used()[:, None] * self.components
+        return super().spread() * self.components
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """`selected` (width,) and weights (width, r), which are 0 for what takes no part."""
@@ -90,23 +105,28 @@ class StagedLinear(ComposedLinear):
         weight = full(self.weight).detach()
         if self.composition == "softmax":
             return weight[:, 0]
-        return (weight * sizes_of(self.bank)).norm(dim=1)
+        return (weight * self.bank.sizes()).norm(dim=1)
 
     def scores(self) -> Tensor:
         """What the choice goes by, undisturbed: (n,)."""
         return self.contributions() if self.gate is None else full(self.gate).detach()
 
-    def finalise(self) -> None:
+    def settle(self) -> None:
         """Make the choice that the plain layer would make: exactly k primitives, all components."""
         self.components.fill_(1)
         if self.composition == "softmax" or (self.explored and int((self.mask > 0).sum()) != self.top_k):
             self.choose(self.scores(), self.top_k, self.bank.n_primitives)
         self.mask.copy_(self.mask > 0)
 
-
-def sizes_of(bank: PrimitiveBank) -> Tensor:
-    """‖a‖ · ‖b‖ of every component (n, r), on every process."""
-    return full(bank.A.detach().norm(dim=1)) * full(bank.B.detach().norm(dim=2))
+    def settled(self, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        found = {key: tensor for key, tensor in state.items() if key.removeprefix(prefix) not in ("gate", *BUFFERS)}
+        if self.composition == "softmax":
+            return found
+        found[prefix + "selected"] = state[prefix + "selected"]
+        if self.explored:
+            chosen = state[prefix + "selected"][state[prefix + "mask"] > 0].sort().values
+            found |= {prefix + "selected": chosen, prefix + "weight": found[prefix + "weight"][chosen]}
+        return found
 
 
 def staged(model: Any) -> Iterator[tuple[str, StagedLinear]]:
@@ -116,43 +136,12 @@ def staged(model: Any) -> Iterator[tuple[str, StagedLinear]]:
             yield name, module
 
 
-def finalise(model: Any) -> None:
-    """End all stages: from here on the model computes what it will when it is settled."""
-    for _, layer in staged(model):
-        layer.finalise()
-
-
 def settle(model: Any) -> None:
     """Replace, in place, every staged projection by a plain one that computes the same."""
-    finalise(model)
     for name, layer in list(staged(model)):
+        layer.settle()
         bias, norm = layer.bias is not None, layer.norm is not None
         plain = ComposedLinear(layer.bank, layer.top_k, bias, layer.composition, layer.host_shape, layer.group, norm)
         plain.to(layer.weight.device)
-        plain.load_state_dict(plain_state(layer, layer.state_dict()))
+        plain.load_state_dict(layer.settled(layer.state_dict(), ""))
         model.base_model.set_submodule(name, plain.train(layer.training))
-
-
-def plain_state(layer: StagedLinear, state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """The state of a finalised layer as a plain one's: `state` holds it below `prefix`, whole."""
-    found = {key: state[prefix + key] for key in ("weight", "bias", "norm.weight") if prefix + key in state}
-    if layer.composition == "softmax":
-        return found
-    found["selected"] = state[prefix + "selected"]
-    if layer.explored:
-        chosen = state[prefix + "selected"][state[prefix + "mask"] > 0].sort().values
-        found |= {"selected": chosen, "weight": found["weight"][chosen]}
-    return found
-
-
-def settled_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state`, the whole state of `model` (finalised), with every staged projection's as a plain one's."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found = dict(state)
-    for _, layer in staged(model):
-        prefix = names[id(layer)] + "."
-        own = plain_state(layer, state, prefix)
-        for key in ("weight", "bias", "gate", *BUFFERS):
-            found.pop(prefix + key, None)
-        found |= {prefix + key: tensor for key, tensor in own.items()}
-    return found

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pilon_compress.config.training import Staged
 from pilon_compress.errors import BadInput
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.layout import banks, projections
-from pilon_compress.parallel import full
+from pilon_compress.nn.sharded import full
 from pilon_compress.research.original.moving_linear import StagedLinear
-from pilon_compress.train.loop import Plugin
+from pilon_compress.research.original.settings import Staged
+from pilon_compress.train.callbacks import Callback
 
 
-class Stages(Plugin):
+class Stages(Callback):
     """Rates before each step, and the regularisers."""
 
     def __init__(self, model: Any, asked: Staged, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -34,7 +34,9 @@ class Stages(Plugin):
         self.banks = [layers for members in bands.values() for layers in members if layers]
         if asked.unfreeze:
             if bands and len(asked.unfreeze) != len(bands):
-                raise BadInput(f"staged.unfreeze has {len(asked.unfreeze)} entries for {len(bands)} bands")
+                raise BadInput(
+                    f"research.original.staged.unfreeze has {len(asked.unfreeze)} entries for {len(bands)} bands"
+                )
             _split(optimizers, list(bands.values()))
 
     def before(self, step: int, share: float) -> None:

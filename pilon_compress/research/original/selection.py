@@ -15,28 +15,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pilon_compress.config.training import TrainRecipe
 from pilon_compress.errors import BadInput
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.layout import projections
 from pilon_compress.research.original.moving_linear import StagedLinear, staged
-from pilon_compress.train.loop import Plugin
+from pilon_compress.research.original.settings import Settings, Staged
+from pilon_compress.train.callbacks import Callback
 from pilon_compress.train.schedule import fade
 
 
-def stage(model: Any, recipe: TrainRecipe) -> None:
-    """Put a StagedLinear in the place of every projection that the recipe lets change. Raises BadInput."""
-    asked, explore = recipe.staged, recipe.selection.explore
+def stage(model: Any, settings: Settings, seed: int) -> None:
+    """Put a StagedLinear in the place of every projection that `settings` let change. Raises BadInput."""
+    asked, explore = settings.staged, settings.selection.explore
     moving = bool(asked.top_k or asked.n_primitives)
-    generator = torch.Generator().manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(seed)
     for name, plain in list(projections(model)):
         softmax = plain.composition == "softmax"
         if softmax and explore != "none":
-            raise BadInput("selection.explore is for component and scalar compositions: softmax selects by itself")
+            raise BadInput("research.original.selection.explore is for component and scalar compositions, not softmax")
         explored = explore != "none" and plain.top_k < plain.bank.n_primitives
         if moving and not softmax and explore == "none":
-            raise BadInput("staged.top_k and staged.n_primitives need composition softmax, or selection.explore")
-        _check_ends(name, plain, recipe)
+            raise BadInput(
+                "research.original.staged: top_k and n_primitives need composition softmax, or selection.explore"
+            )
+        _check_ends(name, plain, asked)
         if not (explored or asked.rank or (softmax and (moving or asked.cache_top_k > 1))):
             continue
         most = max([plain.top_k, *asked.top_k]) if softmax else plain.top_k
@@ -45,13 +47,15 @@ def stage(model: Any, recipe: TrainRecipe) -> None:
         model.base_model.set_submodule(name, layer.train(plain.training))
 
 
-def _check_ends(name: str, plain: ComposedLinear, recipe: TrainRecipe) -> None:
+def _check_ends(name: str, plain: ComposedLinear, asked: Staged) -> None:
     """A schedule must end at the model's own size."""
     own = {"top_k": plain.top_k, "rank": plain.bank.rank, "n_primitives": plain.bank.n_primitives}
     for field, size in own.items():
-        values = getattr(recipe.staged, field)
+        values = getattr(asked, field)
         if values and values[-1] != size:
-            raise BadInput(f"staged.{field} ends at {values[-1]}, but {name} has {size}: set ffn.{field} as well")
+            raise BadInput(
+                f"research.original.staged.{field} ends at {values[-1]}, but {name} has {size}: set ffn.{field} as well"
+            )
 
 
 def ramp(share: float, ends: Sequence[float], values: Sequence[int]) -> int:
@@ -59,18 +63,18 @@ def ramp(share: float, ends: Sequence[float], values: Sequence[int]) -> int:
     return round(float(np.interp(share, ends, values)))
 
 
-class Choosing(Plugin):
+class Choosing(Callback):
     """Chooses before each step. `steps`: of the whole training."""
 
-    def __init__(self, model: Any, recipe: TrainRecipe, steps: int) -> None:
+    def __init__(self, model: Any, settings: Settings, seed: int, steps: int) -> None:
         self.layers = [layer for _, layer in staged(model)]
-        self.recipe, self.steps = recipe, steps
-        asked = recipe.staged
+        self.asked, self.explored, self.seed, self.steps = settings.staged, settings.selection, seed, steps
+        asked = settings.staged
         moving = [_constant_from(asked.phases, values) for values in (asked.top_k, asked.n_primitives)]
-        self.final = math.ceil(max(recipe.selection.until, *moving) * steps)
+        self.final = math.ceil(max(self.explored.until, *moving) * steps)
 
     def before(self, step: int, share: float) -> None:
-        noise = torch.Generator().manual_seed((self.recipe.seed << 31) ^ step)
+        noise = torch.Generator().manual_seed((self.seed << 31) ^ step)
         for layer in self.layers:
             if layer.explored and step <= self.final:
                 self._choose(layer, share, self._disturbance(layer, share, noise))
@@ -79,8 +83,8 @@ class Choosing(Plugin):
                 layer.width = len(layer.selected) if step < self.final else layer.top_k
             elif layer.chooses and self._due(layer, step, share):
                 self._choose(layer, share, None)
-            if self.recipe.staged.rank:
-                active = ramp(share, self.recipe.staged.phases, self.recipe.staged.rank)
+            if self.asked.rank:
+                active = ramp(share, self.asked.phases, self.asked.rank)
                 layer.components.zero_()
                 layer.components[:active] = 1
 
@@ -92,12 +96,12 @@ class Choosing(Plugin):
 
     def _numbers(self, layer: StagedLinear, share: float) -> tuple[int, int]:
         """(primitives that a layer selects, primitives of the bank in use)."""
-        asked, n = self.recipe.staged, layer.bank.n_primitives
+        asked, n = self.asked, layer.bank.n_primitives
         among = ramp(share, asked.phases, asked.n_primitives) if asked.n_primitives else n
         if asked.top_k:
             return min(ramp(share, asked.phases, asked.top_k), len(layer.selected)), among
-        if layer.explored and self.recipe.selection.explore == "anneal":
-            left = fade(share, self.recipe.selection.until)
+        if layer.explored and self.explored.explore == "anneal":
+            left = fade(share, self.explored.until)
             return layer.top_k + round((n - layer.top_k) * left), among
         return layer.top_k, among
 
@@ -105,9 +109,9 @@ class Choosing(Plugin):
         """Noise on the scores (n,): drawn for each layer in turn, on every process alike."""
         if layer.gate is None:
             return None
-        scale = self.recipe.selection.temperature * fade(share, self.recipe.selection.until)
+        scale = self.explored.temperature * fade(share, self.explored.until)
         n = layer.bank.n_primitives
-        if self.recipe.selection.explore == "noise":
+        if self.explored.explore == "noise":
             return scale * torch.randn(n, generator=generator)
         uniform = torch.rand(n, generator=generator).clamp(1e-9, 1 - 1e-7)
         return -scale * torch.log(-torch.log(uniform))
@@ -115,7 +119,7 @@ class Choosing(Plugin):
     def _due(self, layer: StagedLinear, step: int, share: float) -> bool:
         """Whether a softmax selection is made anew: every few steps, and whenever its numbers change."""
         before = max(0, step - 1) / self.steps
-        return step % self.recipe.staged.cache_top_k == 0 or self._numbers(layer, share) != self._numbers(layer, before)
+        return step % self.asked.cache_top_k == 0 or self._numbers(layer, share) != self._numbers(layer, before)
 
 
 def _constant_from(ends: Sequence[float], values: Sequence[int]) -> float:

@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from pilon_compress.config.training import Schedule, TrainRecipe
 from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
+from pilon_compress.train.callbacks import Callback
 from pilon_compress.train.heal import teacher_of
-from pilon_compress.train.loop import Plugin
 from pilon_compress.train.schedule import second_stage
 
 
-class Rounding(Plugin):
+class Rounding(Callback):
     """Makes the digits of banks and kept matrices once before each step, for all layers and micro batches.
 
     Parts that are sharded make theirs when they are gathered. Only buffers change: all steps are one graph.
@@ -39,7 +39,7 @@ class Rounding(Plugin):
 
     @classmethod
     def of(cls, model: Any, recipe: TrainRecipe, optimizers: Sequence[torch.optim.Optimizer]) -> "Rounding | None":
-        """The plugin, where the model has ternary parts."""
+        """The callback, where the model has ternary parts."""
         parts = [module for module in model.modules() if isinstance(module, TernaryBank | TernaryLinear)]
         return cls(parts, recipe, optimizers) if parts else None
 

@@ -12,12 +12,10 @@ from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.layout import banks, projections
 from pilon_compress.nn.ternary import TernaryBank
-from pilon_compress.parallel import full
-from pilon_compress.research.original.moving_linear import StagedLinear
-from pilon_compress.train.loop import Plugin
+from pilon_compress.train.callbacks import Callback
 
 
-class UnusedStay(Plugin):
+class UnusedStay(Callback):
     """Primitives that no layer selected, components out of use, and their weights, for the length of a step."""
 
     def __init__(self, model: Any) -> None:
@@ -42,10 +40,8 @@ class UnusedStay(Plugin):
 
     def _parts(self, bank: PrimitiveBank, layers: list[ComposedLinear]) -> Iterator[tuple[Tensor, Tensor]]:
         """Parameters, and a mask that broadcasts over each: what was used."""
-        each = [used_by(layer) for layer in layers]
-        rows = torch.stack(each).any(0)
-        first = layers[0]
-        parts = first.components > 0 if isinstance(first, StagedLinear) else rows.new_ones(bank.rank)
+        each = [layer.used() for layer in layers]
+        rows, parts = torch.stack(each).any(0), layers[0].active()
         yield bank.A, rows[:, None, None] & parts[None, None, :]
         yield bank.B, rows[:, None, None] & parts[None, :, None]
         if isinstance(bank, TernaryBank) and bank.A_scale is not None and bank.B_scale is not None:
@@ -54,18 +50,6 @@ class UnusedStay(Plugin):
         for layer, used in zip(layers, each, strict=True):
             if layer.weight.shape[0] == bank.n_primitives:
                 yield layer.weight, used[:, None].expand(layer.weight.shape)
-
-
-def used_by(layer: ComposedLinear) -> Tensor:
-    """Which primitives (n,) of its bank a layer uses as it stands."""
-    used = torch.zeros(layer.bank.n_primitives, dtype=torch.bool, device=layer.weight.device)
-    if isinstance(layer, StagedLinear):
-        return used.index_fill(0, layer.selected, True).logical_and(
-            torch.zeros(len(used), device=used.device).index_add(0, layer.selected, layer.mask) > 0
-        )
-    if layer.composition == "softmax":
-        return used.index_fill(0, full(layer.weight).detach()[:, 0].topk(layer.top_k).indices, True)
-    return used.index_fill(0, layer.selected, True)
 
 
 def _spread(mask: Tensor, parameter: Tensor) -> Tensor:

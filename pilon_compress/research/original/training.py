@@ -1,0 +1,32 @@
+"""The original PILON's training: what a recipe's section `research.original` adds to a run."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from pilon_compress.research.original.moving_linear import staged
+from pilon_compress.research.original.rates import Stages
+from pilon_compress.research.original.selection import Choosing, stage
+from pilon_compress.research.original.settings import Settings, Staged
+from pilon_compress.train import callbacks
+from pilon_compress.train.callbacks import Callback
+
+
+class Extension(callbacks.Extension):
+    """Stages projections whose selection or size moves, and moves selections and rates before each step."""
+
+    asked: Settings
+
+    def stage(self, model: PreTrainedModel) -> None:
+        stage(model, self.asked, self.recipe.seed)
+
+    def callbacks(
+        self, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], steps: int
+    ) -> list[Callback]:
+        found: list[Callback] = []
+        if any(staged(model)):
+            found.append(Choosing(model, self.asked, self.recipe.seed, steps))
+        if self.asked.staged != Staged():
+            found.append(Stages(model, self.asked.staged, optimizers))
+        return found
