@@ -93,7 +93,7 @@ def placed(parts: tuple[Any, ...], device: str) -> Any:
     """The same as the kernels take it."""
     from pilon_compress.kernels import gpu
 
-    return gpu.Projection(
+    return gpu.GpuProjection(
         gpu.words(*parts[:2]).to(device), *(None if part is None else part.to(device) for part in parts[2:])
     )
 

@@ -61,10 +61,10 @@ def bank(n: int, d_in: int, r: int, d_out: int) -> gpu.BankWords:
     return gpu.BankWords(A, torch.zeros(n, r // 16, d_out, dtype=torch.int32), d_in)
 
 
-def projection(d_in: int, d_out: int, r: int, k: int, full: bool) -> gpu.Projection:
+def projection(d_in: int, d_out: int, r: int, k: int, full: bool) -> gpu.GpuProjection:
     scale = torch.ones(k * r)
     shift, bias = (scale, torch.ones(d_out)) if full else (None, None)
-    return gpu.Projection(bank(k, d_in, r, d_out), torch.arange(k), scale, shift, bias)
+    return gpu.GpuProjection(bank(k, d_in, r, d_out), torch.arange(k), scale, shift, bias)
 
 
 def block(tokens: int, d: int, ff: int, r: int, k: int, gated: bool, act: str) -> None:
@@ -117,12 +117,12 @@ def traced() -> list[dict[str, Any]]:
         class Blocks(torch.nn.Module):
             def forward(self, x: torch.Tensor, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
                 first, second = (
-                    gpu.Projection(gpu.BankWords(*p[:2], d), *p[2:]) for p, d in ((flat[:6], 64), (flat[6:], 256))
+                    gpu.GpuProjection(gpu.BankWords(*p[:2], d), *p[2:]) for p, d in ((flat[:6], 64), (flat[6:], 256))
                 )
                 matrix = gpu.MatrixWords(first.words.A, first.selected, 64)
                 return gpu.ffn(x, first, second), gpu.compose(x, *first), gpu.ternary_linear(x, matrix, first.scale)
 
-        flat = [*gpu._parts(up), *gpu._parts(down)]
+        flat = [*gpu._tensors(up), *gpu._tensors(down)]
         graph, _ = aot_export_module(Blocks(), [torch.randn(3, 64), *flat], trace_joint=False)
     nodes = [node.kwargs for node in graph.graph.nodes if "kernel_idx" in node.kwargs]
     return [

@@ -118,7 +118,7 @@ def test_inputs_need_not_be_contiguous(tiny):
     linear.weight.copy_(rows)
     digits = torch.randint(-1, 2, (48, 40), generator=generator).to(torch.int8)
     matrix, scale = cpu.matrix_tiles(digits), torch.rand(40, generator=generator)
-    for compute in (linear, lambda one: cpu.project(one, cpu.Projection(matrix, scale))):
+    for compute in (linear, lambda one: cpu.project(one, cpu.CpuProjection(matrix, scale))):
         assert torch.equal(compute(x[:, 0]), compute(x[:, 0].contiguous()))
     encoder = ternary(tiny, "bert").base_model
     pooled = type(encoder)(encoder.config).eval()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pilon_compress.kernels import build, cpu, reference
-from pilon_compress.kernels.cpu import MatrixTiles, Projection
+from pilon_compress.kernels.cpu import CpuProjection, MatrixTiles
 from pilon_compress.kernels.cpu_layout import pack, unpack
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
@@ -25,8 +25,8 @@ def trits(*shape: int) -> Tensor:
     return torch.randint(-1, 2, shape, dtype=torch.int8)
 
 
-def bank(n, k, rank, d_in, d_out, group=0, shift=True, bias=True, norm=False) -> Projection:
-    return Projection(
+def bank(n, k, rank, d_in, d_out, group=0, shift=True, bias=True, norm=False) -> CpuProjection:
+    return CpuProjection(
         cpu.tiles(trits(n, d_in, rank), trits(n, rank, d_out)),
         torch.randn(k * rank) * 0.01,
         torch.randperm(n)[:k],
@@ -37,8 +37,8 @@ def bank(n, k, rank, d_in, d_out, group=0, shift=True, bias=True, norm=False) ->
     )
 
 
-def matrix(d_in, d_out, group=0) -> Projection:
-    return Projection(cpu.matrix_tiles(trits(d_in, d_out)), torch.randn(d_out), bias=torch.randn(d_out), group=group)
+def matrix(d_in, d_out, group=0) -> CpuProjection:
+    return CpuProjection(cpu.matrix_tiles(trits(d_in, d_out)), torch.randn(d_out), bias=torch.randn(d_out), group=group)
 
 
 def integers(codes: Tensor, digits: Tensor, scales: Tensor, group: int) -> Tensor:
@@ -52,15 +52,15 @@ def integers(codes: Tensor, digits: Tensor, scales: Tensor, group: int) -> Tenso
     return total
 
 
-def expected(x: Tensor, p: Projection) -> Tensor:
+def expected(x: Tensor, p: CpuProjection) -> Tensor:
     """What a projection is, with integer sums and the quantiser of the models."""
     if p.norm is not None:
         x = torch.nn.functional.rms_norm(x, x.shape[-1:], p.norm, p.eps)
     codes, scales = reference.quantise(x, p.group)
     if isinstance(p.tiles, MatrixTiles):
-        y = integers(codes, p.tiles.digits(), scales, p.group) * p.scale
+        y = integers(codes, p.tiles.unpacked(), scales, p.group) * p.scale
     else:
-        A, B = (one[p.selected] for one in p.tiles.digits())
+        A, B = (one[p.selected] for one in p.tiles.unpacked())
         u = integers(codes, A.permute(1, 0, 2).flatten(1), scales, p.group) * p.scale
         codes, scales = reference.quantise(u if p.shift is None else u + p.shift)
         y = integers(codes, B.flatten(0, 1), scales, 0)
@@ -136,7 +136,7 @@ def test_exact_at_the_largest_sums(digit, tokens):
     for group in (0, 4096):
         p.group = group
         assert torch.equal(cpu.project(x, p), expected(x, p))
-    whole = Projection(cpu.matrix_tiles(torch.full((20_000, 16), digit)), torch.ones(16))
+    whole = CpuProjection(cpu.matrix_tiles(torch.full((20_000, 16), digit)), torch.ones(16))
     assert torch.equal(cpu.project(x, whole), expected(x, whole))
     assert float(cpu.project(x, whole)[0, 0]) == pytest.approx(60_000 * digit, rel=1e-6)
 
@@ -162,7 +162,7 @@ def test_exact_int8_linear(tokens, d_in, d_out, bias):
     y = y if offset is None else y + offset
     assert torch.equal(cpu.int8_linear(x, weight, scale, offset), y)
     assert torch.equal(reference.int8_linear(x, weight, scale, offset), y)
-    filled = reference.whole_product(codes.to(torch.int8), weight, filled=True)  # as on a GPU
+    filled = reference.integer_product(codes.to(torch.int8), weight, padded=True)  # as on a GPU
     assert torch.equal(filled.long(), codes.long() @ weight.long().T)
 
 
@@ -171,7 +171,7 @@ def test_what_is_multiplied_on_a_gpu_has_the_shapes_that_it_takes(monkeypatch):
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: asked.append((*a.shape, b.shape[1])) or real(a, b))
     for tokens, d_in, d_out in ((1, 48, 57), (17, 50, 16), (40, 64, 24)):
         whole = torch.ones(tokens + d_out, d_in, dtype=torch.int8)
-        assert reference.whole_product(whole[:tokens], whole[tokens:], filled=True).eq(d_in).all()
+        assert reference.integer_product(whole[:tokens], whole[tokens:], padded=True).eq(d_in).all()
     assert asked == [(32, 48, 64), (32, 64, 16), (40, 64, 24)]
 
 
@@ -211,8 +211,8 @@ def test_narrower_types_round_between_layers_as_layers_do():
     up, down = bank(3, 2, 16, 64, 96), bank(3, 2, 16, 96, 64, group=32)
     x = torch.randn(4, 64, dtype=torch.bfloat16)
 
-    def layer(x: Tensor, p: Projection) -> Tensor:
-        plain = Projection(p.tiles, p.scale, p.selected, p.shift, None, p.group)
+    def layer(x: Tensor, p: CpuProjection) -> Tensor:
+        plain = CpuProjection(p.tiles, p.scale, p.selected, p.shift, None, p.group)
         return expected(x, plain).to(x.dtype) + p.bias.to(x.dtype)
 
     y = cpu.ffn(x, up, down)
@@ -285,7 +285,7 @@ import json, sys, torch
 from pilon_compress.kernels import cpu
 torch.manual_seed(0)
 digits = torch.randint(-1, 2, (2, 64, 32), dtype=torch.int8)
-p = cpu.Projection(cpu.tiles(digits, digits.mT.contiguous()), torch.rand(64), torch.tensor([1, 0]), group=16)
+p = cpu.CpuProjection(cpu.tiles(digits, digits.mT.contiguous()), torch.rand(64), torch.tensor([1, 0]), group=16)
 x = torch.randn(3, 64)
 ys = [cpu.ffn(x, p, p), cpu.ffn(x, p, p, p, "silu"), cpu.int8_linear(x, digits[0].T.contiguous(), torch.rand(32))]
 print(json.dumps([cpu.available(), [y.tolist() for y in ys]]))

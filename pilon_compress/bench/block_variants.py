@@ -151,7 +151,7 @@ def _faster_int8(shape: Shape, factors: int, device: torch.device) -> tuple[Call
     return min(found, key=lambda one: one[0])[1:]
 
 
-def _ternary(shape: Shape, projections: list[cpu.Projection]) -> Block:
+def _ternary(shape: Shape, projections: list[cpu.CpuProjection]) -> Block:
     up, *gate, down = projections
     activation = shape.activation
     stored = [tensor for p in projections for tensor in p.tensors() if tensor is not None]
@@ -179,23 +179,23 @@ def _ternary_banks_on_gpu(shape: Shape, device: torch.device) -> Block:
     for d_in, d_out in shape.projections:
         words = gpu.words(*(_digits(k, *sizes).to(device) for sizes in ((d_in, shape.rank), (shape.rank, d_out))))
         scale = torch.rand(shape.active, device=device)
-        made.append(gpu.Projection(words, torch.randperm(k, device=device), scale))
+        made.append(gpu.GpuProjection(words, torch.randperm(k, device=device), scale))
     up, *gate, down = made
     run = partial(gpu.ffn, up=up, down=down, gate=gate[0] if gate else None, activation=shape.activation)
     return Block(run, _bytes([[p.words.A, p.words.B, p.selected, p.scale] for p in made]), torch.bfloat16)
 
 
-def ternary_matrix(d_in: int, d_out: int) -> cpu.Projection:
+def ternary_matrix(d_in: int, d_out: int) -> cpu.CpuProjection:
     """Random digits and scales."""
-    return cpu.Projection(cpu.matrix_tiles(_digits(d_in, d_out)), torch.rand(d_out), group=_group(d_in, d_out))
+    return cpu.CpuProjection(cpu.matrix_tiles(_digits(d_in, d_out)), torch.rand(d_out), group=_group(d_in, d_out))
 
 
-def ternary_bank(d_in: int, d_out: int, active: int, rank: int, n_primitives: int | None = None) -> cpu.Projection:
+def ternary_bank(d_in: int, d_out: int, active: int, rank: int, n_primitives: int | None = None) -> cpu.CpuProjection:
     """Random digits and scales of a bank, `active` components of which are selected."""
     k = active // rank
     n = n_primitives or k
     tiles = cpu.tiles(_digits(n, d_in, rank), _digits(n, rank, d_out))
-    return cpu.Projection(tiles, torch.rand(active), torch.randperm(n)[:k], group=_group(d_in, d_out))
+    return cpu.CpuProjection(tiles, torch.rand(active), torch.randperm(n)[:k], group=_group(d_in, d_out))
 
 
 def _group(d_in: int, d_out: int) -> int:

@@ -25,7 +25,7 @@ from pilon_compress.nn.layout import BANKS, kept_matrices, projections
 class TernaryProjection(nn.Module):
     """A projection of random digits."""
 
-    def __init__(self, projection: cpu.Projection, norm: nn.Module | None = None) -> None:
+    def __init__(self, projection: cpu.CpuProjection, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.project, self.norm = cpu.prepared(projection), norm
 
@@ -136,6 +136,6 @@ def _in_int8(model: PreTrainedModel, whole: bool) -> PreTrainedModel:
     return model
 
 
-def _biased(made: cpu.Projection, bias: Tensor | None) -> cpu.Projection:
+def _biased(made: cpu.CpuProjection, bias: Tensor | None) -> cpu.CpuProjection:
     made.bias = None if bias is None else bias.detach().float()
     return made

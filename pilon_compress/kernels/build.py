@@ -23,20 +23,20 @@ from pilon_compress.io.disk import replace, sync
 
 HOME = Path(__file__).parent
 SOURCES = tuple(sorted(HOME.glob("*.cpp")) + sorted(HOME.glob("*.h")))
-WORK = ".making-"  # how folders of unfinished work begin
-OLDEST = (2, 10)  # torch whose stable ABI has all that the kernel needs
-# No fused multiply-add: float32 operations must be torch's own.
+WORK_PREFIX = ".making-"  # of folders with unfinished work
+OLDEST_TORCH = (2, 10)  # the first whose stable ABI has all functions that the kernel calls
+# -ffp-contract=off: a fused multiply-add would round differently from torch's float32 operations.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
 
 
 class NoKernel(Exception):
-    """Why there is no library, in one line."""
+    """Raised where the library cannot be compiled or written; the message is one line that says why."""
 
 
 def library() -> Path:
-    """The library for this torch and machine: one that is there, or compiled now. Raises NoKernel.
+    """Return the path of the library for this torch and machine; compile it if there is none yet. Raises NoKernel.
 
-    Processes that ask at once wait for the first. The cache is $PILON_CACHE/kernels or ~/.cache/pilon-compress/kernels.
+    It is looked for beside this file and in `cache_folder()`. Processes that need it at once wait for the first.
     """
     name = f"ternary-{key()}.so"
     for folder in (HOME, cache_folder()):
@@ -47,44 +47,48 @@ def library() -> Path:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f".{name}.lock"):
             if not (home / name).is_file():
-                for left in home.glob(f"{WORK}{name}-*"):  # by a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
+                for leftover in home.glob(f"{WORK_PREFIX}{name}-*"):  # of a process that was killed
+                    shutil.rmtree(leftover, ignore_errors=True)
                 compile_to(home / name)
     except OSError as error:
         raise NoKernel(
-            f"cannot write {home}: {error.strerror or error}; PILON_CACHE can name another folder"
+            f"cannot write {home}: {error.strerror or error}; set PILON_CACHE to a folder that can be written"
         ) from error
     return home / name
 
 
 def key() -> str:
-    """Changes with the source, torch, the architecture and the flags."""
-    about = blake2b(digest_size=8)
+    """Return a hash of the sources, torch's version, the operating system, the architecture and the compiler flags."""
+    digest = blake2b(digest_size=8)
     for part in (torch.__version__, sys.platform, platform.machine(), *FLAGS):
-        about.update(part.encode() + b"\0")
+        digest.update(part.encode() + b"\0")
     for source in SOURCES:
-        about.update(source.read_bytes())
-    return about.hexdigest()
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
 
 
 def cache_folder() -> Path:
+    """Return $PILON_CACHE/kernels, or ~/.cache/pilon-compress/kernels where PILON_CACHE is not set."""
     named = os.environ.get("PILON_CACHE")
     return (Path(named).expanduser() if named else Path.home() / ".cache" / "pilon-compress") / "kernels"
 
 
 def compile_to(path: Path) -> None:
-    """Compile the library; `path` appears whole or not at all. Raises NoKernel."""
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST:
-        raise NoKernel(f"it needs torch {OLDEST[0]}.{OLDEST[1]} or newer")
+    """Compile the library to `path`, which appears complete or not at all. Raises NoKernel."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        raise NoKernel(f"the kernel needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer")
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise NoKernel("there is no C++ compiler (g++ or clang++) on this machine")
     root = Path(torch.__file__).parent
     torch_flags = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    target = f"-DTORCH_TARGET_VERSION=(((0ULL+{OLDEST[0]})<<56)|((0ULL+{OLDEST[1]})<<48))"
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{WORK}{path.name}-") as folder, _removed(folder):
-        made = Path(folder) / path.name
-        for threads in (["-fopenmp"], []):  # a compiler without OpenMP still makes a kernel for one thread
+    target = f"-DTORCH_TARGET_VERSION=(((0ULL+{OLDEST_TORCH[0]})<<56)|((0ULL+{OLDEST_TORCH[1]})<<48))"
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{WORK_PREFIX}{path.name}-") as folder,
+        _removed_by_signal(folder),
+    ):
+        built = Path(folder) / path.name
+        for threads in (["-fopenmp"], []):  # a compiler without OpenMP still builds a kernel for one thread
             command = [
                 *shlex.split(compiler),
                 *FLAGS,
@@ -92,7 +96,7 @@ def compile_to(path: Path) -> None:
                 target,
                 str(HOME / "ternary.cpp"),
                 "-o",
-                str(made),
+                str(built),
                 *torch_flags,
             ]
             try:
@@ -100,8 +104,8 @@ def compile_to(path: Path) -> None:
             except OSError as error:
                 raise NoKernel(f"cannot run {compiler}: {error.strerror or error}") from error
             if done.returncode == 0:
-                sync(made)
-                replace(made, path)
+                sync(built)
+                replace(built, path)
                 return
     errors = (
         [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
@@ -109,8 +113,8 @@ def compile_to(path: Path) -> None:
     raise NoKernel(f"{compiler} failed: {errors[0]}")
 
 
-def _removed(folder: str) -> AbstractContextManager[None]:
-    """Delete `folder` if a signal ends the process."""
+def _removed_by_signal(folder: str) -> AbstractContextManager[None]:
+    """Delete `folder` if a signal ends the process inside the block."""
     return signals.cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 

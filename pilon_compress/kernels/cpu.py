@@ -1,11 +1,11 @@
-"""Ternary projections and feed-forward blocks, and 8-bit linears, on the CPU; on other devices in plain torch.
+"""Compute ternary projections, feed-forward blocks and int8 linears on the CPU; on other devices in plain torch.
 
-The kernel is compiled when it is first asked for. Where it cannot be had the same functions compute the same numbers in
-plain torch, and one warning says why. That fallback multiplies whole numbers in float32, which is exact. torch's own
-int8 product, `_weight_int8pack_mm`, would not do: with bfloat16 inputs it rounds its results to bfloat16, so that the
-latent is off by up to 2^-9 and its codes with it; with float32 inputs it is slower than the plain product.
+The kernel is compiled at the first use. Where that fails, the functions compute equal numbers in plain torch, and one
+warning says why. The fallback multiplies integers in float32, which is exact. torch's own int8 product,
+`_weight_int8pack_mm`, is no substitute: with bfloat16 inputs it rounds its results to bfloat16, an error of up to 2^-9
+in the latent vector and so in its quantised values; with float32 inputs it is slower than the plain product.
 
-PILON_KERNELS=0 asks for the fallback; PILON_ISA=portable, avx2, vnni, neon or dotprod for one instruction set.
+PILON_KERNELS=0 selects the fallback; PILON_ISA=portable, avx2, vnni, neon or dotprod one instruction set.
 """
 
 import logging
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from pilon_compress.kernels import reference
 from pilon_compress.kernels.build import NoKernel, library
-from pilon_compress.kernels.cpu_layout import BankTiles, MatrixTiles, Projection, matrix_tiles, tiles
+from pilon_compress.kernels.cpu_layout import BankTiles, CpuProjection, MatrixTiles, matrix_tiles, tiles
 from pilon_compress.kernels.reference import ACTIVATIONS, int8_rows
 
 __all__ = [
     "BankTiles",
+    "CpuProjection",
     "MatrixTiles",
     "Prepared",
-    "Projection",
     "available",
     "ffn",
     "int8_linear",
@@ -41,19 +41,19 @@ __all__ = [
     "tiles",
 ]
 
-_FUSED = {"relu": 0, "relu2": 1}  # activations inside the kernel; others need torch's own exponential to be exact
+_FUSED = {"relu": 0, "relu2": 1}  # activations inside the kernel; the others need torch's exponential to be exact
 _loaded: bool | None = None
 
 
 def load() -> bool:
-    """Find or compile the kernel and register its operators, once in a process. Whether it is there."""
+    """Find or compile the kernel and register its operators, once per process. Return True if that succeeded."""
     global _loaded
     if _loaded is None:
         try:
             if os.environ.get("PILON_KERNELS") == "0":
                 raise NoKernel("PILON_KERNELS=0")
             torch.ops.load_library(str(library()))
-            _register_shapes()
+            _register_fakes()
             torch.ops.pilon.isa()
             _loaded = True
         except (NoKernel, OSError, RuntimeError) as error:
@@ -65,74 +65,75 @@ def load() -> bool:
 
 @torch.compiler.assume_constant_result
 def available() -> bool:
-    """Whether the kernel is used; loads it if need be."""
+    """Return True if the kernel is used; load it first where no call has done so."""
     return load()
 
 
 def isas() -> list[str]:
-    """The instruction set in use, then all that this machine has, best first; empty without the kernel."""
+    """Return the name of the instruction set in use, then all that this machine has, best first; [] without kernel."""
     return str(torch.ops.pilon.isa()).split() if available() else []
 
 
-def project(x: Tensor, p: Projection) -> Tensor:
-    """One projection: `x` (..., d_in) -> (..., d_out), in the dtype of x."""
+def project(x: Tensor, p: CpuProjection) -> Tensor:
+    """Compute the projection `p` of `x` (..., d_in): (..., d_out), in the dtype of x."""
     if p.norm is not None:
         x = torch.nn.functional.rms_norm(x, x.shape[-1:], p.norm, p.eps)
-    whole = x.dtype == torch.float32
-    y = _projected(x.float().contiguous(), p, p.bias if whole else None).to(x.dtype)
-    # in a narrower type the bias is added as a layer adds it, after rounding
-    return y if whole or p.bias is None else y + p.bias.to(x.dtype)
+    is_float = x.dtype == torch.float32
+    y = _projected(x.float().contiguous(), p, p.bias if is_float else None).to(x.dtype)
+    # in a narrower dtype the bias is added after rounding, as a torch layer does
+    return y if is_float or p.bias is None else y + p.bias.to(x.dtype)
 
 
-def _projected(x: Tensor, p: Projection, bias: Tensor | None) -> Tensor:
+def _projected(x: Tensor, p: CpuProjection, bias: Tensor | None) -> Tensor:
     if x.device.type == "cpu" and p.fits() and available():
         return torch.ops.pilon.project(x, (*p.tensors()[:-1], bias), p.tiles.d_out, p.group)
     if isinstance(p.tiles, MatrixTiles):
-        return reference.ternary_linear(x, p.tiles.digits(), p.scale, bias, p.group)
+        return reference.ternary_linear(x, p.tiles.unpacked(), p.scale, bias, p.group)
     assert p.selected is not None
-    return reference.compose(x, *p.tiles.digits(), p.selected, p.scale, p.shift, bias, p.group)
+    return reference.compose(x, *p.tiles.unpacked(), p.selected, p.scale, p.shift, bias, p.group)
 
 
 def ffn(
     x: Tensor,
-    up: Projection,
-    down: Projection,
-    gate: Projection | None = None,
+    up: CpuProjection,
+    down: CpuProjection,
+    gate: CpuProjection | None = None,
     activation: str | Callable[[Tensor], Tensor] = "relu2",
 ) -> Tensor:
-    """A feed-forward block: down(act(up(x))), or down(act(gate(x)) · up(x)); `x` (..., d) -> (..., d), in its dtype.
+    """Compute down(act(up(x))), or down(act(gate(x)) · up(x)), of `x` (..., d): (..., d), in the dtype of x.
 
-    One call of the kernel where the activation is relu or relu2 and there is no norm inside; otherwise one for each
-    projection, with torch's activation between them, so that the result is the same as of the layers one by one.
+    This takes one kernel call where the activation is relu or relu2 and there is no norm inside; otherwise one call per
+    projection with torch's activation between them. Either way the result equals that of the layers called one by one.
     """
-    # a narrower type rounds the hidden values in between
+    # narrower dtypes round the hidden values between the projections, which the fused call does not
     if x.dtype == torch.float32 and x.device.type == "cpu" and _fuses(up, down, gate, activation):
-        return torch.ops.pilon.ffn(x.contiguous(), *_parts(up, down, gate), *_sizes(up, down, activation))
-    runs = [partial(project, p=p) for p in (up, down, gate) if p is not None]
-    return _one_by_one(x, activation, *runs)
+        return torch.ops.pilon.ffn(x.contiguous(), *_tensors(up, down, gate), *_sizes(up, down, activation))
+    projections = [partial(project, p=p) for p in (up, down, gate) if p is not None]
+    return _one_by_one(x, activation, *projections)
 
 
 class Prepared:
-    """A projection or a block whose tensors the kernel has seen: a call hands over `x` alone.
+    """A projection or block whose tensors are registered with the kernel, so that a call passes `x` alone.
 
-    It keeps the tensors, and computes with what they hold then; only `selected` must stay as it was. For dtypes other
-    than float32, and for compilers, which have to see the tensors, it does without.
+    The tensors stay referenced and may change in place, except `selected`. Calls with other dtypes than float32, and
+    calls that a compiler traces, take the unprepared function `plain`.
     """
 
     def __init__(self, number: int, plain: Callable[[Tensor], Tensor]) -> None:
+        """Wrap the registration `number` that a `prepare_*` operator returned; it ends with this object."""
         self._number, self._plain, self._run = number, plain, torch.ops.pilon.run.default
         weakref.finalize(self, torch.ops.pilon.forget, number).atexit = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`x` (..., d_in) -> (..., d_out)."""
+        """Compute `x` (..., d_in) -> (..., d_out)."""
         if x.dtype != torch.float32 or torch.compiler.is_compiling():
             return self._plain(x)
         y: Tensor = self._run(x.contiguous(), self._number)
         return y
 
 
-def prepared(p: Projection) -> Callable[[Tensor], Tensor]:
-    """`project` by `p`, for many calls: a small projection takes as long as handing over its tensors."""
+def prepared(p: CpuProjection) -> Callable[[Tensor], Tensor]:
+    """Return `project` by `p` for many calls. Passing the tensors takes as long as computing a small projection."""
     plain = partial(project, p=p)
     if p.norm is not None or not _kernel_takes(p) or torch.compiler.is_compiling():
         return plain
@@ -140,18 +141,18 @@ def prepared(p: Projection) -> Callable[[Tensor], Tensor]:
 
 
 def prepared_ffn(
-    up: Projection,
-    down: Projection,
-    gate: Projection | None = None,
+    up: CpuProjection,
+    down: CpuProjection,
+    gate: CpuProjection | None = None,
     activation: str | Callable[[Tensor], Tensor] = "relu2",
 ) -> Callable[[Tensor], Tensor]:
-    """`ffn` by these, for many calls."""
+    """Return `ffn` by these projections for many calls."""
     plain = partial(ffn, up=up, down=down, gate=gate, activation=activation)
     if _fuses(up, down, gate, activation):
         sizes = up.tiles.d_in, *_sizes(up, down, activation)
-        return Prepared(torch.ops.pilon.prepare_ffn(*_parts(up, down, gate), *sizes), plain)
-    runs = [prepared(p) for p in (up, down, gate) if p is not None]
-    return lambda x: _one_by_one(x, activation, *runs)
+        return Prepared(torch.ops.pilon.prepare_ffn(*_tensors(up, down, gate), *sizes), plain)
+    projections = [prepared(p) for p in (up, down, gate) if p is not None]
+    return lambda x: _one_by_one(x, activation, *projections)
 
 
 def _one_by_one(
@@ -165,19 +166,21 @@ def _one_by_one(
     return down(act(up(x)) if gate is None else act(gate(x)) * up(x))
 
 
-def _parts(up: Projection, down: Projection, gate: Projection | None) -> tuple[tuple[Tensor | None, ...], ...]:
+def _tensors(
+    up: CpuProjection, down: CpuProjection, gate: CpuProjection | None
+) -> tuple[tuple[Tensor | None, ...], ...]:
     return up.tensors(), () if gate is None else gate.tensors(), down.tensors()
 
 
-def _sizes(up: Projection, down: Projection, activation: str | Callable[[Tensor], Tensor]) -> tuple[int, ...]:
+def _sizes(up: CpuProjection, down: CpuProjection, activation: str | Callable[[Tensor], Tensor]) -> tuple[int, ...]:
     assert isinstance(activation, str)
     return up.tiles.d_out, down.tiles.d_out, up.group, down.group, _FUSED[activation]
 
 
 def _fuses(
-    up: Projection, down: Projection, gate: Projection | None, activation: str | Callable[[Tensor], Tensor]
+    up: CpuProjection, down: CpuProjection, gate: CpuProjection | None, activation: str | Callable[[Tensor], Tensor]
 ) -> bool:
-    """Whether one call may compute the block."""
+    """Return True if one kernel call may compute the block."""
     if not isinstance(activation, str) or activation not in _FUSED:
         return False
     if gate is not None and gate.group != up.group:
@@ -185,16 +188,16 @@ def _fuses(
     return all(p is None or (p.norm is None and _kernel_takes(p)) for p in (up, down, gate))
 
 
-def _kernel_takes(p: Projection) -> bool:
+def _kernel_takes(p: CpuProjection) -> bool:
     return p.tiles.A.device.type == "cpu" and p.fits() and available()
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """An 8-bit linear: `x` (..., d_in), int8 `weight` (d_out, d_in), float32 `scale` (d_out,) -> (..., d_out).
+    """Compute `x` (..., d_in) times int8 `weight` (d_out, d_in), float32 `scale` (d_out,): (..., d_out), dtype of x.
 
-    `x` is quantised per token; the sums are exact integers. `int8_rows` makes `weight` and `scale`. In the dtype of x.
+    `x` is quantised per token; the sums are exact integers. `int8_rows` computes `weight` and `scale`.
     """
-    if x.dtype != torch.float32:  # the bias is added as a layer adds it, after rounding
+    if x.dtype != torch.float32:  # the bias is added after rounding, as a torch layer does
         y = int8_linear(x.float(), weight, scale).to(x.dtype)
         return y if bias is None else y + bias.to(x.dtype)
     bias = None if bias is None else bias.float()
@@ -204,8 +207,8 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
         return reference.int8_linear(x.contiguous(), weight, scale, bias)
 
 
-def _register_shapes() -> None:
-    """What torch.compile and torch.export need to know of the operators."""
+def _register_fakes() -> None:
+    """Register the operators' output shapes, which torch.compile and torch.export need."""
 
     @torch.library.register_fake("pilon::project")
     def project(x: Tensor, parts: list[Tensor | None], d_out: int, group: int) -> Tensor:

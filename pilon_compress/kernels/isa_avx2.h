@@ -1,4 +1,4 @@
-// AVX2: maddubs multiplies stored digits (u8, 0..2) by codes (s8) and adds neighbours into int16.
+// AVX2: maddubs multiplies stored weights (u8, 0..2) by codes (s8) and adds neighbours into int16.
 //
 // A block adds two such products to each int16: at most 2 · (2·2·127) = 1016, so 32 blocks stay below 2^15 and the sums
 // are widened to int32 then. Layout of a block: isa_vnni.h.
@@ -51,7 +51,7 @@ static inline void value(const Sum& sum, int32_t codes, float scale, float* y, b
 
 constexpr int64_t AHEAD = 4096;  // bytes; rows one by one are one long stream, which memory gives fastest
 
-// |w| (u8, up to 128) times the code with w's sign: at most 2·128·127 = 32512 in an int16.
+// Multiplies |w| (u8, up to 128) with the code times w's sign: at most 2·128·127 = 32512 in an int16.
 template <int R>
 static inline void dot_int8(const int8_t* w, const int8_t* q, int64_t d, int32_t* out) {
   const __m256i one = _mm256_set1_epi16(1);

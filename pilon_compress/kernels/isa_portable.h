@@ -1,4 +1,4 @@
-// Plain C++, for every machine, and what the others are checked against. Layout of a block: isa_vnni.h.
+// Plain C++ for every machine; tests compare the others with it. Layout of a block: isa_vnni.h.
 constexpr int WIDE_TILES = 1, WIDE_FROM = 1, ONE_TILES = 1, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 1, ONE_ROWS = 1;
 constexpr int64_t WIDEN = int64_t(1) << 40;
 

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: dpbusd multiplies the stored digits (u8) by codes (s8) straight into int32, sixteen outputs at once.
+// AVX-512 with VNNI: dpbusd multiplies the stored weights (u8) by codes (s8) straight into int32, sixteen outputs at once.
 //
 // A block of 32 bytes, bits 2f and 2f+1 of byte j: field f = 0, 1 holds outputs 0-7 and inputs 0-3, 4-7; fields 2, 3
 // the same for outputs 8-15. Output = j / 4, input = j % 4 within a field.
@@ -46,7 +46,7 @@ static inline void value(const Sum& sum, int32_t codes, float scale, float* y, b
   value(Slim{_mm512_add_epi32(sum.even, sum.odd)}, codes, scale, y, further);
 }
 
-// R rows of int8 weights with one token. Codes are moved to 1..255 for dpbusd; what that adds is summed and taken away.
+// R rows of int8 weights with one token. Codes are shifted to 1..255 for dpbusd; the excess is summed and subtracted.
 template <int R>
 static inline void dot_int8(const int8_t* w, const int8_t* q, int64_t d, int32_t* out) {
   const __m512i move = _mm512_set1_epi8(-128);

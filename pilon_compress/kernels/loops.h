@@ -1,10 +1,10 @@
-// The loops that every instruction set runs, compiled once for each inside its namespace: no include guard on purpose.
+// The loops of every instruction set, compiled once for each inside its namespace: no include guard on purpose.
 //
-// Before it comes isa_*.h with `Sum` and `Slim` (16 exact sums, one per output of a tile; Slim takes fewer registers),
+// isa_*.h comes first, with `Sum` and `Slim` (16 exact sums, one per output of a tile; Slim takes fewer registers),
 // `Digits` (a block, unpacked), unpack(), clear(), add(), widen(), value(), dot_int8(), and the strip sizes that fill its
 // registers.
 
-// Codes of `groups` groups of one token x (d), from `first` on. Rounds half to even by adding and taking away 1.5·2^23:
+// Quantises `groups` groups of one token x (d), from `first` on. Rounds half to even by adding and subtracting 1.5·2^23:
 // plain arithmetic that compilers vectorise. Magnitudes are compared as integers: NaN is the largest.
 static void quantise(const float* x, int64_t d, int64_t token, int64_t first, int64_t groups, Codes& codes) {
   constexpr float MAGIC = 12582912.0f;
@@ -40,7 +40,7 @@ static void quantise(const float* x, int64_t d, int64_t token, int64_t first, in
   if (first + groups == codes.groups) std::memset(row + d, 0, codes.stride - d);
 }
 
-// T tiles x M tokens: a block is unpacked once for all tokens.
+// Computes T tiles x M tokens; a block is unpacked once for all tokens.
 template <int T, int M>
 static void strip(const Job& job, int64_t tile, int64_t token) {
   const Codes& in = *job.in;
@@ -108,7 +108,7 @@ static void strip(const Job& job, int64_t tile, int64_t token) {
   }
 }
 
-// Tokens from `token` on for T tiles, M at a time, the rest by halves.
+// Computes the tokens from `token` on for T tiles, M at a time, the rest by halves.
 template <int T, int M>
 static void strips(const Job& job, int64_t tile, int64_t token) {
   for (; token + M <= job.tokens; token += M) strip<T, M>(job, tile, token);
@@ -129,7 +129,7 @@ static void tiles(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-// h = act(h), or act(gate)·h. Written so that NaN stays NaN, as in torch; one plain loop each, so that it is vectorised.
+// h = act(h), or act(gate)·h. NaN stays NaN, as in torch; each step is a plain loop, which compilers vectorise.
 static void activate(float* h, const float* gate, int64_t n, int64_t activation) {
   const bool square = activation == RELU2;
   const float* from = gate ? gate : h;
@@ -145,7 +145,7 @@ static void activate(float* h, const float* gate, int64_t n, int64_t activation)
   }
 }
 
-// R rows at a time.
+// Computes R rows of an int8 product at a time.
 template <int R>
 static void int8_blocks(const Int8Job& job, int64_t begin, int64_t end) {
   const Codes& in = *job.in;

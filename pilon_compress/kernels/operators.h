@@ -1,4 +1,4 @@
-// The operators: what torch hands over is checked and made into projections. Part of ternary.cpp.
+// The torch operators: check the tensors and describe them as projections. Part of ternary.cpp.
 
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
@@ -15,7 +15,7 @@ const float* floats(const Maybe& tensor, int64_t n, const char* name) {
   return static_cast<const float*>(tensor->data_ptr());
 }
 
-// What describes a projection, in this order.
+// The tensors of a projection, in the order of cpu_layout.CpuProjection.tensors().
 enum Part : size_t { A, B, SELECTED, SCALE, SHIFT, BIAS, PARTS };
 using Parts = std::vector<Maybe>;
 
@@ -114,7 +114,7 @@ Tensor op_ffn(const Tensor& x, const Parts& up, const Parts& gate, const Parts& 
   return computed(three, io, d_out);
 }
 
-// What was described once to be run many times: handing over two dozen tensors takes as long as a small projection.
+// A description to run many times: passing two dozen tensors takes as long as computing a small projection.
 struct Prepared {
   std::variant<Projection, Ffn> work;
   int64_t d_in, d_out;
@@ -124,7 +124,7 @@ std::mutex guard;
 std::unordered_map<int64_t, std::shared_ptr<const Prepared>> prepared_works;
 
 int64_t keep(std::shared_ptr<const Prepared> work) {
-  static int64_t number = 0;  // none is given twice: a forgotten one stays unknown
+  static int64_t number = 0;  // never given twice, so that a forgotten one stays unknown
   const std::lock_guard lock(guard);
   prepared_works[++number] = std::move(work);
   return number;
@@ -183,7 +183,7 @@ Tensor op_int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale
   return io.out;
 }
 
-// The instruction set in use, then all that this machine has.
+// The name of the instruction set in use, then of all that this machine has.
 std::string op_isa() {
   std::string names = isa().name;
   for (const Named& one : isas()) names += std::string(" ") + one.name;

@@ -2,7 +2,7 @@
 //
 //   x --quantise--> (q, s) --A--> u = int·s·scale + shift --quantise--> (q', s') --B--> y = int·s' + bias
 //
-// `int` are exact sums of whole numbers, and every float32 operation stands in the order of reference.py, without fused
+// `int` are exact integer sums, and every float32 operation stands in the order of reference.py, without fused
 // multiply-adds (-ffp-contract=off): the results are equal bit for bit, on every instruction set.
 //
 // A team of threads shares the output tiles of one call; with many tokens each thread takes tokens of its own instead.
@@ -41,9 +41,9 @@ namespace {
 
 constexpr int64_t TILE = 16;    // outputs of a tile
 constexpr int64_t BLOCK = 8;    // inputs of a block
-constexpr int64_t BYTES = 32;   // of a block: TILE x BLOCK digits of two bits
+constexpr int64_t BYTES = 32;   // of a block: TILE x BLOCK weights of two bits
 constexpr int64_t CHUNK = 16;   // tokens that are carried through a whole FFN together: their hidden values fit the L2
-constexpr int64_t PADDED = 64;  // codes of a token are filled up with zeros to a multiple of it: the widest vector
+constexpr int64_t PADDED = 64;  // codes of a token are padded with zeros to a multiple of the widest vector
 
 int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -60,8 +60,8 @@ struct Buffer {
   const T* data() const { return reinterpret_cast<const T*>(lines.data()); }
 };
 
-// Codes of some tokens: q (tokens, stride), and for each group of a token the scale and the sum of its codes.
-// Digits are stored as 0, 1, 2, so that a product is  sum(stored * q) - sum(q).
+// Quantised activations ("codes"): q (tokens, stride), and the scale and code sum of each group of a token.
+// Ternary weights are stored as 0, 1, 2, so that a product is  sum(stored * q) - sum(q).
 struct Codes {
   Buffer<int8_t> q;
   Buffer<int32_t> sums;   // by group and token: a group, hence a cache line, is made by one thread
@@ -77,7 +77,7 @@ struct Codes {
   }
 };
 
-// One product of codes and digits. A tile's blocks lie in segments: one for each group of inputs that share a scale
+// A product of codes and weights. A tile's blocks lie in segments: one for each group of inputs that share a scale
 // (A), or one for each selected primitive (B), whose bytes are read where the shared bank has them.
 struct Job {
   const uint8_t* base;
@@ -103,7 +103,7 @@ struct Int8Job {
 
 enum Activation : int64_t { RELU = 0, RELU2 = 1 };
 
-// What one instruction set offers.
+// The functions of one instruction set.
 struct Table {
   void (*quantise)(const float* x, int64_t d, int64_t token, int64_t first_group, int64_t groups, Codes& codes);
   void (*tiles)(const Job& job, int64_t begin, int64_t end);
@@ -200,7 +200,7 @@ const std::vector<Named>& isas() {
   return all;
 }
 
-// The one in use: PILON_ISA names it.
+// The instruction set in use: the best, or the one that PILON_ISA names.
 const Named& isa() {
   static const Named chosen = [] {
     const char* wanted = std::getenv("PILON_ISA");
@@ -232,7 +232,7 @@ void quantise(const float* x, int64_t stride, int64_t tokens, int64_t d, int64_t
   for (int64_t m = 0; m < tokens; m++) isa().table->quantise(x + m * stride, d, m, 0, codes.groups, codes);
 }
 
-// One projection: two products through the bank, or (B null) one with the matrix A.
+// A projection: two products through the bank, or (B null) one with the dense matrix A.
 struct Projection {
   const uint8_t *A = nullptr, *B = nullptr;
   const float *scale = nullptr, *shift = nullptr, *bias = nullptr;
@@ -302,7 +302,7 @@ void feed_forward(const Ffn& f, const float* x, float* y, int64_t tokens, Team t
   if (f.gated) f.gate.into_latent(mine.x, tokens, shared.u_gate.data(), team);
   team.wait();
 
-  // A member owns whole groups of hidden values, so that it can quantise what it has made.
+  // A member owns complete groups of hidden values, so that it can quantise its own results.
   const int64_t unit = f.down.group ? f.down.group / TILE : 1;
   const int64_t begin = team.begin(tiles, unit), end = team.end(tiles, unit);
   f.up.out_of(latent_codes(f.up, mine.x, shared.u_up.data(), tokens, mine.up), tokens, h, width, begin, end);
@@ -325,7 +325,7 @@ void feed_forward(const Ffn& f, const float* x, float* y, int64_t tokens, Team t
   team.wait();  // the next tokens reuse these buffers
 }
 
-// Room for `tokens` at a time, in the buffers of this thread.
+// Returns this thread's buffers with space for `tokens` at a time.
 Buffers& room(const Ffn& f, int64_t tokens) {
   own.u_up.reserve(tokens * f.up.latent), own.u_gate.reserve(f.gated ? tokens * f.gate.latent : 0);
   own.u_down.reserve(tokens * f.down.latent);

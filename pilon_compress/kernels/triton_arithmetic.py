@@ -1,8 +1,8 @@
-"""The arithmetic that the Triton kernels share: whole-number products, quantisation, activations.
+"""Functions of all Triton kernels: integer products, quantisation, activations.
 
-On a device some of it is PTX: `dp4a`, which Triton never chooses by itself, and a multiplication with its rounding
-written out, which no compiler fuses with a following addition, whatever options it is given. The interpreter
-(TRITON_INTERPRET=1, read when this file is imported) runs the same in Triton's own words.
+On a device some of it is PTX: `dp4a`, which Triton never chooses by itself, and a multiplication with explicit
+rounding, which no compiler fuses with a following addition, whatever its options. The interpreter (TRITON_INTERPRET=1,
+read when this file is imported) computes equal numbers with Triton's own operations.
 """
 
 import triton
@@ -11,13 +11,13 @@ import triton.language as tl
 EMULATED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LEVELS = tl.constexpr(127.0)
 LEAST = tl.constexpr(1e-20)
-HALVES = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point, so the sum rounds to even
-ACTIVATIONS = ("none", "relu", "relu2", "silu", "gelu", "gelu_tanh")  # the number of each is its place
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has no bits behind the point, so it rounds to even
+ACTIVATIONS = ("none", "relu", "relu2", "silu", "gelu", "gelu_tanh")  # kernels take the index
 
 
 @triton.jit
 def dp4a(a, b, c):
-    """`c` + four products: the unsigned bytes of `a` times the signed bytes of `b`."""
+    """Add to `c` the products of the four unsigned bytes of `a` with the four signed bytes of `b`; all int32."""
     if EMULATED:
         for i in tl.static_range(4):
             c += ((a >> (8 * i)) & 0xFF) * ((b << (24 - 8 * i)) >> 24)
@@ -30,7 +30,7 @@ def dp4a(a, b, c):
 
 @triton.jit
 def times(a, b):
-    """The float32 product, rounded before anything is added to it."""
+    """Return the float32 product a · b, rounded before anything is added to it."""
     if EMULATED:
         return a * b
     else:
@@ -41,18 +41,18 @@ def times(a, b):
 
 @triton.jit
 def nearest(x):
-    """The nearest whole number, halves to even, as int32; |x| < 2^22."""
+    """Round float32 x to the nearest integer, halves to even, as int32; |x| < 2^22."""
     if EMULATED:
-        return ((x + HALVES) - HALVES).to(tl.int32)
+        return ((x + ROUND) - ROUND).to(tl.int32)
     else:
         return tl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
 def steps(largest):
-    """What to multiply with for codes of magnitude 127, and the scale to undo it, from the largest magnitude.
+    """Return the factor that maps magnitude `largest` to 127, and the scale that undoes it.
 
-    torch computes 127 / x as 127 times the reciprocal of x, which may differ in the last place: so does this.
+    torch computes 127 / x as 127 times the reciprocal of x, which may differ in the last place; so does this.
     """
     largest = tl.maximum(largest, LEAST)
     one = tl.full(largest.shape, 1.0, tl.float32)
@@ -61,7 +61,7 @@ def steps(largest):
 
 @triton.jit
 def activation(x, ACT: tl.constexpr):
-    """One of ACTIVATIONS; nothing in it that could be fused, so that every kernel gets the same from the same x."""
+    """Compute ACTIVATIONS[ACT] of x. Nothing in it can be fused, so that every kernel gets equal results."""
     if ACT == 0:
         return x
     elif ACT == 1:
@@ -80,10 +80,10 @@ def activation(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def fold_words(acc, words, codes, word, mask):
-    """`acc` (BK, BN) + digits-plus-one of `words` (BK, BN) times the codes at the places `word` (BK,) of 16 each.
+def dot_words(acc, words, codes, word, mask):
+    """Add to `acc` (BK, BN) the products of `words` (BK, BN), 16 stored weights each, with the codes at `word` (BK,).
 
-    Codes are read as int32, four at a time; the digits of one word lie so that byte j, bit pair g is number 4 g + j.
+    Weights are stored as weight + 1. Codes are read four at a time as int32: byte j, bit pair g is input 4 g + j.
     """
     codes = codes.to(tl.pointer_type(tl.int32), bitcast=True)
     for g in tl.static_range(4):
@@ -93,10 +93,10 @@ def fold_words(acc, words, codes, word, mask):
 
 
 @triton.jit
-def code_row(x, codes, scales, sums, K, WIDTH, GROUP: tl.constexpr, CHUNK: tl.constexpr):
-    """Quantise the row at `x` (K,) into `codes` (WIDTH, zeros behind K), `scales` and code `sums`, one per group.
+def quantise_row(x, codes, scales, sums, K, WIDTH, GROUP: tl.constexpr, CHUNK: tl.constexpr):
+    """Quantise the row at `x` (K,) into `codes` (WIDTH, zeros from K on), with `scales` and code `sums` per group.
 
-    GROUP 0: one scale for the row, found in a first pass. Barriers make the results visible to the whole program.
+    GROUP 0: one scale for the row, computed in a first pass. A barrier makes the results visible to the whole program.
     """
     at = tl.arange(0, CHUNK)
     if GROUP == 0:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pilon_compress.kernels import dispatch
 from pilon_compress.kernels.cpu_layout import BankTiles, MatrixTiles
-from pilon_compress.kernels.dispatch import Digits
+from pilon_compress.kernels.dispatch import UnpackedBank
 from pilon_compress.kernels.gpu_layout import BankWords, MatrixWords
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import NORM_EPS, ComposedLinear
@@ -30,7 +30,7 @@ from pilon_compress.nn.ternary_codec import packed_size, unpack, valid
 class Unpacked:
     """A bank's digits as they are computed with, and the layers that do, by the address of their weight."""
 
-    digits: "BankTiles | BankWords | Digits"  # quoted: a bundle holds this file, and not the kernels
+    digits: "BankTiles | BankWords | UnpackedBank"  # quoted: a bundle holds this file, and not the kernels
     layers: defaultdict[int, Ready[Callable[[Tensor], Tensor]]] = field(default_factory=lambda: defaultdict(Ready))
 
 
@@ -101,7 +101,7 @@ class PackedBank(PrimitiveBank):
 
 
 def _layer(
-    digits: "BankTiles | BankWords | Digits",
+    digits: "BankTiles | BankWords | UnpackedBank",
     selected: Tensor,
     weight: Tensor,
     shift: Tensor | None,
