@@ -40,8 +40,8 @@ CAUSAL = {
 PILON = ["int4:0.82", "int4:0.595", "int3:1.0", "int3:0.8", "int3:0.7", "int3:0.5", "int2:1.0", "int2:0.7"]
 PILON += ["int8:1.0", "int4:1.0", "int8:0.54", "int4:0.4"]
 FIGURES = ("cosine", "neighbors10", "kl", "perplexity_ratio")
-PEERS = {"nearest": "rtn", "GPTQ": "gptq"}
-DENSE = [f"{kind}:{how}" for how in (*PEERS, "GPTQ, anchored") for kind in KINDS]
+BASELINES = {"nearest": "rtn", "GPTQ": "gptq"}
+DENSE = [f"{kind}:{how}" for how in (*BASELINES, "GPTQ, anchored") for kind in KINDS]
 ROWS = [f"pilon:{row}" for row in PILON] + [f"dense:{row}" for row in DENSE]
 
 
@@ -76,7 +76,7 @@ class Bench:
     def rounded(self, quantization: str, how: str) -> None:
         name = f"dense, {quantization}, {how}"
         if how != "GPTQ, anchored":
-            made = baseline(f"{PEERS[how]}-{quantization}", 1.0, self.problem, self.dense)
+            made = baseline(f"{BASELINES[how]}-{quantization}", 1.0, self.problem, self.dense)
             self.row(name, 1.0, made.size.to_dict()["bytes_ratio"], made.model)
             return
         plan = Plan(1.0, [[layer] for layer in sorted({s.layer for s in self.sites})], [], list(self.sites))

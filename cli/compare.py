@@ -15,6 +15,15 @@ from .output import print_json, print_table, say, wait_passively
 PANELS = {"what": "What is compared", "data": "Calibration and evaluation", "run": "Running"}
 
 
+def print_methods(asked: bool) -> None:
+    """Print the table of all methods and leave, where `--list` is given."""
+    if asked:
+        from pilon_compress.compare.run import method_table
+
+        print_table("Methods", *method_table())
+        raise typer.Exit
+
+
 def compare(
     model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")] = None,
@@ -28,10 +37,8 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated; default: pilon, pilon-shared, pilon-low-rank, pilon-refined, svd, asvd, "
-            "whitened-svd (SVD-LLM), basis-sharing, nystrom (MoDeGPT), original-pilon. In whole numbers, where named: "
-            "pilon-int8, pilon-int4, pilon-int3, pilon-int2, dense weights rtn-int8, rtn-int4, rtn-int3, rtn-int2 "
-            "(to the nearest), gptq-int8, gptq-int4, gptq-int3, gptq-int2.",
+            help="Comma-separated names of methods; --list describes all of them. Default: every method that is "
+            "compared at equal stored numbers.",
             rich_help_panel=PANELS["what"],
         ),
     ] = None,
@@ -68,6 +75,16 @@ def compare(
     seed: Annotated[int, typer.Option(help="The first seed.", rich_help_panel=PANELS["run"])] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier comparison.", rich_help_panel=PANELS["run"])
+    ] = False,
+    list_methods: Annotated[
+        bool,
+        typer.Option(
+            "--list",
+            callback=print_methods,
+            is_eager=True,
+            help="Print every method and what it does, and stop.",
+            rich_help_panel=PANELS["run"],
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Stop after sizing every method.", rich_help_panel=PANELS["run"])
@@ -109,7 +126,7 @@ def compare(
 
     if output is not None:
         check_output(output, overwrite, kind="comparison")
-    chosen = [name.strip() for name in methods.split(",")] if methods is not None else list(comparing.DEFAULT)
+    chosen = [name.strip() for name in methods.split(",")] if methods is not None else comparing.default_methods()
     ratios = [ratio for value in ffn_ratio or ["0.6", "0.4"] for ratio in parse_ratios("--ffn-ratio", value)]
     asked = comparing.plan(settings, ratios, chosen, seeds)
     if dry_run:
@@ -125,12 +142,12 @@ def compare(
 def print_plan(result: dict[str, Any]) -> None:
     """What each method would store at each ratio."""
     from pilon_compress.report.formatting import number, short_count
-    from pilon_compress.report.frontier import method_name
+    from pilon_compress.report.methods import method_of
 
     rows = []
     for one in result["planned"]:
         counts = [short_count(one["stored"]), number(one["stored_ratio"]), number(one["bytes_ratio"])]
-        rows.append([method_name(one["method"]), f"{one['ratio']:g}", *counts])
+        rows.append([method_of(one["method"]).title, f"{one['ratio']:g}", *counts])
     headings = ["method", "asked FFN ratio", "stored", "stored ÷ dense", "bytes ÷ dense"]
     print_table(result["source"], headings, rows)
     calibration = result["calibration"]

@@ -48,7 +48,7 @@ def convert(
             "--allow-larger", help="Permit plans larger than dense, for study.", rich_help_panel=PANELS["budget"]
         ),
     ] = False,
-    method: Annotated[str | None, typer.Option(help="pilon, or a peer: whitened-svd, svd.")] = None,
+    method: Annotated[str | None, typer.Option(help="pilon, or a baseline: whitened-svd, svd.")] = None,
     composition: Annotated[str | None, typer.Option(help="component or scalar.")] = None,
     calibration: Annotated[
         str | None,

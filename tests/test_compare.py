@@ -5,13 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
 import torch
 
-from pilon_compress.cli import compare as cli
 from pilon_compress.compare import run as comparing
 from pilon_compress.compare.candidate import install, problem_of
 from pilon_compress.config import conversion
@@ -20,7 +18,8 @@ from pilon_compress.errors import BadInput
 from pilon_compress.io.folders import check_output
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import find_sites
-from pilon_compress.report import comparison_page, frontier
+from pilon_compress.report import comparison_page
+from pilon_compress.report.methods import method_of
 
 WORDS = ("the", "model", "layer", "weight", "bank", "primitive", "rank", "token", "memory", "reader", "engine")
 PROSE = "\n\n".join(
@@ -300,11 +299,19 @@ def test_a_baseline_is_installed_into_a_copy(tiny, family):
     assert torch.equal(dense(input_ids=ids).logits, before)
 
 
-def test_every_method_is_named_explained_and_drawn_apart():
-    hints = typing.get_type_hints(cli.compare, include_extras=True)
-    said = hints["methods"].__metadata__[0].help.replace(",", " ").replace(".", " ").split()
-    lines = {frontier.series(method) for method in comparing.METHODS}
-    assert all(method in said for method in comparing.METHODS)
-    assert lines <= frontier.ABOUT.keys() and lines <= frontier.LOOKS.keys()
-    assert len({frontier.method_name(method) for method in comparing.METHODS}) == len(comparing.METHODS)
-    assert len({frontier.LOOKS[line].colour for line in lines}) == len(lines)
+def test_every_method_is_explained_and_drawn_apart():
+    methods = [method_of(name) for name in comparing.every_method()]
+    curves = {method.curve.name: method.curve for method in methods}
+    assert all(curve.about for curve in curves.values())
+    assert len({method.title for method in methods}) == len(methods)
+    assert len({curve.look.colour for curve in curves.values()}) == len(curves)
+    assert len({(curve.look.marker, curve.look.line) for curve in curves.values()}) == len(curves)
+
+
+def test_the_list_of_methods_says_what_each_is_compared_at(cli):
+    lines = cli("compare", "--list").stdout.splitlines()
+    said = {line.split()[0]: line for line in lines if line and line[0].isalpha()}
+    assert said.keys() >= {*comparing.every_method()}
+    assert "equal numbers" in said["nystrom"] and "Lin et al., 2025" in " ".join(lines)
+    assert "equal bytes" in said["gptq-int3"] and "equal bytes" in said["pilon-int4"]
+    assert "gptq-int3" not in comparing.default_methods() and "pilon-int4" not in comparing.default_methods()

@@ -7,8 +7,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pilon_compress.report import comparison_page, frontier
+from pilon_compress.compare.run import every_method
+from pilon_compress.report import comparison_page
+from pilon_compress.report.methods import method_of
 
+KNOWN = every_method()  # reading the registry has every method register its title, explanation and look
 DENSE_SIZE = {"stored_ratio": 1.0, "bytes_ratio": 1.0, "mac_ratio": 1.0, "stored": 1000, "dense_stored": 1000}
 PERFECT = {
     "encoder": {"kind": "encoder", "cosine": 1.0, "neighbors10": 1.0, "texts": 87, "data": "judged.txt"},
@@ -170,7 +173,7 @@ def test_the_page_holds_the_table_and_the_plots(kind):
             [x.replace("(", "").replace(")", "") for x in row] for row in shown[1:]
         ]
     for method in ("svd", "pilon", "nystrom"):
-        assert f"{frontier.method_name(method)} {frontier.ABOUT[method]}" in page.text
+        assert f"{method_of(method).title} {method_of(method).curve.about}" in page.text
     assert "pilon-compress compare some/model" in page.text and "345" in page.text
     assert ("lower is better" if kind == "causal" else "higher is better") in page.text
 

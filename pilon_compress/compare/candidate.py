@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pilon_compress.compare import baselines
+from pilon_compress.compare.baselines.approximation import approximate
 from pilon_compress.compare.baselines.problem import Problem
 from pilon_compress.convert.allocate.block_options import dense_weight
 from pilon_compress.convert.calibrate.second_moments import SecondMoment
@@ -27,8 +27,8 @@ class Candidate:
 
 
 def baseline(method: str, ratio: float, problem: Problem, dense: PreTrainedModel) -> Candidate:
-    """Run one of the `peers` and put its weights into a copy of `dense`."""
-    found = baselines.approximate(method, problem, ratio)
+    """Run one of BASELINES and put its weights into a copy of `dense`."""
+    found = approximate(method, problem, ratio)
     whole = dense_size(problem.sites)
     size = Size(
         stored=found.stored,

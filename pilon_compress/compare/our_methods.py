@@ -10,15 +10,60 @@ from pilon_compress.models.source import Source
 from pilon_compress.nn.integer import KINDS
 from pilon_compress.nn.layout import layout_of
 from pilon_compress.nn.size import ffn_size
+from pilon_compress.plugins import Registry
+from pilon_compress.report.methods import METHODS, REFERENCES, Curve, Look, Method
 
-# method -> overrides of the recipe, as in `convert --set`
-OURS: dict[str, list[str]] = {
-    "pilon": [],
-    "pilon-shared": ["budget.sharing=auto"],
-    "pilon-low-rank": ["budget.neurons=false"],
-    "pilon-refined": ["refine.steps=600"],
-    **{f"pilon-{kind}": [f"form.bank_dtype={kind}"] for kind in KINDS},
+OURS: Registry[list[str]] = Registry("method of ours")  # name -> overrides of the recipe, as in `convert --set`
+_INTEGER_LOOKS = {
+    "int8": Look("#7aa6c2", "p", "-."),
+    "int4": Look("#2f6f9f", "H", "-."),
+    "int3": Look("#12355b", ">", "-."),
+    "int2": Look("#4c5f9e", "8", "-."),
 }
+
+
+def _register(name: str, overrides: list[str], title: str, about: str, look: Look) -> None:
+    OURS.add(name, overrides)
+    METHODS.add(name, Method(name, title, Curve(name, title, about, look)))
+
+
+_register(
+    "pilon",
+    [],
+    "PILON",
+    "neurons, ranks and plain matrices allocated over all layers in a two-sided metric, each layer fitted behind the "
+    "converted ones before it",
+    REFERENCES["pilon"],
+)
+_register(
+    "pilon-shared",
+    ["budget.sharing=auto"],
+    "PILON, shared banks",
+    "the same, but bands of layers share banks where a joint fit has the lower loss",
+    Look("#17618f", "h", "-."),
+)
+_register(
+    "pilon-low-rank",
+    ["budget.neurons=false"],
+    "PILON, all neurons",
+    "the same without dropping neurons: ranks alone are allocated",
+    Look("#56B4E9", "o", "--"),
+)
+_register(
+    "pilon-refined",
+    ["refine.steps=600"],
+    "PILON, refined",
+    "the same, then trained on unlabelled text to answer as the dense model does",
+    Look("#003f66", "D"),
+)
+for _kind, _look in _INTEGER_LOOKS.items():
+    _register(
+        f"pilon-{_kind}",
+        [f"form.bank_dtype={_kind}"],
+        f"PILON, {_kind}",
+        f"the same with its numbers in {KINDS[_kind].bits} bits, rounded in the metric that it was fitted in",
+        _look,
+    )
 
 
 def settings(base: conversion.Recipe, method: str, ratio: float) -> conversion.Recipe:

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
-from pilon_compress.compare import baselines, our_methods
-from pilon_compress.compare.baselines.rtn_gptq import ROUNDED
+from pilon_compress.compare import our_methods
+from pilon_compress.compare.baselines.registry import BASELINES
 from pilon_compress.compare.candidate import baseline, dense_size, problem_of
 from pilon_compress.compare.our_methods import OURS
 from pilon_compress.config import conversion
@@ -33,13 +33,34 @@ from pilon_compress.io.result_log import Cells
 from pilon_compress.models import checkpoint
 from pilon_compress.models.source import Source
 from pilon_compress.models.stream_check import check_stream
-from pilon_compress.nn.integer import KINDS
 from pilon_compress.nn.size import DENSE_ITEMSIZE, Size, linear_macs
 from pilon_compress.report import comparison_page
+from pilon_compress.report.methods import method_of
 
-METHODS = (*OURS, *baselines.PEERS, *ROUNDED)
-WHOLE = {method for method in METHODS if method.partition("-")[2] in KINDS}  # in whole numbers: compared where named
-DEFAULT = tuple(method for method in METHODS if method not in WHOLE)
+
+def every_method() -> list[str]:
+    """Names of all methods: our own, then the baselines."""
+    return [*OURS, *BASELINES]
+
+
+def default_methods() -> list[str]:
+    """Names of the methods that are compared where none is named: those in bfloat16, at equal stored numbers."""
+    quantised = {name for name, overrides in OURS.items() if any("bank_dtype" in one for one in overrides)}
+    return [name for name in every_method() if name not in quantised and takes_ratio(name)]
+
+
+def takes_ratio(method: str) -> bool:
+    """True if `method` is sized by a ratio of stored numbers; False if it keeps all and saves on their bits."""
+    return method in OURS or BASELINES[method].units is not None
+
+
+def method_table() -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of what `compare --list` prints: every method, what it is, what it is compared at."""
+    rows = []
+    for name in every_method():
+        equal = "numbers" if name in default_methods() else "bytes"
+        rows.append([name, method_of(name).title, f"equal {equal}", method_of(name).curve.about])
+    return ["method", "title", "compared at", "what it does"], rows
 
 
 @dataclass(frozen=True)
@@ -65,7 +86,7 @@ class Comparison:
                 size = replace(self.jobs[method, ratio], dtype=torch.bfloat16).size()["ffn"]  # as all are counted
                 stored, asked = size["stored"], size["bytes"]
             else:
-                stored, asked = baselines.planned(method, self.base.sites, ratio)
+                stored, asked = BASELINES[method].planned(self.base.sites, ratio)
             row = {"method": method, "ratio": ratio, "stored": stored, "stored_ratio": stored / dense.stored}
             planned.append({**row, "bytes_ratio": asked / dense.bytes})
         return {
@@ -82,9 +103,10 @@ def plan(settings: conversion.Recipe, ratios: Sequence[float], methods: Sequence
 
     Loads no weights and reads no text. Raises BadInput for an unknown method, for a ratio that is too small for one.
     """
+    known = every_method()
     for method in methods:
-        if method not in METHODS:
-            raise BadInput(f"no method {method!r}; there are {', '.join(METHODS)}")
+        if method not in known:
+            raise BadInput(f"no method {method!r}; there are {', '.join(known)}")
     if seeds < 1 or not methods or not ratios:
         raise BadInput("a comparison needs at least one method, one ratio and one seed")
     ratios, methods = sorted(set(ratios), reverse=True), list(dict.fromkeys(methods))
@@ -93,13 +115,13 @@ def plan(settings: conversion.Recipe, ratios: Sequence[float], methods: Sequence
     )  # at full size: a small ratio is for each method to refuse
     for ratio in ratios:  # refused where it is no ratio, whatever is compared
         our_methods.settings(settings, "pilon", ratio)
-    work = [(method, ratio) for method in methods for ratio in ([1.0] if method in ROUNDED else ratios)]
+    work = [(method, ratio) for method in methods for ratio in (ratios if takes_ratio(method) else [1.0])]
     jobs = {}
     for method, ratio in work:
         if method in OURS:
             jobs[method, ratio] = prepare(our_methods.settings(settings, method, ratio))
         else:
-            baselines.planned(method, base.sites, ratio)
+            BASELINES[method].planned(base.sites, ratio)
     shown = sorted({ratio for _, ratio in work}, reverse=True)
     return Comparison(base, shown, methods, list(range(settings.seed, settings.seed + seeds)), jobs, work)
 

@@ -25,7 +25,7 @@ def fixed_shape(recipe: "Recipe") -> list[str]:
 
 
 FIXED = Context(lambda r: bool(fixed_shape(r)), lambda r: f"budget.{fixed_shape(r)[0]}, which fixes the banks' shape")
-PEER = Context(lambda r: r.method != "pilon", lambda r: f"method {r.method}")
+BASELINE = Context(lambda r: r.method != "pilon", lambda r: f"method {r.method}")
 SCALAR = Context(lambda r: r.form.composition == "scalar", lambda _: "form.composition scalar")
 LARGER = Context(lambda r: r.budget.ratio > 1, lambda _: "a ratio above 1")
 WHOLE = Context(lambda r: r.budget.ratio == 1, lambda _: "ratio 1, which keeps every layer whole")
@@ -39,15 +39,15 @@ UNREFINED = Context(lambda r: r.refine.steps == 0, lambda _: "refine.steps 0")
 UNEVALUATED = Context(lambda r: r.evaluation.data == "none", lambda _: "evaluation.data none")
 
 TABLE: dict[str, tuple[Context, ...]] = {
-    "budget.sharing": (FIXED, PEER, SCALAR, MACS, LARGER, WHOLE),
-    "budget.banding": (FIXED, PEER, UNSHARED),
-    "budget.align": (FIXED, PEER, UNSHARED),
-    "budget.neurons": (FIXED, PEER, SCALAR, LARGER),
-    "budget.bands": (PEER,),
-    "budget.n_primitives": (PEER,),
-    "budget.top_k": (PEER,),
+    "budget.sharing": (FIXED, BASELINE, SCALAR, MACS, LARGER, WHOLE),
+    "budget.banding": (FIXED, BASELINE, UNSHARED),
+    "budget.align": (FIXED, BASELINE, UNSHARED),
+    "budget.neurons": (FIXED, BASELINE, SCALAR, LARGER),
+    "budget.bands": (BASELINE,),
+    "budget.n_primitives": (BASELINE,),
+    "budget.top_k": (BASELINE,),
     "budget.optimize": (MAC_RATIO,),
-    "effort": (PEER,),
+    "effort": (BASELINE,),
     "refine.minutes": (UNREFINED,),
     "refine.samples": (UNREFINED,),
     "evaluation.samples": (UNEVALUATED,),

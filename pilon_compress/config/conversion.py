@@ -204,7 +204,7 @@ class Recipe(Section):
     model: Text
     """The dense model: hub id, local folder, or package:NAME of an installed Python package that ships a checkpoint."""
     method: Method = "pilon"
-    """pilon, or a peer for comparison: whitened-svd (SVD-LLM), svd."""
+    """pilon, or a baseline for comparison: whitened-svd (SVD-LLM), svd."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     """Seed of every random choice: sampling of texts, clustering."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

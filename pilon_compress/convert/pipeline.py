@@ -48,7 +48,7 @@ from pilon_compress.nn.layout import layout_of
 from pilon_compress.report import conversion_page
 from pilon_compress.report.conversion_card import model_card
 
-PEERS = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
+BASELINES = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
 BLOCK_POOL = 1024  # blocks of text that calibration draws from, or four times as many as it draws
 LESSONS = 8  # refinement reads so many times the calibration's text
@@ -173,7 +173,7 @@ def solve_plan(
         plan=job.plan,
         left=planned.left,
         method=settings.method,
-        peers=PEERS,
+        baselines=BASELINES,
         anchored=job.anchored,
         seed=settings.seed,
         sweeps=EFFORTS[settings.effort].sweeps,
@@ -324,7 +324,7 @@ def _begins_with(job: Job) -> str | None:
 
 
 def describe_projection(site: Site, plan: Plan, solved: Solved) -> dict[str, Any]:
-    """One projection's error by method, and the spectrum of its dense weight with the cut that peers make."""
+    """One projection's error by method, and the spectrum of its dense weight with the cut that baselines make."""
     values = solved.spectra[site.name]
     points = torch.linspace(0, len(values) - 1, min(SPECTRUM_POINTS, len(values))).round().long()
     share = values / values.sum().clamp_min(1e-300)

@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from pilon_compress.report import formatting, frontier
+from pilon_compress.report.methods import method_of
 
 Result = Mapping[str, Any]
 
@@ -84,7 +85,7 @@ def table(result: Result, ratio: float, spread: bool = True) -> tuple[list[str],
     """Headings and rows of one ratio as text, best first, the dense model last; `spread` adds low–high over seeds."""
     shown = {key: column for key, column in columns(result["kind"]).items() if key in _shown(result)}
     rows = [
-        [frontier.method_name(row["method"]), *(figure(row[key], spread) for key in shown)]
+        [method_of(row["method"]).title, *(figure(row[key], spread) for key in shown)]
         for row in result["rows"]
         if row["ratio"] == ratio
     ]
@@ -151,19 +152,19 @@ def _circumstances(result: Result) -> str:
 def page(result: Result) -> str:
     """The comparison as one self-contained page: no script, nothing loaded from elsewhere."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"colour": frontier.method_colour, "method": frontier.method_name}
+    environment.filters |= {"colour": lambda name: method_of(name).curve.look.colour}
     source = (
         resources.files("pilon_compress.report").joinpath("templates/comparison.html.j2").read_text(encoding="utf-8")
     )
     main = QUALITY[result["kind"]][0]
-    lines = dict.fromkeys(map(frontier.series, result["methods"]))
+    curves = {curve.name: curve for curve in (method_of(name).curve for name in result["methods"])}
     return environment.from_string(source).render(
         result=result,
         lead=_lead(result),
         better="lower" if main in LESS_IS_BETTER else "higher",
         plots=[(LABELS[key], _plot(result, key), key in LESS_IS_BETTER) for key in PLOTTED[result["kind"]]],
         tables=[(ratio, *_with_keys(result, ratio)) for ratio in result["ratios"]],
-        methods=[(line, frontier.ABOUT[line]) for line in lines if line in frontier.ABOUT],
+        methods=[(curve.title, curve.about) for curve in curves.values() if curve.about],
         sorted_by=LABELS[main],
         circumstances=_circumstances(result),
     )
@@ -180,7 +181,7 @@ def _lead(result: Result) -> str:
 
     def said(row: Mapping[str, Any]) -> str:
         quality, spent = figure(row[main], spread=False), figure(row[cost], spread=False)
-        return f"{frontier.method_name(row['method'])} ({quality} at {spent} of the {unit})"
+        return f"{method_of(row['method']).title} ({quality} at {spent} of the {unit})"
 
     sentences = ["Numbers differ in their bits: bytes are what to compare by."] if bits else []
     for ratio in result["ratios"]:

@@ -21,12 +21,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import NDArray
 
 from pilon_compress.report.formatting import METHOD_NAMES, ROLE_ORDER, in_order, layer_list, method_name, number
+from pilon_compress.report.methods import reference
 
 Projection = Mapping[str, Any]
 Bank = Mapping[str, Any]
-METHOD_COLOURS = {"pilon": "#0072B2", "whitened-svd": "#E69F00", "svd": "#CC79A7"}
-OTHER_COLOURS = ("#009E73", "#56B4E9", "#D55E00")
-_MARKERS = {"pilon": "o", "whitened-svd": "s", "svd": "^"}
 _INK, _QUIET, _RULE = "#1f2937", "#6b7280", "#d1d5db"
 _WIDTH = 10.4  # inches: the text column of the page, so that a point of type is a point on screen
 _STYLE: dict[Any, Any] = {
@@ -53,9 +51,7 @@ _STYLE: dict[Any, Any] = {
 
 def method_colour(method: str) -> str:
     """The colour that stands for a method in every plot and table."""
-    if method in METHOD_COLOURS:
-        return METHOD_COLOURS[method]
-    return OTHER_COLOURS[sum(method.encode()) % len(OTHER_COLOURS)]
+    return reference(method).colour
 
 
 def error_by_layer(projections: Sequence[Projection]) -> str:
@@ -97,7 +93,7 @@ def _draw_errors(axis: Axes, members: Sequence[Projection], method: str) -> None
         [layer for layer, _ in known],
         [error for _, error in known],
         color=method_colour(method),
-        marker=_MARKERS.get(method, "D"),
+        marker=reference(method).marker,
         markersize=5,
         linewidth=1.6,
         label=method_name(method),
@@ -196,7 +192,7 @@ def speedups(parts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             names, values = list(entries), [entry["speedup"] for entry in entries.values()]
             low, high = zip(*(entry["spread"] for entry in entries.values()), strict=True)
             errors = [np.subtract(values, low).clip(0), np.subtract(high, values).clip(0)]
-            colours = [METHOD_COLOURS["pilon"] if name.startswith("pilon") else _RULE for name in names]
+            colours = [method_colour("pilon") if name.startswith("pilon") else _RULE for name in names]
             axis.barh(names, values, xerr=errors, color=colours, ecolor=_INK, capsize=3, height=0.7)
             for row, (value, end) in enumerate(zip(values, high, strict=True)):
                 axis.text(max(value, end), row, f"  {number(value)}x", va="center")

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from pilon_compress.compare.baselines.equal_budget import Share, Unit, bias_numbers, groups
 from pilon_compress.compare.baselines.problem import Problem, Solution, pair_macs
+from pilon_compress.compare.baselines.registry import baseline
 from pilon_compress.convert.calibrate.damping import damped_solve
 from pilon_compress.convert.solve.eigen import eigenvectors
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.models.families import Site
+from pilon_compress.report.methods import Look
 
 GROUP = 2  # layers that share a basis; the paper's choice for most of its tables
 
@@ -29,6 +31,14 @@ def units(sites: Sequence[Site]) -> list[Unit]:
     return made
 
 
+@baseline(
+    "basis-sharing",
+    title="Basis Sharing",
+    about="two neighbouring layers share the input side of their factors",
+    paper="Wang et al., 2025",
+    look=Look("#009E73", "P"),
+    units=units,
+)
 def solve(problem: Problem, shares: list[Share]) -> Solution:
     """Whiten all layers of a group by the sum of their input moments, share the left singular vectors of all weights.
 

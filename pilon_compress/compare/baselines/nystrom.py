@@ -7,10 +7,12 @@ from torch import Tensor
 
 from pilon_compress.compare.baselines.equal_budget import Share, Unit, bias_numbers
 from pilon_compress.compare.baselines.problem import Problem, Solution
+from pilon_compress.compare.baselines.registry import baseline
 from pilon_compress.convert.calibrate.damping import damped_inverse, damped_solve
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.errors import BadInput
 from pilon_compress.models.families import Site
+from pilon_compress.report.methods import Look
 
 RIDGE = 1.0  # of the mean eigenvalue; any from 0.3 to 10 will do, 0.1 drops a neuron that others lean on (docs/results)
 
@@ -31,6 +33,15 @@ def units(sites: Sequence[Site]) -> list[Unit]:
     return made
 
 
+@baseline(
+    "nystrom",
+    title="Nyström neurons (MoDeGPT)",
+    about="whole neurons are dropped and the down-projection makes up for them; what stays of up and gate is exact, so "
+    "all of its loss is in down",
+    paper="Lin et al., 2025",
+    look=Look("#D55E00", "v"),
+    units=units,
+)
 def solve(problem: Problem, shares: list[Share]) -> Solution:
     """Keep the neurons of the largest ridge leverage; the rows of `down` make up for the others as well as they can."""
     weights, factors, kept, macs = {}, [], {}, 0

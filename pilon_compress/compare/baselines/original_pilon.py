@@ -7,7 +7,9 @@ from torch import Tensor
 
 from pilon_compress.compare.baselines.equal_budget import Share, Unit, bias_numbers, groups
 from pilon_compress.compare.baselines.problem import Problem, Solution, pair_macs
+from pilon_compress.compare.baselines.registry import baseline
 from pilon_compress.models.families import Site
+from pilon_compress.report.methods import Look
 
 BAND = 3  # layers that share a bank
 WIDEST = 16  # rank of a primitive, less for small matrices
@@ -28,6 +30,14 @@ def units(sites: Sequence[Site]) -> list[Unit]:
     return made
 
 
+@baseline(
+    "original-pilon",
+    title="original PILON",
+    about="primitives from a band's mean weight, mixed by softmax top-k, no activations",
+    paper="the original implementation",
+    look=Look("#8a8f98", "X", ":"),
+    units=units,
+)
 def solve(problem: Problem, shares: list[Share]) -> Solution:
     """Cut the mean weight of each band into primitives; fit each layer's mixture to its weight, top-k of it."""
     weights, factors, macs = {}, [], 0

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from pilon_compress.compare.baselines.equal_budget import Share, Unit, bias_numbers
 from pilon_compress.compare.baselines.problem import Problem, Solution, pair_macs
+from pilon_compress.compare.baselines.registry import baseline
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.models.families import Site
+from pilon_compress.report.methods import REFERENCES, Look
 
 ALPHA = 0.5  # of ASVD's scaling; the value that its authors settled on
 
@@ -22,11 +24,27 @@ def units(sites: Sequence[Site]) -> list[Unit]:
     return [Unit((site,), site.d_in + site.d_out, bias_numbers([site]), min(site.d_in, site.d_out)) for site in sites]
 
 
+@baseline(
+    "svd",
+    title="plain SVD",
+    about="each weight's nearest matrix of lower rank; knows no activations",
+    paper="Eckart and Young, 1936",
+    look=REFERENCES["svd"],
+    units=units,
+)
 def svd(problem: Problem, shares: list[Share]) -> Solution:
     """The nearest matrix of lower rank (Eckart and Young, 1936); knows no activations."""
     return _truncated(problem, shares, lambda target: target.plain[0])
 
 
+@baseline(
+    "asvd",
+    title="ASVD",
+    about="SVD after scaling the input channels by the square root of their magnitude",
+    paper="Yuan et al., 2023",
+    look=Look("#9a6fb0", "<"),
+    units=units,
+)
 def asvd(problem: Problem, shares: list[Share]) -> Solution:
     """ASVD (Yuan et al., 2023): input channels scaled by their magnitude to the power of 0.5 before the SVD.
 
@@ -37,6 +55,14 @@ def asvd(problem: Problem, shares: list[Share]) -> Solution:
     return _truncated(problem, shares, _scaled)
 
 
+@baseline(
+    "whitened-svd",
+    title="whitened SVD (SVD-LLM)",
+    about="SVD in the metric of the inputs' second moment",
+    paper="Wang et al., 2024",
+    look=REFERENCES["whitened-svd"],
+    units=units,
+)
 def whitened_svd(problem: Problem, shares: list[Share]) -> Solution:
     """SVD-LLM (Wang et al., 2024): the SVD of R W, RᵀR the inputs' second moment: least output error at its rank."""
     return _truncated(problem, shares, lambda target: target.whitened[0])

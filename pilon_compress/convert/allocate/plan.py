@@ -64,7 +64,7 @@ class BankPlan:
         return len(self.sites) * min(inner, self.d_in * self.d_out)
 
     def private_rank(self) -> int:
-        """The rank that per-layer factors could have at this bank's stored size: what the peers get."""
+        """The rank that per-layer factors could have at this bank's stored size: what the baselines get."""
         free = self.stored() - sum(self.d_out for site in self.sites if site.bias)
         return max(1, min(self.full_rank, free // (len(self.sites) * (self.d_in + self.d_out))))
 

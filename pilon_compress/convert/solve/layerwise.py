@@ -49,7 +49,7 @@ class Task:
     plan: Plan
     left: dict[int, Tensor | None]
     method: str
-    peers: Sequence[str]
+    baselines: Sequence[str]
     anchored: bool
     seed: int
     sweeps: int
@@ -340,7 +340,7 @@ class _Layer:
             approximation = whole.weight.index_copy(1, columns, approximation)
         errors = {self.task.method: whole.output_loss(approximation)}
         rank = uniform_rank(site, self.task.plan.ratio)
-        for method in self.task.peers:
+        for method in self.task.baselines:
             if method not in errors:
                 errors[method] = whole.truncation_loss(method, rank)
         self.solved.errors[site.name] = {method: max(0.0, value) for method, value in errors.items()}
@@ -348,6 +348,6 @@ class _Layer:
 
 
 def uniform_rank(site: Site, ratio: float) -> int:
-    """The rank of two factors that store `ratio` of the site's numbers: what the peers get."""
+    """The rank of two factors that store `ratio` of the site's numbers: what the baselines get."""
     free = ratio * site.parameters - site.d_out * site.bias
     return max(1, min(site.d_in, site.d_out, int(free // (site.d_in + site.d_out))))

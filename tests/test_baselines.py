@@ -4,17 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from pilon_compress.compare.baselines import (
-    PEERS,
-    approximate,
-    basis_sharing,
-    equal_budget,
-    nystrom,
-    original_pilon,
-    planned,
-    shares,
-)
+from pilon_compress.compare.baselines import basis_sharing, equal_budget, nystrom, original_pilon
+from pilon_compress.compare.baselines.approximation import approximate
 from pilon_compress.compare.baselines.problem import Problem
+from pilon_compress.compare.baselines.registry import BASELINES
 from pilon_compress.convert.calibrate.second_moments import SecondMoment
 from pilon_compress.convert.solve.low_rank import DAMPING
 from pilon_compress.errors import BadInput
@@ -22,6 +15,7 @@ from pilon_compress.models.families import Site
 from pilon_compress.nn.integer import KINDS
 
 HIDDEN, INNER, LAYERS, TOKENS = 16, 40, 4, 300
+SIZED = [name for name, baseline in BASELINES.items() if baseline.units is not None]
 RATIOS = [0.2, 0.35, 0.6, 0.83, 1.0]
 
 
@@ -115,7 +109,9 @@ def test_a_shared_basis_is_optimal_where_the_layers_see_the_same_inputs():
 def test_coefficients_of_a_shared_basis_suit_each_layer():
     """No change of a layer's coefficients lowers that layer's own loss: the error is orthogonal to the basis."""
     problem, inputs = make_problem()
-    [(unit, rank), *_] = [share for share in shares("basis-sharing", problem.sites, 0.5) if len(share[0].sites) == 2]
+    [(unit, rank), *_] = [
+        share for share in BASELINES["basis-sharing"].shares(problem.sites, 0.5) if len(share[0].sites) == 2
+    ]
     basis = basis_sharing.shared_basis([problem.targets[site.name] for site in unit.sites], rank)
     found = approximate("basis-sharing", problem, 0.5)
     for site in unit.sites:
@@ -213,24 +209,24 @@ def test_the_original_mixes_windows_of_the_mean_weight():
         seen = U.T @ found.weights[f"l{layer}.up"] @ Vh.T
         assert float((seen - seen.diag().diag()).abs().max()) < 1e-9, "only singular directions of the mean"
     rank = max(1, min(original_pilon.WIDEST, HIDDEN // 8))
-    [(_, count), *_] = shares("original-pilon", problem.sites, 0.35)
+    [(_, count), *_] = BASELINES["original-pilon"].shares(problem.sites, 0.35)
     selected = -(-count // original_pilon.SELECTED)
     assert np.linalg.matrix_rank(found.weights["l0.up"].numpy(), tol=1e-9) <= selected * rank
 
 
-@pytest.mark.parametrize("method", PEERS)
+@pytest.mark.parametrize("method", SIZED)
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize(("bias", "gated"), [(True, False), (False, True)])
 def test_budgets_are_met_and_counted(method, ratio, bias, gated):
     problem, _ = make_problem(bias, gated)
-    asked = shares(method, problem.sites, ratio)
+    asked = BASELINES[method].shares(problem.sites, ratio)
     found = approximate(method, problem, ratio)
     budget = ratio * dense_numbers(problem)
-    solution = PEERS[method].solve(problem, asked)
+    solution = BASELINES[method].solve(problem, asked)
     biases = sum(b.numel() for name, b in problem.biases.items() if name not in solution.kept)
     biases += sum(len(kept) for name, kept in solution.kept.items() if name in problem.biases)
     assert found.stored == sum(f.numel() for f in solution.factors) + biases
-    assert planned(method, problem.sites, ratio) == (found.stored, found.bytes)
+    assert BASELINES[method].planned(problem.sites, ratio) == (found.stored, found.bytes)
     assert found.stored <= budget
     growing = [unit.price for unit, count in asked if count < unit.most]
     assert not growing or budget - found.stored < max(growing), "no whole step is left over"
@@ -257,7 +253,7 @@ def test_stored_numbers_follow_from_the_ranks_of_the_weights():
     assert found.stored == found.macs == neurons * 2 * HIDDEN
 
 
-@pytest.mark.parametrize("method", PEERS)
+@pytest.mark.parametrize("method", SIZED)
 def test_biases_absorb_the_mean_error_for_every_method(method):
     problem, inputs = make_problem()
     found = approximate(method, problem, 0.4)
@@ -270,11 +266,11 @@ def test_biases_absorb_the_mean_error_for_every_method(method):
     assert approximate(method, make_problem(bias=False)[0], 0.4).biases == {}
 
 
-@pytest.mark.parametrize("method", PEERS)
+@pytest.mark.parametrize("method", SIZED)
 def test_a_budget_for_nothing_is_refused(method):
     problem, _ = make_problem()
     with pytest.raises(BadInput, match=f"ratio 0.01 is too small for {method}"):
-        shares(method, problem.sites, 0.01)
+        BASELINES[method].shares(problem.sites, 0.01)
 
 
 def test_nystrom_needs_whole_blocks():
@@ -298,7 +294,7 @@ def test_error_feedback_beats_rounding_to_the_nearest_in_the_same_bytes(kind, bi
     scales = sum(2 * site.d_out * (1 if kind == "int8" else -(-site.d_in // 64)) for site in problem.sites)
     numbers = sum(weight.numel() for weight in problem.weights.values())
     biases = sum(bias.numel() for bias in problem.biases.values())
-    assert planned(f"rtn-{kind}", problem.sites, 1.0) == (nearest.stored, nearest.bytes)
+    assert BASELINES[f"rtn-{kind}"].planned(problem.sites, 1.0) == (nearest.stored, nearest.bytes)
     assert nearest.bytes == fed_back.bytes == bytes_of * numbers + scales + 2 * biases
     assert nearest.stored == fed_back.stored == numbers + biases == dense_numbers(problem)
     assert sum(fed_back.losses.values()) < 0.9 * sum(nearest.losses.values())

@@ -1,0 +1,61 @@
+"""The methods of a comparison as readers meet them: title, explanation, and how each is drawn.
+
+`compare` registers one entry for every method; tables, plots and pages look names up here.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pilon_compress.plugins import Registry
+
+OTHER_COLOURS = ("#009E73", "#56B4E9", "#D55E00")
+
+
+class Look(NamedTuple):
+    """How a method is drawn: colour (Okabe and Ito's set), marker and line style of matplotlib."""
+
+    colour: str
+    marker: str
+    line: str = "-"
+
+
+REFERENCES = {  # what reports of a conversion draw, too
+    "pilon": Look("#0072B2", "o"),
+    "whitened-svd": Look("#E69F00", "s"),
+    "svd": Look("#CC79A7", "^"),
+}
+DENSE = Look("#1f2937", "*")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of the frontier: one method over all its ratios, or several methods that differ in their bits."""
+
+    name: str
+    title: str
+    about: str
+    look: Look
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of a comparison: its `name` on the command line and in compare.json, and its `title` in tables."""
+
+    name: str
+    title: str
+    curve: Curve
+
+
+METHODS: Registry[Method] = Registry("method")
+
+
+def method_of(name: str) -> Method:
+    """Return what was registered under `name`; for any other name one that is titled so, without an explanation."""
+    if name == "dense":
+        return Method(name, name, Curve(name, name, "", DENSE))
+    return METHODS.find(name) or Method(name, name, Curve(name, name, "", reference(name)))
+
+
+def reference(name: str) -> Look:
+    """Return how reports of a conversion draw a method: as in REFERENCES, else in a colour that its name decides."""
+    return REFERENCES.get(name) or Look(OTHER_COLOURS[sum(name.encode()) % len(OTHER_COLOURS)], "D")
