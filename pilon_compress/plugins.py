@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
@@ -87,7 +87,7 @@ def import_plugins() -> None:
     for point in entry_points(group=GROUP):
         _guarded(point.value, point.load)
     for name in filter(None, map(str.strip, os.environ.get(PLUGINS, "").split(","))):
-        _guarded(name, lambda name=name: import_file(Path(name)) if name.endswith(".py") else import_module(name))
+        _guarded(name, partial(import_file, Path(name)) if name.endswith(".py") else partial(import_module, name))
 
 
 def import_file(path: Path) -> ModuleType:
