@@ -14,7 +14,7 @@ import typer
 
 from pilon_compress import __version__
 from pilon_compress.errors import BadInput
-from pilon_compress.io import progress, signals
+from pilon_compress.io import messages, progress, signals
 from pilon_compress.io.disk import disk_full
 
 from . import recipes
@@ -71,7 +71,8 @@ def main() -> NoReturn:
     """Run the command line and leave with its exit code. PILON_DEBUG=1 lets exceptions through, tracebacks and all."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    progress.hold_notes()
+    progress.switch_on()
+    messages.show(progress.say, hold=not progress.Stderr().isatty())
     signals.listen()
     sys.stderr = _Unfailing.around(sys.stderr)
     try:
@@ -84,7 +85,7 @@ def main() -> NoReturn:
         if leaving.code == 130:
             _leave(130, "interrupted")
         if leaving.code in (None, 0):
-            progress.release_notes()
+            messages.release_notes()
             _flush()
         raise
     except Exception as error:  # the outermost frame: whatever happened, the user gets one line and the right code
@@ -99,7 +100,7 @@ def main() -> NoReturn:
         if reason := disk_full(error):
             _leave(2, f"error: no space left on the disk: {reason}: {error}")
         _leave(1, f"failed: {type(error).__name__}: {error} (PILON_DEBUG=1 shows the traceback)")
-    progress.release_notes()
+    messages.release_notes()
     if code == 130:  # typer's word for Ctrl-C
         _leave(130, "interrupted")
     _flush()

@@ -68,6 +68,17 @@ elif not any(type(finder).__name__ == "_RegisterWithTransformers" for finder in 
     sys.meta_path.insert(0, _RegisterWithTransformers())
 
 
+class _Front(ModuleType):
+    """The package. Its calls keep their names where a room of the same name is imported, as `evaluate` is."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _PUBLIC or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Front
+
+
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         module, _, attribute = _PUBLIC[name].partition(":")

@@ -5,6 +5,7 @@ on this machine, tests/tiny_hub.py.
 """
 
 import importlib.util
+import logging
 import os
 import signal
 import subprocess
@@ -84,6 +85,25 @@ def triton() -> None:
     install, hence none among the packages of `dev`."""
     if sys.platform != "linux":
         pytest.skip("triton has no builds for this system")
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`said()` returns the messages since the last call, as lines of the command line."""
+    from pilon_compress.io import messages
+
+    lines: list[str] = []
+
+    def taken() -> list[str]:
+        found = list(lines)
+        lines.clear()
+        return found
+
+    monkeypatch.setattr(messages, "_noted", set())
+    monkeypatch.setattr(messages, "_shown", None)
+    handler = messages.show(lines.append)
+    yield taken
+    logging.getLogger(messages.ROOT).removeHandler(handler)
 
 
 @pytest.fixture

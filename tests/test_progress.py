@@ -1,6 +1,7 @@
 """Progress: one line for a whole command, live or now and then, which no stderr can break."""
 
 import io
+import logging
 import os
 import re
 import subprocess
@@ -9,7 +10,14 @@ import time
 
 import pytest
 
-from pilon_compress.io import progress
+from pilon_compress.io import messages, progress
+
+
+@pytest.fixture(autouse=True)
+def switched_on():
+    """As on the command line."""
+    with progress.visible(True):
+        yield
 
 
 class Terminal(io.StringIO):
@@ -184,7 +192,8 @@ def test_a_stderr_that_takes_nothing_ends_nothing(monkeypatch, error):
 @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
 def test_a_process_whose_stderr_is_full_or_closed_ends_well(redirection):
     code = (
-        "import time; from pilon_compress import progress; progress.INTERVAL = 0.01; progress.note('lost')\n"
+        "import time; from pilon_compress.io import messages, progress\n"
+        "progress.INTERVAL = 0.01; progress.switch_on(); messages.show(progress.say); messages.note('lost')\n"
         "for i in progress.track(range(3), 'a'): time.sleep(0.02)\n"
         "print('done')"
     )
@@ -192,17 +201,27 @@ def test_a_process_whose_stderr_is_full_or_closed_ends_well(redirection):
     assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
-def test_notes_are_said_once_and_wait_where_an_error_may_follow(capfd):
-    progress._said.clear()
-    progress.note("first")
-    progress.note("first")
+def test_notes_are_said_once_and_wait_where_an_error_may_follow(monkeypatch, capfd):
+    monkeypatch.setattr(messages, "_noted", set())
+    shown = messages.show(progress.say)
+    messages.note("first")
+    messages.note("first")
     assert capfd.readouterr().err == "first\n"
-    progress.hold_notes()
-    progress.note("second")
+    shown = messages.show(progress.say, hold=True)
+    messages.note("second")
     assert capfd.readouterr().err == ""
-    progress.release_notes()
-    progress.note("third")
+    messages.release_notes()
+    messages.note("third")
     assert capfd.readouterr().err == "second\nthird\n"
+    logging.getLogger("pilon_compress").removeHandler(shown)
+
+
+def test_nothing_is_shown_until_it_is_switched_on(monkeypatch, capfd):
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    with progress.visible(False), progress.stages([("a", 1)]) as line:
+        for _ in progress.track(range(3), "a"):
+            time.sleep(0.05)
+    assert line.position == 1 and capfd.readouterr() == ("", "")
 
 
 def test_notes_reach_the_user_of_a_command(cli, tiny, tmp_path):

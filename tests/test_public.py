@@ -14,6 +14,8 @@ def test_every_public_name_resolves():
     ]
     assert not missing
     assert pilon_compress.convert_model is pipeline.convert
+    room = import_module("pilon_compress.evaluate.evaluate")
+    assert pilon_compress.evaluate is room.evaluate
 
 
 def test_importing_the_package_loads_no_torch():

@@ -14,7 +14,6 @@ import pytest
 from pilon_compress.data import stdin, text
 from pilon_compress.data.split import split_items
 from pilon_compress.errors import BadInput
-from pilon_compress.io import progress
 
 DOCUMENTS = [f"Document {i}: naïve café.\nIts second line." for i in range(40)]
 
@@ -167,18 +166,17 @@ def test_paragraphs_are_distinct_prose():
     assert list(text.paragraphs(documents, min_chars=10))[1] == "Too short."
 
 
-def test_paragraphs_of_one_sentence_a_line_are_taken_though_they_are_short(capfd):
-    progress._said.clear()
+def test_paragraphs_of_one_sentence_a_line_are_taken_though_they_are_short(said):
     short = [f"Line {'abcdefghij'[i]} is short." for i in range(10)]
     assert list(text.paragraphs([*short, short[0]])) == short
-    assert "fewer than 80 characters" in capfd.readouterr().err
+    assert "fewer than 80 characters" in said()[0]
     long = "This one is long enough to stand on its own, because it goes on and on about nothing in particular."
     assert list(text.paragraphs([short[0], long, *short[1:]])) == [long, *short], "nearly all are short"
     assert list(text.paragraphs([short[0], long, short[1]])) == [long], "the short ones are headings"
     assert list(text.paragraphs(["ประเทศไทยมีประชากรจำนวนมาก"])) == ["ประเทศไทยมีประชากรจำนวนมาก"]
     code = ["x[0] += f(y[1], z{2});", "for (i = 0; i < 9; i++) {}"]
     assert list(text.paragraphs(code)) == code
-    assert "not prose" in capfd.readouterr().err
+    assert "not prose" in said()[-1]
 
 
 def test_a_few_long_paragraphs_are_cut_into_many():

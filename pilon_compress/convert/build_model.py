@@ -1,6 +1,8 @@
 """The PILON model of a conversion: the dense one with what was solved in the place of its projections."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 
 import torch
@@ -25,13 +27,9 @@ def build(
     dense = source.model
     shared = {id(tensor): tensor for tensor in chain(dense.parameters(), dense.buffers())}
     model = copy.deepcopy(dense, memo=dict(shared))
-    own, computed = torch.get_default_dtype(), source.model.dtype
-    if source.streamed:
-        torch.set_default_dtype(dtype)
-    try:
+    computed = source.model.dtype
+    with default_dtype(dtype) if source.streamed else nullcontext():
         install(model, plan.layout(quantization))
-    finally:
-        torch.set_default_dtype(own)
     modules = dict(banks(model))
     for bank in plan.banks:
         fit = solved.banks[bank.name]
@@ -58,6 +56,17 @@ def build(
     model.to(source.device)
     prune_unused(model)
     return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let torch make new floating-point tensors in `dtype` within the block."""
+    own = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(own)
 
 
 def fill(model: PreTrainedModel, source: Source, dtype: torch.dtype) -> None:

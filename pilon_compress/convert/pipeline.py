@@ -5,6 +5,7 @@
 Data goes down this list; each step is a function below that reads in one sitting.
 """
 
+import logging
 import resource
 import sys
 import time
@@ -47,6 +48,8 @@ from pilon_compress.nn import size
 from pilon_compress.nn.layout import layout_of
 from pilon_compress.report import conversion_page
 from pilon_compress.report.conversion_card import model_card
+
+log = logging.getLogger(__name__)
 
 BASELINES = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
 SPECTRUM_POINTS = 128
@@ -137,7 +140,7 @@ def settle(job: Job) -> Job:
         return job
     folder = Path(checkpoint.resolve(job.recipe.model))
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        print(f"{job.recipe.model} holds no weights: sizes are about, layers are sized by calibration", file=sys.stderr)
+        log.info("%s holds no weights: sizes are about, layers are sized by calibration", job.recipe.model)
         return job
     torch.manual_seed(job.recipe.seed)
     tokenizer = checkpoint.load_tokenizer(job.recipe.model)

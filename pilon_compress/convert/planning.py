@@ -3,7 +3,7 @@
 A dry run and a conversion both come here, so that what one announces is what the other makes.
 """
 
-import sys
+import logging
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -21,6 +21,8 @@ from pilon_compress.io.journal import Journal
 from pilon_compress.io.offload import Shelf
 from pilon_compress.models.source import Source
 from pilon_compress.nn.bands import split_bands
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def take_moments(source: Source, batches: list[Batch], job: Job, journal: Journa
             if reason is None:
                 shelf.adopt(sums, source.device)
                 return Moments(shelf, source.device)
-            print(f"{reason}: the moments are taken again", file=sys.stderr)
+            log.warning("%s: the moments are taken again", reason)
             shelf.clear()
     moments = gather(source, batches, job.sites, causal=job.causal, seed=job.recipe.seed, shelf=shelf)
     if source.streamed:

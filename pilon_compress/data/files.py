@@ -8,7 +8,7 @@ from typing import Any
 
 from pilon_compress.data import plain, rows
 from pilon_compress.errors import BadInput
-from pilon_compress.io import progress
+from pilon_compress.io import messages
 
 SOURCES = "text sources are hub:..., a txt, jsonl or parquet file, stdlib, stdin"
 
@@ -83,7 +83,7 @@ def _paths(pattern: str) -> list[Path]:
         readable = [path for path in files if path.suffix.lower() in FORMATS]
         if readable and len(readable) < len(files):
             others = ", ".join(sorted({path.suffix or path.name for path in files} - {p.suffix for p in readable}))
-            progress.note(f"{pattern}: {len(files) - len(readable)} of {len(files)} files are left out ({others})")
+            messages.note(f"{pattern}: {len(files) - len(readable)} of {len(files)} files are left out ({others})")
         return readable
     try:
         return [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]

@@ -6,7 +6,7 @@ from itertools import islice
 from unicodedata import category
 
 from pilon_compress.data.plain import cut
-from pilon_compress.io import progress
+from pilon_compress.io import messages
 
 LONGEST = 2**12  # characters of a paragraph; a longer one is cut
 ENOUGH = 32  # paragraphs; fewer are cut into more, or joined by short ones
@@ -49,13 +49,13 @@ def paragraphs(documents: Iterable[str], min_chars: int = 80) -> Iterator[str]:
         _say_short(min_chars, full)
         yield from short
     elif not full and other:
-        progress.note("paragraphs that are not prose are taken: the text has no others")
+        messages.note("paragraphs that are not prose are taken: the text has no others")
         yield from other
 
 
 def _say_short(min_chars: int, full: int) -> None:
     longer = f"only {full} are longer" if full else "none is longer"
-    progress.note(f"paragraphs of fewer than {min_chars} characters are taken, too: {longer}")
+    messages.note(f"paragraphs of fewer than {min_chars} characters are taken, too: {longer}")
 
 
 def _blocks(documents: Iterable[str]) -> Iterator[str]:
@@ -72,7 +72,7 @@ def _enough(blocks: Iterator[str]) -> Iterator[str]:
     limit = LONGEST if len(head) == ENOUGH else max(SHORTEST_PIECE, sum(map(len, head)) // (2 * ENOUGH))
     pieces = [piece.strip() for block in head for piece in cut(block, limit)]
     if len(pieces) > len(head):
-        progress.note(f"the text has only {len(head)} paragraphs: they were cut into {len(pieces)}")
+        messages.note(f"the text has only {len(head)} paragraphs: they were cut into {len(pieces)}")
     yield from pieces
     yield from blocks
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import IO
 
 from pilon_compress.errors import BadInput
-from pilon_compress.io import progress
+from pilon_compress.io import messages
 
 LONGEST = 2**20  # characters of a document; a longer one is cut
 LOOK = 2**22  # characters in which a blank line is looked for
@@ -123,7 +123,7 @@ class Held:
 
 def say_cut(name: str) -> None:
     """Say once that documents of `name` are cut."""
-    progress.note(f"{name}: documents of more than {LONGEST:,} characters are read in pieces of at most that")
+    messages.note(f"{name}: documents of more than {LONGEST:,} characters are read in pieces of at most that")
 
 
 def _invalid_byte(file: IO[bytes], start: int, fallback: int) -> int:

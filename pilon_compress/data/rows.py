@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pilon_compress.errors import BadInput
-from pilon_compress.io import progress
+from pilon_compress.io import messages
 from pilon_compress.io.errors import first_line
 
 LONGEST_ROW = 2**26  # bytes of a jsonl line, or characters of a JSON value
@@ -106,7 +106,7 @@ def texts(rows: Iterable[Any], column: str, origin: str) -> Iterator[str]:
 
 def _say_skipped(origin: str, column: str, skipped: int, count: int) -> None:
     if skipped:
-        progress.note(f"{origin}: {skipped} of {count} rows hold no text in column {column!r} and were skipped")
+        messages.note(f"{origin}: {skipped} of {count} rows hold no text in column {column!r} and were skipped")
 
 
 def _opened(path: Path) -> IO[bytes]:

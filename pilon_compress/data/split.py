@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 from pilon_compress.data.plain import cut
 from pilon_compress.errors import BadInput
-from pilon_compress.io import progress
+from pilon_compress.io import messages
 
 HELD_OUT = 5  # one document in five is held out
 FEW, SMALL = 20, 2**20  # documents, characters: a source with no more of either is split as a whole
@@ -87,7 +87,7 @@ def _cut(documents: Iterable[str], source: str) -> dict[str, list[str]]:
     pieces = {document: [piece for piece in cut(document, limit) if piece.strip()] for document in documents}
     before, after = len(pieces), sum(map(len, pieces.values()))
     if after > before:
-        progress.note(f"{source}: of {before} documents the largest were cut, into {after}, to hold some text back")
+        messages.note(f"{source}: of {before} documents the largest were cut, into {after}, to hold some text back")
     return pieces
 
 

@@ -1,9 +1,9 @@
 """Text tokenised once, into files that training maps into memory."""
 
 import json
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -22,6 +22,8 @@ from pilon_compress.io import manifest, signals
 from pilon_compress.io.checksum import MANIFEST, damage
 from pilon_compress.io.disk import disk_full, rename, sync_tree
 from pilon_compress.io.progress import track
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2  # of the folder; raise it whenever the same text would give other files
 SMALL = 1 << 16  # a vocabulary up to this fits two bytes per token
@@ -173,7 +175,7 @@ def _opened(place: Path, quiet: bool = True) -> TokenFile | None:
     reason = damage(place) if (place / MANIFEST).is_file() else f"{place} has no {MANIFEST}"
     if reason is not None:
         if not quiet:
-            print(f"{reason}: it is made again", file=sys.stderr)
+            log.warning("%s: it is made again", reason)
         return None
     try:
         about = About(**json.loads((place / "about.json").read_text("utf-8")))

@@ -9,8 +9,8 @@ CACHE/teacher-KEY/
 """
 
 import json
+import logging
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +33,8 @@ from pilon_compress.io.checksum import MANIFEST, damage
 from pilon_compress.io.disk import disk_full, rename, sync_tree
 from pilon_compress.io.progress import track
 from pilon_compress.parallel import World
+
+log = logging.getLogger(__name__)
 
 ABOUT = "about.json"
 
@@ -113,7 +115,7 @@ def predictions(
     with _locked(home, wish.key, world):
         if not world.total(float(world.first and _whole(place, wish)))[0]:
             if world.first and not quiet:
-                print(f"the teacher's predictions: {wish.bytes / 2**20:,.0f} MiB in {place}", file=sys.stderr)
+                log.info("the teacher's predictions: %s MiB in %s", f"{wish.bytes / 2**20:,.0f}", place)
             _build(place, wish, teacher(), world, size)
     return Taught(wish.rows, place, wish)
 
@@ -146,7 +148,7 @@ def _whole(place: Path, wish: Wish) -> bool:
         return False
     reason = damage(place) if (place / MANIFEST).is_file() else f"{place} has no {MANIFEST}"
     if reason is not None:
-        print(f"{reason}: the teacher is asked again", file=sys.stderr)
+        log.warning("%s: the teacher is asked again", reason)
         return False
     try:
         if json.loads((place / ABOUT).read_text("utf-8")) != _about(wish):

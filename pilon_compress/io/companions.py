@@ -9,9 +9,9 @@
 """
 
 import json
+import logging
 import re
 import shutil
-import sys
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,8 @@ from typing import Any
 from pilon_compress.errors import BadInput
 from pilon_compress.io import hub
 from pilon_compress.io.disk import read_bounded
+
+log = logging.getLogger(__name__)
 
 MODULES = "modules.json"
 LIMIT = 1 << 22  # bytes of a JSON or Python file that is read here
@@ -92,9 +94,10 @@ def _from_hub(reference: str) -> tuple[Path, list[str] | None]:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        if hub.offline():
-            return Path(snapshot_download(reference, local_files_only=True)), None
-        return Path(reference), sorted(HfApi().list_repo_files(reference))
+        with hub.reaching() as offline:
+            if offline:
+                return Path(snapshot_download(reference, local_files_only=True)), None
+            return Path(reference), sorted(HfApi().list_repo_files(reference))
     except (OSError, ValueError) as error:
         raise BadInput(f"{reference}: its files cannot be listed: {str(error).splitlines()[0]}") from None
 
@@ -122,7 +125,7 @@ def find(reference: str, quiet: bool = False) -> dict[str, Path]:
         else:
             found[name] = source.path(name)
     for line in () if quiet else left:
-        print(line, file=sys.stderr)
+        log.warning("%s", line)
     return found | _code(source, names)
 
 

@@ -3,6 +3,8 @@
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from pilon_compress.errors import BadInput
+
 UNREADABLE = (
     OSError,
     ValueError,  # JSON and UTF-8 errors are ValueErrors
@@ -17,12 +19,12 @@ UNREADABLE = (
     SafetensorError,
     StrictDataclassError,
 )
-"""For `except`; `unreadable` also knows what can only be told by its exact type."""
+"""For `except`, behind `except BadInput: raise`, which is a ValueError that needs no other words."""
 
 
 def unreadable(error: BaseException) -> bool:
     """True for anything that a library raises because of a file's contents; tokenizers raises plain `Exception`."""
-    return isinstance(error, UNREADABLE) or type(error) is Exception
+    return not isinstance(error, BadInput) and (isinstance(error, UNREADABLE) or type(error) is Exception)
 
 
 def first_line(error: BaseException) -> str:

@@ -113,6 +113,8 @@ def _refusing(path: Path) -> Iterator[None]:
     """Turn the system's refusals into one line."""
     try:
         yield
+    except BadInput:
+        raise
     except OSError as error:
         if reason := disk_full(error):
             raise DiskFull(f"cannot write {path}: {reason}", reason) from error

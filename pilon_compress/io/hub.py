@@ -1,6 +1,10 @@
-"""Whether the model hub can be reached, found out once and quickly: its client would retry for half a minute."""
+"""Whether the model hub can be reached, found out once and quickly: its client would retry for half a minute.
 
-import os
+A process keeps its environment and the settings of the client libraries.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -29,12 +33,16 @@ def unreachable() -> str | None:
     return None
 
 
-def offline() -> bool:
-    """Whether only what is cached can be read. Tells the client libraries, so that they do not try either."""
+@contextmanager
+def reaching() -> Iterator[bool]:
+    """Yield True where only what is cached can be read; then the client libraries do not try either, in the block."""
     if unreachable() is None:
-        return False
-    os.environ["HF_HUB_OFFLINE"] = "1"
+        yield False
+        return
     from huggingface_hub import constants
 
-    constants.HF_HUB_OFFLINE = True
-    return True
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield True
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -7,9 +7,9 @@
 """
 
 import json
+import logging
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +25,8 @@ from pilon_compress.io.checksum import digest
 from pilon_compress.io.disk import DiskFull, disk_full, read_bounded, replace, sync, write_whole
 from pilon_compress.io.folders import NONCE, discard_journal, partial_folder
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 MARK, LIMIT = "fingerprint", 1 << 16
 
@@ -38,7 +40,7 @@ def claimed(folder: Path, fingerprint: str) -> bool:
         return False
     except (OSError, ValueError):
         pass
-    print(f"{folder} holds work on another model, text or recipe, or is damaged: it is made again", file=sys.stderr)
+    log.warning("%s holds work on another model, text or recipe, or is damaged: it is made again", folder)
     return False
 
 
@@ -99,7 +101,7 @@ class Journal:
             tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
             return tensors if read is None else read(tensors)
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            print(f"{path} is damaged ({str(error).splitlines()[0]}): it is made again", file=sys.stderr)
+            log.warning("%s is damaged (%s): it is made again", path, str(error).splitlines()[0])
             return None
 
     def put_plain(self, name: str, value: Any) -> None:

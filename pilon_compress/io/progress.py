@@ -1,4 +1,7 @@
-"""Progress on stderr: one line for a whole command, with its position, its phase and an ETA."""
+"""Progress on stderr: one line for a whole command, with its position, its phase and an ETA.
+
+Nothing is shown until it is switched on: `visible(True)` for a stretch of work, `switch_on()` for the command line.
+"""
 
 import os
 import sys
@@ -13,14 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.text import Text
 
+from pilon_compress.io.messages import release_notes
+
 T = TypeVar("T")
 
 CHECKS: list[Callable[[], None]] = []  # called at every iteration of `track`; may raise to end the command
 INTERVAL = 30.0  # seconds between two lines where stderr is no terminal
 EARLIEST = 0.01  # share of the whole that must be done before an ETA is given
 
-_said: set[str] = set()
-_held: list[str] | None = None  # notes to write later; None: they are written at once
+_on = False  # True where progress is shown
 _current: list["Line"] = []  # the line that is being shown, if any
 
 
@@ -43,8 +47,25 @@ class Phase:
         return f"{self.description} {self.done}/{self.total}"
 
 
+def switch_on() -> None:
+    """Show progress from now on."""
+    global _on
+    _on = True
+
+
+@contextmanager
+def visible(on: bool) -> Iterator[None]:
+    """Show progress within the block, or keep it hidden."""
+    global _on
+    before, _on = _on, on
+    try:
+        yield
+    finally:
+        _on = before
+
+
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yield `items` while a line on stderr shows how many are done and how long the rest will take.
+    """Yield `items`; where progress is on, a line on stderr shows how many are done and how long the rest will take.
 
     `total` is needed only for items without a length. Within `stages` the line is that of the whole command. Where
     stderr is no terminal, a plain line comes every `INTERVAL` seconds. `CHECKS` are called before every item.
@@ -82,31 +103,6 @@ def say(message: str) -> None:
         stderr = Stderr()
         stderr.write(f"{message}\n")
         stderr.flush()
-
-
-def note(message: str) -> None:
-    """Say something about the input, once in a process: at once, or after `hold_notes` later."""
-    if message in _said:
-        return
-    _said.add(message)
-    if _held is None:
-        say(message)
-    else:
-        _held.append(message)
-
-
-def hold_notes() -> None:
-    """Keep notes back where stderr is no terminal: a command that ends with an error says nothing but its error."""
-    global _held
-    _held = None if Stderr().isatty() else []
-
-
-def release_notes() -> None:
-    """Write the notes that are held back."""
-    global _held
-    for message in _held or []:
-        say(message)
-    _held = None
 
 
 class Stderr:
@@ -255,7 +251,7 @@ def _shown(line: Line) -> Iterator[Line]:
     """Show `line` until the end: live on a terminal, else as a plain line every `INTERVAL` seconds."""
     _current.append(line)
     try:
-        if line.quiet or os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        if not _on or line.quiet or os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
             yield line
             return
         console = open_console()

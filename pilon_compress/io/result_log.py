@@ -1,8 +1,8 @@
 """The finished cells of a comparison, kept on disk, so that an interrupted one goes on where it stopped."""
 
 import json
+import logging
 import os
-import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from pilon_compress.io.disk import DiskFull, disk_full, write_whole
 from pilon_compress.io.folders import discard_journal, partial_folder
 from pilon_compress.io.journal import MARK, claim, claimed
+
+log = logging.getLogger(__name__)
 
 
 class Cells:
@@ -70,5 +72,5 @@ def _read(file: Path) -> dict[str, Any]:
                 raise ValueError("its checksum differs")
             found[entry["key"]] = entry["cell"]
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            print(f"{file}:{number} is damaged: that cell is measured again", file=sys.stderr)
+            log.warning("%s:%d is damaged: that cell is measured again", file, number)
     return found

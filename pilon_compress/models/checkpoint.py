@@ -1,6 +1,7 @@
 """Where models come from: a folder, an installed package, or the hub; and what is wrong with one that does not load."""
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from pilon_compress.errors import BadInput
 from pilon_compress.io import hub
@@ -21,6 +22,7 @@ from pilon_compress.io.errors import UNREADABLE, first_line, unreadable
 from pilon_compress.io.manifest import read_ours, verify_folder
 from pilon_compress.models import files
 from pilon_compress.models.config_check import check_declared, check_shapes
+from pilon_compress.models.quiet import quiet_transformers
 from pilon_compress.models.references import resolve
 from pilon_compress.models.task import architecture, is_causal, text_config, vocabulary
 
@@ -28,11 +30,6 @@ __all__ = ["architecture", "is_causal", "resolve", "text_config", "vocabulary"] 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HUB_HELP = "a local folder, a .gguf file or package:NAME works without it"
-
-logging.disable_progress_bar()  # ours are enough
-logging.set_verbosity_error()  # what matters of its reports is refused here, in one line
-# Otherwise transformers asks a bot to open a pull request in a hub repository that has pickled weights only.
-os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 def load_config(reference: str) -> PretrainedConfig:
@@ -47,11 +44,14 @@ def load_config(reference: str) -> PretrainedConfig:
         check_declared(read_ours(Path(folder) / "config.json"))
         verify_folder(folder, weights=False)
     try:
-        check_declared(PretrainedConfig.get_config_dict(folder, **_where(folder))[0])
-        config = AutoConfig.from_pretrained(folder, **_where(folder))
-        _check_method(reference, config)
-        if getattr(config, "dtype", None) is None:
-            config.dtype = _stored_dtype(folder)
+        with _reading(folder) as where:
+            check_declared(PretrainedConfig.get_config_dict(folder, **where)[0])
+            config = AutoConfig.from_pretrained(folder, **where)
+            _check_method(reference, config)
+            if getattr(config, "dtype", None) is None:
+                config.dtype = _stored_dtype(folder)
+    except BadInput:
+        raise
     except UNREADABLE as error:
         raise _refusal(reference, folder, error) from error
     check_shapes(config)
@@ -64,7 +64,8 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer. Raises BadInput if there is none, or one that cannot pad."""
     folder = resolve(reference)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_where(folder))
+        with _reading(folder) as where:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **where)
         known = len(tokenizer) > len(tokenizer.all_special_ids)
     except Exception as error:
         if not unreadable(error):
@@ -99,7 +100,10 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
         plain = type(config).from_dict(config.to_dict())
         if hasattr(plain, "quantization_config"):
             del plain.quantization_config
-        return kind(plain) if kind is not None else AutoModel.from_config(plain)
+        with quiet_transformers():
+            return kind(plain) if kind is not None else AutoModel.from_config(plain)
+    except BadInput:
+        raise
     except UNREADABLE as error:
         raise BadInput(f"cannot build a model from config type {config.model_type}: {first_line(error)}") from error
 
@@ -142,13 +146,16 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
         files.check_weights(Path(folder))
         verify_folder(folder)
     try:
-        model, loaded = (kind or AutoModel).from_pretrained(
-            folder,
-            dtype=wanted or config.dtype or "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            **_where(folder),
-        )
+        with _reading(folder) as where:
+            model, loaded = (kind or AutoModel).from_pretrained(
+                folder,
+                dtype=wanted or config.dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                **where,
+            )
+    except BadInput:
+        raise
     except UNREADABLE as error:
         raise _refusal(reference, folder, error) from error
     lost = sorted(loaded["unexpected_keys"])
@@ -172,7 +179,7 @@ def _stored_dtype(folder: str) -> torch.dtype | None:
         except BadInput:  # said where weights are wanted
             return None
     try:
-        found = cached_file(folder, SAFE_WEIGHTS_NAME, local_files_only=hub.offline())
+        found = cached_file(folder, SAFE_WEIGHTS_NAME, local_files_only=hub.unreachable() is not None)
     except OSError:  # in shards: transformers reads the dtype when it loads them
         return None
     return files.stored_dtype([Path(found)]) if found else None
@@ -203,9 +210,15 @@ def check_finite(model: PreTrainedModel) -> None:
             raise BadInput(f"the weight {name} holds NaN or infinite values")
 
 
-def _where(folder: str) -> dict[str, Any]:
-    """Local folders never ask the hub, and nothing does when it is out of reach."""
-    return {"local_files_only": Path(folder).is_dir() or hub.offline(), "trust_remote_code": False}
+@contextmanager
+def _reading(folder: str) -> Iterator[dict[str, Any]]:
+    """A quiet stretch in which transformers reads `folder`, and the options to read it with.
+
+    Local folders never ask the hub, and nothing does when it is out of reach.
+    """
+    local = Path(folder).is_dir()
+    with quiet_transformers(), nullcontext(False) if local else hub.reaching() as offline:
+        yield {"local_files_only": local or offline, "trust_remote_code": False}
 
 
 def _refusal(reference: str, folder: str, error: Exception) -> BadInput:

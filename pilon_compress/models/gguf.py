@@ -6,6 +6,7 @@ which the models behind such files were published in: that is what a conversion 
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -24,6 +25,8 @@ from pilon_compress.io import manifest
 from pilon_compress.io.checksum import damage
 from pilon_compress.io.disk import rename, sync_tree
 from pilon_compress.io.errors import first_line
+
+log = logging.getLogger(__name__)
 
 SUFFIX = ".gguf"
 MOST_PARTS = 100
@@ -67,7 +70,7 @@ def _whole(place: Path) -> bool:
         return False
     reason = damage(place)
     if reason is not None:
-        print(f"{reason}: it is made again", file=sys.stderr)
+        log.warning("%s: it is made again", reason)
     return reason is None
 
 
@@ -97,7 +100,7 @@ def _make(place: Path, files: Sequence[Path], origin: str, sums: Path | None) ->
         if len(files) > 1:
             source = joined
             _join(files, source, sums, origin)
-        print(f"reading {origin} into {place} (once)", file=sys.stderr)
+        log.info("reading %s into %s (once)", origin, place)
         # in a process of its own: its memory is given back, and its libraries' messages stay there
         done = subprocess.run(
             [sys.executable, "-m", "pilon_compress.models.gguf", str(source), str(work)],

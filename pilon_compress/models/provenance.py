@@ -64,6 +64,8 @@ def _told(folder: Path) -> dict[str, object]:
             found = {"model": manifest.read_ours(folder / REPORT).get("source")}
         else:
             return {}
+    except BadInput:
+        raise
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} does not tell where it comes from: {error}") from None
     return found if isinstance(found, dict) else {}

@@ -94,7 +94,8 @@ def _on_hub(reference: str) -> Path:
     if not file or reference.startswith((".", "/", "~")):
         raise BadInput(f"there is no file {reference}")
     try:
-        path = hf_hub_download(f"{owner}/{name}", file, local_files_only=hub.offline())
+        with hub.reaching() as offline:
+            path = hf_hub_download(f"{owner}/{name}", file, local_files_only=offline)
     except LocalEntryNotFoundError:
         raise BadInput(
             f"{reference} is neither a file nor cached, and the hub is out of reach ({hub.unreachable()})"

@@ -1,6 +1,6 @@
 """The dense model as conversion reads it: whole where it fits, else one block at a time from its safetensors files."""
 
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +17,8 @@ from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.blocks import blocks, passes
 from pilon_compress.models.files import weight_files
+
+log = logging.getLogger(__name__)
 
 SHARE = 0.5  # of the memory: a float32 model that is larger than this is read block by block
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # what files of GPT-NeoX call it
@@ -182,7 +184,7 @@ def open_source(
         try:
             return Streamed(reference, dtype, device)
         except NotStreamable as error:
-            print(f"loading the whole model: {error}", file=sys.stderr)
+            log.warning("loading the whole model: %s", error)
     return Source(checkpoint.load_model(reference, dtype=dtype, device=str(device)))
 
 

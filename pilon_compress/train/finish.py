@@ -2,8 +2,8 @@
 
 import copy
 import json
+import logging
 import shutil
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +29,8 @@ from pilon_compress.train.loop import Training, put, validation_loss, weights_in
 from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.preflight import sized
 from pilon_compress.train.run import RESULT, Run
+
+log = logging.getLogger(__name__)
 
 
 def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             raise DiskFull(words, reason) from error
         raise
     if not run.quiet:
-        print(f"model {run.output}", file=sys.stderr)
+        log.info("model %s", run.output)
 
 
 def _write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: dict[str, Any]) -> None:

@@ -5,8 +5,8 @@
 OUT holds the run while it goes on (recipe.yaml, metrics.jsonl, checkpoints/, tokenizer) and the model when it is done.
 """
 
+import logging
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -53,6 +53,8 @@ from pilon_compress.train.progressive import shrink
 from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, settle
 from pilon_compress.train.ternary.initialise import ternarise
 from pilon_compress.train.ternary.schedule import Rounding, in_stages
+
+log = logging.getLogger(__name__)
 
 __all__ = ["plan", "train_model"]
 
@@ -114,7 +116,7 @@ def after_dense(run: Run, fresh: bool) -> Run:
     told = before(run, first, folder / "dense", fresh)
     convert_once(run.recipe, folder)
     if not run.quiet:
-        print(f"dense so far, perplexity {told['val_perplexity']:.4g}; converted, and on", file=sys.stderr)
+        log.info("dense so far, perplexity %.4g; converted, and on", told["val_perplexity"])
     return replace(run, recipe=second, whole=run.asked, stages=(told,))
 
 
@@ -211,7 +213,7 @@ def keep_tokenizer(run: Run, folder: Path) -> None:
         reason = damage(folder)
         if reason is None:
             return
-        print(f"{reason}: the tokenizer is trained again", file=sys.stderr)
+        log.warning("%s: the tokenizer is trained again", reason)
         shutil.rmtree(folder)
     documents = list(text.open_text(source_of(run.recipe), "calibration"))
     work = folder.with_suffix(".part")

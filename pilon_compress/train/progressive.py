@@ -8,8 +8,8 @@ A stage that is there is not made again.
 """
 
 import json
+import logging
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from pilon_compress.export.export import export_dense
 from pilon_compress.io import manifest
 from pilon_compress.models import checkpoint
 from pilon_compress.train.run import RESULT, STAGES
+
+log = logging.getLogger(__name__)
 
 LEFT = ("checkpoints", STAGES, "recipe.yaml", "metrics.jsonl", RESULT)  # in the folder of the last stage
 
@@ -41,7 +43,7 @@ def shrink(
     for ratio in settings.shrink:
         folder = output / STAGES / f"{ratio:g}"
         if not quiet:
-            print(f"stage {ratio:g}, from {source}", file=sys.stderr)
+            log.info("stage %g, from %s", ratio, source)
         results.append(_stage(settings, source, ratio, folder, heal))
         if ratio != settings.shrink[-1] and not (folder / "dense").is_dir():
             export_dense(str(folder / "healed"), folder / "dense")
