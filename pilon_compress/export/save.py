@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress.export.transformers_plugin import PilonConfig
+from pilon_compress.models.quiet import quiet_transformers
 from pilon_compress.nn.layout import layout_of, stored_types
 
 
@@ -21,10 +22,11 @@ def save_model(
     layout = layout_of(model)
     if layout.projections or layout.kept:
         model.config.quantization_config = PilonConfig(layout.to_dict(), 2 if layout.quantized else 1)
-    model.save_pretrained(folder, state_dict=_narrowed(model, dtype), max_shard_size=max_shard_size)
-    model.config.dtype = dtype  # save_pretrained notes the dtype of the module, not of the state that it was given
-    model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder, state_dict=_narrowed(model, dtype), max_shard_size=max_shard_size)
+        model.config.dtype = dtype  # save_pretrained notes the dtype of the module, not of the state that it was given
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner only
 

@@ -15,7 +15,7 @@ _shown: "Lines | None" = None
 
 
 class Lines(logging.Handler):
-    """A handler that passes messages to `write`, without level or name; notes only after `release` where `hold`."""
+    """A handler that passes messages to `write`, without level or name; notes only after `write_held` where `hold`."""
 
     def __init__(self, write: Callable[[str], None], hold: bool) -> None:
         super().__init__(logging.INFO)
@@ -29,7 +29,7 @@ class Lines(logging.Handler):
         else:
             self.put(message)
 
-    def release(self) -> None:
+    def write_held(self) -> None:
         """Write the notes that are held back, and hold no more."""
         held, self.held = self.held or [], None
         for message in held:
@@ -61,4 +61,4 @@ def show(write: Callable[[str], None], hold: bool = False) -> Lines:
 def release_notes() -> None:
     """Write the notes that `show` holds back, if there are any."""
     if _shown is not None:
-        _shown.release()
+        _shown.write_held()
