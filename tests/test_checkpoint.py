@@ -179,7 +179,7 @@ def test_values_that_are_not_finite_are_named(tiny, value):
 
 SCRIPT = """
 import sys
-from pilon_compress import checkpoint
+from pilon_compress.models import checkpoint
 from pilon_compress.errors import BadInput
 for name in sys.argv[1:]:
     try:
