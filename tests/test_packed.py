@@ -25,7 +25,7 @@ from pilon_compress.train.pipeline import train_model
 
 KINDS = {
     "arcee": [],
-    "llama": ["host.family=llama", "ternary.sub_norm=true", "ternary.learned_scale=true"],
+    "llama": ["host.family=llama", "ternary.sub_norm=true"],
     "options": ["ffn.latent_scale=true", "ffn.latent_bias=true", "ffn.composition=scalar"],
     "dense": ["ffn.kind=dense", "host.num_hidden_layers=2"],
     # the others have ranks that no kernel takes

@@ -17,9 +17,6 @@ def composed(d_in=48, d_out=40, n=5, r=8, k=3, seed=0, group=0, norm=False, **op
     layer = ComposedLinear(bank, k, bias=True, group=group, norm=norm)
     for parameter in [*bank.parameters(), *layer.parameters()]:
         torch.nn.init.normal_(parameter)
-    if bank.A_scale is not None:
-        bank.A_scale.data.abs_().add_(0.1)
-        bank.B_scale.data.abs_().add_(0.1)
     layer.selected.copy_(torch.randperm(n)[:k].sort().values)
     return mode(layer, False)
 
@@ -60,7 +57,7 @@ def codes_of(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("group", [0, 16])
-@pytest.mark.parametrize("options", [{}, {"learned_scale": True}, {"latent_scale": True, "latent_bias": True}])
+@pytest.mark.parametrize("options", [{}, {"latent_scale": True, "latent_bias": True}])
 @torch.no_grad()
 def test_the_forward_pass_is_the_definition_bit_for_bit(options, group):
     layer = composed(group=group, **options)
@@ -107,33 +104,25 @@ def test_training_computes_what_evaluation_does(group):
     assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_held_digits_give_the_same_gradients(learned):
+def test_held_digits_give_the_same_gradients():
     x, found = torch.randn(6, 48), []
     for held in (False, True):
-        layer = mode(composed(learned_scale=learned), True)
+        layer = mode(composed(), True)
         if held:
             layer.bank.hold()
         layer(x).square().sum().backward()
-        found.append(layer.bank.A.grad)
-        found.append(layer.bank.A.grad if not learned else layer.bank.A_scale.grad)
+        found += [layer.bank.A.grad, layer.bank.B.grad]
         used = torch.zeros(5, dtype=torch.bool)
         used[layer.selected] = True
         assert (layer.bank.A.grad[used] != 0).any() and not layer.bank.A.grad[~used].any()
         assert layer.weight.grad.abs().min() > 0
-        assert layer.bank.A_scale is None or layer.bank.A_scale.grad[used].abs().min() > 0
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found[:2], found[2:], strict=True))
 
 
-def test_the_gradient_of_digits_is_straight_through_and_a_learned_scale_has_lsqs():
+def test_the_gradient_of_digits_is_straight_through():
     weight = torch.tensor([[-2.0, -0.2, 0.3, 0.7]], requires_grad=True)
     (digits(weight, torch.tensor(0.5)) * 0.5).sum().backward()
     assert torch.allclose(weight.grad, torch.ones(1, 4))
-    scale, weight = torch.tensor(0.5, requires_grad=True), weight.detach().requires_grad_()
-    (digits(weight, scale, learned=True) * scale).sum().backward()
-    assert torch.allclose(weight.grad, torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
-    # beyond reach: the digit; within: digit - weight / scale  (0 + .4) and (1 - .6)
-    assert torch.allclose(scale.grad, torch.tensor(-1.0 + 0.4 + 0.4 + 1.0))
 
 
 def test_strength_leads_from_the_latent_numbers_to_the_digits():
@@ -147,13 +136,10 @@ def test_strength_leads_from_the_latent_numbers_to_the_digits():
     assert torch.allclose(layer(x), exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("learned", [False, True])
 @torch.no_grad()
-def test_kept_matrices(learned):
+def test_kept_matrices():
     torch.manual_seed(0)
-    layer = TernaryLinear(40, 24, True, (40, 32), group=16, norm=True, learned_scale=learned).eval()
-    if learned:
-        layer.scale.uniform_(0.1, 0.3)
+    layer = TernaryLinear(40, 24, True, (40, 32), group=16, norm=True).eval()
     x = torch.randn(5, 40)
     t = (layer.weight / layer.scales()).round().clamp(-1, 1)
     assert torch.allclose(layer.matrix(), (t * layer.scales()).T)

@@ -24,7 +24,7 @@ from pilon_compress.train.ternary.schedule import Rounding
 
 SHORT = ("schedule.tokens=8192", "run.checkpoint_every=0.001", "run.keep=4", "device=cpu")  # 8 steps
 WORDS = ["train", "--recipe", "smoke", "--ternary", "--json"]
-WORDS += [word for item in (*SHORT, "ternary.warmup=0.5", "ternary.learned_scale=true") for word in ("--set", item)]
+WORDS += [word for item in (*SHORT, "ternary.warmup=0.5") for word in ("--set", item)]
 IDS = torch.randint(3, 500, (3, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -65,7 +65,7 @@ def test_one_command_trains_a_ternary_model_that_loads_and_is_what_was_judged(un
     assert result["ffn"]["stored_ratio"] <= 0.51 and result["val_perplexity"] < 450 < 512
     model = AutoModelForCausalLM.from_pretrained(folder / "out")
     found = dict(banks(model))
-    assert len(found) == 4 and all(isinstance(bank, TernaryBank) and bank.learned for bank in found.values())
+    assert len(found) == 4 and all(isinstance(bank, TernaryBank) for bank in found.values())
     groups = {name.rsplit(".", 1)[1]: layer.group for name, layer in projections(model)}
     assert groups == {"up_proj": 0, "down_proj": 128}
     lines = [line for line in read_metrics(folder / "out") if "zero_share" in line]
@@ -130,11 +130,10 @@ def test_dense_hosts_are_ternary_one_flag_away_and_norms_can_be_alike():
     assert not layout_of(model).kept
 
 
-@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("kind", ["pilon", "dense"])
 @torch.no_grad()
-def test_outputs_start_as_large_as_those_of_dense_weights(kind, learned):
-    model, _ = built(f"ffn.kind={kind}", "host.hidden_size=64", "host.intermediate_size=256", learned_scale=learned)
+def test_outputs_start_as_large_as_those_of_dense_weights(kind):
+    model, _ = built(f"ffn.kind={kind}", "host.hidden_size=64", "host.intermediate_size=256")
     model.eval()
     x = torch.randn(200, 64)
     layers = [layer for name, layer in (*projections(model), *kept_matrices(model)) if "up_proj" in name]
@@ -147,7 +146,7 @@ def test_outputs_start_as_large_as_those_of_dense_weights(kind, learned):
 
 def test_one_graph_for_all_steps():
     torch._dynamo.reset()
-    model, settings = built("host.num_hidden_layers=2", warmup=0.5, learned_scale=True)
+    model, settings = built("host.num_hidden_layers=2", warmup=0.5)
     trainee, graphs = NextToken(model), []
 
     def backend(graph, inputs):
@@ -173,7 +172,7 @@ def test_digits_are_made_once_per_step_and_gradients_reach_all_that_learns(monke
     made = []
     plain = TernaryBank.hold
     monkeypatch.setattr(TernaryBank, "hold", lambda bank: (made.append(bank), plain(bank)))
-    model, settings = built(learned_scale=True)
+    model, settings = built()
     trainee = NextToken(model.eval())
     optimizers = make_optimizers(trainee, settings.optimizer)
     rounding = Rounding.of(model, settings, optimizers)
@@ -183,7 +182,7 @@ def test_digits_are_made_once_per_step_and_gradients_reach_all_that_learns(monke
         trainee({"input_ids": IDS, "use_cache": False}, IDS).backward()
     assert len(made) == len(held), "once for each bank"
     assert all(parameter.grad is not None for parameter in model.parameters())
-    names = group_parameters(model)["scales"]
+    names = group_parameters(model)["banks"]
     assert len(names) == 2 * len(held)
     assert all(parameter.grad.abs().max() > 0 for parameter in names.values())
     for optimizer in optimizers:
@@ -240,7 +239,7 @@ def test_plans_of_ternary_models_are_the_same_size():
 
 def test_a_selection_that_explores_can_be_ternary(tmp_path, monkeypatch):
     monkeypatch.setenv("PILON_CACHE", str(tmp_path / "tokens"))
-    words = ["schedule.tokens=4096", "ternary.enabled=true", "ternary.sub_norm=true", "ternary.learned_scale=true"]
+    words = ["schedule.tokens=4096", "ternary.enabled=true", "ternary.sub_norm=true"]
     words += ["research.original.selection.explore=anneal", "ffn.rank=4", "ffn.n_primitives=12", "ffn.top_k=3"]
     result = train_model(training.load("smoke", words), tmp_path / "out", quiet=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

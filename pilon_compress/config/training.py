@@ -73,8 +73,6 @@ class Ternary(Section):
     """Digits -1, 0 and 1 for the numbers of banks and kept matrices, 8-bit codes for what they are multiplied with."""
 
     enabled: Switch = False
-    learned_scale: Switch = False
-    """A learned scale for each component, in place of the mean magnitude of each primitive."""
     sub_norm: Switch = False
     """From scratch: RMSNorm before the down projections, as BitNet has it; with or without digits."""
     group: Count = 128

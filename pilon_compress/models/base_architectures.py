@@ -111,7 +111,7 @@ def with_ternary(layout: Layout, sites: Sequence[Site], ternary: Ternary) -> Lay
     down = [site.name for site in sites if site.role == "down"]
     if ternary.sub_norm:
         layout = layout.normed(down)
-    return layout.ternary(ternary.learned_scale, down, ternary.group) if ternary.enabled else layout
+    return layout.ternary(down, ternary.group) if ternary.enabled else layout
 
 
 def _composed(sites: Sequence[Site], ffn: Ffn) -> Layout:

@@ -35,17 +35,13 @@ def initialise(model: Host, std: float, generator: torch.Generator | None = None
         bank.A.normal_(0, factor_std, generator=generator)
         bank.B.normal_(0, factor_std, generator=generator)
         if isinstance(bank, TernaryBank):
-            bank.fit_scales()
             everything = torch.arange(bank.n_primitives, device=bank.A.device)
             for latent, counted in zip((bank.A, bank.B), bank.primitives(everything), strict=True):
                 latent.mul_(factor_std / counted.square().mean().sqrt())
-            bank.fit_scales()
     for _, matrix in kept_matrices(model):
         matrix.weight.normal_(0, std, generator=generator)
         if isinstance(matrix, TernaryLinear):
-            matrix.fit_scales()
             matrix.weight.mul_(std / matrix.matrix().square().mean().sqrt())
-            matrix.fit_scales()
         if matrix.bias is not None:
             matrix.bias.zero_()
     return model

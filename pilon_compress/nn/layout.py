@@ -37,7 +37,6 @@ class BankSpec:
     latent_scale: bool = False
     latent_bias: bool = False
     quantization: str = "none"
-    learned_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,6 @@ class KeptSpec:
     d_out: int
     bias: bool
     quantization: str = "none"
-    learned_scale: bool = False
     group: int = 0
     norm: bool = False
 
@@ -168,17 +166,13 @@ class Layout:
         kept = {name: replace(spec, norm=spec.norm or name in places) for name, spec in self.kept.items()}
         return replace(self, projections=projections, kept=kept)
 
-    def ternary(self, learned_scale: bool, grouped: Collection[str], group: int) -> "Layout":
+    def ternary(self, grouped: Collection[str], group: int) -> "Layout":
         """The same in digits; inputs of the projections `grouped` share scales by `group`."""
         groups = dict.fromkeys(grouped, group)
-        banks = {
-            name: replace(spec, quantization="ternary", learned_scale=learned_scale)
-            for name, spec in self.banks.items()
-        }
+        banks = {name: replace(spec, quantization="ternary") for name, spec in self.banks.items()}
         projections = {name: replace(spec, group=groups.get(name, 0)) for name, spec in self.projections.items()}
         kept = {
-            name: replace(spec, quantization="ternary", learned_scale=learned_scale, group=groups.get(name, 0))
-            for name, spec in self.kept.items()
+            name: replace(spec, quantization="ternary", group=groups.get(name, 0)) for name, spec in self.kept.items()
         }
         return replace(self, banks=banks, projections=projections, kept=kept)
 
@@ -275,7 +269,7 @@ def make_bank(spec: BankSpec) -> PrimitiveBank:
     """An uninitialised bank. Raises ValueError for a quantization that is not known."""
     shape = (spec.d_in, spec.d_out, spec.n_primitives, spec.rank, spec.latent_scale, spec.latent_bias)
     if spec.quantization == "ternary":
-        return TernaryBank(*shape, learned_scale=spec.learned_scale)
+        return TernaryBank(*shape)
     if spec.quantization in PACKED:
         return PackedBank(*shape[:4], PACKED[spec.quantization])
     if spec.quantization in KINDS:
@@ -288,7 +282,7 @@ def make_bank(spec: BankSpec) -> PrimitiveBank:
 def make_kept(spec: KeptSpec, host_shape: tuple[int, int]) -> Kept:
     """An uninitialised kept matrix. Raises ValueError for a quantization that is not known."""
     if spec.quantization == "ternary":
-        return TernaryLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.group, spec.norm, spec.learned_scale)
+        return TernaryLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.group, spec.norm)
     if spec.quantization in PACKED:
         packed = PACKED[spec.quantization]
         return PackedLinear(spec.d_in, spec.d_out, spec.bias, host_shape, packed, spec.group, spec.norm)
@@ -380,7 +374,7 @@ def _bank_spec(bank: PrimitiveBank) -> BankSpec:
     options = bank.latent_scale is not None, bank.latent_bias is not None
     shape = (bank.d_in, bank.d_out, bank.n_primitives, bank.rank)
     if isinstance(bank, TernaryBank):
-        return BankSpec(*shape, *options, "ternary", bank.A_scale is not None)
+        return BankSpec(*shape, *options, "ternary")
     if isinstance(bank, PackedBank):
         return BankSpec(*shape, *options, f"ternary-{bank.encoding}")
     if isinstance(bank, IntegerBank):
@@ -391,9 +385,9 @@ def _bank_spec(bank: PrimitiveBank) -> BankSpec:
 def _kept_spec(matrix: Kept) -> KeptSpec:
     shape = (matrix.in_features, matrix.out_features, matrix.bias is not None)
     if isinstance(matrix, TernaryLinear):
-        return KeptSpec(*shape, "ternary", matrix.scale is not None, matrix.group, matrix.norm is not None)
+        return KeptSpec(*shape, "ternary", matrix.group, matrix.norm is not None)
     if isinstance(matrix, PackedLinear):
-        return KeptSpec(*shape, f"ternary-{matrix.encoding}", False, matrix.group, matrix.norm is not None)
+        return KeptSpec(*shape, f"ternary-{matrix.encoding}", matrix.group, matrix.norm is not None)
     if isinstance(matrix, IntegerLinear):
         return KeptSpec(*shape, matrix.quantization, norm=matrix.norm is not None)
     return KeptSpec(*shape, norm=matrix.norm is not None)

@@ -56,7 +56,6 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
     spec = layout.banks[bank]
     numbers = spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
     numbers += spec.rank * (spec.latent_scale + spec.latent_bias)
-    numbers += 2 * spec.n_primitives * spec.rank * spec.learned_scale
     indices = scales = macs = dense = dense_macs = 0
     for name in layout.users(bank):
         user = layout.projections[name]
@@ -95,7 +94,7 @@ def kept_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Size
     spec, (d_in, d_out) = layout.kept[name], layout.host_shape(name)
     macs, dense_macs = spec.d_in * spec.d_out, d_in * d_out
     rest = spec.bias * spec.d_out + spec.norm * spec.d_in
-    scales = spec.d_out if spec.learned_scale or spec.quantization in PACKED else 0
+    scales = spec.d_out if spec.quantization in PACKED else 0
     stored, dense = macs + rest + scales, dense_macs + spec.bias * d_out
     size = stored * itemsize
     if spec.quantization in PACKED:

@@ -1,20 +1,20 @@
 """Banks and kept matrices whose numbers count as ternary digits and whose inputs count as 8-bit codes."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pilon_compress.kernels.reference import product, quantise
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.dense_linear import KeptLinear
-from pilon_compress.nn.ternary_quantizer import absmean, digits, fitted, held_digits, restored, straight
+from pilon_compress.nn.ternary_quantizer import absmean, digits, held_digits, restored, straight
 
 
 class TernaryBank(PrimitiveBank):
     """A bank of latent numbers, of which the forward pass sees digits and scales only (see `nn.ternary_quantizer`).
 
-    `A_scale`, `B_scale` (n, r): learned scales; without them a primitive's scale is the mean magnitude of its numbers.
-    In training, `strength` (scalar) rounds only that far along the way, and `A_digits`, `B_digits` are the digits of
-    this step, where they are held so that they are made once and not in every layer and micro batch.
+    A primitive's scale is the mean magnitude of its numbers. In training, `strength` (scalar) rounds only that far
+    along the way, and `A_digits`, `B_digits` are the digits of this step, where they are held so that they are made
+    once and not in every layer and micro batch.
     """
 
     strength: Tensor | None
@@ -29,18 +29,10 @@ class TernaryBank(PrimitiveBank):
         rank: int,
         latent_scale: bool = False,
         latent_bias: bool = False,
-        learned_scale: bool = False,
     ) -> None:
         super().__init__(d_in, d_out, n_primitives, rank, latent_scale, latent_bias)
-        shape = (n_primitives, rank)
-        self.A_scale = nn.Parameter(torch.empty(shape)) if learned_scale else None
-        self.B_scale = nn.Parameter(torch.empty(shape)) if learned_scale else None
         for name in ("strength", "A_digits", "B_digits"):
             self.register_buffer(name, None, persistent=False)
-
-    @property
-    def learned(self) -> bool:
-        return self.A_scale is not None
 
     def forward(self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0) -> Tensor:
         """As `PrimitiveBank.forward`; `group`: inputs that share a scale, 0 for all of a token's."""
@@ -63,21 +55,19 @@ class TernaryBank(PrimitiveBank):
         return product(codes, scales, B).to(x.dtype)
 
     def scales(self) -> tuple[Tensor, Tensor]:
-        """Of A and B: (n, 1, r) and (n, r, 1) learned, or (n, 1, 1)."""
-        if self.A_scale is None or self.B_scale is None:
-            return absmean(self.A), absmean(self.B)
-        return self.A_scale.float()[:, None, :], self.B_scale.float()[:, :, None]
+        """Return those of A and B, (n, 1, 1) each."""
+        return absmean(self.A), absmean(self.B)
 
     def digits(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         """Of the selected primitives: (k, d_in, r) and (k, r, d_out), float32."""
         A_scale, B_scale = self.scales()
         if self.training and self.A_digits is not None and self.B_digits is not None:
-            A = held_digits(self.A, self.A_digits, A_scale, self.learned)
-            B = held_digits(self.B, self.B_digits, B_scale, self.learned)
+            A = held_digits(self.A, self.A_digits, A_scale)
+            B = held_digits(self.B, self.B_digits, B_scale)
             return A.index_select(0, selected), B.index_select(0, selected)
-        rest = self.strength if self.training else None, self.learned
-        A = digits(self.A.index_select(0, selected), A_scale.index_select(0, selected), *rest)
-        return A, digits(self.B.index_select(0, selected), B_scale.index_select(0, selected), *rest)
+        strength = self.strength if self.training else None
+        A = digits(self.A.index_select(0, selected), A_scale.index_select(0, selected), strength)
+        return A, digits(self.B.index_select(0, selected), B_scale.index_select(0, selected), strength)
 
     def folded(self, selected: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale (k·r,) and shift (k·r,) or None of the latent: weight scales, composition weight, latent options."""
@@ -98,30 +88,17 @@ class TernaryBank(PrimitiveBank):
     def hold(self) -> None:
         """Make the digits that the next training steps use, until they are made again."""
         A_scale, B_scale = self.scales()
-        self.A_digits = _kept(self.A_digits, digits(self.A, A_scale, self.strength, self.learned))
-        self.B_digits = _kept(self.B_digits, digits(self.B, B_scale, self.strength, self.learned))
-
-    @torch.no_grad()
-    def fit_scales(self) -> None:
-        """Set learned scales, where there are any, to those with the least error."""
-        if self.A_scale is not None and self.B_scale is not None:
-            self.A_scale.copy_(fitted(self.A, 1).squeeze(1))
-            self.B_scale.copy_(fitted(self.B, 2).squeeze(2))
+        self.A_digits = _kept(self.A_digits, digits(self.A, A_scale, self.strength))
+        self.B_digits = _kept(self.B_digits, digits(self.B, B_scale, self.strength))
 
     def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         A, B = self.digits(selected)
         A_scale, B_scale = (one.index_select(0, selected) for one in self.scales())
         return A * A_scale, B * B_scale
 
-    def keep(self, used: Tensor) -> None:
-        super().keep(used)
-        if self.A_scale is not None and self.B_scale is not None:
-            self.A_scale = nn.Parameter(self.A_scale[used].clone())
-            self.B_scale = nn.Parameter(self.B_scale[used].clone())
-
 
 class TernaryLinear(KeptLinear):
-    """A kept matrix of ternary digits: one scale, the mean magnitude, or with `learned_scale` one per output.
+    """A kept matrix of ternary digits: one scale, the mean magnitude.
 
     `strength` and `weight_digits` (d_out, d_in) are for training, as in `TernaryBank`.
     """
@@ -137,17 +114,11 @@ class TernaryLinear(KeptLinear):
         host_shape: tuple[int, int],
         group: int = 0,
         norm: bool = False,
-        learned_scale: bool = False,
     ) -> None:
         super().__init__(d_in, d_out, bias, host_shape, norm)
         self.group = group
-        self.scale = nn.Parameter(torch.empty(d_out)) if learned_scale else None
         for name in ("strength", "weight_digits"):
             self.register_buffer(name, None, persistent=False)
-
-    @property
-    def learned(self) -> bool:
-        return self.scale is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., d_in) -> (..., d_out)."""
@@ -164,9 +135,9 @@ class TernaryLinear(KeptLinear):
         strength = self.strength if self.training else None
         scale = self.scales()
         if self.training and self.weight_digits is not None:
-            matrix = held_digits(self.weight, self.weight_digits, scale, self.learned).T
+            matrix = held_digits(self.weight, self.weight_digits, scale).T
         else:
-            matrix = digits(self.weight, scale, strength, self.learned).T
+            matrix = digits(self.weight, scale, strength).T
         codes, scales = quantise(x, self.group, straight(strength))
         if self.training and self.group:
             y = restored(codes, scales, self.group) @ matrix
@@ -175,8 +146,8 @@ class TernaryLinear(KeptLinear):
         return (y * scale.squeeze(-1)).to(x.dtype)
 
     def scales(self) -> Tensor:
-        """(d_out, 1) learned, or (1, 1)."""
-        return absmean(self.weight) if self.scale is None else self.scale.float()[:, None]
+        """Return the one scale of the matrix, (1, 1)."""
+        return absmean(self.weight)
 
     def matrix(self) -> Tensor:
         scale = self.scales()
@@ -185,14 +156,8 @@ class TernaryLinear(KeptLinear):
     @torch.no_grad()
     def hold(self) -> None:
         """As `TernaryBank.hold`."""
-        made = digits(self.weight, self.scales(), self.strength, self.learned)
+        made = digits(self.weight, self.scales(), self.strength)
         self.weight_digits = _kept(self.weight_digits, made)
-
-    @torch.no_grad()
-    def fit_scales(self) -> None:
-        """As `TernaryBank.fit_scales`."""
-        if self.scale is not None:
-            self.scale.copy_(fitted(self.weight, 1).squeeze(1))
 
 
 def _kept(place: Tensor | None, made: Tensor) -> Tensor:

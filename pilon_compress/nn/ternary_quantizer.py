@@ -1,7 +1,6 @@
 """The ternary quantiser: the one arithmetic of training, evaluation, export and kernels.
 
-    weights      digits t in {-1, 0, 1} and a scale: absmean per primitive (BitNet b1.58, Ma et al., 2024), or learned
-                 per component (LSQ, Esser et al., 2020)
+    weights      digits t in {-1, 0, 1} and a scale: absmean per primitive (BitNet b1.58, Ma et al., 2024)
     activations  8 bits, -127 .. 127, a scale per token, or per token and group of consecutive values
 
 A projection on x, all in float32:
@@ -24,7 +23,6 @@ from torch import Tensor
 from pilon_compress.kernels.reference import LEAST, LEVELS, grouped
 
 GROUP = 128  # hidden activations: values that share a scale, so that a kernel can quantise a slice of them
-ROUNDS = 12  # of fitting a scale
 
 
 class _Round(torch.autograd.Function):
@@ -66,54 +64,34 @@ def absmean(weight: Tensor) -> Tensor:
     return weight.detach().float().abs().mean((-2, -1), keepdim=True).clamp_min(LEAST)
 
 
-def fitted(weight: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    """Scales with the least squared error of `scale · digits` over `dims`, which stay as ones (Lloyd, 1982).
-
-    For normal weights 1.22 times their standard deviation, where their mean magnitude is 0.80.
-    """
-    size = weight.detach().float().abs()
-    scale = size.mean(dims, keepdim=True).clamp_min(LEAST)
-    for _ in range(ROUNDS):
-        used = size > scale / 2
-        scale = ((size * used).sum(dims, keepdim=True) / used.sum(dims, keepdim=True).clamp_min(1)).clamp_min(LEAST)
-    return scale
-
-
-def digits(weight: Tensor, scale: Tensor, strength: Tensor | None = None, learned: bool = False) -> Tensor:
+def digits(weight: Tensor, scale: Tensor, strength: Tensor | None = None) -> Tensor:
     """-1, 0 or 1 for every number of `weight`, in float32; `scale` broadcasts over it.
 
-    The gradient passes straight through; with a `learned` scale only where the weight is within its reach, as in LSQ.
+    The gradient passes straight through.
     """
-    ratio = weight.float() / scale
-    if learned:
-        ratio = ratio.clamp(-1, 1)
-    return rounded(ratio, 1, strength)
+    return rounded(weight.float() / scale, 1, strength)
 
 
 class _Held(torch.autograd.Function):
-    """Digits that were made before, with the gradients that `digits` would have."""
+    """Digits that were made before, with the gradient that `digits` would have."""
 
     @staticmethod
-    def forward(weight: Tensor, held: Tensor, scale: Tensor, learned: bool) -> Tensor:
+    def forward(weight: Tensor, held: Tensor, scale: Tensor) -> Tensor:
         return held.view_as(held)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        weight, _, scale, ctx.learned = inputs
-        ctx.save_for_backward(weight, scale)
+        weight, _, scale = inputs
+        ctx.dtype = weight.dtype
+        ctx.save_for_backward(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None, None]:  # type: ignore[override]
-        weight, scale = ctx.saved_tensors
-        by_weight, by_scale = gradient / scale, None
-        if ctx.learned:
-            ratio = weight.float() / scale
-            by_weight = by_weight * (ratio.abs() <= 1)
-            by_scale = (-by_weight * ratio).sum_to_size(scale.shape)
-        return by_weight.to(weight.dtype), None, by_scale, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (scale,) = ctx.saved_tensors
+        return (gradient / scale).to(ctx.dtype), None, None
 
 
-def held_digits(weight: Tensor, held: Tensor, scale: Tensor, learned: bool = False) -> Tensor:
-    """`digits(weight, scale, ...)` that were made before, as `held`, with the gradients of making them."""
-    made: Tensor = _Held.apply(weight, held, scale, learned)
+def held_digits(weight: Tensor, held: Tensor, scale: Tensor) -> Tensor:
+    """`digits(weight, scale, ...)` that were made before, as `held`, with the gradient of making them."""
+    made: Tensor = _Held.apply(weight, held, scale)
     return made

@@ -84,18 +84,6 @@ class Health(Callback):
 
 def all_digits(part: TernaryBank | TernaryLinear) -> Tensor:
     """Every digit of a bank or matrix as it stands, int8, in one row; whole on every process."""
-    if isinstance(part, TernaryLinear):
-        pairs = [(full(part.weight), scale_of(part.scale, part.weight, 1))]
-    else:
-        pairs = [
-            (full(part.A), scale_of(part.A_scale, part.A, 1)),
-            (full(part.B), scale_of(part.B_scale, part.B, 2)),
-        ]
-    return torch.cat([digits(weight, scale).to(torch.int8).flatten() for weight, scale in pairs])
-
-
-def scale_of(learned: Tensor | None, weight: Tensor, axis: int) -> Tensor:
-    """A scale that broadcasts over `weight`, sharded or not; `axis`: the one that learned scales lack."""
-    if learned is not None:
-        return full(learned).float().unsqueeze(axis)
-    return absmean(full(weight))
+    latent = [part.weight] if isinstance(part, TernaryLinear) else [part.A, part.B]
+    whole = [full(one) for one in latent]
+    return torch.cat([digits(one, absmean(one)).to(torch.int8).flatten() for one in whole])

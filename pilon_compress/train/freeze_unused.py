@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor, Replicate
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.layout import banks, projections
-from pilon_compress.nn.ternary import TernaryBank
 from pilon_compress.train.callbacks import Callback
 
 
@@ -44,9 +43,6 @@ class UnusedStay(Callback):
         rows, parts = torch.stack(each).any(0), layers[0].active()
         yield bank.A, rows[:, None, None] & parts[None, None, :]
         yield bank.B, rows[:, None, None] & parts[None, :, None]
-        if isinstance(bank, TernaryBank) and bank.A_scale is not None and bank.B_scale is not None:
-            yield bank.A_scale, rows[:, None] & parts[None, :]
-            yield bank.B_scale, rows[:, None] & parts[None, :]
         for layer, used in zip(layers, each, strict=True):
             if layer.weight.shape[0] == bank.n_primitives:
                 yield layer.weight, used[:, None].expand(layer.weight.shape)

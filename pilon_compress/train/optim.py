@@ -2,7 +2,6 @@
 
 banks           primitives: (n, d_in, r) and (n, r, d_out)
 compositions    weights of compositions, latent scales and biases
-scales          learned scales of digits: they move as fast as banks, without weight decay
 embeddings      token and position embeddings, untied heads
 matrices        every other parameter of two dimensions
 vectors         norms and biases: no weight decay
@@ -20,10 +19,8 @@ from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.dense_linear import KeptLinear
 from pilon_compress.nn.sharded import full
-from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
 
-GROUPS = ("banks", "compositions", "scales", "embeddings", "matrices", "vectors")
-SCALES = ("A_scale", "B_scale", "scale")
+GROUPS = ("banks", "compositions", "embeddings", "matrices", "vectors")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients and steps of Jordan et al., 2024
 NEWTON_SCHULZ_STEPS = 5
 MOMENTUM = 0.95
@@ -45,8 +42,6 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def _group(module: nn.Module, leaf: str, parameter: Tensor, name: str) -> str:
-    if leaf in SCALES and isinstance(module, TernaryBank | TernaryLinear):
-        return "scales"
     if isinstance(module, PrimitiveBank):
         return "banks" if leaf in ("A", "B") else "compositions"
     if leaf == "gate" or (isinstance(module, ComposedLinear) and leaf == "weight"):
@@ -75,8 +70,7 @@ def make_optimizers(model: nn.Module, asked: Optimizer) -> list[torch.optim.Opti
     a converted model differ by orders of magnitude.
     """
     groups = group_parameters(model)
-    factors = {"banks": asked.banks, "scales": asked.banks, "compositions": asked.compositions}
-    factors["embeddings"] = asked.embeddings
+    factors = {"banks": asked.banks, "compositions": asked.compositions, "embeddings": asked.embeddings}
     by_muon = ("banks", "matrices") if asked.name == "muon" else ()
 
     def entries(names: Iterable[str], rate: float) -> list[dict[str, Any]]:

@@ -274,7 +274,7 @@ def round_model(run: Run, model: PreTrainedModel, corpus: Corpus) -> None:
     model.to(run.world.device)
     batch, asked = corpus.first().to(run.world.device), run.recipe.ternary
     down = [site.name for site in find_sites(checkpoint.empty_model(model.config)) if site.role == "down"]
-    ternarise(model, down, batch.inputs(), learned_scale=asked.learned_scale, group=asked.group)
+    ternarise(model, down, batch.inputs(), group=asked.group)
     spread(model, run.world)
 
 

@@ -49,7 +49,6 @@ class Stages(Callback):
         asked = self.asked
         if band is not None and asked.unfreeze and share < asked.unfreeze[band]:
             return 0.0
-        group = "banks" if group == "scales" else group
         rates = getattr(asked, group) if group in ("banks", "compositions") else asked.base
         phase = sum(share >= end for end in asked.phases[:-1])
         return float(rates[phase]) if rates else 1.0
@@ -74,7 +73,7 @@ def _split(optimizers: Sequence[torch.optim.Optimizer], bands: list[list[list[Co
                 owner |= {id(parameter): index for parameter in module.parameters(recurse=False)}
     for optimizer in optimizers:
         for group in list(optimizer.param_groups):
-            if group["name"] not in ("banks", "compositions", "scales"):
+            if group["name"] not in ("banks", "compositions"):
                 continue
             by_band: dict[int | None, list[nn.Parameter]] = {}
             for parameter in group["params"]:

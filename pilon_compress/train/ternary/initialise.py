@@ -36,7 +36,6 @@ def ternarise(
     grouped: Collection[str],
     inputs: Mapping[str, Any] | None,
     *,
-    learned_scale: bool = False,
     group: int = 0,
 ) -> None:
     """Replace banks and kept matrices by ternary ones. `grouped` and `group`: see `Layout.ternary`.
@@ -44,7 +43,7 @@ def ternarise(
     `inputs`: keyword arguments of the base model, calibration text, on its device; where an `attention_mask` (B, T) is
     among them, its zeros do not count. None: nothing is refitted. Selections stay.
     """
-    layout = layout_of(model).ternary(learned_scale, grouped, group)
+    layout = layout_of(model).ternary(grouped, group)
     matrices = [(name, one) for name, one in kept_matrices(model) if isinstance(one, KeptLinear)]
     layers: dict[str, Layer] = dict([*projections(model), *matrices])
     was = {name: _computes(layer) for name, layer in layers.items()}
@@ -66,10 +65,9 @@ def ternarise(
 
 
 def _filled(made: Any, plain: nn.Module) -> Any:
-    """`made`, a ternary module, with the parameters of `plain` and scales that suit them."""
+    """`made`, a ternary module, with the parameters of `plain`."""
     made.load_state_dict(plain.state_dict(), strict=False)
     made.to(next(plain.parameters()).device).train(plain.training)
-    made.fit_scales()
     return made
 
 
@@ -118,7 +116,7 @@ def _refit(
             refit_composition(layer, x, was[name](x))
         else:
             assert isinstance(layer, TernaryLinear)
-            refit_scales(layer, x, was[name](x))
+            refit_scale(layer, x, was[name](x))
 
     handles = [layer.register_forward_pre_hook(partial(arrive, name)) for name, layer in layers.items()]
     training = model.training
@@ -166,20 +164,17 @@ def refit_composition(layer: ComposedLinear, x: Tensor, wanted: Tensor) -> None:
 
 
 @torch.no_grad()
-def refit_scales(layer: TernaryLinear, x: Tensor, wanted: Tensor) -> None:
-    """As `refit_composition`: the learned scales, or the one of the whole matrix, and the bias.
+def refit_scale(layer: TernaryLinear, x: Tensor, wanted: Tensor) -> None:
+    """As `refit_composition`: the scale of the matrix, and the bias.
 
-    The numbers are scaled along, so that their digits stay.
+    The numbers are scaled, so that their digits stay and their mean magnitude is the scale.
     """
     y = wanted.double()
     found = restored(*quantise(x, layer.group), layer.group).double() @ layer.matrix().double()
     means = found.mean(0), y.mean(0)
     if layer.bias is not None:
         found, y = found - means[0], y - means[1]
-    axis = 0 if layer.learned else (0, 1)
-    factor = ((found * y).sum(axis) / found.square().sum(axis).clamp_min(LEAST)).clamp_min(SMALLEST)
-    layer.weight.mul_(factor[..., None])
-    if layer.scale is not None:
-        layer.scale.mul_(factor)
+    factor = ((found * y).sum() / found.square().sum().clamp_min(LEAST)).clamp_min(SMALLEST)
+    layer.weight.mul_(factor)
     if layer.bias is not None:
         layer.bias.copy_(means[1] - means[0] * factor)
