@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -21,6 +22,11 @@ def wait_passively() -> None:
     (docs/results/real-models.md). Kernels of microseconds want the spinning, so this is for conversions only.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def command_line() -> str:
+    """Return the command that runs, as a shell takes it: results keep it."""
+    return shlex.join(["pilon-compress", *sys.argv[1:]])
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -131,7 +131,7 @@ def train(
         "teacher": teacher,
         "distill.cache_teacher": cache_teacher,
         "distill.temperature": temperature,
-        "shrink": None if shrink is None else _ratios(shrink),
+        "shrink": shrink,
         "ffn.like": like,
         "ffn.kind": ffn,
         "ternary.enabled": ternary or None,
@@ -203,12 +203,6 @@ def print_result(result: dict[str, Any]) -> None:
     ]
     print_table(f"{result['task']}, {number(result['seconds'])} s", ["", "measured"], rows)
     print(f"model   {result['output']}\nmetrics {result['output']}/metrics.jsonl")
-
-
-def _ratios(value: str) -> list[float]:
-    from pilon_compress.config.ratio import parse_ratios
-
-    return parse_ratios("--shrink", value)
 
 
 def _read(name: str | None, task: str | None, overrides: list[str]) -> Any:

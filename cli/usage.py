@@ -70,7 +70,8 @@ class _Spaced:
         for parameter in self.get_params(ctx):  # type: ignore[attr-defined]
             record = parameter.get_help_record(ctx)
             if record is not None:
-                argument = parameter.param_type_name == "argument"
+                if argument := parameter.param_type_name == "argument":
+                    record = (parameter.metavar or parameter.name.upper(), record[1])  # without its type
                 panel = getattr(parameter, "rich_help_panel", None) or ("Arguments" if argument else "Options")
                 panels.setdefault(panel, []).append(record)
         for panel, records in panels.items():

@@ -90,7 +90,7 @@ def test_a_model_of_images(convert, tmp_path):
 
 @pytest.mark.parametrize("ratio", ["0", "1.5", "nan", "-1", "huge"])
 def test_ratio(convert, ratio):
-    assert_refused(convert("--ffn-ratio", ratio), "budget")
+    assert_refused(convert("--ffn-ratio", ratio), "--ffn-ratio: must be ")
 
 
 def test_plan_larger_than_dense(convert):

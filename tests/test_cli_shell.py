@@ -69,11 +69,14 @@ def test_version(cli):
         (["recipes", "list", "--nope"], "no such option: --nope"),
         (["recipes", "show"], "missing argument 'name'"),
         (["convert", "m", "--ffn-ration", "0.5"], "no such option: --ffn-ration; did you mean --ffn-ratio?"),
-        (["convert", "m", "--rank", "many"], "invalid value for '--rank': must be an integer"),
+        (["convert", "m", "--rank", "many"], "--rank: must be an integer (got 'many')"),
         (["inspect", "m", "n"], "got unexpected extra argument(s) (n)"),
         (["convert", "m", "-o"], "option '-o' requires an argument"),
         (["train", "--recipe"], "option '--recipe' requires an argument"),
-        (["convert", "m", "-o", "o", "--method", "svdd"], "should be 'pilon', 'whitened-svd' or 'svd'"),
+        (
+            ["convert", "m", "-o", "o", "--method", "svdd"],
+            "--method: must be 'pilon', 'whitened-svd' or 'svd' ",
+        ),
     ],
 )
 def test_usage_errors_are_one_line_like_all_others(cli, arguments, told):

@@ -161,7 +161,7 @@ def test_pilon_is_what_convert_makes(inside, compared, tmp_path):
 def test_pilon_is_what_convert_makes_of_a_language_model_too(inside, tmp_path):
     asked = settings().model_copy(update={"seed": 3})
     whole = comparing.compare(comparing.plan(asked, [0.6], ["pilon"], 1), tmp_path / "whole")
-    budget = asked.budget.model_copy(update={"ffn_ratio": 0.6, "preset": None})
+    budget = asked.budget.model_copy(update={"ffn_ratio": 0.6})
     report = pipeline.convert(asked.model_copy(update={"budget": budget}), tmp_path / "converted")
     (cell,) = whole["cells"]
     assert figures(report["evaluation"]) == pytest.approx(figures(cell["quality"]), rel=1e-4)

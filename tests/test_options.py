@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pilon_compress.config import conversion
-from pilon_compress.config.ratio import parse_ratio, parse_ratios
+from pilon_compress.config import conversion, training
+from pilon_compress.config.ratio import parse_ratio
 from pilon_compress.convert.prepare import prepare
 from pilon_compress.errors import BadInput
 
@@ -94,13 +94,40 @@ def test_defaults_that_are_written_out_are_not_refused():
 
 def test_flags_are_refused_like_recipe_fields(cli, tmp_path):
     flags = ("--method", "svd", "--effort", "best")
-    assert (
-        "error: --set effort: has no effect with method svd" in cli("convert", "m", *flags, "--dry-run", code=2).stderr
-    )
+    assert "error: --effort: has no effect with --method svd" in cli("convert", "m", *flags, "--dry-run", code=2).stderr
     fields = ("--set", "method=svd", "--set", "effort=best")
     assert "error: --set effort: has no effect" in cli("convert", "m", *fields, "--dry-run", code=2).stderr
     fields = ("recipes", "check", "quickstart", "--set", "budget.rank=4", "--set", "budget.sharing=auto")
     assert "error: --set budget.sharing: has no effect with budget.rank" in cli(*fields, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "--ffn-ratio 1.5",
+            "--ffn-ratio: must be above 0 and at most 1, the dense size, without --allow-larger (got 1.5)",
+        ),
+        ("--rank many", "--rank: must be an integer (got 'many')"),
+        ("--rank 4 --set budget.rank=5", "--rank and --set budget.rank disagree: leave out one of the two"),
+        ("--rank 4 --set budget={top_k:2}", "--rank and --set budget disagree: leave out one of the two"),
+        ("--rank 4 --set budget.sharing=auto", "--set budget.sharing: has no effect with --rank, which fixes"),
+        (
+            "--optimize compute --mac-ratio 0.4",
+            "--optimize: has no effect with --mac-ratio, which sets the limit itself",
+        ),
+        ("--refine 3 --bank-dtype int4", "--refine: integers cannot be refined: leave out --refine, or --bank-dtype"),
+    ],
+)
+def test_a_mistake_is_told_by_the_options_that_were_typed(cli, words, told):
+    assert cli("convert", "m", "--dry-run", *words.split(), code=2).stderr.startswith(f"error: {told}")
+
+
+def test_options_take_the_place_of_the_recipe_and_of_equal_overrides(cli, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: m\nbudget:\n  sharing: auto\n")
+    told = cli("convert", "--recipe", path, "--rank", "4", "--set", "budget.rank=4", "--dry-run", code=2).stderr
+    assert told.startswith(f"error: {path}:3: budget.sharing: has no effect with --rank, which fixes")
 
 
 # --- what only the model can tell
@@ -164,9 +191,11 @@ def test_what_is_no_ratio_says_what_to_give(text):
 
 
 def test_lists_of_ratios_share_the_parser():
-    assert parse_ratios("--shrink", "60%, 2/5,.2") == [0.6, 0.4, 0.2]
-    with pytest.raises(BadInput, match="--shrink 0.6;0.4: '0.6;0.4' must be a number"):
-        parse_ratios("--shrink", "0.6;0.4")
+    base = {"task": "heal", "start": "m"}
+    assert training.build({**base, "shrink": "60%, 2/5,.2"}).shrink == [0.6, 0.4, 0.2]
+    assert training.build({**base, "shrink": ["60%", 0.4]}).shrink == [0.6, 0.4]
+    with pytest.raises(BadInput, match=r"shrink: must be a number, .* \(got '0.6;0.4'\)"):
+        training.build({**base, "shrink": "0.6;0.4"})
 
 
 def test_the_command_line_reads_percentages(cli, dense, tmp_path):
@@ -180,4 +209,4 @@ def test_the_command_line_reads_percentages(cli, dense, tmp_path):
     shown = json.loads(cli("convert", dense / "bert", *ratios, *words, cwd=tmp_path).stdout)
     assert shown["plan"]["ffn_ratio"] == 0.6 and 0.4 < shown["ffn"]["mac_ratio"] <= 0.5
     told = cli("convert", dense / "bert", "--ffn-ratio", "agressive", *words, cwd=tmp_path, code=2).stderr
-    assert "budget.preset" in told and "'aggressive'" in told
+    assert "error: --ffn-ratio: must be a number" in told and "did you mean 'aggressive'?" in told

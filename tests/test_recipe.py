@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress.config import conversion
-from pilon_compress.config import training as training
+from pilon_compress.config import conversion, training
+from pilon_compress.config.ratio import PRESETS
 from pilon_compress.errors import BadInput
 
 
@@ -115,7 +115,8 @@ def test_defaults(write):
     [("minimal", 0.9), ("baseline", 0.75), ("mild", 0.6), ("moderate", 0.5), ("aggressive", 0.25), ("extreme", 0.1)],
 )
 def test_presets_are_stored_ratios(preset, ratio):
-    assert conversion.build({"model": "gpt2", "budget": {"preset": preset}}).budget.ratio == ratio
+    named = conversion.build({"model": "gpt2", "budget": {"ffn_ratio": preset}})
+    assert named.budget.ratio == ratio and named == conversion.build({"model": "gpt2", "budget": {"ffn_ratio": ratio}})
 
 
 def test_scalars_follow_yaml_1_2(write):
@@ -147,8 +148,9 @@ def test_bands_by_number_or_by_layers(write):
         ("model: m\nbudget:\n  ffn_ratio: 0\n", 3, ["budget.ffn_ratio", "above 0"]),
         ("model: m\nbudget:\n  ffn_ratio: .nan\n", 3, ["budget.ffn_ratio", "finite"]),
         ("model: m\nbudget:\n  ffn_ratio: 5\n  allow_larger: true\n", 3, ["budget.ffn_ratio", "at most 4"]),
-        ("model: m\nbudget:\n  ffn_ratio: .5\n  preset: mild\n", 4, ["budget.preset", "not both"]),
-        ("model: m\nbudget:\n  preset: tiny\n", 3, ["budget.preset", "'minimal'"]),
+        ("model: m\nbudget:\n  preset: mild\n", 3, ["budget.preset moved to budget.ffn_ratio"]),
+        ("model: m\nbudget:\n  ffn_ratio: tiny\n", 3, ["budget.ffn_ratio", "minimal"]),
+        ("model: m\nbudget:\n  ffn_ratio: midl\n", 3, ["budget.ffn_ratio", "did you mean 'mild'?"]),
         ("model: m\nbudget:\n  rank: true\n", 3, ["budget.rank", "integer"]),
         ("model: m\nbudget:\n  bands: [[0, 1], []]\n", 3, ["budget.bands", "layers of each band"]),
         ("model: m\nbudget:\n  bands: 0\n", 3, ["budget.bands", "number of bands"]),
@@ -209,13 +211,6 @@ def test_overrides_are_yaml_values_and_the_last_one_counts(write):
     assert conversion.load(path).scope.targets == ["up"]  # reading again is not affected
 
 
-def test_an_overridden_ratio_replaces_the_preset_of_the_file_and_the_other_way_round(write):
-    assert conversion.load(write("model: m\nbudget: {preset: mild}\n"), ["budget.ffn_ratio=0.3"]).budget.ratio == 0.3
-    assert conversion.load(write("model: m\nbudget: {ffn_ratio: .3}\n"), ["budget.preset=mild"]).budget.ratio == 0.6
-    both = ["budget.ffn_ratio=0.3", "budget.preset=mild"]
-    assert "not both" in complaint(conversion.load, write("model: m\n"), both)
-
-
 @pytest.mark.parametrize(
     ("override", "start", "part"),
     [
@@ -258,7 +253,7 @@ budgets = st.fixed_dictionaries(
         st.just(rest),
         st.floats(0, 1, exclude_min=True).map(lambda ratio: {**rest, "ffn_ratio": ratio}),
         st.floats(1, 4).map(lambda ratio: {**rest, "ffn_ratio": ratio, "allow_larger": True}),
-        st.sampled_from(sorted(conversion.PRESETS)).map(lambda preset: {**rest, "preset": preset}),
+        st.sampled_from(sorted(PRESETS)).map(lambda preset: {**rest, "ffn_ratio": preset}),
     )
 )
 recipes = st.fixed_dictionaries(

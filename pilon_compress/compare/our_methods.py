@@ -68,8 +68,8 @@ for _kind, _look in _INTEGER_LOOKS.items():
 
 def settings(base: conversion.Recipe, method: str, ratio: float) -> conversion.Recipe:
     """The recipe of one of OURS at one ratio. Raises BadInput for a ratio that is out of range."""
-    size = [f"budget.ffn_ratio={float(ratio)}", "budget.preset=null"]
-    return conversion.build(base.model_dump(exclude_none=True), [*size, *OURS[method]])
+    size = f"budget.ffn_ratio={float(ratio)}"
+    return conversion.build(base.model_dump(exclude_none=True), [size, *OURS[method]])
 
 
 def candidate(job: Job, source: Source, batches: list[Batch], moments: Moments, seed: int) -> Candidate:

@@ -20,6 +20,7 @@ from pilon_compress.compare.baselines.registry import BASELINES
 from pilon_compress.compare.candidate import baseline, dense_size, problem_of
 from pilon_compress.compare.our_methods import OURS
 from pilon_compress.config import conversion
+from pilon_compress.config.comparison import CompareConfig
 from pilon_compress.convert import pipeline
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.prepare import Job, prepare
@@ -27,7 +28,7 @@ from pilon_compress.data import calibration
 from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import evaluate
-from pilon_compress.io.folders import fresh_folder, journal_of, open_output
+from pilon_compress.io.folders import check_output, fresh_folder, journal_of, open_output
 from pilon_compress.io.progress import track
 from pilon_compress.io.result_log import Cells
 from pilon_compress.models import checkpoint
@@ -124,6 +125,24 @@ def plan(settings: conversion.Recipe, ratios: Sequence[float], methods: Sequence
             BASELINES[method].planned(base.sites, ratio)
     shown = sorted({ratio for _, ratio in work}, reverse=True)
     return Comparison(base, shown, methods, list(range(settings.seed, settings.seed + seeds)), jobs, work)
+
+
+def planned(config: CompareConfig) -> Comparison:
+    """Return the comparison that `config` asks for. Raises BadInput as `plan` does."""
+    return plan(config.recipe, config.ffn_ratio, config.methods or default_methods(), config.seeds)
+
+
+def dry_run(config: CompareConfig, output: str | Path | None = None, *, overwrite: bool = False) -> dict[str, Any]:
+    """Return what `run` would measure, as plain data. Raises BadInput, for the output, too, where it is named."""
+    if output is not None:
+        check_output(output, overwrite, config.model, kind="comparison")
+    return {"dry_run": True, **planned(config).describe()}
+
+
+def run(config: CompareConfig, output: str | Path, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
+    """Plan and measure the comparison that `config` asks for: see `compare`."""
+    check_output(output, overwrite, config.model, kind="comparison")
+    return compare(planned(config), output, overwrite=overwrite, command=command, device=config.device)
 
 
 def compare(

@@ -27,11 +27,15 @@ def fixed_shape(recipe: "Recipe") -> list[str]:
 FIXED = Context(lambda r: bool(fixed_shape(r)), lambda r: f"budget.{fixed_shape(r)[0]}, which fixes the banks' shape")
 BASELINE = Context(lambda r: r.method != "pilon", lambda r: f"method {r.method}")
 SCALAR = Context(lambda r: r.form.composition == "scalar", lambda _: "form.composition scalar")
-LARGER = Context(lambda r: r.budget.ratio > 1, lambda _: "a ratio above 1")
-WHOLE = Context(lambda r: r.budget.ratio == 1, lambda _: "ratio 1, which keeps every layer whole")
+LARGER = Context(lambda r: r.budget.ratio > 1, lambda _: "budget.ffn_ratio above 1")
+WHOLE = Context(lambda r: r.budget.ratio == 1, lambda _: "budget.ffn_ratio 1, which keeps every layer dense")
 MACS = Context(
     lambda r: r.budget.mac_ratio is not None or r.budget.optimize == "compute",
-    lambda r: "a limit on MACs (" + ("mac_ratio" if r.budget.mac_ratio is not None else "optimize compute") + ")",
+    lambda r: (
+        "a limit on MACs ("
+        + ("budget.mac_ratio" if r.budget.mac_ratio is not None else "budget.optimize compute")
+        + ")"
+    ),
 )
 MAC_RATIO = Context(lambda r: r.budget.mac_ratio is not None, lambda _: "budget.mac_ratio, which sets the limit itself")
 UNSHARED = Context(lambda r: r.budget.sharing == "none", lambda _: "budget.sharing none")
@@ -72,18 +76,24 @@ def conflicts(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     if budget.top_k is not None and budget.n_primitives is not None and budget.top_k > budget.n_primitives:
         yield "budget.top_k", f"is more than the {budget.n_primitives} primitives of a bank: lower it to that at most"
     if recipe.refine.steps and recipe.form.bank_dtype != "auto":
-        yield "refine.steps", "integers cannot be refined: leave out refine.steps (--refine), or bank_dtype"
+        yield "refine.steps", "integers cannot be refined: leave out refine.steps, or form.bank_dtype"
 
 
 def refuse_conflicts(recipe: "Recipe") -> None:
     """Raise pydantic's ValidationError, at the fields that are to blame."""
-    errors = []
-    for path, message in conflicts(recipe):
-        location = tuple(path.split("."))
-        kind = PydanticCustomError("conflict", "{reason}", {"reason": message})
-        errors.append(InitErrorDetails(type=kind, loc=location, input=_value(recipe, path)))
+    errors = [_error(path, message, _value(recipe, path)) for path, message in conflicts(recipe)]
     if errors:
         raise ValidationError.from_exception_data("Recipe", errors)
+
+
+def refuse_field(path: str, message: str, value: Any) -> None:
+    """Raise pydantic's ValidationError at the dotted field `path`, from a validator of the section that has it."""
+    raise ValidationError.from_exception_data("Recipe", [_error(path, message, value)])
+
+
+def _error(path: str, message: str, value: Any) -> InitErrorDetails:
+    kind = PydanticCustomError("conflict", "{reason}", {"reason": message})
+    return InitErrorDetails(type=kind, loc=tuple(path.split(".")), input=value)
 
 
 def _is_set(recipe: "Recipe", path: str) -> bool:

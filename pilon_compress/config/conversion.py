@@ -5,28 +5,20 @@ Recipes are YAML files with the fields of `Recipe` below.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from pilon_compress.config import reading, strict_yaml
-from pilon_compress.config.conflicts import refuse_conflicts
-from pilon_compress.config.ratio import Ratio
-from pilon_compress.config.reading import Positive, Section, Selector, Switch, Text
+from pilon_compress.config.conflicts import refuse_conflicts, refuse_field
+from pilon_compress.config.option import RUNNING, Argument, Option, Options
+from pilon_compress.config.ratio import Part, SizeRatio
+from pilon_compress.config.reading import Override, Positive, Section, Selector, Switch, Text
 from pilon_compress.config.strict_yaml import Document
 from pilon_compress.errors import BadInput
 
 Method = Literal["pilon", "whitened-svd", "svd"]
-Preset = Literal["minimal", "baseline", "mild", "moderate", "aggressive", "extreme"]
-PRESETS: dict[Preset, float] = {
-    "minimal": 0.9,
-    "baseline": 0.75,
-    "mild": 0.6,
-    "moderate": 0.5,
-    "aggressive": 0.25,
-    "extreme": 0.1,
-}
 DEFAULT_RATIO = 0.5
 LARGEST_RATIO = 4.0  # with allow_larger: enough for a full-rank plan of any shape
 
@@ -34,58 +26,55 @@ LARGEST_RATIO = 4.0  # with allow_larger: enough for a full-rank plan of any sha
 class Budget(Section):
     """How large the result may be."""
 
-    allow_larger: Switch = False  # declared first: the check of ffn_ratio reads it
-    """Permit a plan larger than the dense model (ffn_ratio up to 4), for tests and study."""
-    ffn_ratio: Ratio | None = None
-    """Stored FFN parameters, PILON over dense, at most: above 0, at most 1; also as 50% or 1/2. Default 0.5, or what
-    n_primitives and rank come to where both are given. Not together with preset."""
-    preset: Preset | None = None
-    """A named ffn_ratio: minimal .9, baseline .75, mild .6, moderate .5, aggressive .25, extreme .1."""
+    ffn_ratio: Annotated[SizeRatio | None, Option(metavar="RATIO")] = None
+    """Largest ratio of stored FFN parameters, PILON over dense: a number above 0 and at most 1, as in 0.5, 50% or 1/2,
+    or a preset: minimal 0.9, baseline 0.75, mild 0.6, moderate 0.5, aggressive 0.25, extreme 0.1. Default: 0.5, or what
+    `n_primitives` and `rank` come to if both are given."""
+    allow_larger: Annotated[Switch, Option()] = False
+    """Permit a plan that is larger than the dense model, for tests and study: `ffn_ratio` may be up to 4."""
+    optimize: Annotated[Literal["storage", "compute"], Option()] = "storage"
+    """Size to limit. With storage MACs may be up to the dense model's; with compute the ratio of MACs is at most that
+    of stored parameters."""
+    mac_ratio: Annotated[Part | None, Option(metavar="RATIO")] = None
+    """Largest ratio of the FFN's MACs per token, PILON over dense: above 0 and at most 1. Not together with `optimize`
+    compute. Default: as `optimize` says."""
     neurons: Switch = True
-    """Prune neurons of feed-forward blocks and refit the others; false: keep every neuron, lower ranks alone."""
+    """Prune neurons of feed-forward blocks and refit the others. If false, all neurons stay: only ranks are lowered."""
     sharing: Literal["auto", "none"] = "none"
-    """auto: bands of layers share banks where a joint fit has the lower loss; costs time, and MACs where it does."""
+    """With auto, bands of layers share banks where a joint fit lowers the loss. It costs time, and MACs where layers
+    share."""
     banding: Literal["contiguous", "similar"] = "contiguous"
-    """Which layers sharing tries together: about three in a row, or two to four that use the same directions."""
+    """Layers that sharing tries together: about three in a row, or two to four that use similar directions."""
     align: Switch = False
     """Match the neurons of layers that share before their banks are fitted."""
-    optimize: Literal["storage", "compute"] = "storage"
-    """storage: MACs may be up to the dense model's. compute: the ratio of MACs is at most that of stored parameters."""
-    mac_ratio: Annotated[Ratio, Field(gt=0, le=1)] | None = None
-    """Limit on the FFN's MACs per token, PILON over dense. Not together with optimize: compute."""
-    bands: Positive | list[list[int]] | None = None
-    """Bands of layers that share banks: their number, or the layers of each. Default: about three layers each."""
-    n_primitives: Positive | None = None
-    """Primitives per bank; solved from the ratio when not given."""
-    rank: Positive | None = None
-    """Rank of each primitive; solved from the ratio when not given."""
-    top_k: Positive | None = None
-    """Primitives that each layer selects from its bank; by default as many as cost no more MACs than dense."""
+    bands: Annotated[Positive | list[list[int]] | None, Option(metavar="BANDS")] = None
+    """Bands of layers that share banks: their number, or the layers of each, as in [[0, 1], [2, 3]]. Default: bands of
+    about three layers."""
+    n_primitives: Annotated[Positive | None, Option()] = None
+    """Primitives per bank. Default: as many as `ffn_ratio` pays for."""
+    rank: Annotated[Positive | None, Option()] = None
+    """Rank of each primitive. Default: the rank that spends `ffn_ratio` best."""
+    top_k: Annotated[Positive | None, Option()] = None
+    """Primitives that each layer selects from its bank. Default: as many as cost no more MACs than the dense layer."""
 
     @model_validator(mode="before")
     @classmethod
     def _default_ratio(cls, data: Any) -> Any:
         fixed = isinstance(data, dict) and None not in (data.get("n_primitives"), data.get("rank"))
         fixed = fixed and data.get("optimize") != "compute"  # whose limit on MACs is the ratio
-        if isinstance(data, dict) and data.get("ffn_ratio") is None and data.get("preset") is None and not fixed:
+        if isinstance(data, dict) and data.get("ffn_ratio") is None and not fixed:
             return {**data, "ffn_ratio": DEFAULT_RATIO}
         return data
 
-    @field_validator("ffn_ratio")
-    @classmethod
-    def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
-        larger = info.data.get("allow_larger", False)
-        if value is not None and not 0 < value <= (LARGEST_RATIO if larger else 1):
-            limit = f"at most {LARGEST_RATIO:g}" if larger else "at most 1, the dense size, without allow_larger"
-            raise ValueError(f"must be above 0 and {limit}")
-        return value
-
-    @field_validator("preset")
-    @classmethod
-    def _only_one(cls, value: Preset | None, info: ValidationInfo) -> Preset | None:
-        if value is not None and info.data.get("ffn_ratio") is not None:
-            raise ValueError("give ffn_ratio or preset, not both")
-        return value
+    @model_validator(mode="after")
+    def _in_range(self) -> "Budget":
+        limit = LARGEST_RATIO if self.allow_larger else 1
+        if self.ffn_ratio is not None and not 0 < self.ffn_ratio <= limit:
+            words = f"at most {limit:g}" + (
+                "" if self.allow_larger else ", the dense size, without budget.allow_larger"
+            )
+            refuse_field("ffn_ratio", f"must be above 0 and {words}", self.ffn_ratio)
+        return self
 
     @field_validator("bands", mode="before")
     @classmethod
@@ -103,8 +92,8 @@ class Budget(Section):
 
     @property
     def limits_storage(self) -> bool:
-        """True if a ratio or preset bounds what is stored; False where n_primitives and rank alone decide."""
-        return self.preset is not None or self.ffn_ratio is not None
+        """True if a ratio bounds what is stored; False where n_primitives and rank alone decide."""
+        return self.ffn_ratio is not None
 
     @property
     def mac_limit(self) -> float | None:
@@ -115,73 +104,75 @@ class Budget(Section):
 
     @property
     def ratio(self) -> float:
-        """Stored FFN parameters, PILON over dense, whichever way it was given."""
-        if self.preset is not None:
-            return PRESETS[self.preset]
+        """Largest ratio of stored FFN parameters, PILON over dense."""
         return DEFAULT_RATIO if self.ffn_ratio is None else self.ffn_ratio
 
 
 class Form(Section):
-    """The PILON form that weights take."""
+    """Form and number format of the converted weights."""
 
-    composition: Literal["component", "scalar"] = "component"
-    """Weights of a composition: one per component of each selected primitive, or one per primitive."""
-    bank_dtype: Literal["auto", "int8", "int4", "int3", "int2"] = "auto"
-    """Of banks and matrices: auto as everything else, or whole numbers, which each layer makes up for as it can."""
+    composition: Annotated[Literal["component", "scalar"], Option()] = "component"
+    """Weights of a composition: one per component of each selected primitive, or one per primitive (scalar)."""
+    bank_dtype: Annotated[Literal["auto", "int8", "int4", "int3", "int2"], Option()] = "auto"
+    """Number format of banks and dense matrices. With auto it is that of the other weights; with an integer format they
+    are quantised, and every layer is refitted to compensate."""
 
 
 class Scope(Section):
     """Which projections are replaced: exact module name, class name, or re:REGEX on the module name."""
 
-    targets: list[Selector] = []
-    """Replace only these; empty: every feed-forward projection."""
-    ignore: list[Selector] = []
-    """Leave these dense; wins over targets."""
+    targets: Annotated[list[Selector], Option()] = []
+    """Replace only these modules: exact name, class name, or re:REGEX on the name. Default: every feed-forward
+    projection."""
+    ignore: Annotated[list[Selector], Option()] = []
+    """Keep these modules dense, also those that `targets` names. Default: none."""
 
 
 class Calibration(Section):
     """The text whose activations weigh the error."""
 
-    data: Text | None = None
-    """Text source: hub:REPO:CONFIG:SPLIT:COLUMN, a txt / jsonl / parquet file or glob (from the working directory),
-    stdlib, stdin. Default: WikiText-2 for causal LMs, stdlib for encoders."""
-    samples: Positive | None = None
-    """Sequences to read: paragraphs for encoders, blocks of sequence_length tokens for causal LMs. Default: 800, and as
-    many as make eight tokens per inner neuron, at least 32; fewer or more by effort."""
-    sequence_length: Positive | None = None
-    """Tokens per sequence, at most."""
-    batch_size: Positive = 16
-    """Sequences per forward pass."""
+    data: Annotated[Text | None, Option("--calibration", metavar="SOURCE")] = None
+    """Text for calibration: hub:REPO:CONFIG:SPLIT:COLUMN, a txt, jsonl or parquet file or glob (from the working
+    directory), stdlib, or stdin. Default: WikiText-2 for causal LMs, stdlib for encoders."""
+    samples: Annotated[Positive | None, Option()] = None
+    """Calibration sequences: paragraphs for encoders, blocks of `sequence_length` tokens for causal LMs. Default, with
+    effort balanced: 800 paragraphs, or as many blocks as make eight tokens per inner neuron, at least 32."""
+    sequence_length: Annotated[Positive | None, Option()] = None
+    """Largest number of tokens per calibration sequence. Default: 512 for causal LMs, 128 for encoders, or what the
+    model has positions for if that is less."""
+    batch_size: Annotated[Positive, Option()] = 16
+    """Calibration sequences per forward pass."""
     begins_with: Text | None = None
     """Tokens that every sequence of a causal LM begins with, as `convert` saves them: those that the tokenizer puts
     before a text, or `nothing`. A recipe that names others than the tokenizer puts is refused."""
 
 
 class Refine(Section):
-    """Regression to the dense model on the calibration text, after the closed form."""
+    """Training of the converted model to agree with the dense one, after the closed form."""
 
-    steps: Annotated[int, Field(ge=0, strict=True)] = 0
-    """Optimiser steps; 0: none (one-shot)."""
+    steps: Annotated[int, Field(ge=0, strict=True), Option("--refine", RUNNING)] = 0
+    """Optimiser steps that train the converted model to agree with the dense one, after the closed form; 0: none."""
     minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Wall time at most. With a limit, results differ from run to run."""
+    """Largest wall time in minutes. With a limit, results differ from run to run. Default: no limit."""
     samples: Positive | None = None
     """Sequences to learn from, of the calibration source. Default: eight times those of the calibration."""
 
 
 class Evaluation(Section):
-    """The text that judges the result."""
+    """The text that the result is evaluated on."""
 
-    data: Text | None = None
-    """Text source, as for calibration; none: do not evaluate. Default: the held-out part of the calibration source."""
-    samples: Positive | None = None
-    """Texts to compare for encoders, windows to score for causal LMs. Default: 500 texts; at the end of a conversion as
-    many windows as make 16,384 tokens, in `eval` all of the text."""
-    window: Positive | None = None
-    """Tokens of context per window (causal LMs)."""
-    stride: Positive | None = None
+    data: Annotated[Text | None, Option(metavar="SOURCE")] = None
+    """Text for the evaluation, named as for calibration; a conversion skips it with none. Default: the held-out part of
+    the calibration text; without a recipe WikiText-2 for causal LMs, stdlib for encoders."""
+    samples: Annotated[Positive | None, Option()] = None
+    """Texts to compare for encoders, windows to score for causal LMs. Default: 500 texts; in `eval` the windows of all
+    of the text, else as many as make 16,384 tokens."""
+    window: Annotated[Positive | None, Option()] = None
+    """Tokens of context per window (causal LMs). Default: as many as the model has positions for, at most 1024."""
+    stride: Annotated[Positive | None, Option()] = None
     """Tokens by which windows advance, at most the window (causal LMs). Default: the window."""
-    batch_size: Positive = 16
-    """Sequences per forward pass."""
+    batch_size: Annotated[Positive, Option()] = 16
+    """Sequences per forward pass of the evaluation."""
 
     @field_validator("stride")
     @classmethod
@@ -201,28 +192,36 @@ class Evaluation(Section):
 class Recipe(Section):
     """Everything that decides a conversion."""
 
-    model: Text
-    """The dense model: hub id, local folder, or package:NAME of an installed Python package that ships a checkpoint."""
-    method: Method = "pilon"
-    """pilon, or a baseline for comparison: whitened-svd (SVD-LLM), svd."""
-    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
-    """Seed of every random choice: sampling of texts, clustering."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the saved weights; auto keeps the dense model's."""
-    device: Text = "auto"
-    """Where to compute: auto (cuda when present, else cpu), cpu, cuda, cuda:1, ..."""
-    max_memory: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """GiB that the conversion may use; a model that is large against it is read block by block. Default: what is
-    free."""
-    effort: Literal["fast", "balanced", "best"] = "balanced"
-    """fast: every layer on its own, on a third of the text. balanced: each layer makes up for those before it. best:
-    twice the text, longer joint fits. For method pilon."""
-    budget: Budget = Budget()
-    form: Form = Form()
-    scope: Scope = Scope()
-    calibration: Calibration = Calibration()
-    refine: Refine = Refine()
-    evaluation: Evaluation = Evaluation()
+    MOVED: ClassVar[dict[str, str]] = {"budget.preset": "budget.ffn_ratio"}
+
+    model: Annotated[Text, Argument()]
+    """Dense model to convert: hub id, local folder, or package:NAME of an installed package that ships a checkpoint."""
+    method: Annotated[Method, Option(panel="Form")] = "pilon"
+    """Method of the conversion: pilon, or for comparison a baseline that factorises every weight alone: whitened-svd
+    (SVD-LLM) or svd."""
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True), Option(panel=RUNNING)] = 0
+    """Seed of every random choice: which texts are drawn, how layers are clustered."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(panel=RUNNING)] = "auto"
+    """Number type of the saved weights; auto keeps the dense model's."""
+    device: Annotated[Text, Option(panel=RUNNING, metavar="DEVICE")] = "auto"
+    """Device to compute on: cpu, cuda, cuda:1 and so on; auto takes cuda where there is one, else cpu."""
+    max_memory: Annotated[
+        Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Option(panel=RUNNING, metavar="GIB")
+    ] = None
+    """Memory in GiB that the conversion may use; a model that is large against it is read block by block. Default: the
+    memory that is free."""
+    effort: Annotated[Literal["fast", "balanced", "best"], Option(panel=RUNNING)] = "balanced"
+    """Time to spend (method pilon). With fast every layer is fitted on its own, on less than half of the text; with
+    balanced each is fitted behind the converted ones before it; best reads two to four times the text, and fits shared
+    banks longer."""
+    budget: Annotated[Budget, Options("Budget")] = Budget()
+    form: Annotated[Form, Options("Form")] = Form()
+    scope: Annotated[Scope, Options("What is replaced")] = Scope()
+    calibration: Annotated[Calibration, Options("Calibration and evaluation")] = Calibration()
+    refine: Annotated[Refine, Options(RUNNING)] = Refine()
+    evaluation: Annotated[
+        Evaluation, Options("Calibration and evaluation", prefix="eval-", only=("data", "samples"))
+    ] = Evaluation()
 
     @model_validator(mode="after")
     def _every_option_counts(self) -> "Recipe":
@@ -230,16 +229,15 @@ class Recipe(Section):
         return self
 
 
-def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load(name_or_path: str, overrides: Sequence[str | Override] = ()) -> Recipe:
     """Read the bundled recipe of that name, else the YAML file at that path, and apply `overrides`, each "a.b=value".
 
-    An override of ffn_ratio replaces the file's preset, and the other way round. Raises BadInput:
-    `file.yaml:LINE: dotted.field: what is wrong`, or `--set a.b: ...` where an override is to blame.
+    Raises BadInput: `file.yaml:LINE: dotted.field: what is wrong`, or `--set a.b: ...` where an override is to blame.
     """
     return reading.load(Recipe, name_or_path, overrides, "train")
 
 
-def build(data: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "command line") -> Recipe:
+def build(data: Mapping[str, Any], overrides: Sequence[str | Override] = (), origin: str = "command line") -> Recipe:
     """A recipe from nested dictionaries and `overrides`. `origin` begins the messages of BadInput."""
     return reading.checked(Recipe, Document(origin, data), overrides)
 

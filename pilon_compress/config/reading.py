@@ -1,6 +1,6 @@
-"""How recipes are read: checked by pydantic, mistakes reported with file and line, `--set a.b=value` applied.
+"""How recipes are read: checked by pydantic, options applied, mistakes reported with file and line or by the option.
 
-What a recipe may say stands elsewhere: `recipe.Recipe` for conversions, `config.training.TrainRecipe` for training.
+What a recipe may say stands elsewhere: `conversion.Recipe` for conversions, `training.TrainRecipe` for training.
 """
 
 import copy
@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from pilon_compress.config import strict_yaml
+from pilon_compress.config.option import flags
 from pilon_compress.config.strict_yaml import Document
 from pilon_compress.errors import BadInput
 from pilon_compress.io.disk import read_bounded
@@ -38,6 +39,39 @@ Selector = Annotated[Text, AfterValidator(_selector)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+PLAIN = {
+    "^should be": "must be",
+    r"^must be a valid (\w+).*": r"must be a \1",
+    "a (?=integer)": "an ",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+}
+"""Pydantic's words -> ours, in the messages of its checks."""
+
+
+class Override(NamedTuple):
+    """A value that takes the place of a recipe's: dotted field, value, and the option that gave it, as messages say."""
+
+    field: str
+    value: Any
+    option: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Override":
+        """Read "a.b=value", as `--set` takes it. Raises BadInput."""
+        key, equals, value = text.partition("=")
+        if not equals or not all(key.split(".")):
+            raise BadInput(f"--set {text}: expected FIELD=VALUE, as in --set budget.ffn_ratio=0.5")
+        return cls(key, strict_yaml.parse(value, f"--set {key}").data, f"--set {key}")
+
+    @property
+    def generic(self) -> bool:
+        """True for --set, whose field messages call by its dotted name."""
+        return self.option.startswith("--set ")
 
 
 class Section(BaseModel):
@@ -103,7 +137,10 @@ _Model = TypeVar("_Model", bound=Section)
 
 
 def load(
-    model: type[_Model], name_or_path: str, overrides: Sequence[str], rival: Literal["train", "convert"]
+    model: type[_Model],
+    name_or_path: str,
+    overrides: Sequence[str | Override],
+    rival: Literal["train", "convert"],
 ) -> _Model:
     """The recipe of that name or in that file, with `overrides`; `rival`: the command whose recipes it must not be."""
     origin, text = find(name_or_path)
@@ -112,49 +149,84 @@ def load(
     return checked(model, document, overrides)
 
 
-def checked(model: type[_Model], document: Document, overrides: Sequence[str] = ()) -> _Model:
+def checked(model: type[_Model], document: Document, overrides: Sequence[str | Override] = ()) -> _Model:
     """Validate `document` with the overrides applied, or raise BadInput for the first error by line."""
     given = {} if document.data is None else document.data
     if not isinstance(given, Mapping):
         raise BadInput(f"{document.place(1)}: a recipe is a set of fields, as in `model: gpt2`")
-    data, keys = _overridden(given, overrides)
+    asked = _settled([Override.parse(one) if isinstance(one, str) else one for one in overrides])
+    data = _overridden(given, asked)
     try:
         return model.model_validate(data)
     except ValidationError as invalid:
-        errors = []
-        for error in invalid.errors(include_url=False, include_context=False):
-            path = _known_part(error["loc"], data)
-            by = next((key for key in keys if _related(key.split("."), list(map(str, path)))), None)
-            line = 0 if by else document.line(path)
-            errors.append((line, f"--set {by}" if by else document.place(line), ".".join(map(str, path)), error))
-        _, place, field, first = min(errors, key=lambda entry: entry[0])
-        more = f" (+{len(errors) - 1} more)" if len(errors) > 1 else ""
-        where = place if place == f"--set {field}" else f"{place}: {field}"
-        raise BadInput(f"{where}: {_explain(first, model)}{more}") from None
+        errors = invalid.errors(include_url=False, include_context=False)
+        told = [(*_place(error, document, data, asked), error) for error in errors]
+        _, where, first = min(told, key=lambda entry: entry[0])
+        more = f" (+{len(told) - 1} more)" if len(told) > 1 else ""
+        message = _explain(first, model)
+        if first["type"] == "conflict":
+            names = {one.field: one.option for one in asked if not one.generic}
+            if where.startswith("--") and not where.startswith("--set "):
+                names = {flag.path: flag.name for flag in flags(model)} | names
+            message = _by_option(message, names)
+        raise BadInput(f"{where}: {message}{more}") from None
 
 
-def _overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A copy of `data` with each "a.b=value" put in its place, and the dotted keys in order."""
+def _place(error: ErrorDetails, document: Document, data: Any, asked: Sequence[Override]) -> tuple[int, str]:
+    """Return the line of an error, 0 where an option made it, and what the message begins with."""
+    path = _known_part(error["loc"], data)
+    field = ".".join(map(str, path))
+    by = next((one for one in asked if _related(one.field.split("."), list(map(str, path)))), None)
+    if by is None:
+        line = document.line(path)
+        return line, f"{document.place(line)}: {field}"
+    exact = field == by.field or not by.generic and field.startswith(f"{by.field}.")
+    return 0, by.option if exact else f"{by.option}: {field}"
+
+
+def _by_option(message: str, names: Mapping[str, str]) -> str:
+    """Call the fields of a message by the options that set them: `names`, by dotted field."""
+    return re.sub(r"(?<![\w.-])[a-z_]+(\.[a-z_]+)*", lambda found: names.get(found[0], found[0]), message)
+
+
+def _settled(overrides: Sequence[Override]) -> list[Override]:
+    """Return one override per field: the last --set. Raises BadInput where options disagree."""
+    found: dict[str, Override] = {}
+    for one in overrides:
+        other = found.get(one.field)
+        if other is not None and not (other.generic and one.generic):
+            _refuse_unequal(other, one, one.value)
+        found[one.field] = one if other is None or other.generic else other
+    return list(found.values())
+
+
+def _refuse_unequal(one: Override, other: Override, value: Any) -> None:
+    if value != one.value:
+        raise BadInput(f"{one.option} and {other.option} disagree: leave out one of the two")
+
+
+def _overridden(data: Mapping[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
+    """Return a copy of `data` with each override put in its place, in order."""
     changed = copy.deepcopy(dict(data))
-    values = {}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not all(key.split(".")):
-            raise BadInput(f"--set {item}: expected FIELD=VALUE, as in --set budget.ffn_ratio=0.5")
-        values[key] = strict_yaml.parse(text, f"--set {key}").data
-    budget = changed.get("budget")
-    for key, rival in (("ffn_ratio", "preset"), ("preset", "ffn_ratio")):
-        if values.get(f"budget.{key}") is not None and isinstance(budget, dict):
-            budget.pop(rival, None)
-    for key, value in values.items():
-        *parents, leaf = key.split(".")
+    for one in overrides:
+        *parents, leaf = one.field.split(".")
         section = changed
         for index, parent in enumerate(parents):
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise BadInput(f"--set {key}: {'.'.join(parents[: index + 1])} has no fields")
-        section[leaf] = value
-    return changed, list(values)
+                raise BadInput(f"{one.option}: {'.'.join(parents[: index + 1])} has no fields")
+        section[leaf] = copy.deepcopy(one.value)
+    for one in overrides:
+        whole = next((other for other in overrides if one.field.startswith(f"{other.field}.")), None)
+        if whole is not None and not one.generic:  # --set of a section may have replaced what an option said
+            _refuse_unequal(one, whole, _at(changed, one.field))
+    return changed
+
+
+def _at(data: Any, field: str) -> Any:
+    for name in field.split("."):
+        data = data.get(name) if isinstance(data, Mapping) else None
+    return data
 
 
 def _known_part(location: tuple[int | str, ...], data: Any) -> list[int | str]:
@@ -188,6 +260,8 @@ def _explain(error: ErrorDetails, model: type[Section]) -> str:
     if kind == "model_type":
         return f"must be a section, with some of the fields {', '.join(_fields(model, location))}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    for theirs, plain in PLAIN.items():
+        message = re.sub(theirs, plain, message)
     given = " ".join(repr(error["input"]).split())
     return f"{message} (got {given if len(given) <= 60 else given[:57] + '...'})"
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pilon_compress.config import reading, strict_yaml
-from pilon_compress.config.ratio import Ratio
+from pilon_compress.config.ratio import Parts, Ratio
 from pilon_compress.config.reading import Above, Count, Number, Positive, Section, Share, Switch, Text
 from pilon_compress.config.research import Research
 from pilon_compress.config.strict_yaml import Document
@@ -219,7 +219,7 @@ class TrainRecipe(Section):
     teacher: Text | None = None
     """The dense model that is followed; default: the one that `start` was converted from."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
-    shrink: list[Annotated[Ratio, Field(gt=0, le=1)]] = []
+    shrink: Parts = []
     """heal: convert `start`, a dense model, to the first of these ratios of stored FFN parameters, heal it, convert
     what came of it to the next, and so on; the tokens are shared out evenly."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

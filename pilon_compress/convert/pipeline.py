@@ -36,9 +36,9 @@ from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import bank_usage, evaluate
 from pilon_compress.export.save import save_model
 from pilon_compress.io import companions, progress
-from pilon_compress.io.folders import fresh_folder, open_output
+from pilon_compress.io.folders import check_output, fresh_folder, open_output
 from pilon_compress.io.journal import Journal
-from pilon_compress.io.malloc import trim
+from pilon_compress.io.malloc import give_back_freed, trim
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import Site
 from pilon_compress.models.source import Source, available, open_source
@@ -63,19 +63,39 @@ def convert(
     *,
     overwrite: bool = False,
     command: str = "",
-    job: Job | None = None,
+    on_start: Callable[[Job, dict[str, float]], None] | None = None,
     on_plan: Callable[[Job], None] | None = None,
 ) -> dict[str, Any]:
     """Convert the dense model that `settings` names and write a PILON model folder to `output`.
 
     The folder appears whole or not at all: weights (safetensors), config, tokenizer, recipe.yaml, README.md (model
     card), report.html, report.json. Returns the report (the contents of report.json). Raises BadInput for anything
-    that the user can mend: see `errors.BadInput`. `job` is `prepare(settings)`, where the caller has it
-    already; `on_plan` is told the job once its plan is final.
+    that the user can mend: see `errors.BadInput`. `on_start` is told the job and its cost (`cost.estimate`) before
+    weights are read, `on_plan` the job once its plan is final.
     """
-    job = job or prepare(settings)
-    with open_output(output, overwrite, settings.model) as path, progress.stages(stages(job)):
-        return _convert(settings, path, overwrite, command, job, on_plan)
+    with open_output(output, overwrite, settings.model) as path:
+        job = prepare(settings)
+        if on_start is not None:
+            on_start(job, estimate(job))
+        give_back_freed(scarce=settings.max_memory is not None)
+        with progress.stages(stages(job)):
+            return _convert(settings, path, overwrite, command, job, on_plan)
+
+
+def dry_run(
+    settings: conversion.Recipe, output: str | Path | None = None, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Return the plan of `convert` with its sizes and cost, as plain data; writes nothing.
+
+    Raises BadInput as `convert` does: for the output, too, where it is named.
+    """
+    if output is not None:
+        check_output(output, overwrite, settings.model)
+    job = prepare(settings)
+    expected = estimate(job)
+    give_back_freed(scarce=settings.max_memory is not None)
+    job = settle(job)
+    return {"dry_run": True, "final": job.final, **job.describe(), "estimate": expected}
 
 
 def _convert(

@@ -1,0 +1,23 @@
+"""Parameters that no config has, once for all commands: where results go, and how they are printed."""
+
+from typing import Annotated
+
+import typer
+
+from pilon_compress.config.option import RUNNING
+
+Output = Annotated[
+    str | None,
+    typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write. It must be new or empty."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier output in the folder.", rich_help_panel=RUNNING)
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan with its sizes, and stop.", rich_help_panel=RUNNING)
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="List every layer in the tables.", rich_help_panel=RUNNING)]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object in place of tables and sentences.", rich_help_panel=RUNNING),
+]
