@@ -113,7 +113,7 @@ def test_the_source_is_never_overwritten(convert, place):
 
 def test_a_model_whose_weights_are_not_plain_matrices(convert, place, tmp_path):
     assert convert("--ffn-ratio", "0.6", out=tmp_path / "p").returncode == 0
-    assert_refused(convert(model=tmp_path / "p"), "PILON model already")
+    assert_refused(convert(model=tmp_path / "p"), "already a PILON model")
     copy(place / "causal", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}

@@ -25,8 +25,8 @@ def test_configs_that_transformers_ships_pass(name):
         ("llama", {"hidden_size": 2**30, "intermediate_size": 2**32}, "parameters: too large"),
         ("llama", {"vocab_size": 2**62}, "vocab_size is 4.*, at most"),
         ("llama", {"intermediate_size": 2**62}, "intermediate_size is"),
-        ("llama", {"hidden_size": 0}, "hidden_size should be a positive whole number .got 0."),
-        ("llama", {"num_attention_heads": -4}, "num_attention_heads should be a positive whole number"),
+        ("llama", {"hidden_size": 0}, "hidden_size should be a positive integer .got 0."),
+        ("llama", {"num_attention_heads": -4}, "num_attention_heads should be a positive integer"),
         ("bert", {"vocab_size": -1}, "vocab_size should be a positive"),
         ("mixtral", {"num_local_experts": 10**9}, "num_local_experts is 1000000000"),
     ],
@@ -44,7 +44,7 @@ def test_impossible_shapes_are_refused_in_one_line(name, changes, reason):
 def test_sizes_are_whole_numbers(value):
     config = AutoConfig.for_model("llama")
     object.__setattr__(config, "hidden_size", value)
-    with pytest.raises(BadInput, match="hidden_size should be a positive whole number"):
+    with pytest.raises(BadInput, match="hidden_size should be a positive integer"):
         check_shapes(config)
 
 

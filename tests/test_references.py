@@ -32,7 +32,7 @@ def test_the_address_of_a_hub_page_is_its_model(page, name):
         ("no such model", "name a folder"),
         ("", "name a folder"),
         ("a" * 300 + "/" + "b" * 300, "cannot be a model"),
-        ("bad\0name", "is no model"),
+        ("bad\0name", "is not a model"),
         ("nowhere.gguf", "there is no file nowhere.gguf"),
         ("./nowhere.gguf", "there is no file"),
         ("package:no-such-package-here", "pip install no-such-package-here"),

@@ -79,7 +79,7 @@ def test_what_cannot_be_shrunk_is_refused(home, tmp_path, monkeypatch):
         asked(home, shrink=[0.3, 0.6])
     with pytest.raises(BadInput, match="task heal"):
         recipes.build({"task": "pretrain", "shrink": [0.5]})
-    with pytest.raises(BadInput, match="PILON model already"):
+    with pytest.raises(BadInput, match="already a PILON model"):
         plan(asked(home, start=str(pilon(home))))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match="torchrun"):

@@ -84,7 +84,7 @@ def evaluate(
     causal = checkpoint.is_causal(checkpoint.load_config(model))
     if not causal and against is None:  # before anything is loaded
         raise BadInput(f"{model} is an encoder, judged by its fidelity to the dense model: name that with --against")
-    data = data or origin.judged_by or (EVALUATION_LM if causal else DEFAULT_ENCODER)
+    data = data or origin.evaluation or (EVALUATION_LM if causal else DEFAULT_ENCODER)
     seen = any(_overlap(data, source) for source in origin.texts)
     documents = list(text.open_text(data, part="held-out" if seen else "all"))
     pilon = checkpoint.load_model(model, dtype="float32", device=device)

@@ -1,8 +1,8 @@
-"""Models that are trained from scratch: a transformers host, its feed-forward projections replaced within a budget.
+"""Build models with random weights: a base architecture of transformers, its feed-forward projections replaced.
 
-    Ffn (recipe)   ->  layout_for(sites, ffn)  ->  install on the host  ->  initialise
+    Ffn (recipe)   ->  layout_for(sites, ffn)  ->  install in the base architecture  ->  initialise
 
-The dense twin is the same host without the replacement.
+The dense twin is the base architecture without the replacement.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from pilon_compress.nn.init import initialise
 from pilon_compress.nn.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install
 from pilon_compress.nn.stored import stored_layout
 
-RANKS = (64, 32, 16, 8, 4, 2, 1)  # of a primitive; multiples of 16 suit the kernels, small models need finer steps
-WASTE = 0.04  # of the budget that rounding to whole primitives may leave
+RANKS = (64, 32, 16, 8, 4, 2, 1)  # ranks of primitives to try; kernels need multiples of 16, small models finer steps
+WASTE = 0.04  # largest share of the budget that rounding down to complete primitives may leave unused
 EOS = "<eos>"
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens, the first of which is EOS (and padding)."""
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens, the first of which is EOS (and padding)."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -40,12 +40,17 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedToke
 
 
 def config_for(host: Host, sequence_length: int, eos: int | None) -> PretrainedConfig:
-    """The config of a host for sequences of `sequence_length` tokens. Raises BadInput for sizes that do not fit."""
+    """Return the config of a base architecture for sequences of `sequence_length` tokens; `eos` is also its BOS id.
+
+    Raises BadInput for a hidden size that the attention heads do not divide, or heads that the key-value heads do not.
+    """
     if host.hidden_size % host.num_attention_heads:
-        raise BadInput(f"hidden_size {host.hidden_size} is no multiple of {host.num_attention_heads} attention heads")
+        raise BadInput(
+            f"hidden_size {host.hidden_size} is no multiple of num_attention_heads {host.num_attention_heads}"
+        )
     heads = host.num_key_value_heads or host.num_attention_heads
     if host.num_attention_heads % heads:
-        raise BadInput(f"{host.num_attention_heads} attention heads are no multiple of num_key_value_heads {heads}")
+        raise BadInput(f"num_attention_heads {host.num_attention_heads} is no multiple of num_key_value_heads {heads}")
     kind = LlamaConfig if host.family == "llama" else ArceeConfig
     act = {"hidden_act": host.hidden_act} if host.hidden_act else {}
     config = kind(
@@ -67,15 +72,15 @@ def config_for(host: Host, sequence_length: int, eos: int | None) -> PretrainedC
 
 
 def build(config: PretrainedConfig, ffn: Ffn, seed: int, ternary: Ternary = Ternary()) -> PreTrainedModel:  # noqa: B008
-    """A model with random weights, dense or with its feed-forward projections replaced as `ffn` and `ternary` say.
+    """Return a model with random weights, dense or with its feed-forward projections replaced by `ffn` and `ternary`.
 
-    Float32, CPU. Weights outside the feed-forward part depend on the seed alone: twins start alike.
+    Float32, CPU. Weights outside the feed-forward part depend on the seed alone, so that twins start from equal ones.
     """
     return build_with(config, layout_for(find_sites(checkpoint.empty_model(config)), ffn, ternary), seed)
 
 
 def build_with(config: PretrainedConfig, layout: Layout | None, seed: int) -> PreTrainedModel:
-    """As `build`, of any architecture and layout; `layout` None: dense."""
+    """Return a model of any architecture and layout with random weights, float32, CPU; dense where `layout` is None."""
     torch.manual_seed(seed)
     model = checkpoint.build(config)
     if layout is not None:
@@ -87,15 +92,15 @@ def build_with(config: PretrainedConfig, layout: Layout | None, seed: int) -> Pr
 
 
 def layout_in(config: PretrainedConfig) -> Layout | None:
-    """The layout of a PILON model by its config; None of a dense one. Raises BadInput for one that is damaged."""
+    """Return the layout in a PILON model's config; None for a dense model. Raises BadInput for a damaged layout."""
     return stored_layout(config)
 
 
 def layout_for(sites: Sequence[Site], ffn: Ffn, ternary: Ternary = Ternary()) -> Layout | None:  # noqa: B008
-    """Banks and projections that store at most `ffn_ratio` and compute at most `mac_ratio` of what `sites` do.
+    """Return banks and projections of at most `ffn_ratio` of the sites' parameters and `mac_ratio` of their MACs.
 
-    lowrank: one primitive for each projection. dense: the matrices as they are, None where nothing about them changes.
-    Raises BadInput where the budget pays for no primitive, and for bands that are none.
+    lowrank: one primitive for each projection. dense: the matrices unchanged, None if they are not ternary either.
+    Raises BadInput where the budget is too small for one primitive, and for bands that do not partition the layers.
     """
     if ffn.kind == "dense" and not ffn.matrices:
         if not (ternary.enabled or ternary.sub_norm):
@@ -107,7 +112,7 @@ def layout_for(sites: Sequence[Site], ffn: Ffn, ternary: Ternary = Ternary()) ->
 
 
 def with_ternary(layout: Layout, sites: Sequence[Site], ternary: Ternary) -> Layout:
-    """The layout in digits, and with norms, as far as `ternary` asks for them."""
+    """Return `layout` with ternary weights, and norms before the down projections, where `ternary` enables them."""
     down = [site.name for site in sites if site.role == "down"]
     if ternary.sub_norm:
         layout = layout.normed(down)
@@ -115,7 +120,7 @@ def with_ternary(layout: Layout, sites: Sequence[Site], ternary: Ternary) -> Lay
 
 
 def _composed(sites: Sequence[Site], ffn: Ffn) -> Layout:
-    """Layers that share banks, or each have their own (lowrank)."""
+    """Return a layout of banks that the layers of a band share, or one bank for each layer (lowrank)."""
     wide = _widened(sites, ffn.neurons)
     layers = sorted({site.layer for site in sites})
     bands = [[layer] for layer in layers] if ffn.kind == "lowrank" else split_bands(layers, ffn.bands)
@@ -135,7 +140,7 @@ def _composed(sites: Sequence[Site], ffn: Ffn) -> Layout:
 
 
 def _widened(sites: Sequence[Site], neurons: float) -> list[Site]:
-    """The sites with another inner width."""
+    """Return the sites with the inner width times `neurons`, rounded to a multiple of 16."""
     if neurons == 1:
         return list(sites)
 
@@ -149,19 +154,19 @@ def _widened(sites: Sequence[Site], neurons: float) -> list[Site]:
 
 
 def _narrowed(sites: Sequence[Site], ffn: Ffn) -> Layout:
-    """Plain matrices of fewer neurons: what a small dense model would have."""
+    """Return a layout of dense matrices with fewer neurons, as in a small dense model."""
     down = next(site for site in sites if site.role == "down")
     width = int(min(ffn.ffn_ratio, ffn.mac_ratio) * down.d_in)
     width = width // 16 * 16 or width
     if width < 1:
-        raise BadInput(f"ratio {ffn.ffn_ratio:g} is too small for one neuron")
+        raise BadInput(f"ffn_ratio {ffn.ffn_ratio:g} is too small for one neuron: raise ffn_ratio or mac_ratio")
     narrow = [replace(s, d_in=width) if s.role == "down" else replace(s, d_out=width) for s in sites]
     kept = {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in narrow}
     return Layout({}, {}, kept, {site.name: (site.d_in, site.d_out) for site in sites})
 
 
 def _solve(members: Sequence[Site], dense: Sequence[Site], ffn: Ffn) -> tuple[BankSpec, int]:
-    """The bank of one band and role, and how many of its primitives a layer selects."""
+    """Return the bank of one band and role, and the number of its primitives that a layer selects."""
     site, layers = members[0], len(members)
     pair, full = site.d_in + site.d_out, min(site.d_in, site.d_out)
     biases = sum(one.d_out for one in members if one.bias)
@@ -171,7 +176,7 @@ def _solve(members: Sequence[Site], dense: Sequence[Site], ffn: Ffn) -> tuple[Ba
         per_rank = layers * (pair + 1)
         rank = min(full, int(min((stored - layers) / per_rank, macs / pair)))
         if rank < 1:
-            raise BadInput(f"the budget pays for no rank in the {site.role} projections")
+            raise BadInput(f"the budget pays for no rank in the {site.role} projections: raise ffn_ratio or mac_ratio")
         return BankSpec(site.d_in, site.d_out, 1, rank), 1
     softmax = ffn.composition == "softmax"
     best: tuple[BankSpec, int] | None = None
@@ -180,7 +185,7 @@ def _solve(members: Sequence[Site], dense: Sequence[Site], ffn: Ffn) -> tuple[Ba
         width = 1 if ffn.composition != "component" else rank
         per_layer, per_primitive = (0, rank * pair + layers) if softmax else (k * (width + 1), rank * pair)
         n = ffn.n_primitives or int((stored - layers * per_layer) // per_primitive)
-        n = n if ffn.n_primitives or softmax else min(n, layers * k)  # more than the layers can use are of no use
+        n = n if ffn.n_primitives or softmax else min(n, layers * k)  # the layers can select no more than this
         k = min(k, n)
         if k < 1:
             continue
@@ -195,9 +200,9 @@ def _solve(members: Sequence[Site], dense: Sequence[Site], ffn: Ffn) -> tuple[Ba
 
 @torch.no_grad()
 def balance_selection(model: PreTrainedModel, layout: Layout) -> None:
-    """Let the layers of a band take turns: the first k primitives to the first layer, the next k to the second, ...
+    """Select primitives in turn: the first k for the first layer of a band, the next k for the second, and so on.
 
-    Every primitive is used by as many layers as any other, give or take one, and none is left out.
+    The number of layers that use a primitive then differs by at most one between primitives.
     """
     users: dict[str, int] = {}
     for name, spec in layout.projections.items():

@@ -1,4 +1,4 @@
-"""How an architecture calls its blocks: where the hidden states stand among arguments and results."""
+"""Find and replace the hidden states among a transformer block's arguments and results, for any architecture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pilon_compress.errors import BadInput
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one block but for its hidden states. `slot`: their position, or their keyword."""
+    """The arguments of one block without its hidden states. `slot`: the position or keyword of the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -45,9 +45,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """A block's return value without its hidden states: a stand-in for the block returns the same with others.
+    """A block's return value without its hidden states, which a stand-in for the block fills with others.
 
-    `place` is the position or key of the hidden states, None where they are all that is returned.
+    `place` is the position or key of the hidden states, None where nothing else is returned.
     """
 
     rest: Any
@@ -55,14 +55,14 @@ class Result:
 
     @classmethod
     def split(cls, output: Any) -> "Result":
-        """Keep what stands beside the hidden states of `output`, which are `hidden_of(output)`."""
+        """Return `output` without its hidden states, `hidden_of(output)`."""
         place = _place(output)
         if place is None:
             return cls(None, None)
         return cls(_with(output, place, None), place)
 
     def filled(self, hidden: Tensor) -> Any:
-        """Return what a block returns, with these hidden states."""
+        """Return a block's return value with `hidden` as its hidden states."""
         return hidden if self.place is None else _with(self.rest, self.place, hidden)
 
     @property
@@ -77,8 +77,8 @@ def hidden_of(output: Any) -> Tensor:
     Raises BadInput for any other output.
     """
     place = _place(output)
-    found: Tensor = output if place is None else output[place]
-    return found
+    hidden: Tensor = output if place is None else output[place]
+    return hidden
 
 
 def _place(output: Any) -> int | str | None:
@@ -92,8 +92,7 @@ def _place(output: Any) -> int | str | None:
         raise BadInput(f"its blocks return {type(output).__name__}, not hidden states")
     for place in places:
         if torch.is_tensor(output[place]) and output[place].is_floating_point():
-            found: int | str = place
-            return found
+            return place  # type: ignore[no-any-return]
     raise BadInput("its blocks return no hidden states")
 
 

@@ -1,4 +1,4 @@
-"""The transformer blocks of a model: one rule that finds them, for every command."""
+"""Find the transformer blocks of a model, and the part of it that reads text; every command uses this rule."""
 
 import inspect
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 def passes(model: PreTrainedModel) -> list[str]:
     """Return the names of the blocks in the order in which the model runs them.
 
-    Each once, but for ALBERT, whose few blocks share their weights across the depth that the config states.
+    Every block runs once, except in ALBERT, which repeats a few blocks up to the depth that the config states.
     """
     names = list(blocks(model))
     config = text_config(model.config)
@@ -46,9 +46,9 @@ def check_once(model: PreTrainedModel) -> None:
 def block_path(model: PreTrainedModel) -> str:
     """Return the path below the base model of the ModuleList that holds the transformer blocks.
 
-    Of the text tower's lists that lie in no other list and whose members have parts, it is the one as long as the
-    config says the model is deep; where no list is, the longest. Raises BadInput for a model that has none, or that
-    does not read token ids.
+    Candidates are the text tower's lists that lie in no other list and whose members have submodules. The path is that
+    of the candidate as long as the config's depth, or else of the longest. Raises BadInput for a model without
+    candidates, or one that does not read token ids.
     """
     check_reads_tokens(model)
     root, tower = text_tower(model)
@@ -63,8 +63,10 @@ def block_path(model: PreTrainedModel) -> str:
 
 
 def text_tower(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
-    """Return path below the base model, and module, of the part that processes text: the base model itself ("") but
-    for models of several towers (vision and language, audio and language)."""
+    """Return the path below the base model, and the module, of the part that processes text.
+
+    That is the base model itself (path "") except in models of several towers (vision or audio and language).
+    """
     base = model.base_model
     config = text_config(base.config)
     if type(config) is type(base.config):
@@ -76,22 +78,26 @@ def text_tower(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
 
 
 def check_reads_tokens(model: PreTrainedModel) -> None:
-    """Raise BadInput for a model that does not run on token ids alone: images, audio, pairs of image and text, or
-    encoder and decoder together."""
+    """Raise BadInput for a model that does not run on token ids alone.
+
+    Such models read images, audio or pairs of image and text, or are an encoder and a decoder together.
+    """
     base, name = model.base_model, type(model).__name__
     parameters = inspect.signature(type(base).forward).parameters
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
         raise BadInput(f"{model.config.model_type} is an encoder-decoder model, which is not supported")
-    wanted = getattr(base, "main_input_name", "input_ids")
-    if wanted != "input_ids":
-        raise BadInput(f"{name} reads {wanted}, not token ids: only text models can be converted")
+    input_name = getattr(base, "main_input_name", "input_ids")
+    if input_name != "input_ids":
+        raise BadInput(f"{name} reads {input_name}, not token ids: only text models can be converted")
     if "return_loss" in parameters:  # contrastive pairs: CLIP, SigLIP, CLAP
         raise BadInput(f"{name} reads pairs of text and other input: only text models can be converted")
 
 
 def _outer_lists(tower: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Yield the ModuleLists that lie in no other one, nor in a tower that reads images or audio, by name, if each
-    member has parts of its own."""
+    """Yield name and module of the ModuleLists whose members all have submodules.
+
+    Lists inside other lists, or inside a tower that reads images or audio, are left out.
+    """
     closed: list[str] = []
     for name, module in tower.named_modules():
         if name.startswith(tuple(closed)):

@@ -1,4 +1,4 @@
-"""Causality: a language model's predictions depend on earlier tokens alone, or their perplexity means nothing."""
+"""Check that a language model's predictions depend on earlier tokens alone; otherwise perplexity means nothing."""
 
 import torch
 from torch import Tensor
@@ -6,9 +6,9 @@ from transformers import PreTrainedModel
 
 from pilon_compress.errors import BadInput
 
-TOKENS = 12  # that are looked at
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-HALF = 3e-2  # half precision
+TOKENS = 12  # length of the sequence that is compared
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative error that rounding explains, by dtype
+HALF_TOLERANCE = 3e-2  # of bfloat16 and float16
 
 
 @torch.no_grad()
@@ -25,8 +25,8 @@ def check_causal(model: PreTrainedModel, ids: Tensor) -> None:
     other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], (ids[:, 0] + 1) % (int(ids.max()) + 1), ids[:, 0])
     plain, changed = (model(input_ids=one, use_cache=False).logits[:, :-1].double() for one in (ids, other))
     error = float((plain - changed).norm() / plain.norm().clamp_min(1e-30))
-    if error > TOLERANCE.get(model.dtype, HALF):
+    if error > TOLERANCE.get(model.dtype, HALF_TOLERANCE):
         raise BadInput(
-            f"{type(model).__name__} looks at later tokens to predict earlier ones (is_decoder is not set?): it is no "
-            "language model whose perplexity could be taken"
+            f"{type(model).__name__} looks at later tokens to predict earlier ones, so it has no perplexity: set "
+            "is_decoder in config.json if it was trained as a decoder"
         )

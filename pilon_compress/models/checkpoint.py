@@ -1,4 +1,4 @@
-"""Where models come from: a folder, an installed package, or the hub; and what is wrong with one that does not load."""
+"""Load configs, tokenizers and dense or PILON models from references, and say in one line why one does not load."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,7 +26,7 @@ from pilon_compress.models.quiet import quiet_transformers
 from pilon_compress.models.references import resolve
 from pilon_compress.models.task import architecture, is_causal, text_config, vocabulary
 
-__all__ = ["architecture", "is_causal", "resolve", "text_config", "vocabulary"]  # beside what is defined here
+__all__ = ["architecture", "is_causal", "resolve", "text_config", "vocabulary"]  # re-exported
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HUB_HELP = "a local folder, a .gguf file or package:NAME works without it"
@@ -81,7 +81,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The dense architecture of `config` on the meta device: shapes without memory. A PILON config gives its host.
+    """Build the dense architecture of `config` (also a PILON config) on the meta device: shapes without memory.
 
     Raises BadInput for an architecture that cannot be built, or does not read token ids.
     """
@@ -94,7 +94,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
-    """The dense architecture of `config`, where and how the caller has parameters made."""
+    """Build the dense architecture of `config` on the current default device. Raises BadInput if that fails."""
     kind = architecture(config)
     try:
         plain = type(config).from_dict(config.to_dict())
@@ -111,7 +111,7 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
 def check_dense(reference: str, config: PretrainedConfig) -> None:
     """Raise BadInput for a model whose weights are not plain matrices: PILON already, or quantised."""
     if _method(config) == "pilon":
-        raise BadInput(f"{reference} is a PILON model already: convert the dense model that it was made from")
+        raise BadInput(f"{reference} is already a PILON model: convert the dense model that it was made from")
     _check_method(reference, config)
 
 
@@ -119,15 +119,15 @@ def _check_method(reference: str, config: PretrainedConfig) -> None:
     """Raise BadInput for weights in a quantised format that is not PILON's."""
     method = _method(config)
     if method not in (None, "pilon"):
-        raise BadInput(f"{reference} is quantised ({method}): give the model that it was made from")
+        raise BadInput(f"{reference} is quantised ({method}): name the unquantised model that it was made from")
 
 
 def _method(config: PretrainedConfig) -> object:
-    """The quantization method that a config names; None where weights are plain."""
-    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
-    if not found:
+    """Return the quantisation method in a config; None where weights are not quantised."""
+    settings = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if not settings:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     return getattr(method, "value", method) or "by a method that its config does not name"
 
 
@@ -137,7 +137,7 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
     Raises BadInput for files that are missing, truncated, or hold other tensors than the architecture, and for values
     that are NaN or infinite.
     """
-    wanted = find_dtype(dtype) if isinstance(dtype, str) else dtype
+    load_dtype = find_dtype(dtype) if isinstance(dtype, str) else dtype
     target = find_device(device)
     folder = resolve(reference)
     config = load_config(reference)
@@ -149,7 +149,7 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
         with _reading(folder) as where:
             model, loaded = (kind or AutoModel).from_pretrained(
                 folder,
-                dtype=wanted or config.dtype or "auto",
+                dtype=load_dtype or config.dtype or "auto",
                 use_safetensors=True,
                 output_loading_info=True,
                 **where,
@@ -158,13 +158,13 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
         raise
     except UNREADABLE as error:
         raise _refusal(reference, folder, error) from error
-    lost = sorted(loaded["unexpected_keys"])
-    if lost and type(model).__name__ not in (config.architectures or []):
+    unused = sorted(loaded["unexpected_keys"])
+    if unused and type(model).__name__ not in (config.architectures or []):
         raise BadInput(
-            f"{reference} holds tensors that a {type(model).__name__} has no place for, the first is {lost[0]}: "
+            f"{reference} holds tensors that a {type(model).__name__} has no place for, the first is {unused[0]}: "
             "name its class as `architectures` in config.json"
         )
-    if missing := sorted(loaded["missing_keys"]):  # transformers leaves them random
+    if missing := sorted(loaded["missing_keys"]):  # transformers would leave them random
         raise BadInput(f"{reference} lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}")
     model = model.to(target).eval()
     check_finite(model)
@@ -172,29 +172,29 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
 
 
 def _stored_dtype(folder: str) -> torch.dtype | None:
-    """The dtype of most weights in the files, for a config that does not say."""
+    """Return the dtype of most weights in the files, for a config without `dtype`; None where it cannot be read yet."""
     if Path(folder).is_dir():
         try:
             return files.stored_dtype(files.weight_files(Path(folder))[:1])
-        except BadInput:  # said where weights are wanted
+        except BadInput:  # reported when the weights are loaded
             return None
     try:
-        found = cached_file(folder, SAFE_WEIGHTS_NAME, local_files_only=hub.unreachable() is not None)
+        path = cached_file(folder, SAFE_WEIGHTS_NAME, local_files_only=hub.unreachable() is not None)
     except OSError:  # in shards: transformers reads the dtype when it loads them
         return None
-    return files.stored_dtype([Path(found)]) if found else None
+    return files.stored_dtype([Path(path)]) if path else None
 
 
 def find_dtype(name: str) -> torch.dtype | None:
-    """What `name` means: one of DTYPES, None for auto. Raises BadInput."""
+    """Return the torch dtype of `name`, one of DTYPES; None for auto. Raises BadInput for another name."""
     if name not in DTYPES:
-        raise BadInput(f"dtype {name!r} is none of {', '.join(DTYPES)}")
-    found: torch.dtype | None = getattr(torch, name, None)
-    return found
+        raise BadInput(f"dtype must be one of {', '.join(DTYPES)} (got {name!r})")
+    dtype: torch.dtype | None = getattr(torch, name, None)
+    return dtype
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; auto: cuda where it is present, else cpu. Raises BadInput where it is not available."""
+    """Return the device `name`; auto: cuda where it is present, else cpu. Raises BadInput for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -212,9 +212,9 @@ def check_finite(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _reading(folder: str) -> Iterator[dict[str, Any]]:
-    """A quiet stretch in which transformers reads `folder`, and the options to read it with.
+    """Silence transformers inside the context, and yield the options of `from_pretrained` to read `folder` with.
 
-    Local folders never ask the hub, and nothing does when it is out of reach.
+    The options prevent requests to the hub for local folders, and for all when it is out of reach.
     """
     local = Path(folder).is_dir()
     with quiet_transformers(), nullcontext(False) if local else hub.reaching() as offline:
@@ -228,4 +228,4 @@ def _refusal(reference: str, folder: str, error: Exception) -> BadInput:
         return BadInput(
             f"{reference} is neither a folder nor cached, and the hub is out of reach ({reason}); {HUB_HELP}"
         )
-    return BadInput(f"{reference} does not load from the hub: {first_line(error)}")
+    return BadInput(f"{reference} cannot be loaded from the hub: {first_line(error)}")

@@ -1,4 +1,4 @@
-"""Shapes that a config declares, checked before anything of that size is made."""
+"""Check the sizes that a config declares before anything of that size is allocated."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -8,22 +8,22 @@ from transformers import PretrainedConfig
 
 from pilon_compress.errors import BadInput
 
-LAYERS = 1000  # on the meta device so many take seconds to build; no text model comes near
-EXPERTS = 100_000
-LARGEST = 2**40  # of any size
-PARAMETERS = 1e13  # of the model, estimated
+MAX_LAYERS = 1000  # take seconds to build on the meta device; no text model comes near
+MAX_EXPERTS = 100_000
+MAX_SIZE = 2**40  # of any other integer
+MAX_PARAMETERS = 1e13  # of the model, estimated
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-"""Positive whole numbers in every config that has them; layer by layer, a list of such."""
+"""Positive integers, or lists of positive integers by layer, where a config has them."""
 
 OPTIONAL = ("intermediate_size", "num_key_value_heads", "head_dim", "type_vocab_size")
-"""The same, or absent, or zero."""
+"""Integers from 0 on, or lists of them by layer; None is allowed."""
 
 
 def check_declared(entries: Mapping[str, Any], name: str = "", depth: int = 8) -> None:
-    """Raise BadInput for the contents of a config.json that declare more layers, experts or numbers than can be read.
+    """Raise BadInput if the contents of a config.json declare more layers or experts, or larger sizes, than the limits.
 
-    To be called before transformers makes a config of them, which builds lists of that length.
+    Call it before transformers parses them into a config, which allocates lists of that length.
     """
     name = name or str(entries.get("model_type", "the model"))
     for key, value in entries.items():
@@ -34,10 +34,10 @@ def check_declared(entries: Mapping[str, Any], name: str = "", depth: int = 8) -
 
 
 def check_shapes(config: PretrainedConfig) -> None:
-    """Raise BadInput for a config whose model cannot be, or is too large to be built even without weights.
+    """Raise BadInput for a config whose model is impossible, or too large to build even without weights.
 
-    Looks at the config and those inside it: sizes that are no positive whole numbers, more than LAYERS layers, more
-    parameters than PARAMETERS.
+    Checks the config and those inside it: sizes must be positive integers, layers at most MAX_LAYERS, parameters at
+    most MAX_PARAMETERS.
     """
     for part in _parts(config):
         name = part.model_type or type(part).__name__
@@ -48,7 +48,7 @@ def check_shapes(config: PretrainedConfig) -> None:
         for key, value in vars(part).items():
             _check_bound(name, key, value)
         _check_bound(name, "num_hidden_layers", _value(part, "num_hidden_layers"))
-        if (size := _parameters(part)) > PARAMETERS:
+        if (size := _parameters(part)) > MAX_PARAMETERS:
             raise BadInput(f"config.json of {name} declares {size:.1g} parameters: too large to be read")
 
 
@@ -61,11 +61,11 @@ def _parts(config: PretrainedConfig, depth: int = 4) -> Iterator[PretrainedConfi
 
 
 def _value(config: PretrainedConfig, key: str) -> Any:
-    """The config's attribute under its common name; None where it has none for the model as a whole."""
+    """Return the config's attribute by its common name; None where the config has none, or one for each layer only."""
     own = (config.attribute_map or {}).get(key, key)
     if own in vars(config):
         return vars(config)[own]
-    with suppress(Exception):  # properties raise what they like where layers differ
+    with suppress(Exception):  # properties raise exceptions of all kinds where layers differ
         return getattr(config, key, None)
     return None
 
@@ -75,20 +75,20 @@ def _check_size(name: str, key: str, value: Any, least: int) -> None:
         return
     for one in value if isinstance(value, (list, tuple)) else [value]:
         if one is not None and (isinstance(one, bool) or not isinstance(one, int) or one < least):
-            kind = "a positive whole number" if least else "a whole number, not negative"
+            kind = "a positive integer" if least else "an integer, not negative"
             raise BadInput(f"config.json of {name}: {key} should be {kind} (got {_short(one)})")
 
 
 def _check_bound(name: str, key: str, value: Any) -> None:
-    """Refuse layer counts, expert counts and sizes beyond what any model has."""
+    """Raise BadInput for layer counts, expert counts and sizes beyond the limits."""
     if isinstance(value, bool) or not isinstance(value, int):
         return
     word = key.lower()
-    limit = LARGEST
+    limit = MAX_SIZE
     if word in ("n_layer", "depth") or word.endswith(("layers", "blocks")):
-        limit = LAYERS
+        limit = MAX_LAYERS
     elif "experts" in word:
-        limit = EXPERTS
+        limit = MAX_EXPERTS
     if value > limit:
         raise BadInput(f"config.json of {name}: {key} is {_short(value)}, at most {limit} can be read")
 

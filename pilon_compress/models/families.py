@@ -1,4 +1,4 @@
-"""Where the feed-forward projections live in each architecture: a table, and detection by shape for the rest."""
+"""Find the feed-forward projections of a model: by a table of architectures, or else by the shapes of its linears."""
 
 import re
 from collections import Counter
@@ -16,7 +16,7 @@ from pilon_compress.nn.layout import linear_shape
 
 @dataclass(frozen=True)
 class Family:
-    """`projections`: role -> path below one transformer block."""
+    """The feed-forward projections of an architecture. `projections`: role -> path below one transformer block."""
 
     projections: dict[str, str]
 
@@ -50,32 +50,33 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Site:
-    """One projection to replace: where it is and what it looks like."""
+    """A linear projection that may be replaced: its name, role, shape, and the block that it belongs to."""
 
     name: str
     """Module name below the base model."""
     layer: int
     role: str
-    """gate, up, down, gate_up (fused); for a projection outside the feed-forward block, its path with underscores."""
+    """gate, up, down or gate_up (fused); for a projection outside the feed-forward block its path with underscores."""
     d_in: int
     d_out: int
     bias: bool
     input: str
     """Name of the site whose input it shares: gate and up of one layer read the same activations."""
     block: tuple[str, ...] = ()
-    """Names of all projections of its feed-forward block, if neurons of that can be dropped: see `_block`."""
+    """Names of all projections of its feed-forward block; empty if neurons cannot be pruned there: see `_block`."""
 
     @property
     def parameters(self) -> int:
+        """Return the number of weights, bias included."""
         return self.d_in * self.d_out + self.d_out * self.bias
 
 
 def find_sites(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[Site]:
-    """The projections of `model` (on any device, meta included) that would be replaced, in layer order.
+    """Return the projections of `model` (on any device, meta included) to replace, in layer order.
 
-    Without `targets` these are the feed-forward projections. `targets` and `ignore` are module names, class names, or
-    `re:` followed by a regular expression that the module name must match from its start; names count from the base
-    model. A target may name any linear projection inside a layer. Raises BadInput when nothing is left.
+    Without `targets` these are the feed-forward projections. `targets` and `ignore` are module names below the base
+    model, class names, or `re:` followed by a regular expression that the module name must match from its start. A
+    target may name any linear projection inside a layer. Raises BadInput when nothing is left.
     """
     layers = blocks(model)
     family = family_of(model)
@@ -92,40 +93,40 @@ def find_sites(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequ
         block = _block(layer, roles, layer_name, known)
         for path, module in layer.named_modules():
             name = f"{layer_name}.{path}"
-            wanted = (
+            is_target = (
                 _matches(name, module, targets) if targets else path in roles and not mixes_tokens(layer, path, hidden)
             )
-            if not wanted or not _is_linear(module) or _matches(name, module, ignore):
+            if not is_target or not _is_linear(module) or _matches(name, module, ignore):
                 continue
             d_in, d_out = linear_shape(module)
             role = roles.get(path, path.replace(".", "_"))
-            whole = block if path in roles else ()
-            sites.append(Site(name, index, role, d_in, d_out, module.bias is not None, name, whole))
+            members = block if path in roles else ()
+            sites.append(Site(name, index, role, d_in, d_out, module.bias is not None, name, members))
     if not sites:
-        why = (
+        reason = (
             "every feed-forward projection is ignored" if ignore and not targets else "no projection matches --targets"
         )
-        raise BadInput(f"{why} in {type(model).__name__}")
+        raise BadInput(f"{reason} in {type(model).__name__}")
     return _share_inputs(sites)
 
 
 def family_of(model: PreTrainedModel) -> Family | None:
-    """The architecture's row of FAMILIES, else what `detect` finds; of a model of several towers, the text tower's."""
+    """Return the FAMILIES entry of the text tower's architecture, or else the result of `detect`."""
     return FAMILIES.get(text_config(model.config).model_type) or detect(model)
 
 
 def _block(layer: nn.Module, roles: Mapping[str, str], name: str, known: bool) -> tuple[str, ...]:
-    """The projections of a layer's feed-forward block, by name, if its neurons are independent of each other.
+    """Return the names of the projections of a layer's feed-forward block; () if its neurons cannot be pruned.
 
-    They are not where something else in the layer has a parameter for each neuron (a norm between up and down), and of
-    an unknown architecture it cannot be seen how the halves of a fused gate_up are laid out.
+    They cannot where another module of the layer has a parameter for each neuron (a norm between up and down), or where
+    the layout of a fused gate_up is unknown, because the architecture is not in FAMILIES (`known`).
     """
     down = next((path for path, role in roles.items() if role == "down"), None)
     if down is None or (not known and "gate_up" in roles.values()):
         return ()
     try:
         width = linear_shape(layer.get_submodule(down))[0]
-    except (AttributeError, ValueError):  # layers differ
+    except (AttributeError, ValueError):  # this layer has no such projection
         return ()
     own = tuple(f"{path}." for path in roles)
     others = [p for path, p in layer.named_parameters() if not path.startswith(own)]
@@ -137,9 +138,8 @@ def _block(layer: nn.Module, roles: Mapping[str, str], name: str, known: bool) -
 def detect(model: PreTrainedModel) -> Family | None:
     """Find the feed-forward projections of an unknown architecture by their shapes; None if there are none.
 
-    Within the first block that has them, and outside of what mixes tokens, `down` is the linear that maps the widest
-    inner size F back to the hidden size; linears from the hidden size to F are `up` (and `gate`, if two), one to 2F is
-    a fused `gate_up`.
+    Only linears that mix no tokens count, in the first block that has a match: `down` maps the widest inner size F back
+    to the hidden size; linears from the hidden size to F are `up` (and `gate`, if two), one to 2F is a fused `gate_up`.
     """
     hidden = _hidden_size(model)
     kinds: set[tuple[type, frozenset[tuple[str, tuple[int, int]]]]] = set()
@@ -157,7 +157,7 @@ def detect(model: PreTrainedModel) -> Family | None:
 
 
 def _family(shapes: Mapping[str, tuple[int, int]], hidden: int | None) -> Family | None:
-    """The feed-forward projections among the linears of one block, given by path and shape (d_in, d_out)."""
+    """Return the feed-forward projections among the linears of one block, given by path and shape (d_in, d_out)."""
     if not shapes:
         return None
     hidden = hidden or Counter(d_in for d_in, _ in shapes.values()).most_common(1)[0][0]
@@ -176,16 +176,16 @@ def _family(shapes: Mapping[str, tuple[int, int]], hidden: int | None) -> Family
 
 
 def _hidden_size(model: PreTrainedModel) -> int | None:
-    found = getattr(text_config(model.config), "hidden_size", None)
-    return found if isinstance(found, int) else None
+    size = getattr(text_config(model.config), "hidden_size", None)
+    return size if isinstance(size, int) else None
 
 
 def mixes_tokens(layer: nn.Module, path: str, hidden: int | None) -> bool:
-    """True if the projection at `path` belongs to something in `layer` that mixes tokens: attention, a convolution, a
-    state-space or other recurrent mixer.
+    """Return True if the projection at `path` of `layer` belongs to a module that mixes tokens.
 
-    Told by structure: a part around the projection that has heads or a state, a convolution over time, or parameters
-    of its own whose shape is not the `hidden` size (decay rates, state matrices).
+    Such modules are attention, convolutions, state-space and other recurrent mixers. They show in a module around the
+    projection that has heads or a state, a convolution over time, or parameters of its own whose size is not `hidden`
+    (decay rates, state matrices).
     """
     parts = path.split(".")[:-1]
     for depth in range(1, len(parts) + 1):
@@ -219,7 +219,7 @@ def _matches(name: str, module: nn.Module, patterns: Sequence[str]) -> bool:
 
 
 def _share_inputs(sites: list[Site]) -> list[Site]:
-    """Give gate and up of one layer the same input name."""
+    """Give gate and up of one layer the name of the first of them as `input`, since both read it."""
     first = {site.layer: site.name for site in reversed(sites) if site.role in ("gate", "up")}
     return [
         Site(**{**vars(site), "input": first[site.layer]}) if site.role in ("gate", "up") else site for site in sites

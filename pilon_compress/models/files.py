@@ -1,4 +1,4 @@
-"""Which files of a folder are the model: the ones that transformers would load."""
+"""Find and check the weight files in a model folder: those that transformers would load."""
 
 import json
 from collections import Counter
@@ -16,11 +16,11 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that hold the model in `folder`, sorted; others beside them are not the model's.
+    """Return the safetensors files that hold the model in `folder`, sorted, resolved as transformers does.
 
-    As transformers resolves it: the file that config.json names (`transformers_weights`), else model.safetensors, else
-    the files that model.safetensors.index.json names. Raises BadInput where there is none (pickled weights only, an
-    adapter only), where one is missing, or where a name leads out of the folder.
+    They are the file that config.json names (`transformers_weights`), else model.safetensors, else the files that
+    model.safetensors.index.json names. Raises BadInput where there is none (pickled weights only, an adapter only),
+    where one is missing, or where a name leads out of the folder.
     """
     named = _read(folder / CONFIG_NAME).get("transformers_weights") if (folder / CONFIG_NAME).is_file() else None
     if named is not None:
@@ -41,7 +41,7 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
 
 
 def _inside(folder: Path, name: object, source: str) -> Path:
-    """The existing safetensors file, or index, of that name below the folder."""
+    """Return the safetensors file or index `name` below the folder. Raises BadInput where it is missing or outside."""
     parts = PurePosixPath(name).parts if isinstance(name, str) and "\0" not in name else ()
     if (
         not parts
@@ -57,7 +57,7 @@ def _inside(folder: Path, name: object, source: str) -> Path:
 
 
 def _reason(folder: Path) -> str:
-    """Say what the folder holds in place of weights that can be loaded."""
+    """Return a phrase for what the folder holds instead of weights that can be loaded."""
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         return "an adapter (LoRA), not a model: merge it into its base model and save that"
     if any(path.suffix in (".bin", ".pt", ".pth") for path in folder.iterdir()):
@@ -69,18 +69,18 @@ def _reason(folder: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, object]:
-    """A JSON object. Raises BadInput."""
+    """Return the JSON object in a file. Raises BadInput for anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise BadInput(f"{path} cannot be read: {str(error).splitlines()[0] or type(error).__name__}") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise BadInput(f"{path} is not a JSON object")
-    return found
+    return content
 
 
 def check_readable(folder: Path) -> None:
-    """Raise BadInput for a folder of pickled weights, or of an adapter; one without any has a config to look at."""
+    """Raise BadInput for a folder that holds pickled weights or an adapter only; a folder without weights passes."""
     if not any(path.suffix == ".safetensors" and not path.name.startswith("adapter_") for path in folder.iterdir()):
         reason = _reason(folder)
         if reason != "no weights":
@@ -94,17 +94,17 @@ def check_weights(folder: Path) -> None:
 
 
 def stored_dtype(files: list[Path]) -> torch.dtype | None:
-    """Return the floating-point type that most numbers in `files` have; None where there is none."""
+    """Return the floating-point dtype of most weights in `files`; None where no tensor is floating-point."""
     counts: Counter[torch.dtype] = Counter()
     for path in files:
-        for kind, numbers in _opened(path):
+        for kind, size in _opened(path):
             if kind in DTYPES:
-                counts[DTYPES[kind]] += numbers
+                counts[DTYPES[kind]] += size
     return counts.most_common(1)[0][0] if counts else None
 
 
 def _opened(path: Path) -> list[tuple[str, int]]:
-    """(dtype, numbers) of every tensor. Raises BadInput for a file that is truncated or no safetensors."""
+    """Return (dtype, size) of every tensor. Raises BadInput for a file that is truncated or not safetensors."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118

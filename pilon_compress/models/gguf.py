@@ -1,7 +1,7 @@
-"""GGUF files as models: read once by transformers, kept as an ordinary dense folder in the cache.
+"""Read GGUF files as dense models: transformers reads a file once, and the cache keeps it as an ordinary folder.
 
-A quantised GGUF holds no float weights, so the folder has the exact dequantised numbers in float32 and says bfloat16,
-which the models behind such files were published in: that is what a conversion saves.
+A quantised GGUF holds no float weights. The folder has the exact dequantised values in float32, but its config says
+bfloat16, the dtype that the original models were published in: conversions save in that dtype.
 """
 
 import hashlib
@@ -30,20 +30,19 @@ log = logging.getLogger(__name__)
 
 SUFFIX = ".gguf"
 MOST_PARTS = 100
-FORMAT = 1  # of the cached folder; raise it whenever the same file would give another one
+FORMAT = 1  # of the cached folder; raise it whenever reading would give another result
 MAGIC = b"GGUF"
 SIXTEEN_BIT = {"F16": "float16", "BF16": "bfloat16"}
-READING = 1.3  # memory that reading takes, over the float32 weights: one tensor and its codes come on top
+READING = 1.3  # memory that reading takes ÷ the float32 weights: one quantised tensor and a copy come on top
 DONE = "done.json"
 
 
 def dense_folder(files: Sequence[Path], origin: str, sums: Path | None = None) -> Path:
-    """Return the dense folder made of a GGUF file, or of the `files` that are its parts in order.
+    """Return the dense folder of a GGUF file, or of the `files` that are its parts in order.
 
-    It is made at the first use and found in the cache afterwards ($PILON_CACHE or ~/.cache/pilon-compress, `gguf`).
-    `origin` names the model in messages; `sums` is a SHA256SUMS file that the joined parts must agree with. Raises
-    BadInput where the file is damaged, split, too large for the memory, or of an architecture that transformers does
-    not read.
+    The first call reads the file into `cache()`; later calls find it there. `origin` names the model in messages;
+    `sums` is a SHA256SUMS file that the joined parts must agree with. Raises BadInput where the file is damaged, split,
+    too large for the memory, or of an architecture that transformers does not read.
     """
     if find_spec("gguf") is None:
         raise BadInput(f"{origin} is a GGUF file: pip install 'pilon-compress[gguf]' to read it")
@@ -51,41 +50,43 @@ def dense_folder(files: Sequence[Path], origin: str, sums: Path | None = None) -
         if file.read(len(MAGIC)) != MAGIC:
             raise BadInput(f"{origin} is not a GGUF file, or damaged: it does not begin with GGUF")
     place = cache() / _key(files)
-    if _whole(place):
+    if _is_intact(place):
         return place
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(place.parent / f".{place.name}.lock"):
-            if not _whole(place):  # nobody came first
+            if not _is_intact(place):  # another process may have made it
                 _make(place, files, origin, sums)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise BadInput(f"cannot write {place.parent}: {reason}; PILON_CACHE can name another folder") from error
+        raise BadInput(
+            f"cannot write {place.parent}: {reason}; set PILON_CACHE to a folder that can be written"
+        ) from error
     return place
 
 
-def _whole(place: Path) -> bool:
-    """True if the folder is there as it was made; says so where it is damaged."""
+def _is_intact(place: Path) -> bool:
+    """Return True if the folder is there and undamaged; report damage to stderr."""
     if not (place / DONE).is_file():
         return False
     reason = damage(place)
     if reason is not None:
-        log.warning("%s: it is made again", reason)
+        log.warning("%s: reading the GGUF file again", reason)
     return reason is None
 
 
 def cache() -> Path:
-    """Folder of the dense models that were made of GGUF files."""
+    """Return the folder of dense models read from GGUF files: $PILON_CACHE/gguf or ~/.cache/pilon-compress/gguf."""
     named = os.environ.get("PILON_CACHE")
     return (Path(named).expanduser() if named else Path.home() / ".cache" / "pilon-compress") / "gguf"
 
 
 def _key(files: Sequence[Path]) -> str:
-    """Name of the cached folder: the file's stem, and a hash of what it was and of what read it."""
+    """Return the name of the cached folder: the file's stem, and a hash of path, size, time and reader versions."""
     state = [str(FORMAT), version("transformers"), version("gguf")]
     for path in files:
-        found = path.stat()
-        state.append(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}")
+        stat = path.stat()
+        state.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
     return f"{files[0].name.partition('.gguf')[0]}-{blake2b(chr(10).join(state).encode(), digest_size=8).hexdigest()}"
 
 
@@ -100,8 +101,8 @@ def _make(place: Path, files: Sequence[Path], origin: str, sums: Path | None) ->
         if len(files) > 1:
             source = joined
             _join(files, source, sums, origin)
-        log.info("reading %s into %s (once)", origin, place)
-        # in a process of its own: its memory is given back, and its libraries' messages stay there
+        log.info("reading %s into %s; later runs use that folder", origin, place)
+        # in a process of its own, whose memory is freed and whose libraries' messages are captured
         done = subprocess.run(
             [sys.executable, "-m", "pilon_compress.models.gguf", str(source), str(work)],
             capture_output=True,
@@ -109,7 +110,7 @@ def _make(place: Path, files: Sequence[Path], origin: str, sums: Path | None) ->
         )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"the reader ended with code {done.returncode}"])[-1]
-            raise BadInput(f"{origin} cannot be read: {last}")
+            raise BadInput(f"cannot read {origin}: {last}")
         sync_tree(work)
         rename(work, place)
     finally:
@@ -133,7 +134,7 @@ def _join(files: Sequence[Path], target: Path, sums: Path | None, origin: str) -
 def read(source: Path, folder: Path) -> None:
     """Read a GGUF file with transformers and write config, weights and tokenizer to `folder`, which exists.
 
-    Raises BadInput for a file that is split or does not fit the memory, and what transformers raises for others.
+    Raises BadInput for a file that is split or does not fit the memory; errors of transformers pass through.
     """
     import torch
     from gguf import GGUFReader
@@ -143,19 +144,19 @@ def read(source: Path, folder: Path) -> None:
     count = reader.fields.get("split.count")
     if count is not None and int(count.parts[-1][0]) > 1:
         raise BadInput("it is one of several files: join them with `llama-gguf-split --merge` first")
-    numbers = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    needed, free = READING * 4 * numbers, psutil.virtual_memory().available
+    parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    needed, free = READING * 4 * parameters, psutil.virtual_memory().available
     if needed > free:
-        raise BadInput(f"reading it takes {needed / 2**30:.3g} GiB of memory, {free / 2**30:.3g} are free")
+        raise BadInput(f"reading it takes {needed / 2**30:.3g} GiB of memory, but {free / 2**30:.3g} GiB are free")
     kinds = {tensor.tensor_type.name for tensor in reader.tensors} - {"F32"}
-    plain = next(iter(kinds)) if len(kinds) == 1 else ""
-    stored = SIXTEEN_BIT.get(plain, "float32")
+    only_kind = next(iter(kinds)) if len(kinds) == 1 else ""
+    stored = SIXTEEN_BIT.get(only_kind, "float32")
     del reader
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=getattr(torch, stored), trust_remote_code=False
     )
-    # transformers takes the model for a quantised one, which it refuses to save
+    # transformers refuses to save the model because it was read from a quantised file
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
@@ -172,7 +173,7 @@ def _main() -> None:
     source, folder = map(Path, sys.argv[1:])
     try:
         read(source, folder)
-    except Exception as error:  # the caller passes the last line on
+    except Exception as error:  # the calling process reports the last line
         print(first_line(error), file=sys.stderr)
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""Hidden states of every batch on their way through the blocks of a model, one block at a time."""
+"""Carry the hidden states of every batch through the blocks of a model, one block at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,25 +22,27 @@ __all__ = ["Stream", "blocks", "hidden_of", "run_base"]
 
 
 class Stream:
-    """The hidden states that enter block `position`, for every batch, and what else each block is called with.
+    """The hidden states that enter block `position`, for every batch, and the other arguments of every block.
 
         stream = Stream(source, batches)     embeddings only: `hidden[b]` (B, T, d) enters the first block
-        other = stream.fork()                the same states and arguments, to be advanced by other blocks
+        other = stream.fork()                a copy, to be advanced by other blocks
         stream.advance(block)                through `block` without gradient; position + 1
         stream.call(block, b, hidden)        one block on any states, with gradient where it is enabled
         stream.finish(b, hidden)             final norm (and head) on states that leave the last block
 
-    Of the source's model only what lies outside the blocks is run, and its first block: the others may be on the meta
-    device. Masks and positional arguments are kept for every block (Gemma and Qwen give blocks of different attention
-    different ones); blocks mostly share the same tensors, so this costs little memory. States: batches · B · T · d
-    numbers on the model's device. The states of PILON and dense streams start equal, since conversion leaves embeddings
-    alone. `masks[b]` (B, T) is True where a token is no padding; `block_masks[b]` is the same for tensors inside the
-    blocks, which some architectures (XLNet) lay out as (T, B, d).
-
-    Raises BadInput for an architecture that does not call each block once, in order, on states of that shape.
+    Only the modules outside the blocks and the first block run; the other blocks may be on the meta device. Masks and
+    positional arguments are stored for every block (Gemma and Qwen give different ones to blocks of different
+    attention); most blocks share them, so this costs little memory. The states are batches · B · T · d values on the
+    model's device. Streams of a PILON and a dense model start equal, since conversion does not change embeddings.
+    `masks[b]` (B, T) is True where a token is not padding; `block_masks[b]` has the layout of tensors inside the
+    blocks, which is (T, B) for some architectures (XLNet).
     """
 
     def __init__(self, source: "Source", batches: Sequence[Batch]) -> None:
+        """Run the embeddings on every batch.
+
+        Raises BadInput for an architecture that does not call each block once, in order, on states (B, T, d).
+        """
         self.model, self.batches, self.device = source.model, batches, source.device
         self.names = source.names
         self.masks = [batch.mask.to(self.device) for batch in batches]
@@ -55,10 +57,10 @@ class Stream:
 
     @torch.no_grad()
     def _capture(self, first: nn.Module) -> None:
-        """Record what every block is called with, by a run of the model in which blocks pass the states on.
+        """Record the arguments of every block by running the model with blocks that return the states unchanged.
 
-        The first block runs for real: its output shows what the model expects beside the hidden states (a tuple of
-        None, the position bias of T5). On a batch of other shape it also shows which dimension counts the tokens.
+        The first block runs for real: its output shows what the model expects beside the hidden states (a tuple with
+        None, the position bias of T5). A probe batch of unequal sides shows which dimension counts the tokens.
         """
         forward = type(first).forward
         probe = _oblong(self.batches[0])
@@ -77,8 +79,8 @@ class Stream:
     ) -> tuple[Tensor, list[Call], Result]:
         """Run the model on `batch` with stand-ins for its blocks.
 
-        Returns the states that enter the first block, every block's other arguments, and what the stand-ins returned
-        beside the states: `result`, or what `first` returns when it is called in the first block's place.
+        Returns the states that enter the first block, every block's other arguments, and the stand-ins' return value
+        without the states: `result`, or that of `first` called in the place of the first block.
         """
         entered: list[Tensor] = []
         calls: list[tuple[int, Call]] = []
@@ -107,7 +109,7 @@ class Stream:
         return entered[0], [call for _, call in calls], results[0]
 
     def _is_time_first(self, hidden: Tensor, batch: Batch) -> bool:
-        """True if states are (T, B, d). Raises BadInput if they are neither that nor (B, T, d)."""
+        """Return True if states are (T, B, d). Raises BadInput if they are neither that nor (B, T, d)."""
         shape, (rows, tokens) = tuple(hidden.shape), batch.input_ids.shape
         if len(shape) != 3 or shape[:2] not in ((rows, tokens), (tokens, rows)):
             raise BadInput(
@@ -117,12 +119,12 @@ class Stream:
         return shape[:2] != (rows, tokens)
 
     def turned(self, hidden: Tensor) -> Tensor:
-        """States (B, T, d) as the blocks lay them out, or back."""
+        """Turn states (B, T, d) into the layout of the blocks, or back."""
         return hidden.transpose(0, 1) if self.time_first else hidden
 
     @contextmanager
     def _standing_in(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-        """`forward(index)` in the place of every block's forward."""
+        """Replace every block's forward by `forward(index)` inside the context."""
         layers = list(blocks(self.model).values())
         for index, layer in enumerate(layers):
             layer.forward = forward(index)
@@ -133,7 +135,7 @@ class Stream:
                 del layer.forward
 
     def fork(self) -> "Stream":
-        """A second stream at the same position. States are never changed in place, so nothing is copied."""
+        """Return a second stream at the same position. States are never changed in place, so no tensor is copied."""
         other = object.__new__(Stream)
         other.__dict__.update(self.__dict__)
         other.hidden = list(self.hidden)
@@ -141,27 +143,27 @@ class Stream:
 
     @property
     def vocab_size(self) -> int:
-        """Number of logits of a language model."""
+        """Return the number of logits of a language model."""
         size: int = text_config(self.model.config).vocab_size
         return size
 
     def call(self, block: nn.Module, index: int, hidden: Tensor, position: int | None = None) -> Tensor:
-        """`block`, standing at `position` (default: the stream's), on states `hidden` (B, T, d) of batch `index`."""
+        """Run `block` as that of `position` (default: the stream's) on states `hidden` (B, T, d) of batch `index`."""
         call = self._calls[index][self.position if position is None else position]
         args, kwargs = call.filled(self.turned(hidden))
         return self.turned(hidden_of(block(*args, **kwargs)))
 
     @torch.no_grad()
     def advance(self, block: nn.Module) -> None:
-        """Send the states of every batch through `block`, dense or PILON, which stands at the stream's position."""
-        for index, hidden in enumerate(self.hidden):  # one by one, so that only one batch is there twice
+        """Run `block`, dense or PILON, at the stream's position on the states of every batch; position + 1."""
+        for index, hidden in enumerate(self.hidden):  # one by one, so that only one batch is in memory twice
             self.hidden[index] = self.call(block, index, hidden)
         self.position += 1
 
     def finish(self, index: int, hidden: Tensor, rows: slice, head: bool) -> Tensor:
-        """Logits (b, T, V) with `head`, else last hidden states (b, T, d), of `rows` of batch `index`.
+        """Run the final norm, and the head with `head`, on the last block's output for `rows` of batch `index`.
 
-        `hidden` (b, T, d): states of those rows that leave the last block, with gradient where it is enabled.
+        `hidden` (b, T, d). Returns logits (b, T, V), or last hidden states (b, T, d), with gradient where enabled.
         """
         part = self.batches[index].rows(rows)
         output = self._results[index].filled(self.turned(hidden))
@@ -170,16 +172,16 @@ class Stream:
 
 
 def run_base(model: PreTrainedModel, batch: Batch, device: torch.device | None = None) -> Any:
-    """The base model's output (no head) on one batch, without a key-value cache."""
+    """Run the base model (no head) on one batch without a key-value cache, and return its output."""
     no_cache = {"use_cache": False} if getattr(text_config(model.config), "use_cache", None) is not None else {}
     device = device or model.device
-    # code that looks into the mask, to leave it out, cannot do so on the meta device
+    # on the meta device, code that inspects the mask's values fails
     mask = {} if device.type == "meta" else {"attention_mask": batch.mask.long().to(device)}
     return model.base_model(input_ids=batch.input_ids.to(device), **mask, **no_cache)
 
 
 def last_states(model: PreTrainedModel, batch: Batch, device: torch.device | None = None) -> Tensor:
-    """Last hidden states (B, T, d) of one batch."""
+    """Return the last hidden states (B, T, d) of one batch. Raises BadInput for a model that returns none."""
     states: Tensor | None = getattr(run_base(model, batch, device), "last_hidden_state", None)
     if states is None:
         raise BadInput(
@@ -189,13 +191,13 @@ def last_states(model: PreTrainedModel, batch: Batch, device: torch.device | Non
 
 
 def embeddings(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Embeddings (B, d) float32 of the texts of one batch: the mean of the last hidden states over their tokens."""
+    """Return embeddings (B, d), float32, of the texts of one batch: means of the last hidden states over tokens."""
     states = last_states(model, batch)
     return mean_pooled(states.float(), batch.mask.to(states.device))
 
 
 def run_head(model: PreTrainedModel, batch: Batch, device: torch.device | None = None) -> Tensor:
-    """Logits (B, T, V) of one batch, without a key-value cache."""
+    """Return the logits (B, T, V) of one batch, computed without a key-value cache."""
     device = device or model.device
     ids, mask = batch.input_ids.to(device), batch.mask.long().to(device)
     logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -203,6 +205,6 @@ def run_head(model: PreTrainedModel, batch: Batch, device: torch.device | None =
 
 
 def _oblong(batch: Batch) -> Batch:
-    """One row of a batch, or two equal ones of one token: more tokens than rows, or fewer, but not as many."""
+    """Return the first text of a batch, repeated if it has one token, so that texts and tokens differ in number."""
     rows = 1 if batch.input_ids.shape[1] > 1 else 2
     return Batch(batch.input_ids[:1].repeat(rows, 1), batch.mask[:1].long().repeat(rows, 1))

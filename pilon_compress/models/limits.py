@@ -1,4 +1,4 @@
-"""How long an input may be."""
+"""Find and enforce the longest input that a model takes."""
 
 from transformers import PreTrainedModel
 
@@ -7,9 +7,9 @@ from pilon_compress.models.task import text_config
 
 
 def longest_input(model: PreTrainedModel) -> int | None:
-    """Return the most tokens that the model takes at once (on any device, meta included); None if nothing limits it.
+    """Return the most tokens that the model (on any device, meta included) takes at once; None if nothing limits it.
 
-    RoBERTa and its kin count positions from the padding id + 1 on: their config promises more than they can take.
+    RoBERTa and its relatives count positions from the padding id + 1 on, so they take fewer than their config states.
     """
     stated: int | None = getattr(text_config(model.config), "max_position_embeddings", None)
     if not isinstance(stated, int) or stated < 1:  # -1: XLNet
@@ -22,7 +22,7 @@ def longest_input(model: PreTrainedModel) -> int | None:
 
 
 def check_length(model: PreTrainedModel, length: int, what: str) -> None:
-    """Raise BadInput for inputs of more tokens than the model has positions for; `what` names the option."""
+    """Raise BadInput if `length` tokens exceed the model's positions; `what` names the option in the message."""
     longest = longest_input(model)
     if longest is not None and length > longest:
         raise BadInput(f"{what} of {length} tokens exceeds the model's {longest} positions")

@@ -1,4 +1,4 @@
-"""Where a model folder comes from, as its recipe tells: the dense model at the beginning, and the text that it saw."""
+"""Read from recipes which dense model a folder was made from, and which text it was made or trained on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,70 +9,72 @@ from pilon_compress.io import manifest
 from pilon_compress.io.disk import read_bounded
 
 RECIPE, REPORT = "recipe.yaml", "report.json"
-GENERATIONS = 20  # of healing and fine-tuning; more is a circle
+GENERATIONS = 20  # of recovery and fine-tuning that are followed back; more is a circle
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """`dense`: the dense model, as the folder's recipe names it. `texts`: text sources it was made or trained on.
+    """The origin of a model folder by its recipes.
 
-    `judged_by`: the text that its recipe evaluates on, or else the one that it was last made or trained on.
+    `dense`: reference of the dense model. `texts`: text sources that the model was converted or trained on.
+    `evaluation`: text source that its recipe evaluates on, or else the one of the last conversion or training.
     """
 
     dense: str | None = None
     texts: tuple[str, ...] = ()
-    judged_by: str | None = None
+    evaluation: str | None = None
 
 
 def lineage(folder: str | Path) -> Lineage:
-    """Of a converted or trained model; empty for anything else."""
+    """Return the origin of a converted or trained model; an empty one for anything else. Raises BadInput for recipes
+    that cannot be read."""
     dense: str | None = None
-    judged_by: str | None = None
+    evaluation: str | None = None
     texts: list[str] = []
     place: str | None = str(folder)
     for _ in range(GENERATIONS):
-        found = _told(Path(place).expanduser()) if place is not None else {}
-        data = found.get("calibration") or found.get("data") or {}
-        named = [data.get(key) for key in ("data", "source")] if isinstance(data, dict) else []
-        texts += [one for one in named if isinstance(one, str) and one]
-        judged_by = judged_by or _judged_by(found, data)
-        origin = found.get("model") or found.get("teacher") or (found.get("start") if found.get("shrink") else None)
+        recipe = _recipe(Path(place).expanduser()) if place is not None else {}
+        data = recipe.get("calibration") or recipe.get("data") or {}
+        sources = [data.get(key) for key in ("data", "source")] if isinstance(data, dict) else []
+        texts += [one for one in sources if isinstance(one, str) and one]
+        evaluation = evaluation or _evaluation(recipe, data)
+        origin = recipe.get("model") or recipe.get("teacher") or (recipe.get("start") if recipe.get("shrink") else None)
         dense = dense or _located(origin, place)
-        if "task" not in found or found.get("start") is None:
+        if "task" not in recipe or recipe.get("start") is None:
             break
-        place = _located(found["start"], place)
-    return Lineage(dense, tuple(texts), judged_by)
+        place = _located(recipe["start"], place)
+    return Lineage(dense, tuple(texts), evaluation)
 
 
-def _judged_by(found: dict[str, object], data: object) -> str | None:
-    """The text source by which one folder's recipe judges its result."""
-    evaluation = found.get("evaluation")
-    candidates = [evaluation.get("data")] if isinstance(evaluation, dict) else []
+def _evaluation(recipe: dict[str, object], data: object) -> str | None:
+    """Return the text source that one folder's recipe evaluates on."""
+    settings = recipe.get("evaluation")
+    candidates = [settings.get("data")] if isinstance(settings, dict) else []
     if isinstance(data, dict):
         candidates += [data.get(key) for key in ("validation", "data", "source")]
     chosen = [one for one in candidates if isinstance(one, str) and one not in ("none", "stdin")]
     return chosen[0] if chosen else None
 
 
-def _told(folder: Path) -> dict[str, object]:
-    """The fields of a folder's recipe; of a report, where there is no recipe."""
+def _recipe(folder: Path) -> dict[str, object]:
+    """Return the fields of a folder's recipe, or the model in its report; {} where it has neither. Raises BadInput."""
     try:
         if (folder / RECIPE).is_file():
             text = read_bounded(folder / RECIPE, strict_yaml.LENGTH)
-            found = strict_yaml.parse(text, str(folder / RECIPE)).data
+            recipe = strict_yaml.parse(text, str(folder / RECIPE)).data
         elif (folder / REPORT).is_file():
-            found = {"model": manifest.read_ours(folder / REPORT).get("source")}
+            recipe = {"model": manifest.read_ours(folder / REPORT).get("source")}
         else:
             return {}
     except BadInput:
         raise
     except (OSError, ValueError) as error:
-        raise BadInput(f"{folder} does not tell where it comes from: {error}") from None
-    return found if isinstance(found, dict) else {}
+        raise BadInput(f"cannot read where {folder} comes from: {error}") from None
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def _located(reference: object, folder: str | None) -> str | None:
-    """A reference in a folder's recipe: a path counts from that folder, or else from the one that the user is in."""
+    """Resolve a reference in a folder's recipe: a path counts from that folder, or else from the working directory."""
     if not isinstance(reference, str):
         return None
     path = Path(reference).expanduser()

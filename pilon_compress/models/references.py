@@ -1,4 +1,4 @@
-"""References: every way in which a user may name a model, and the local folder or hub id that it stands for."""
+"""Resolve model references: every way to name a model, to the local folder or hub id that it stands for."""
 
 import os
 import re
@@ -15,7 +15,7 @@ KINDS = "a folder, a .gguf file, package:NAME or a hub id such as openai-communi
 
 
 def resolve(reference: str) -> str:
-    """Return the local folder that `reference` stands for, or the hub id.
+    """Return the local folder or hub id that `reference` stands for. Raises BadInput for anything but:
 
         FOLDER                      with config.json and safetensors
         MODEL.gguf                  read by transformers, kept dense in the cache (see `models.gguf`)
@@ -23,7 +23,7 @@ def resolve(reference: str) -> str:
         OWNER/NAME                  on the hub, or the URL of its page
         OWNER/NAME/FILE.gguf        a GGUF file of a hub repository
 
-    A package is found, not imported. Raises BadInput for anything else.
+    A package is located without importing it.
     """
     if reference.startswith(PACKAGE):
         return str(_in_package(reference.removeprefix(PACKAGE)))
@@ -34,7 +34,7 @@ def resolve(reference: str) -> str:
     path = Path(reference).expanduser()
     try:
         folder, file = path.is_dir(), path.is_file()
-    except (OSError, ValueError):  # too long for a name, or a NUL in it
+    except (OSError, ValueError):  # too long for a file name, or a NUL in it
         raise BadInput(f"{reference[:80]!r} cannot be a model: name {KINDS}") from None
     if folder:
         return str(_checked_folder(path, reference))
@@ -48,7 +48,7 @@ def resolve(reference: str) -> str:
     if local or reference.count("/") > 1:
         raise BadInput(f"there is no folder {reference}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference, re.ASCII):
-        raise BadInput(f"{reference!r} is no model: name {KINDS}")
+        raise BadInput(f"{reference!r} is not a model: name {KINDS}")
     return reference
 
 
@@ -57,8 +57,8 @@ def _checked_folder(path: Path, reference: str) -> Path:
         return path
     if (path / "adapter_config.json").is_file():
         raise BadInput(f"{reference} is an adapter (LoRA): merge it into its base model and save that")
-    found = sorted(path.glob("*.gguf"))
-    hint = f"; name the file {found[0].name} in it" if found else ""
+    ggufs = sorted(path.glob("*.gguf"))
+    hint = f"; name the file {ggufs[0].name} in it" if ggufs else ""
     raise BadInput(f"{reference} holds no config.json: not a model folder{hint}")
 
 
@@ -101,7 +101,7 @@ def _on_hub(reference: str) -> Path:
             f"{reference} is neither a file nor cached, and the hub is out of reach ({hub.unreachable()})"
         ) from None
     except (HfHubHTTPError, ValueError, OSError) as error:
-        raise BadInput(f"{reference} is not to be had from the hub: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"{reference} cannot be downloaded from the hub: {str(error).splitlines()[0]}") from None
     return gguf.dense_folder([Path(path)], reference)
 
 
@@ -129,7 +129,7 @@ def _in_package(name: str) -> Path:
 
 
 def _roots(module: str) -> list[Path] | None:
-    """Folders of an installed package; None where there is none of that name."""
+    """Return the folders of an installed package; None where it is not installed."""
     try:
         spec = find_spec(module) if module.isidentifier() else None
     except (ImportError, ValueError):
@@ -138,8 +138,8 @@ def _roots(module: str) -> list[Path] | None:
 
 
 def _parts(module: str, roots: list[Path]) -> list[Path]:
-    """Parts of one GGUF file in order, in the package itself or in the packages NAME_part1, NAME_part2, ..."""
+    """Return the parts of one GGUF file in order, from the package itself or from NAME_part1, NAME_part2, ..."""
     numbers = range(1, gguf.MOST_PARTS)
     beside = [root for number in numbers for root in _roots(f"{module}_part{number}") or []]
-    found = {path.name: path for root in [*roots, *beside] for path in root.rglob("*.gguf.part*")}
-    return [found[name] for name in sorted(found, key=lambda name: (len(name), name))]
+    parts = {path.name: path for root in [*roots, *beside] for path in root.rglob("*.gguf.part*")}
+    return [parts[name] for name in sorted(parts, key=lambda name: (len(name), name))]

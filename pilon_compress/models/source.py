@@ -1,4 +1,4 @@
-"""The dense model as conversion reads it: whole where it fits, else one block at a time from its safetensors files."""
+"""Give conversion the blocks of a dense model: all in memory where it fits, else one at a time from safetensors."""
 
 import logging
 from collections.abc import Iterator
@@ -20,43 +20,45 @@ from pilon_compress.models.files import weight_files
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.5  # of the memory: a float32 model that is larger than this is read block by block
-RENAMED = {"lm_head.weight": "embed_out.weight"}  # what files of GPT-NeoX call it
+MEMORY_SHARE = 0.5  # a float32 model that takes more than this share of the memory is read block by block
+RENAMED = {"lm_head.weight": "embed_out.weight"}  # the name in files of GPT-NeoX
 
 
 class NotStreamable(BadInput):
-    """The model cannot be read block by block, but it may be loaded whole."""
+    """Raised for a model that cannot be read block by block, but may still be loaded completely."""
 
 
 class Source:
-    """A dense model and its transformer blocks, in memory. Raises BadInput for a weight that is NaN or infinite."""
+    """A dense model and its transformer blocks in memory."""
 
     streamed = False
 
     def __init__(self, model: PreTrainedModel) -> None:
+        """Take `model` as it is. Raises BadInput for a weight that is NaN or infinite."""
         self._adopt(model)
         checkpoint.check_finite(model)
 
     def _adopt(self, model: PreTrainedModel) -> None:
-        """Find the blocks of `model`."""
+        """Set `model` and `names`, its blocks in the order in which they run."""
         self.model = model
         self.names = passes(model)
 
     @property
     def device(self) -> torch.device:
+        """Return the device that the blocks compute on."""
         return self.model.device
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights, for as long as the context lasts."""
+        """Yield block `index` with its weights loaded for the duration of the context."""
         yield self.model.base_model.get_submodule(self.names[index])
 
     def reading(self) -> AbstractContextManager[None]:
-        """A context in which the model itself may be run: every block has its weights when it is called."""
+        """Return a context in which the model may be called: every block then has its weights when it runs."""
         return nullcontext()
 
     def parameters(self) -> Iterator[Tensor]:
-        """Every weight once, those outside the blocks first: the same order whether streamed or not."""
+        """Yield every weight once, those outside the blocks first; the order does not depend on streaming."""
         for _, parameter in self._outside():
             yield parameter
         for index in range(len(self.names)):
@@ -64,7 +66,7 @@ class Source:
                 yield from block.parameters()
 
     def _outside(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that lie in no block, by name; tied ones once."""
+        """Return name and parameter of all that lie in no block; tied ones once."""
         inside = tuple(f"{self._prefix()}{name}." for name in self.names)
         return [(name, one) for name, one in self.model.named_parameters() if not name.startswith(inside)]
 
@@ -74,15 +76,16 @@ class Source:
 
 
 class Streamed(Source):
-    """A dense model with every block on the meta device until it is asked for: memory for one block, not for all.
-
-    Weights come as `dtype` on `device`. Raises NotStreamable where the folder's tensors are not named as the model's,
-    which transformers would have to convert; such a model must be loaded whole.
-    """
+    """A dense model whose blocks stay on the meta device until they are used: memory for one block, not for all."""
 
     streamed = True
 
     def __init__(self, reference: str, dtype: torch.dtype, device: torch.device) -> None:
+        """Build the model of a local folder without blocks; weights are loaded as `dtype` on `device`.
+
+        Raises NotStreamable where the folder's tensors have other names than the model's, which transformers would have
+        to convert; such a model must be loaded completely.
+        """
         folder = Path(checkpoint.resolve(reference))
         if not folder.is_dir():
             raise NotStreamable(f"{reference} is not a local folder: only those can be read block by block")
@@ -102,10 +105,12 @@ class Streamed(Source):
 
     @property
     def device(self) -> torch.device:
+        """Return the device that the blocks compute on."""
         return self._device
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
+        """Yield block `index`; its weights are read on entry and freed on exit."""
         module = self.model.base_model.get_submodule(self.names[index])
         self._fill(module, index)
         try:
@@ -115,6 +120,7 @@ class Streamed(Source):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
+        """Load every block's weights when it is called, and free them when it has run."""
         handles = []
         for index, module in enumerate(blocks(self.model).values()):
 
@@ -136,11 +142,11 @@ class Streamed(Source):
         self._load(block, names, f"{self._prefix()}{self.names[index]}.")
 
     def _empty(self, block: nn.Module) -> None:
-        for name, _ in list(block.named_parameters()):  # buffers stay: no file holds those that are computed
+        for name, _ in list(block.named_parameters()):  # buffers stay: files do not hold computed ones
             set_module_tensor_to_device(block, name, "meta")
 
     def _locate(self, folder: Path) -> dict[str, tuple[Path, str]]:
-        """Parameter name -> the file that holds it and its name there, with or without the base model's prefix."""
+        """Return parameter name -> (file, name there), which may lack the base model prefix. Raises NotStreamable."""
         stored: dict[str, tuple[Path, list[int]]] = {}
         for path in weight_files(folder):
             try:
@@ -148,16 +154,16 @@ class Streamed(Source):
                     stored |= {key: (path, file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise BadInput(f"{path} is truncated or corrupt: {error}") from error
-        found, prefix = {}, f"{self.model.base_model_prefix}."
+        located, prefix = {}, f"{self.model.base_model_prefix}."
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
         for name, parameter in self.model.named_parameters():
             spellings = (name, name.removeprefix(prefix), prefix + name, RENAMED.get(name, name))
             spelling = next((one for one in spellings if one in stored), None)
             if spelling is not None and stored[spelling][1] == list(parameter.shape):
-                found[name] = (stored[spelling][0], spelling)
+                located[name] = (stored[spelling][0], spelling)
             elif name not in tied:
                 raise NotStreamable(f"{folder} names {name} otherwise: it cannot be read block by block")
-        return found
+        return located
 
     def _load(self, module: nn.Module, names: list[str], prefix: str) -> None:
         for name in names:
@@ -168,7 +174,7 @@ class Streamed(Source):
                 tensor = file.get_tensor(spelling)
             if not bool(torch.isfinite(tensor).all()):
                 raise BadInput(f"the weight {prefix}{name} holds NaN or infinite values")
-            # a copy: products of memory that the file happens to align otherwise round otherwise
+            # a copy, since matrix products round differently when the file's memory is aligned differently
             tensor = tensor.to(self.dtype, copy=True)
             set_module_tensor_to_device(module, name, self._device, value=tensor, dtype=self.dtype)
 
@@ -176,9 +182,10 @@ class Streamed(Source):
 def open_source(
     reference: str, parameters: int, dtype: torch.dtype, device: torch.device, limit: float | None
 ) -> Source:
-    """The dense model whole, or streamed where in float32 it fills more than half of the memory (`limit` in GiB).
+    """Load the dense model completely, or stream it where in float32 it takes more than half of the memory.
 
-    Without a limit it is what the machine has to spare. A model that cannot be streamed is loaded whole.
+    The memory is `limit` (GiB), or what the machine has available. A model that cannot be streamed is loaded
+    completely, and stderr says why. Raises BadInput for a model that does not load.
     """
     if is_streamed(reference, parameters, limit):
         try:
@@ -189,10 +196,10 @@ def open_source(
 
 
 def is_streamed(reference: str, parameters: int, limit: float | None) -> bool:
-    """Whether a model of so many numbers is to be read block by block."""
-    return 4 * parameters > SHARE * available(limit) and Path(checkpoint.resolve(reference)).is_dir()
+    """Return True if a model of so many parameters is read block by block; `limit` in GiB."""
+    return 4 * parameters > MEMORY_SHARE * available(limit) and Path(checkpoint.resolve(reference)).is_dir()
 
 
 def available(limit: float | None) -> float:
-    """Bytes that a conversion may use: `limit` in GiB, or what the machine has to spare."""
+    """Return the bytes that a conversion may use: `limit` (GiB), or what the machine has available."""
     return psutil.virtual_memory().available if limit is None else limit * 2**30

@@ -1,4 +1,4 @@
-"""The block-by-block stream against the model's own forward."""
+"""Compare the block-by-block stream with the model's own forward."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,24 +14,25 @@ from pilon_compress.models.causality import check_causal
 from pilon_compress.models.hidden_states import Stream, last_states, run_head
 from pilon_compress.models.source import Source
 
-ROWS, LENGTH = 2, 128  # texts that are compared, and tokens of each at most
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-HALF = 3e-2  # half precision
-TOKENS = 8
+TEXTS, LENGTH = 2, 128  # texts that are compared, and the most tokens of each
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative error that rounding explains, by dtype
+HALF_TOLERANCE = 3e-2  # of bfloat16 and float16
+WALK_TOKENS = 8  # length of the sequence on the meta device
+# exceptions that the model's code raises when it is run in another way than it was written for
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @torch.no_grad()
 def check_stream(source: Source, batch: Batch, head: bool = False) -> float:
-    """Compare the last hidden states (with `head`: and the logits) of two rows of `batch` with those of the model.
+    """Compare the last hidden states (with `head` also the logits) of two texts of `batch` with those of the model.
 
-    Returns the largest relative error (norms, padding left out). Raises BadInput if that exceeds what rounding explains
-    or if the model does not run: its blocks then are not what conversion takes them for. Of a streamed source both
-    sides read one block at a time.
+    Returns the largest relative error (of norms, without padding). Raises BadInput if it exceeds what rounding explains
+    or if the model does not run: conversion cannot treat it as a chain of blocks. With a streamed source both sides
+    read one block at a time.
     """
     check_once(source.model)
-    part = Batch(batch.input_ids[:ROWS, :LENGTH], batch.mask[:ROWS, :LENGTH].long())
-    with _refusing(source.model):
+    part = Batch(batch.input_ids[:TEXTS, :LENGTH], batch.mask[:TEXTS, :LENGTH].long())
+    with _errors_in_one_line(source.model):
         stream = Stream(source, [part])
         for index in range(len(source.names)):
             with source.block(index) as block:
@@ -40,12 +41,12 @@ def check_stream(source: Source, batch: Batch, head: bool = False) -> float:
         for run, with_head in ((last_states, False), (run_head, True)) if head else ((last_states, False),):
             with source.reading():
                 own = run(source.model, part, source.device)
-            ours = stream.finish(0, stream.hidden[0], slice(None), head=with_head)
-            worst = max(worst, _relative_error(ours, own, stream.masks[0]))
+            streamed = stream.finish(0, stream.hidden[0], slice(None), head=with_head)
+            worst = max(worst, _relative_error(streamed, own, stream.masks[0]))
         if head:
             with source.reading():
                 check_causal(source.model, part.input_ids[:1].to(source.device))
-    limit = TOLERANCE.get(source.model.dtype, HALF)
+    limit = TOLERANCE.get(source.model.dtype, HALF_TOLERANCE)
     if not worst <= limit:
         raise BadInput(
             f"{type(source.model).__name__} is more than its {len(source.names)} blocks one after another (relative "
@@ -56,14 +57,13 @@ def check_stream(source: Source, batch: Batch, head: bool = False) -> float:
 
 @torch.no_grad()
 def check_walk(model: PreTrainedModel) -> None:
-    """Raise BadInput for a model on the meta device whose blocks are not each run once, first to last.
+    """Raise BadInput for a model on the meta device that does not run each block once, first to last.
 
-    Costs next to nothing, since stand-ins run in the place of the blocks: what `check_stream` would refuse after the
-    weights are read is refused before a plan is shown. Where the model's code cannot run without weights, nothing is
-    known and nothing is refused.
+    Stand-ins replace the blocks, so this is fast and comes before the weights are read, unlike `check_stream`. A model
+    whose code cannot run without weights passes.
     """
     check_once(model)
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    ids = torch.zeros(1, WALK_TOKENS, dtype=torch.long, device="meta")
     try:
         Stream(_Skeleton(model), [Batch(ids)])
     except BadInput:
@@ -73,23 +73,23 @@ def check_walk(model: PreTrainedModel) -> None:
 
 
 class _Skeleton(Source):
-    """A model on the meta device."""
+    """A model on the meta device, whose weights cannot be checked."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._adopt(model)
 
 
-def _relative_error(ours: Tensor, own: Tensor, mask: Tensor) -> float:
-    """‖ours - own‖ / ‖own‖ over the tokens of `mask` (B, T). Raises BadInput where `own` is not finite."""
-    ours, own = ours[mask].double(), own[mask].double()
+def _relative_error(streamed: Tensor, own: Tensor, mask: Tensor) -> float:
+    """Return ‖streamed - own‖ / ‖own‖ over the tokens of `mask` (B, T). Raises BadInput where `own` is not finite."""
+    streamed, own = streamed[mask].double(), own[mask].double()
     if not bool(own.isfinite().all()):
         raise BadInput("the model's own output is NaN or infinite on the calibration text")
-    return float((ours - own).norm() / own.norm().clamp_min(1e-30))
+    return float((streamed - own).norm() / own.norm().clamp_min(1e-30))
 
 
 @contextmanager
-def _refusing(model: PreTrainedModel) -> Iterator[None]:
-    """Turn what the model's code raises, when it is run on token ids and block by block, into one line."""
+def _errors_in_one_line(model: PreTrainedModel) -> Iterator[None]:
+    """Turn exceptions of the model's code into BadInput with one line."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""A model's task, told from transformers' own mappings: language model, encoder of text, or neither."""
+"""Find a model's class and task in transformers' mappings: language model, text encoder, or neither."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,10 +24,10 @@ MULTIMODAL: tuple[Mapping[str, str], ...] = tuple(
 
 
 def architecture(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Return the class that `config` names, so that heads are kept; None where the base model is meant.
+    """Return the class that `config` names, so that heads are kept; None for the base model.
 
-    An old spelling (LLaMAForCausalLM) means the class of today. Without a name a decoder is a causal language model:
-    its head would be lost otherwise. Raises BadInput for a name that transformers does not have.
+    An old spelling (LLaMAForCausalLM) means today's class. A decoder without a name is a causal language model;
+    otherwise its head would be lost. Raises BadInput for a name that transformers does not have.
     """
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -50,15 +50,15 @@ def architecture(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def is_decoder_type(config: PretrainedConfig) -> bool:
-    """True for model types that are language models only, and never encoders."""
+    """Return True for model types that are always language models and never encoders."""
     return bool(_names(CAUSAL, config)) and not _names(MASKED, config)
 
 
 def is_causal(config: PretrainedConfig) -> bool:
-    """Return True if the model predicts the next token, with a text tower of its own or as the whole.
+    """Return True if the model, or the text tower of a multimodal one, predicts the next token.
 
-    Classes that transformers lists as causal look both ways where the type is an encoder's and `is_decoder` is not set
-    (BERT with a head for generation), and XLNet's always do.
+    Some classes that transformers lists as causal read in both directions: those of encoder types without `is_decoder`
+    (BERT with a head for generation), and XLNet's.
     """
     kind = architecture(config)
     if kind is None or config.model_type in TWO_WAYS:
@@ -70,16 +70,16 @@ def is_causal(config: PretrainedConfig) -> bool:
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the settings of the text tower; of a text model, `config` itself."""
+    """Return the config of the text tower, which is `config` itself for a text model."""
     try:
-        found: PretrainedConfig = config.get_text_config(decoder=True)
-    except ValueError:  # several text towers, none of them the model's own
+        tower: PretrainedConfig = config.get_text_config(decoder=True)
+    except ValueError:  # several text towers
         return config
-    return found
+    return tower
 
 
 def vocabulary(config: PretrainedConfig) -> int:
-    """Return the number of rows of the token embedding. Raises BadInput for a model that has none."""
+    """Return the number of token ids that the embedding takes. Raises BadInput for a model without embedding."""
     count = getattr(text_config(config), "vocab_size", None)
     if not isinstance(count, int) or count < 1:
         raise BadInput(f"{config.model_type} has no vocabulary: it does not read text")
@@ -92,7 +92,7 @@ def _class(name: str) -> type[PreTrainedModel] | None:
 
 
 def _spelled_otherwise(name: str, config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Find the class of the model's own type whose name differs in capitals, or has the same head."""
+    """Return the class of the model's type whose name differs in capitals only, or ends with the same head; or None."""
     mappings = [value for key, value in vars(modeling_auto).items() if key.endswith("_MAPPING_NAMES")]
     own = {one for mapping in mappings if isinstance(mapping, Mapping) for one in _names(mapping, config)}
     for one in sorted(own):
