@@ -20,8 +20,8 @@ from pilon_compress.compare.baselines import rtn_gptq
 from pilon_compress.compare.candidate import baseline, dense_size, install, problem_of
 from pilon_compress.config import conversion
 from pilon_compress.convert import pipeline
-from pilon_compress.convert.allocate.plan import Plan
 from pilon_compress.convert.calibrate.second_moments import gather
+from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.prepare import Job, prepare
 from pilon_compress.convert.solve.layerwise import Task, solve
 from pilon_compress.evaluate import evaluate

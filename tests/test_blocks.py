@@ -5,8 +5,9 @@ import torch
 
 from pilon_compress.convert.allocate.block_options import Block
 from pilon_compress.convert.allocate.budget import Sizing, allocate
-from pilon_compress.convert.allocate.plan import down_of, preview
+from pilon_compress.convert.allocate.uniform import preview
 from pilon_compress.convert.calibrate.second_moments import gather
+from pilon_compress.convert.plan import down_of
 from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.models.families import FAMILIES, find_sites

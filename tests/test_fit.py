@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress.convert.allocate.plan import BankPlan
+from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.sharing.grouping import group
 from pilon_compress.convert.sharing.joint_fit import fit_bank
 from pilon_compress.convert.sharing.objective import Band, Point

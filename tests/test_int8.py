@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 import pilon_compress  # noqa: F401  registers the format
 from pilon_compress.config import training
 from pilon_compress.config.conversion import Budget
-from pilon_compress.convert.allocate.plan import make_plan
+from pilon_compress.convert.allocate.uniform import make_plan
 from pilon_compress.errors import BadInput
 from pilon_compress.export.export import export_dense, export_self_contained
 from pilon_compress.export.pack import export_packed

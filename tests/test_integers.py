@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import pilon_compress  # noqa: F401  registers the format
 from pilon_compress.config import conversion
 from pilon_compress.convert import pipeline
-from pilon_compress.convert.allocate.plan import BankPlan, Plan, trimmed
+from pilon_compress.convert.plan import BankPlan, Plan, trimmed
 from pilon_compress.convert.prepare import prepare
 from pilon_compress.convert.solve.gptq import nearest
 from pilon_compress.errors import BadInput

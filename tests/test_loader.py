@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from pilon_compress.config.conversion import Budget
-from pilon_compress.convert.allocate.plan import BankPlan, Plan, make_plan, trimmed
+from pilon_compress.convert.allocate.uniform import make_plan
+from pilon_compress.convert.plan import BankPlan, Plan, trimmed
 from pilon_compress.export.export import export_self_contained, to_dense
 from pilon_compress.export.save import save_model
 from pilon_compress.models.families import FAMILIES, find_sites

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress.convert.allocate.plan import BankPlan
+from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.sharing.joint_fit import fit_bank
 from pilon_compress.convert.solve.gptq import nearest, round_bank, round_matrix, round_rows, scales
 from pilon_compress.convert.solve.low_rank import Target

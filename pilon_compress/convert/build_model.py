@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from transformers import PreTrainedModel
 
-from pilon_compress.convert.allocate.plan import Plan
+from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.solve.layerwise import Solved
 from pilon_compress.models.source import Source
 from pilon_compress.nn.fold import prune_unused

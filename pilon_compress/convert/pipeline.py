@@ -22,10 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import pilon_compress
 from pilon_compress.config import conversion
 from pilon_compress.config.effort import EFFORTS
-from pilon_compress.convert.allocate.plan import Plan
 from pilon_compress.convert.build_model import build
 from pilon_compress.convert.calibrate.second_moments import Moments
 from pilon_compress.convert.cost import estimate, stages
+from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.planning import Planned, plan_conversion
 from pilon_compress.convert.prepare import PROCESS_BYTES, Job, prepare
 from pilon_compress.convert.solve.layerwise import Solved, Task, solve, uniform_rank
@@ -47,7 +47,7 @@ from pilon_compress.models.task import vocabulary
 from pilon_compress.nn import size
 from pilon_compress.nn.layout import layout_of
 from pilon_compress.report import conversion_page
-from pilon_compress.report.conversion_card import model_card
+from pilon_compress.report.card import conversion_card
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _convert(
             result["seconds"] = time.perf_counter() - started
             result["peak_rss_gib"] = peak_rss_gib()
             (folder / "recipe.yaml").write_text(result["recipe"])
-            (folder / "README.md").write_text(model_card(result))
+            (folder / "README.md").write_text(conversion_card(result), encoding="utf-8")
             conversion_page.write_report(result, folder)
     journal.remove()
     return result

@@ -9,7 +9,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pilon_compress.config.conflicts import fixed_shape
 from pilon_compress.config.conversion import Recipe
 from pilon_compress.config.effort import EFFORTS
-from pilon_compress.convert.allocate.plan import Plan, check_limits, down_of, keep_whole, make_plan, preview
+from pilon_compress.convert.allocate.uniform import check_limits, keep_whole, make_plan, preview
+from pilon_compress.convert.plan import Plan, down_of
 from pilon_compress.data.text import DEFAULT_ENCODER, DEFAULT_LM
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate.inspect import stored_dtype

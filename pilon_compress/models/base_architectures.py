@@ -19,10 +19,9 @@ from pilon_compress.models.families import Site, find_sites
 from pilon_compress.nn.bands import split_bands
 from pilon_compress.nn.init import initialise
 from pilon_compress.nn.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install
+from pilon_compress.nn.sizing import BankBudget, size_bank, size_private
 from pilon_compress.nn.stored import stored_layout
 
-RANKS = (64, 32, 16, 8, 4, 2, 1)  # ranks of primitives to try; kernels need multiples of 16, small models finer steps
-WASTE = 0.04  # largest share of the budget that rounding down to complete primitives may leave unused
 EOS = "<eos>"
 
 
@@ -130,7 +129,7 @@ def _composed(sites: Sequence[Site], ffn: Ffn) -> Layout:
         for role in dict.fromkeys(site.role for site in wide):
             members = [site for site in wide if site.role == role and site.layer in band]
             dense = [site for site in sites if site.role == role and site.layer in band]
-            bank, top_k = _solve(members, dense, ffn)
+            bank, top_k = _size(members, dense, ffn)
             name = f"band{index}.{role}"
             banks[name] = bank
             composition = "component" if ffn.kind == "lowrank" else ffn.composition
@@ -165,37 +164,28 @@ def _narrowed(sites: Sequence[Site], ffn: Ffn) -> Layout:
     return Layout({}, {}, kept, {site.name: (site.d_in, site.d_out) for site in sites})
 
 
-def _solve(members: Sequence[Site], dense: Sequence[Site], ffn: Ffn) -> tuple[BankSpec, int]:
+def _size(members: Sequence[Site], dense: Sequence[Site], ffn: Ffn) -> tuple[BankSpec, int]:
     """Return the bank of one band and role, and the number of its primitives that a layer selects."""
-    site, layers = members[0], len(members)
-    pair, full = site.d_in + site.d_out, min(site.d_in, site.d_out)
-    biases = sum(one.d_out for one in members if one.bias)
-    stored = ffn.ffn_ratio * sum(one.parameters for one in dense) - biases
-    macs = ffn.mac_ratio * dense[0].d_in * dense[0].d_out
+    site = members[0]
+    pair = site.d_in + site.d_out
+    budget = BankBudget(
+        layers=len(members),
+        pair=pair,
+        full_rank=min(site.d_in, site.d_out),
+        stored=ffn.ffn_ratio * sum(one.parameters for one in dense) - sum(one.d_out for one in members if one.bias),
+        components=min(int(ffn.mac_ratio * dense[0].d_in * dense[0].d_out / pair), site.d_in, site.d_out),
+        composition="component" if ffn.kind == "lowrank" else ffn.composition,
+    )
     if ffn.kind == "lowrank":
-        per_rank = layers * (pair + 1)
-        rank = min(full, int(min((stored - layers) / per_rank, macs / pair)))
-        if rank < 1:
+        size = size_private(budget)
+        if size is None:
             raise BadInput(f"the budget pays for no rank in the {site.role} projections: raise ffn_ratio or mac_ratio")
-        return BankSpec(site.d_in, site.d_out, 1, rank), 1
-    softmax = ffn.composition == "softmax"
-    best: tuple[BankSpec, int] | None = None
-    for rank in (ffn.rank,) if ffn.rank else RANKS:
-        k = ffn.top_k or min(int(macs // (pair * rank)), full // rank)
-        width = 1 if ffn.composition != "component" else rank
-        per_layer, per_primitive = (0, rank * pair + layers) if softmax else (k * (width + 1), rank * pair)
-        n = ffn.n_primitives or int((stored - layers * per_layer) // per_primitive)
-        n = n if ffn.n_primitives or softmax else min(n, layers * k)  # the layers can select no more than this
-        k = min(k, n)
-        if k < 1:
-            continue
-        best = best or (BankSpec(site.d_in, site.d_out, n, rank, ffn.latent_scale, ffn.latent_bias), k)
-        spent = min(n * rank * pair / stored, k * rank * pair / macs)
-        if spent >= 1 - WASTE and k >= 2:
-            return BankSpec(site.d_in, site.d_out, n, rank, ffn.latent_scale, ffn.latent_bias), k
-    if best is None:
+        return BankSpec(site.d_in, site.d_out, 1, size.rank), 1
+    size = size_bank(budget, ffn.n_primitives, ffn.rank, ffn.top_k)
+    if size is None:
         raise BadInput(f"the budget pays for no primitive in the {site.role} projections: raise ffn_ratio or mac_ratio")
-    return best
+    spec = BankSpec(site.d_in, site.d_out, size.n_primitives, size.rank, ffn.latent_scale, ffn.latent_bias)
+    return spec, size.top_k
 
 
 @torch.no_grad()

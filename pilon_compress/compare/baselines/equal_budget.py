@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pilon_compress.errors import BadInput
 from pilon_compress.models.families import Site
+from pilon_compress.nn.sizing import affordable
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def deal(units: list[Unit], ratio: float, method: str) -> list[Share]:
     Every unit gets the steps that its own share pays for; what that leaves of the whole budget buys one more step,
     unit by unit, those first that have none yet. Raises BadInput where a unit would get none.
     """
-    counts = [min(unit.most, int((ratio * unit.dense - unit.fixed) // unit.price)) for unit in units]
+    counts = [affordable(ratio * unit.dense, unit.fixed, unit.price, unit.most) for unit in units]
     left = ratio * sum(unit.dense for unit in units)
     left -= sum(unit.fixed + unit.price * count for unit, count in zip(units, counts, strict=True))
     for index in sorted(range(len(units)), key=lambda index: counts[index] > 0):

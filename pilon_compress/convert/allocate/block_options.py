@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pilon_compress.convert.allocate.knapsack import Option, pareto
-from pilon_compress.convert.allocate.plan import down_of, trimmed
 from pilon_compress.convert.calibrate.damping import damped_cholesky
 from pilon_compress.convert.calibrate.second_moments import Moments, add_gram
+from pilon_compress.convert.plan import down_of, trimmed
 from pilon_compress.convert.solve.eigen import eigenvalues
 from pilon_compress.convert.solve.low_rank import Target, damped, factor
 from pilon_compress.convert.solve.neuron_pruning import Elimination, eliminate, refit

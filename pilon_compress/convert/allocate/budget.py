@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pilon_compress.convert.allocate.block_options import Block, Choice
 from pilon_compress.convert.allocate.knapsack import Option, choose
-from pilon_compress.convert.allocate.plan import BankPlan, Plan, trimmed
 from pilon_compress.convert.calibrate.second_moments import Moments
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
+from pilon_compress.convert.plan import BankPlan, Plan, trimmed
 from pilon_compress.convert.solve.neuron_pruning import Elimination
 from pilon_compress.errors import BadInput
 from pilon_compress.io.progress import track

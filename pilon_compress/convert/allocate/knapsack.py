@@ -1,16 +1,22 @@
-"""Choosing one option per group within a budget: the multi-choice knapsack, solved exactly on a fine grid."""
+"""Choosing one option per group within a budget: the multiple-choice knapsack, solved by HiGHS.
+
+    minimise  Σ loss · x    with  Σ x = 1 in every group,  Σ stored · x and Σ macs · x within their limits,  x ∈ {0, 1}
+
+LEMS and ROCKET choose ranks by dynamic programming on a grid of the budget, which rounds costs up and leaves a part of
+it unspent. Mixed-integer programming takes costs as they are, and both limits at once.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-GRID = 4000  # steps of the budget; costs are rounded up to whole steps, so a choice never exceeds it
-BISECTIONS = 40
+GAP = 1e-4  # relative, by which the loss may exceed the least one
+SMALL = 1e-2  # of the largest loss: below it HiGHS's absolute gap, 1e-6, is more than GAP
 
 
 class Option(NamedTuple):
-    """Something that one group may be: its loss, numbers stored and MACs per token. `what` is the caller's."""
+    """A form that one group may take: its loss, numbers stored and MACs per token. `what` is the caller's."""
 
     loss: float
     stored: int
@@ -19,36 +25,29 @@ class Option(NamedTuple):
 
 
 def choose(groups: Sequence[Sequence[Option]], stored: float, macs: float | None = None) -> list[Option] | None:
-    """One option of every group, of least total loss with at most `stored` numbers and, if given, `macs`.
+    """Choose one option of every group, of least total loss with at most `stored` numbers and, if given, `macs`.
 
-    The stored budget is met by dynamic programming (Dudziński and Walukiewicz, 1987; as ROCKET uses it for ranks), the
-    second one by a Lagrange multiplier on top. None if even the smallest options do not fit.
+    The loss is within GAP of the least one, and no other option of a single group lowers it within the limits.
+    Deterministic. Returns None if no choice is within the limits.
     """
+    limits = np.array([stored] if macs is None else [stored, macs], dtype=float)
     pruned = [pareto(group, macs is not None) for group in groups]
-    free = _within(pruned, stored, 0.0)
-    if free is None or macs is None or _macs(free) <= macs:
-        return free
-    low, high, best = 0.0, 1.0, None
-    scale = max(option.loss for group in pruned for option in group) / max(1.0, macs) or 1e-30
-    while high < 2**40 and best is None:
-        found = _within(pruned, stored, high * scale)
-        best = found if found is not None and _macs(found) <= macs else None
-        high *= 4
-    if best is None:
+    best = [min(group, key=lambda option: option.loss) for group in pruned]
+    if _within(best, limits):
+        return best
+    scale = max(option.loss for group in pruned for option in group)
+    found = _solve(pruned, limits, scale)
+    if found is None:
         return None
-    high /= 4
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        found = _within(pruned, stored, middle * scale)
-        if found is not None and _macs(found) <= macs:
-            high, best = middle, found
-        else:
-            low = middle
-    return best
+    total = sum(option.loss for option in found)
+    if 0 < total < SMALL * scale:  # again in its own scale; an option that loses more than all of it is in no optimum
+        cheap = [[option for option in group if option.loss <= total] for group in pruned]
+        found = _solve(cheap, limits, total) or found
+    return _spent(pruned, found, limits)
 
 
 def pareto(options: Sequence[Option], by_macs: bool = False) -> list[Option]:
-    """The options that no other one beats in loss, stored numbers and, if they count, MACs; smallest first."""
+    """Return the options that no other one beats in loss, stored numbers and, if they count, MACs; smallest first."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda one: (one.stored, one.loss, one.macs)):
         beaten = (k.loss <= option.loss and (not by_macs or k.macs <= option.macs) for k in kept)
@@ -57,38 +56,56 @@ def pareto(options: Sequence[Option], by_macs: bool = False) -> list[Option]:
     return kept
 
 
-def _macs(chosen: Sequence[Option]) -> int:
-    return sum(option.macs for option in chosen)
+def _costs(options: Sequence[Option], limits: np.ndarray) -> np.ndarray:
+    """Stored numbers and, where limited, MACs of each option: (options, limits)."""
+    return np.array([(option.stored, option.macs)[: len(limits)] for option in options], dtype=float)
 
 
-def _within(groups: Sequence[Sequence[Option]], stored: float, price: float) -> list[Option] | None:
-    """Least Σ loss + price · MACs with Σ stored within the budget."""
-    wished = [min(group, key=lambda one: one.loss + price * one.macs) for group in groups]
-    if sum(option.stored for option in wished) <= stored:  # the grid's rounding must not cost what the budget allows
-        return wished
-    quantum = stored / GRID
-    if quantum <= 0:
-        return None
-    best = np.zeros(GRID + 1)  # best[c]: least loss of the groups so far within c steps
-    picks = []
-    for group in groups:
-        following = np.full(GRID + 1, np.inf)
-        pick = np.full(GRID + 1, -1)
-        for index, option in enumerate(group):
-            steps = int(np.ceil(option.stored / quantum - 1e-9))
-            if steps > GRID:
-                continue
-            value = best[: GRID + 1 - steps] + option.loss + price * option.macs
-            better = value < following[steps:]
-            following[steps:][better] = value[better]
-            pick[steps:][better] = index
-        best = following
-        picks.append(pick)
-    if not np.isfinite(best[GRID]):
-        return None
-    chosen, capacity = [], GRID
-    for group, pick in zip(reversed(groups), reversed(picks), strict=True):
-        option = group[int(pick[capacity])]
-        chosen.append(option)
-        capacity -= int(np.ceil(option.stored / quantum - 1e-9))
-    return chosen[::-1]
+def _within(chosen: Sequence[Option], limits: np.ndarray) -> bool:
+    return bool((_costs(chosen, limits).sum(0) <= limits).all())
+
+
+def _solve(groups: Sequence[Sequence[Option]], limits: np.ndarray, scale: float) -> list[Option] | None:
+    """Choose by mixed-integer programming, with losses in units of `scale`; None if nothing is within the limits."""
+    from scipy.optimize import Bounds, LinearConstraint, milp  # here: it takes half a second
+    from scipy.sparse import csr_array
+
+    options = [option for group in groups for option in group]
+    owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    members = csr_array((np.ones(len(options)), (owner, np.arange(len(options)))))
+    costs = _costs(options, limits)
+    losses = np.array([option.loss for option in options]) / (scale or 1.0)
+    allowed = limits
+    while True:
+        found = milp(
+            losses,
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(members, 1, 1), LinearConstraint(costs.T, ub=allowed)],
+            options={"mip_rel_gap": GAP},
+        )
+        if found.x is None:
+            return None
+        picked = np.zeros(len(groups), dtype=int)
+        np.maximum.at(picked, owner, np.where(found.x > 0.5, np.arange(len(options)), 0))
+        chosen = [options[index] for index in picked]
+        if _within(chosen, limits):
+            return chosen
+        # HiGHS takes a limit to hold within its tolerance; numbers are counted
+        allowed = allowed - np.maximum(costs[picked].sum(0) - limits, 0)
+
+
+def _spent(groups: Sequence[Sequence[Option]], chosen: Sequence[Option], limits: np.ndarray) -> list[Option]:
+    """Take the best single change while one lowers the loss within the limits: what the gap has left."""
+    chosen = list(chosen)
+    while True:
+        changes = [
+            (option.loss - current.loss, index, option)
+            for index, (group, current) in enumerate(zip(groups, chosen, strict=True))
+            for option in group
+            if option.loss < current.loss and _within([*chosen[:index], option, *chosen[index + 1 :]], limits)
+        ]
+        if not changes:
+            return chosen
+        _, index, option = min(changes, key=lambda change: change[:2])
+        chosen[index] = option

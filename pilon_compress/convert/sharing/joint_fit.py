@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pilon_compress.convert.allocate.plan import BankPlan
+from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.sharing.grouping import group
 from pilon_compress.convert.sharing.lbfgs import minimise
 from pilon_compress.convert.sharing.objective import Band, Point

@@ -13,17 +13,19 @@ from torch import Tensor
 
 from pilon_compress.convert.allocate.block_options import Block
 from pilon_compress.convert.allocate.budget import Allocation, Sizing
-from pilon_compress.convert.allocate.plan import BankPlan, Plan, down_of, trimmed
 from pilon_compress.convert.calibrate.second_moments import Moments
+from pilon_compress.convert.plan import BankPlan, Plan, down_of, trimmed
 from pilon_compress.convert.sharing.joint_fit import BankFit, fit_bank
 from pilon_compress.convert.sharing.neuron_alignment import align
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.io.progress import track
 from pilon_compress.models.families import Site
 from pilon_compress.models.source import Source
+from pilon_compress.nn.sizing import RANKS, UNLIMITED, BankBudget, size_bank
 
 WIDER = (1.25, 1.6, 1e9)  # a shared block keeps so many times the neurons that its layers have alone; at last all
-RANKS = (16, 8, 4, 2, 1)
+WIDEST = 16  # rank of a primitive
+OWN = 4  # primitives for each layer, at least: fewer leave nothing to share
 
 
 @dataclass(frozen=True)
@@ -133,15 +135,23 @@ def _matched(blocks: Sequence[Block], left: Sequence[Tensor | None]) -> list[Ten
 
 
 def _plans(sites: dict[str, list[Site]], stored: int, band: int) -> dict[str, BankPlan] | None:
-    """Banks of equally many components for every role, as many as `stored` pays for; None if that is too few."""
-    fixed = sum(site.d_out for members in sites.values() for site in members if site.bias)
-    price = sum(members[0].d_in + members[0].d_out + 2 * len(members) for members in sites.values())
-    components = (stored - fixed) // price
-    rank = next((rank for rank in RANKS if components // rank >= 4 * len(next(iter(sites.values())))), None)
-    if rank is None:
+    """Banks of equally many primitives for every role, as many as `stored` pays for; None if that is too few.
+
+    Every layer selects every primitive.
+    """
+    layers = len(next(iter(sites.values())))
+    budget = BankBudget(
+        layers=layers,
+        pair=sum(members[0].d_in + members[0].d_out for members in sites.values()),
+        full_rank=min(min(members[0].d_in, members[0].d_out) for members in sites.values()),
+        stored=stored - sum(site.d_out for members in sites.values() for site in members if site.bias),
+        components=UNLIMITED,
+        banks=len(sites),
+    )
+    size = size_bank(budget, ranks=RANKS[RANKS.index(WIDEST) :], own=OWN)
+    if size is None or size.n_primitives < OWN * layers:
         return None
-    n = int(components // rank)
-    return {role: BankPlan(band, role, tuple(members), n, rank, n) for role, members in sites.items()}
+    return {role: BankPlan(band, role, tuple(members), *size) for role, members in sites.items()}
 
 
 def _copy_layer(alone: Allocation, layer: int, plan: Plan) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pilon_compress.convert.allocate.plan import BankPlan
 from pilon_compress.convert.calibrate.damping import damped_cholesky, damped_inverse, damped_solve
+from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.sharing.joint_fit import BankFit, recompose
 from pilon_compress.convert.solve.low_rank import Target, damped
 from pilon_compress.nn.integer import KINDS, Kind, spread

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pilon_compress.convert.allocate.block_options import Block
-from pilon_compress.convert.allocate.plan import BankPlan, Plan
 from pilon_compress.convert.calibrate.second_moments import Moments
+from pilon_compress.convert.plan import BankPlan, Plan
 from pilon_compress.convert.sharing.joint_fit import BankFit, fit_bank, recompose
 from pilon_compress.convert.solve.gptq import Rounded, round_bank, round_matrix
 from pilon_compress.convert.solve.low_rank import Target
@@ -21,6 +21,7 @@ from pilon_compress.io.progress import track
 from pilon_compress.models.families import Site
 from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.source import Source
+from pilon_compress.nn.sizing import affordable
 
 
 @dataclass
@@ -349,5 +350,5 @@ class _Layer:
 
 def uniform_rank(site: Site, ratio: float) -> int:
     """The rank of two factors that store `ratio` of the site's numbers: what the baselines get."""
-    free = ratio * site.parameters - site.d_out * site.bias
-    return max(1, min(site.d_in, site.d_out, int(free // (site.d_in + site.d_out))))
+    most = min(site.d_in, site.d_out)
+    return max(1, affordable(ratio * site.parameters, site.d_out * site.bias, site.d_in + site.d_out, most))

@@ -1,0 +1,148 @@
+"""Uniform sizes: every bank gets the budget's share of what it replaces, before anything is loaded or computed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+from pilon_compress.config.conversion import Budget, Method
+from pilon_compress.convert.plan import BankPlan, Plan, down_of, trimmed
+from pilon_compress.errors import BadInput
+from pilon_compress.models.families import Site
+from pilon_compress.nn.bands import split_bands
+from pilon_compress.nn.sizing import RANKS, BankBudget, BankSize, affordable, size_bank, size_private
+
+WIDEST = 16  # rank of a primitive; wider ones leave a layer little to choose from
+OWN = 2  # primitives for each layer, at least: layers start from their own
+
+
+def make_plan(sites: Sequence[Site], budget: Budget, method: Method, composition: str) -> Plan:
+    """Solve n, r and k of every bank so that the stored size meets `budget.ratio` of the dense one, bank by bank.
+
+    MACs stay within `budget.mac_limit`. `budget.n_primitives`, `rank` and `top_k` override the solution, and
+    `check_limits` refuses those that cannot hold. Methods without sharing get one primitive of the
+    largest rank that fits per layer. Raises BadInput for a band list that does not match the layers, for a budget too
+    small for one primitive, and for a plan larger than the dense model unless `budget.allow_larger`.
+    """
+    layers = sorted({site.layer for site in sites})
+    private = method != "pilon"
+    bands = [[layer] for layer in layers] if private else split_bands(layers, budget.bands)
+    if private and (budget.bands is not None or budget.n_primitives is not None or budget.top_k is not None):
+        raise BadInput(f"method {method} shares nothing: bands, n_primitives and top_k do not apply")
+    banks = []
+    for index, band in enumerate(bands):
+        for role in dict.fromkeys(site.role for site in sites):
+            members = [site for site in sites if site.layer in band and site.role == role]
+            shapes = {(site.d_in, site.d_out) for site in members}
+            if len(shapes) > 1:
+                raise BadInput(
+                    f"band {index} mixes {role} projections of shapes {sorted(shapes)}: choose other --bands"
+                )
+            if members:
+                empty = BankPlan(index, role, tuple(members), 0, 0, 0, composition)
+                banks.append(size_of(empty, budget, private))
+    stored, dense = sum(bank.stored() for bank in banks), sum(bank.dense_stored() for bank in banks)
+    plan = Plan(budget.ratio if budget.limits_storage else stored / dense, bands, banks)
+    if stored > dense and not budget.allow_larger:
+        raise BadInput(
+            f"the plan keeps {stored:,} numbers, more than the dense model's {dense:,}: "
+            "lower the ratio, rank or n_primitives (or --allow-larger to study it)"
+        )
+    return plan
+
+
+def preview(sites: Sequence[Site], ratio: float) -> Plan | None:
+    """What an allocation starts from: every layer keeps the same share of its neurons. None where blocks are not whole.
+
+    The sizes of an allocated plan are about these; where they go, the calibration text decides.
+    """
+    layers: dict[int, list[Site]] = {}
+    for site in sites:
+        layers.setdefault(site.layer, []).append(site)
+    plan = Plan(ratio, [[layer] for layer in layers], [])
+    for members in layers.values():
+        down = down_of(members)
+        if down is None:
+            return None
+        fixed, dense = down.d_out * down.bias, sum(site.parameters for site in members)
+        neurons = affordable(ratio * dense, fixed, (dense - fixed) // down.d_in, down.d_in)
+        if neurons < 1:
+            return None
+        for site in members:
+            plan.kept.append(trimmed(site, neurons, down.d_in))
+            plan.host[site.name] = (site.d_in, site.d_out)
+    return plan
+
+
+def keep_whole(sites: Sequence[Site]) -> Plan:
+    """Every projection as one matrix of the dense size: the plan at ratio 1."""
+    return Plan(1.0, [[layer] for layer in sorted({site.layer for site in sites})], [], list(sites))
+
+
+def size_of(empty: BankPlan, budget: Budget, private: bool) -> BankPlan:
+    """The sizes of one bank within the budget's limits on stored numbers and on MACs: see `nn.sizing.size_bank`.
+
+    `private`: one primitive of the largest rank for the one layer. Raises BadInput where nothing fits.
+    """
+    if budget.rank is not None and budget.rank > empty.full_rank:
+        raise BadInput(
+            f"rank {budget.rank} is above the full rank {empty.full_rank} of {empty.name}: lower it to that at most"
+        )
+    limits = limits_of(empty, budget)
+    if not private:
+        given = (budget.n_primitives, budget.rank, budget.top_k)
+        found = size_bank(limits, *given, ranks=RANKS[RANKS.index(WIDEST) :], own=OWN)
+    elif budget.rank is not None:
+        found = BankSize(1, budget.rank, 1)
+    else:
+        found = size_private(limits)
+    return _too_small(empty, budget) if found is None else replace(empty, **found._asdict())
+
+
+def limits_of(empty: BankPlan, budget: Budget) -> BankBudget:
+    """What the budget allows one bank: its share of stored numbers, and of MACs, or else the dense MACs."""
+    pair, limit = empty.d_in + empty.d_out, budget.mac_limit
+    return BankBudget(
+        layers=len(empty.sites),
+        pair=pair,
+        full_rank=empty.full_rank,
+        stored=budget.ratio * empty.dense_stored() - empty.biases(),
+        components=int((1.0 if limit is None else limit) * empty.d_in * empty.d_out / pair + 1e-9),
+        mac_limited=limit is not None,
+        composition=empty.composition,
+    )
+
+
+def _too_small(empty: BankPlan, budget: Budget) -> NoReturn:
+    limits = f"ratio {budget.ratio:g}"
+    if budget.mac_limit is not None:
+        limits += f" with MACs of at most {budget.mac_limit:g}"
+    shape = {"primitives": budget.n_primitives, "selected by each layer": budget.top_k, "as rank": budget.rank}
+    asked = ", ".join(f"{value} {name}" for name, value in shape.items() if value is not None)
+    what = f"a bank of {asked}" if asked else "even one primitive of rank 1"
+    raise BadInput(f"{limits} is too small for {what} in {empty.name}: raise it, or ask for less")
+
+
+def check_limits(plan: Plan, budget: Budget) -> None:
+    """Raise BadInput where a plan's given shapes exceed the budget, or leave primitives that no layer can select."""
+    for bank in plan.banks:
+        usable = bank.top_k * len(bank.sites)
+        if bank.n_primitives > usable:
+            few = budget.top_k is not None
+            raise BadInput(
+                f"{bank.name} has {bank.n_primitives} primitives, of which {len(bank.sites)} layers that select "
+                f"{bank.top_k} each can use {usable}: lower n_primitives, or "
+                + ("raise top_k" if few else "lower rank, or raise mac_ratio")
+            )
+    stored, dense = sum(bank.stored() for bank in plan.banks), sum(bank.dense_stored() for bank in plan.banks)
+    if budget.limits_storage and stored > budget.ratio * dense * (1 + 1e-9):
+        raise BadInput(
+            f"the plan stores {stored / dense:.3g} of the dense numbers, above the ratio {budget.ratio:g}: "
+            "lower rank, n_primitives or top_k, or raise --ffn-ratio"
+        )
+    macs = sum(bank.macs() for bank in plan.banks)
+    dense_macs = sum(len(bank.sites) * bank.d_in * bank.d_out for bank in plan.banks)
+    if budget.mac_limit is not None and macs > budget.mac_limit * dense_macs * (1 + 1e-9):
+        raise BadInput(
+            f"the plan takes {macs / dense_macs:.3g} of the dense MACs, above the limit {budget.mac_limit:g}: "
+            "lower top_k or rank, or raise --mac-ratio"
+        )

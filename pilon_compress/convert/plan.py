@@ -1,0 +1,105 @@
+"""The plan of a conversion: every bank with its sizes, and the projections that stay one matrix."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from pilon_compress.models.families import Site
+from pilon_compress.nn.layout import BankSpec, KeptSpec, Layout, ProjectionSpec
+from pilon_compress.nn.sizing import BankSize, composition_numbers
+
+
+@dataclass(frozen=True)
+class BankPlan:
+    """One bank to be fitted: the sites that share it and its sizes."""
+
+    band: int
+    role: str
+    sites: tuple[Site, ...]
+    n_primitives: int
+    rank: int
+    top_k: int
+    composition: str = "component"
+
+    @property
+    def name(self) -> str:
+        return f"band{self.band}.{self.role}"
+
+    @property
+    def layers(self) -> list[int]:
+        return [site.layer for site in self.sites]
+
+    @property
+    def d_in(self) -> int:
+        return self.sites[0].d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.sites[0].d_out
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.d_in, self.d_out)
+
+    def stored(self) -> int:
+        """Numbers kept: primitives, composition weights, selected indices, biases."""
+        per_layer = composition_numbers(self.composition, BankSize(self.n_primitives, self.rank, self.top_k))
+        primitives = self.n_primitives * self.rank * (self.d_in + self.d_out)
+        return primitives + len(self.sites) * per_layer + self.biases()
+
+    def biases(self) -> int:
+        return sum(self.d_out for site in self.sites if site.bias)
+
+    def dense_stored(self) -> int:
+        return sum(site.parameters for site in self.sites)
+
+    def macs(self) -> int:
+        """Multiply-accumulates per token of all its layers; a composition dearer than its dense matrix is folded."""
+        inner = self.top_k * self.rank * (self.d_in + self.d_out)
+        return len(self.sites) * min(inner, self.d_in * self.d_out)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every bank of a conversion."""
+
+    ratio: float
+    bands: list[list[int]]
+    banks: list[BankPlan]
+    kept: list[Site] = field(default_factory=list)
+    """Projections that stay one matrix."""
+    host: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(d_in, d_out) in the dense model of the projections that lose neurons."""
+
+    def layout(self, quantization: str | None = None) -> Layout:
+        """What the PILON model will look like, in whole numbers if `quantization` says so."""
+        kept = {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in self.kept}
+        specs = {bank.name: BankSpec(bank.d_in, bank.d_out, bank.n_primitives, bank.rank) for bank in self.banks}
+        projections = {
+            site.name: ProjectionSpec(bank.name, bank.top_k, site.bias, bank.composition)
+            for bank in self.banks
+            for site in bank.sites
+        }
+        made = Layout(specs, projections, kept, self.host)
+        return made if quantization is None else made.integers(quantization)
+
+
+def down_of(sites: Sequence[Site]) -> Site | None:
+    """The projection that reads the neurons which all others of the layer make; None where neurons cannot be dropped.
+
+    They can where all projections of a block are to be replaced.
+    """
+    downs = [site for site in sites if site.role == "down"]
+    ups = [site for site in sites if site.role in ("up", "gate", "gate_up")]
+    if len(downs) != 1 or len(ups) != len(sites) - 1 or {site.name for site in sites} != set(downs[0].block):
+        return None
+    width = downs[0].d_in
+    fused = len(ups) == 1 and ups[0].role == "gate_up" and ups[0].d_out == 2 * width
+    plain = any(up.role == "up" for up in ups) and all(up.d_out == width for up in ups)
+    return downs[0] if fused or plain else None
+
+
+def trimmed(site: Site, neurons: int, width: int) -> Site:
+    """The site with `neurons` of its block's `width` left."""
+    if site.role == "down":
+        return replace(site, d_in=neurons)
+    return replace(site, d_out=site.d_out // width * neurons)
