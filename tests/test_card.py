@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
-from pilon_compress.report.conversion_card import model_card
+from pilon_compress.report.card import conversion_card as model_card
+from pilon_compress.report.card import packed_card
 from pilon_compress.report.formatting import number
 
 SIZES = {
@@ -165,6 +167,39 @@ def test_front_matter_names_the_library_the_base_and_the_task() -> None:
     assert front["base_model"] == "acme/small-model"
     assert front["pipeline_tag"] == "text-generation"
     assert {"pilon", "compressed"} <= set(front["tags"])
+
+
+@pytest.mark.parametrize("evaluation", [REPORT["evaluation"], CAUSAL], ids=["encoder", "causal"])
+def test_the_hub_reads_the_metadata(tmp_path: Path, evaluation: dict[str, Any]) -> None:
+    (tmp_path / "README.md").write_text(model_card(report_with(evaluation=evaluation)), encoding="utf-8")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == "acme/small-model" and data.library_name == "transformers"
+    found = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert found and all(evaluation[key] == value for key, value in found.items())
+    assert set(found) == {"perplexity", "perplexity_ratio", "bits_per_byte", "kl", "top1_agreement"} & set(
+        evaluation
+    ) | {"cosine", "neighbors10"} & set(evaluation)
+    assert {result.dataset_name for result in data.eval_results} == {"held.txt"}
+
+
+def test_a_data_set_of_the_hub_is_named_as_the_hub_names_it(tmp_path: Path) -> None:
+    named = CAUSAL | {"data": "hub:Salesforce/wikitext:wikitext-2-raw-v1:test:text"}
+    (tmp_path / "README.md").write_text(model_card(report_with(evaluation=named)), encoding="utf-8")
+    (result, *_) = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert (result.dataset_type, result.dataset_config, result.dataset_split) == (
+        *("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    )
+
+
+@pytest.mark.parametrize(("source", "dense", "base"), [("out/a", "acme/x", "acme/x"), ("out/a", "./b", None)])
+def test_a_packed_model_names_the_dense_one_at_its_beginning(
+    tmp_path: Path, source: str, dense: str, base: str | None
+) -> None:
+    made = {"source": "./" + source, "dense": dense, "output": "out/b", "kind": "causal", "formats": ["ternary-base3"]}
+    sizes = {"ffn": SIZES, "model": SIZES, "max_logit_difference": 0.0, "pilon_compress": "0.1.0"}
+    (tmp_path / "README.md").write_text(packed_card({**made, **sizes}), encoding="utf-8")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == base and "packed" in card.data.tags and "'out/b'" in card.text
 
 
 def test_base_model_is_only_ever_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

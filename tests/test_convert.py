@@ -1,12 +1,16 @@
 """The command line's contract, on a tiny encoder and a tiny causal LM, each call a process of its own."""
 
 import json
+import re
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from pilon_compress.nn.layout import layout_of
 
 
 def prose(start, count):
@@ -53,6 +57,18 @@ def test_the_folder_holds_everything(cli, converted):
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert recipe["model"] == "dense" and recipe["seed"] == 3 and recipe["calibration"]["data"] == "text.txt"
     assert recipe["calibration"]["sequence_length"] in (128, 256), "defaults that depend on the model are pinned"
+
+
+def test_the_card_loads_on_the_hub_and_its_code_runs(converted, monkeypatch):
+    folder, report = converted
+    card = ModelCard.load(folder / "out" / "README.md")
+    assert "base_model" not in card.data.to_dict(), "the dense model is a folder"
+    told = {one.metric_type: one.metric_value for one in card.data.eval_results}
+    assert told and all(report["evaluation"][key] == value for key, value in told.items())
+    monkeypatch.chdir(folder)
+    found: dict = {}
+    exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], found)
+    assert layout_of(found["model"]).projections or layout_of(found["model"]).kept
 
 
 def test_size_is_what_the_file_holds(cli, converted):

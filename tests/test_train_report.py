@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 
 import matplotlib.image
 import pytest
-import yaml
+from huggingface_hub import ModelCard
 
 from pilon_compress.config import training
 from pilon_compress.report import curves, formatting
-from pilon_compress.report.training_card import model_card
+from pilon_compress.report.card import training_card as model_card
 from pilon_compress.report.training_page import PAGE, PICTURE, marks, page, samples, write_pages
 
 HOSTILE = "<script>alert(1)</script> & `x` | $y$ \"'"
@@ -194,16 +194,17 @@ def test_the_card_states_the_measured_figures_the_command_and_the_recipe():
 def test_front_matter_names_the_base_only_where_it_is_on_the_hub():
     def front(asked, **changes):
         card = model_card(result(asked, **changes), asked)
-        return yaml.safe_load(card.split("---")[1])
+        return ModelCard(card).data.to_dict()
 
-    assert front(settings()) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["pilon"],
-    }
+    found = front(settings())
+    (measured,) = found.pop("model-index")[0]["results"]
+    assert measured["metrics"] == [{"type": "perplexity", "value": 142.7, "name": "Perplexity"}]
+    assert found == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pilon"]}
     tuned = training.build({"task": "sft", "start": "acme/small"})
     assert front(tuned)["base_model"] == "acme/small"
-    assert "base_model" not in front(training.build({"task": "heal", "start": "./out/half"}))
+    local = training.build({"task": "heal", "start": "./out/half"})
+    assert "base_model" not in front(local)
+    assert ModelCard(model_card(result(local), local, True, "acme/small")).data.base_model == "acme/small"
     assert front(settings(ffn={"kind": "dense"}), dense=True)["tags"] == ["pilon-compress"]
 
 

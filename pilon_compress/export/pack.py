@@ -14,17 +14,19 @@ from pilon_compress.export.save import save_model
 from pilon_compress.io import companions
 from pilon_compress.io.folders import fresh_folder, open_output
 from pilon_compress.models import checkpoint
+from pilon_compress.models.provenance import lineage
 from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.int8 import to_int8
-from pilon_compress.nn.integer import KINDS, IntegerBank, IntegerLinear
-from pilon_compress.nn.layout import BANKS, Kept, Layout, banks, kept_matrices, layout_of, projections
+from pilon_compress.nn.integer import IntegerBank, IntegerLinear
+from pilon_compress.nn.layout import BANKS, Kept, banks, kept_matrices, layout_of, projections
 from pilon_compress.nn.packed_ternary import PackedBank, PackedLinear
 from pilon_compress.nn.size import ffn_size, model_size
 from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
 from pilon_compress.nn.ternary_codec import pack
 from pilon_compress.nn.ternary_quantizer import digits
+from pilon_compress.report.card import packed_card
 
 SAMPLE = (2, 48)  # sequences and tokens on which packed and unpacked are compared
 
@@ -70,7 +72,15 @@ def _export_packed(source: str, output: Path, encoding: str, rest: str, dtype: s
         save_model(model, tokenizer, folder, kept_dtype)
         companions.copy(beside, folder)
         size = size_of(model, kept_dtype.itemsize)
-        (folder / "README.md").write_text(card(source, layout_of(model), size, found))
+        about = {
+            "source": source,
+            "dense": lineage(checkpoint.resolve(source)).dense,
+            "output": str(output),
+            "kind": "causal" if model.can_generate() else "encoder",
+            "formats": sorted(layout_of(model).kinds),
+            "pilon_compress": pilon_compress.__version__,
+        }
+        (folder / "README.md").write_text(packed_card({**about, **size, **found}), encoding="utf-8")
     return {**size, **found}
 
 
@@ -154,50 +164,3 @@ def size_of(model: PreTrainedModel, itemsize: int) -> dict[str, Any]:
         "ffn": ffn_size(layout, itemsize).to_dict(),
         "model": model_size(layout, dense, itemsize).to_dict(),
     }
-
-
-HOW = {
-    "ternary-base3": "ternary, five digits in a byte",
-    "ternary-2bit": "ternary, two bits a digit",
-    **{
-        name: f"{name}, a scale " + (f"for {kind.group} numbers" if kind.group else "per column")
-        for name, kind in KINDS.items()
-    },
-}
-
-
-def card(source: str, layout: Layout, size: dict[str, Any], found: dict[str, Any]) -> str:
-    """The model card of a packed model."""
-    ffn, whole = size["ffn"], size["model"]
-    weights = "; ".join(HOW[kind] for kind in sorted(layout.kinds))
-    rest = ""
-    if layout.rest:
-        rest = (
-            "\nAttention, head and token embeddings are in int8; rounding them moved outputs by "
-            f"{found['rest_relative_error']:.3g} of their norm.\n"
-        )
-    return f"""---
-library_name: transformers
-tags: [pilon, packed]
----
-
-# {Path(source).name}, packed
-
-Feed-forward weights: {weights}. Over the dense model in bfloat16:
-
-| | stored numbers | bytes | MACs |
-|---|---|---|---|
-| feed-forward | {ffn["stored_ratio"]:.3f} | {ffn["bytes_ratio"]:.4f} | {ffn["mac_ratio"]:.3f} |
-| whole model | {whole["stored_ratio"]:.3f} | {whole["bytes_ratio"]:.4f} | {whole["mac_ratio"]:.3f} |
-
-Largest difference of outputs to the model before packing: {found["max_logit_difference"]:.3g}.
-{rest}
-```python
-import pilon_compress  # registers the format
-from transformers import AutoModel
-
-model = AutoModel.from_pretrained("{Path(source).name}-packed")
-```
-
-Made by pilon-compress {pilon_compress.__version__} from `{Path(source).name}`.
-"""

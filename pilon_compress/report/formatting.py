@@ -151,7 +151,7 @@ def ratios(report: Mapping[str, Any]) -> list[Ratio]:
 
 
 # key -> (label, meaning, key of the dense model's figure)
-_QUALITY = {
+QUALITY = {
     "perplexity_ratio": ("Perplexity ratio", "perplexity ÷ perplexity of the dense model; 1 is lossless", ""),
     "perplexity": ("Perplexity", "exp of the mean loss per token", "dense_perplexity"),
     "bits_per_byte": ("Bits per byte", "loss in bits ÷ bytes of text", "dense_bits_per_byte"),
@@ -171,14 +171,14 @@ _CIRCUMSTANCES = {
     "begins_with": "Sequences begin with",
     "eos": "EOS between documents",
 }
-_DENSE_KEYS = {dense for _, _, dense in _QUALITY.values() if dense}
+_DENSE_KEYS = {dense for _, _, dense in QUALITY.values() if dense}
 
 
 def quality(evaluation: Mapping[str, Any] | None) -> list[Figure]:
     """The quality figures that were measured, most telling first; none where there was no evaluation."""
     measured = evaluation or {}
     figures = []
-    for key, (label, meaning, dense_key) in _QUALITY.items():
+    for key, (label, meaning, dense_key) in QUALITY.items():
         if measured.get(key) is not None:
             dense = measured.get(dense_key)
             figures.append(Figure(label, number(measured[key]), meaning, "" if dense is None else number(dense)))
@@ -192,7 +192,7 @@ def circumstances(details: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         value = (details or {})[key]
         if key == "begins_with" and value is None:
             value = "text, no token before it"
-        if key in _QUALITY or key in _DENSE_KEYS or value is None:
+        if key in QUALITY or key in _DENSE_KEYS or value is None:
             continue
         if isinstance(value, bool):
             value = "yes" if value else "no"

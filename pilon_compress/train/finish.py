@@ -20,10 +20,11 @@ from pilon_compress.export.save import save_model
 from pilon_compress.io import companions, manifest
 from pilon_compress.io.disk import DiskFull, disk_full, replace, sync, sync_tree
 from pilon_compress.models import checkpoint
+from pilon_compress.models.provenance import lineage
 from pilon_compress.nn.fold import prune_unused
 from pilon_compress.nn.layout import install, layout_of, projections
 from pilon_compress.nn.sharded import full
-from pilon_compress.report.training_card import model_card
+from pilon_compress.report.card import training_card
 from pilon_compress.report.training_page import write_pages
 from pilon_compress.train.loop import Training, put, validation_loss, weights_in
 from pilon_compress.train.monitor import read_metrics
@@ -164,7 +165,9 @@ def _write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         companions.copy(beside, work)
     (work / RESULT).write_text(json.dumps(result, indent=2))
     write_pages(result, run.asked, read_metrics(run.output), work)
-    (work / "README.md").write_text(model_card(result, run.asked, model.can_generate()), encoding="utf-8")
+    dense = None if start is None else lineage(checkpoint.resolve(start)).dense
+    card = training_card(result, run.asked, model.can_generate(), dense)
+    (work / "README.md").write_text(card, encoding="utf-8")
     manifest.write(work)
     sync_tree(work)
     for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):

@@ -1,0 +1,136 @@
+"""Sections of model cards: sentences and tables about the figures of a report."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pilon_compress.config.training import TrainRecipe
+from pilon_compress.report import formatting
+from pilon_compress.report.markdown import cell, code, table
+from pilon_compress.report.training_page import judged
+
+Report = Mapping[str, Any]
+METHODS = {
+    "pilon": "by PILON: a block keeps the neurons that the others cannot make up for, and each projection is one "
+    "matrix, or a composition of low-rank primitives from a bank, its own or one that a band of layers shares",
+    "whitened-svd": "by a low-rank product per layer, cut by SVD after whitening with the calibration inputs",
+    "svd": "by a low-rank product per layer, cut by plain SVD of the weights",
+}
+OVER = {
+    formatting.STORED: "parameters kept ÷ parameters of the dense model",
+    formatting.BYTES: "bytes saved as {dtype} ÷ bytes of the dense model in {source}",
+    formatting.BYTES_BF16: "bytes saved as {dtype} ÷ bytes of the dense model in bfloat16",
+    formatting.MACS: "multiply-accumulates per token ÷ those of the dense model",
+}
+
+
+def introduction(report: Report) -> str:
+    """Say what was replaced in a converted model, and how."""
+    layers = {layer for bank in report["plan"]["banks"] for layer in bank["layers"]}
+    roles = formatting.in_order((bank["role"] for bank in report["plan"]["banks"]), formatting.ROLE_ORDER)
+    how = METHODS.get(report["method"], f"by {code(report['method'])}")
+    where = f"({cell(', '.join(roles))}) of {len(layers)} layers"
+    return (
+        f"{code(report['source'])} with the FFN projections {where} replaced {how}. "
+        f"Everything else is the dense model's. Asked-for FFN ratio: {formatting.number(report['plan']['ffn_ratio'])}. "
+        "The full report is `report.html`, its numbers are in `report.json`."
+    )
+
+
+def costs(report: Report) -> str:
+    """List stored numbers, bytes and MACs over the dense model's, of the FFN and of the whole model."""
+    ratios = formatting.ratios(report)
+    rows = []
+    for label in dict.fromkeys(ratio.label for ratio in ratios):
+        ffn, model = (ratio for ratio in ratios if ratio.label == label)
+        cells = [f"**{formatting.number(ratio.value)}** ({ratio.detail})" for ratio in (ffn, model)]
+        dtypes = {"dtype": report["dtype"], "source": report.get("source_dtype", "bfloat16")}
+        rows.append([label, *cells, OVER[label].format(**dtypes)])
+    return table(["Compressed ÷ dense", "FFN", "Whole model", "What is over what"], rows)
+
+
+def quality(report: Report) -> list[str]:
+    """List the measured quality beside the dense model's, and the text that it was measured on."""
+    figures = formatting.quality(report["evaluation"])
+    if not figures:
+        return ["Quality was **not measured**: this conversion ran without an evaluation."]
+    rows = [[f.label, f"**{f.value}**", f.dense or formatting.NONE, f.meaning] for f in figures]
+    return [
+        table(["Quality", "This model", "Dense model", "Meaning"], rows),
+        f"Measured on: {facts(report['evaluation'])}.",
+    ]
+
+
+def facts(details: Mapping[str, Any] | None) -> str:
+    """Name the circumstances of a measurement in one line."""
+    rows = formatting.circumstances(details)
+    return "; ".join(f"{label if label[:3].isupper() else label.lower()} {code(value)}" for label, value in rows)
+
+
+def losses(report: Report) -> list[str]:
+    """List the whitened loss of the method beside those of the baselines."""
+    order = [report["method"], *formatting.METHOD_NAMES]
+    rows = []
+    for method in formatting.in_order(report["whitened_loss"], list(dict.fromkeys(order))):
+        name, value = cell(formatting.method_name(method)), formatting.number(report["whitened_loss"][method])
+        ours = method == report["method"]
+        rows.append([f"{name} (this model)" if ours else name, f"**{value}**" if ours else value])
+    return [
+        table(["Method", "Whitened loss"], rows),
+        f"Whitened loss: {formatting.WHITENED_LOSS} ({facts(report['calibration'])}); 0 is the dense model.",
+    ]
+
+
+def limits(report: Report) -> list[str]:
+    """List what the figures of a converted model do not say."""
+    measured = bool(formatting.quality(report["evaluation"]))
+    lines = [
+        "The quality figures hold for the text named above; other languages, domains and tasks were not measured."
+        if measured
+        else "Quality was not measured: measure it on your own text before use.",
+        "Whitened loss is measured on the calibration text itself, and ranks methods; it is no quality figure.",
+        "Loading needs the Python package `pilon_compress`.",
+        "Licence, training data, biases and intended use are those of the dense model; see its own card.",
+    ]
+    parts = {key: report[key]["mac_ratio"] for key in ("ffn", "model")}
+    heavier = [
+        name for key, name in (("ffn", "FFN"), ("model", "whole model")) if parts[key] is not None and parts[key] > 1
+    ]
+    if heavier:
+        lines.insert(
+            1, f"It stores less than it computes: MACs per token are above dense for the {' and the '.join(heavier)}."
+        )
+    return lines + [cell(line) for line in report.get("notes", [])]
+
+
+def training_figures(result: Report) -> list[list[str]]:
+    """Rows (name, value, meaning) of a training's figures."""
+    ffn, model, figure = result["ffn"], result.get("model", {}), judged(result)
+    tokens, steps = formatting.short_count(result["tokens"]), formatting.number(result["steps"])
+    rows = [
+        [figure.label, f"**{figure.value}**", figure.meaning],
+        ["Trained on", f"{tokens} tokens", f"{steps} steps"],
+        ["Parameters", formatting.short_count(result["parameters"]), "of the whole model"],
+    ]
+    for key, label in (("stored", "Stored parameters"), ("bytes", "Bytes"), ("mac", "MACs per token")):
+        ratio, whole = f"{key}_ratio", ""
+        if model.get(ratio) is not None:
+            whole = f", of the whole model {formatting.number(model[ratio])}"
+        rows.append([f"{label} ÷ dense", f"**{formatting.number(ffn[ratio])}**", f"of the FFN{whole}"])
+    return rows
+
+
+def training_limits(result: Report, recipe: TrainRecipe) -> list[str]:
+    """List what the figures of a trained model do not say."""
+    lines = [
+        "The perplexity holds for the text named above; other languages, domains and tasks were not measured.",
+        "It has learnt from that text alone, or from that text besides what it began with, with all their errors and "
+        "biases.",
+    ]
+    if recipe.ternary.enabled:
+        lines.append(
+            "Stored are the numbers that its digits are made from, so the folder is as large as that of floats. What "
+            "counts in its feed-forward part is a digit -1, 0 or 1 for each, and a few scales."
+        )
+    if result["ffn"]["mac_ratio"] > 1:
+        lines.append("Its FFN stores less than it computes: MACs per token are above dense.")
+    return lines
