@@ -19,7 +19,7 @@ SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
 HEAVY = (
     "pilon_compress.convert.pipeline",
     "pilon_compress.compare.run",
-    "pilon_compress.export.export",
+    "pilon_compress.export.run",
     "pilon_compress.train.pipeline",
     "sklearn.cluster",
     "transformers.models.bert.modeling_bert",

@@ -16,7 +16,7 @@ from transformers import (
 
 from pilon_compress.config.conversion import build
 from pilon_compress.convert.pipeline import convert
-from pilon_compress.export.export import export_dense
+from pilon_compress.export.run import export
 
 TOPICS = [text for _, text in sorted(pydoc_data.topics.topics.items())]
 TRAIN, HELD_OUT = TOPICS[4:], TOPICS[:4]
@@ -146,7 +146,7 @@ def test_same_seed_same_bytes(dense, texts, tmp_path):
 
 def test_dense_export_of_a_converted_model(dense, texts, tmp_path):
     run(dense, texts, tmp_path / "half", budget={"ffn_ratio": 0.5}, evaluation={"data": "none"})
-    export_dense(str(tmp_path / "half"), tmp_path / "plain")
+    export(str(tmp_path / "half"), tmp_path / "plain", "dense")
     ids = torch.arange(1, 101)[None]
     torch.testing.assert_close(logits(tmp_path / "plain", ids), logits(tmp_path / "half", ids), rtol=0, atol=1e-5)
     assert "pilon" not in (tmp_path / "plain" / "config.json").read_text()

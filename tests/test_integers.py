@@ -18,8 +18,8 @@ from pilon_compress.convert.plan import BankPlan, Plan, trimmed
 from pilon_compress.convert.prepare import prepare
 from pilon_compress.convert.solve.gptq import nearest
 from pilon_compress.errors import BadInput
-from pilon_compress.export.export import export_dense, export_self_contained
-from pilon_compress.export.pack import export_packed
+from pilon_compress.export.registry import Options
+from pilon_compress.export.run import export
 from pilon_compress.export.save import save_model
 from pilon_compress.models.checkpoint import load_model
 from pilon_compress.models.families import find_sites
@@ -169,11 +169,11 @@ def test_primitives_that_no_layer_selects_are_dropped(tiny, quantization):
 def test_exports_of_whole_numbers(tiny, tmp_path, quantization):
     whole, _ = rounded(tiny, "llama", quantization)
     save(tiny, whole, tmp_path / "m")
-    export_dense(str(tmp_path / "m"), tmp_path / "dense")
+    export(str(tmp_path / "m"), tmp_path / "dense", "dense")
     assert "pilon" not in (tmp_path / "dense" / "config.json").read_text()
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert torch.allclose(output(dense), output(whole), atol=1e-5)
-    found = export_packed(str(tmp_path / "m"), tmp_path / "rest", rest="int8")
+    found = export(str(tmp_path / "m"), tmp_path / "rest", "packed", Options(rest="int8"))
     rest = AutoModelForCausalLM.from_pretrained(tmp_path / "rest")
     assert (output(rest) - output(whole)).norm() < 0.05 * output(whole).norm()
     assert found["model"]["bytes"] == on_disk(tmp_path / "rest", ("",)) and found["max_logit_difference"] == 0
@@ -183,7 +183,7 @@ def test_exports_of_whole_numbers(tiny, tmp_path, quantization):
 def test_self_contained_export_needs_no_installation(tiny, tmp_path):
     whole, _ = rounded(tiny, "llama", "int3")
     save(tiny, whole, tmp_path / "m")
-    export_self_contained(str(tmp_path / "m"), tmp_path / "own")
+    export(str(tmp_path / "m"), tmp_path / "own", "self-contained")
     code = (
         "import torch; from transformers import AutoModelForCausalLM as M; "
         f"m = M.from_pretrained({str(tmp_path / 'own')!r}, trust_remote_code=True); "

@@ -18,7 +18,8 @@ from transformers import (
 from pilon_compress.config.conversion import Budget
 from pilon_compress.convert.allocate.uniform import make_plan
 from pilon_compress.convert.plan import BankPlan, Plan, trimmed
-from pilon_compress.export.export import export_self_contained, to_dense
+from pilon_compress.export.dense import to_dense
+from pilon_compress.export.run import export
 from pilon_compress.export.save import save_model
 from pilon_compress.models.families import FAMILIES, find_sites
 from pilon_compress.nn.init import initialise
@@ -207,7 +208,7 @@ def test_self_contained_folder_loads_without_the_package(tiny, tmp_path, family,
     model = make(tiny, family)
     folder = save(tiny, model, tmp_path / "m")
     out = tmp_path / "own"
-    export_self_contained(folder, out)
+    export(folder, out, "self-contained")
     auto = "AutoModelForMaskedLM" if family in ENCODERS else "AutoModelForCausalLM"
     code = LOAD.replace("AutoModelForCausalLM", auto).format(
         folder=str(out), flag=", trust_remote_code=True", absent=False, before="", after=""

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pilon_compress  # noqa: F401  registers the format
 from pilon_compress.config import training
 from pilon_compress.errors import BadInput
-from pilon_compress.export.pack import export_packed
+from pilon_compress.export.registry import Options
+from pilon_compress.export.run import export
 from pilon_compress.kernels import dispatch
 from pilon_compress.kernels.gpu_layout import BankWords, MatrixWords
 from pilon_compress.nn.packed_ternary import PackedBank, PackedLinear
@@ -68,7 +69,7 @@ def test_bytes_that_are_no_digits_are_told():
 
 @pytest.mark.parametrize("encoding", PER_BYTE)
 def test_packed_outputs_are_bit_equal_and_bytes_are_those_on_disk(trained, tmp_path, encoding):
-    found = export_packed(str(trained), tmp_path / "packed", encoding=encoding)
+    found = export(str(trained), tmp_path / "packed", "packed", Options(encoding=encoding))
     assert found["max_logit_difference"] == 0
     assert torch.equal(logits(tmp_path / "packed", IDS), logits(trained, IDS))
     with safe_open(tmp_path / "packed" / "model.safetensors", "pt") as file:
@@ -88,7 +89,7 @@ def test_packed_outputs_are_bit_equal_and_bytes_are_those_on_disk(trained, tmp_p
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("trained", ["rank16", "dense"], indirect=True)
 def test_where_triton_runs_a_model_computes_the_same_by_its_kernels(trained, tmp_path, monkeypatch):
-    export_packed(str(trained), tmp_path / "packed")
+    export(str(trained), tmp_path / "packed", "packed")
     asked = [(IDS[:1, :1], torch.bfloat16), (IDS[:1, :17], torch.float32)]  # from 17 tokens on other kernels run
     before = [logits(tmp_path / "packed", ids, dtype=dtype) for ids, dtype in asked]
     monkeypatch.setattr(dispatch, "TRITON", {"cpu"})  # as if this were a GPU: in the interpreter (conftest.py)
@@ -106,7 +107,7 @@ def test_where_triton_runs_a_model_computes_the_same_by_its_kernels(trained, tmp
 @pytest.mark.parametrize("trained", ["rank16", "dense"], indirect=True)
 @pytest.mark.parametrize("ran", [False, True], ids=["at once", "after it ran"])
 def test_compilers_see_a_layer_whole(trained, tmp_path, ran):
-    export_packed(str(trained), tmp_path / "packed")
+    export(str(trained), tmp_path / "packed", "packed")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
     layer = model.model.layers[0].mlp.up_proj
     x = torch.randn(2, 5, layer.host_shape[0])
@@ -121,7 +122,7 @@ def test_compilers_see_a_layer_whole(trained, tmp_path, ran):
 
 @pytest.mark.parametrize("trained", ["rank16", "dense"], indirect=True)
 def test_a_model_that_ran_follows_what_is_loaded_into_it_and_copies_go_their_own_way(trained, tmp_path):
-    export_packed(str(trained), tmp_path / "packed")
+    export(str(trained), tmp_path / "packed", "packed")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
     with torch.no_grad():
         before = model(input_ids=IDS).logits
@@ -139,7 +140,7 @@ def test_a_model_that_ran_follows_what_is_loaded_into_it_and_copies_go_their_own
 
 @pytest.mark.parametrize("trained", ["rank16"], indirect=True)
 def test_what_a_bank_was_unpacked_to_goes_when_its_codes_are_replaced(trained, tmp_path):
-    export_packed(str(trained), tmp_path / "packed")
+    export(str(trained), tmp_path / "packed", "packed")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
     bank = next(m for m in model.modules() if isinstance(m, PackedBank))
     held = []
@@ -155,7 +156,7 @@ def test_what_a_bank_was_unpacked_to_goes_when_its_codes_are_replaced(trained, t
 
 
 def test_generation_with_a_cache_and_any_batch_is_the_full_forward_pass(trained, tmp_path):
-    export_packed(str(trained), tmp_path / "packed")
+    export(str(trained), tmp_path / "packed", "packed")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
     with torch.no_grad():
         whole = model(input_ids=IDS).logits
@@ -171,7 +172,7 @@ def test_generation_with_a_cache_and_any_batch_is_the_full_forward_pass(trained,
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     train_model(training.load("smoke", ["ternary.enabled=true", "schedule.tokens=2048"]), folder / "out", quiet=True)
-    export_packed(str(folder / "out"), folder / "packed")
+    export(str(folder / "out"), folder / "packed", "packed")
     return folder
 
 
@@ -186,7 +187,7 @@ def test_the_command_and_what_reads_its_folder(cli, one, tmp_path):
 
 
 def test_a_narrower_type_moves_no_digit_and_bytes_are_those_on_disk(one, tmp_path):
-    found = export_packed(str(one / "out"), tmp_path / "packed", dtype="bfloat16")
+    found = export(str(one / "out"), tmp_path / "packed", "packed", Options(dtype="bfloat16"))
     whole, narrow = (load_file(folder / "model.safetensors") for folder in (one / "packed", tmp_path / "packed"))
     codes = [name for name in whole if name.endswith("_codes")]
     assert codes and all(torch.equal(whole[name], narrow[name]) for name in codes)
@@ -198,7 +199,7 @@ def test_a_narrower_type_moves_no_digit_and_bytes_are_those_on_disk(one, tmp_pat
 def test_a_model_that_is_not_ternary_is_sent_to_training(tmp_path):
     train_model(training.load("smoke", ["schedule.tokens=1024"]), tmp_path / "out", quiet=True)
     with pytest.raises(BadInput, match="is not ternary: `pilon-compress train --heal"):
-        export_packed(str(tmp_path / "out"), tmp_path / "packed")
+        export(str(tmp_path / "out"), tmp_path / "packed", "packed")
     assert not (tmp_path / "packed").exists()
 
 

@@ -14,7 +14,7 @@ from pilon_compress.distill.students import Following, mismatch
 from pilon_compress.distill.teacher import Teacher
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate.evaluate import evaluate
-from pilon_compress.export.export import export_dense
+from pilon_compress.export.run import export
 from pilon_compress.models import checkpoint
 from pilon_compress.models.provenance import lineage
 from pilon_compress.train.pipeline import plan, train_model
@@ -74,7 +74,7 @@ def test_healing_brings_back_most_of_what_conversion_lost(home, tmp_path):
     judged = evaluate(str(tmp_path / "out"), data=str(home / "text.jsonl"))
     assert judged["against"] == str(home / "dense") and "held-out" in judged["data"]
     assert judged["perplexity_ratio"] < lost
-    export_dense(str(tmp_path / "out"), tmp_path / "exported")
+    export(str(tmp_path / "out"), tmp_path / "exported", "dense")
 
 
 @pytest.mark.parametrize(

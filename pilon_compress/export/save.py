@@ -1,14 +1,21 @@
 """A model's own files: weights, config and tokenizer."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pilon_compress.export.registry import Job
 from pilon_compress.export.transformers_plugin import PilonConfig
+from pilon_compress.io import companions
+from pilon_compress.io.folders import fresh_folder
+from pilon_compress.models import checkpoint
 from pilon_compress.models.quiet import quiet_transformers
 from pilon_compress.nn.layout import layout_of, stored_types
+
+MODELING_FILE = "modeling_pilon.py"  # of a self-contained folder
 
 
 def save_model(
@@ -40,3 +47,33 @@ def _narrowed(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
             made[id(tensor)] = plain.to(own.get(name, dtype)) if plain.is_floating_point() else plain
         state[name] = made[id(tensor)]
     return state
+
+
+def save_beside(
+    model: PreTrainedModel,
+    job: Job,
+    dtype: torch.dtype,
+    add: Callable[[Path], None] | None = None,
+) -> None:
+    """Write `model` in `dtype` to `job.output`, with the tokenizer and the companion files of `job.source`.
+
+    `add` is called with the folder before it is in place, to write more files.
+    """
+    tokenizer, beside = checkpoint.load_tokenizer(job.source), companions.find(checkpoint.resolve(job.source))
+    beside.pop(MODELING_FILE, None)  # of a self-contained source
+    with fresh_folder(job.output, job.overwrite) as folder:
+        save_model(model, tokenizer, folder, dtype)
+        companions.copy(beside, folder)
+        if add is not None:
+            add(folder)
+
+
+def drop_bundled(config: PretrainedConfig) -> None:
+    """Remove, in place, the `auto_map` entries of a self-contained export: their code does not come along."""
+    stem = MODELING_FILE.removesuffix(".py")
+    named = getattr(config, "auto_map", None) or {}
+    kept = {auto: place for auto, place in named.items() if not str(place).startswith(f"{stem}.")}
+    if kept != named:
+        config.auto_map = kept
+    if named and not kept:
+        del config.auto_map

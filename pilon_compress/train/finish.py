@@ -15,8 +15,7 @@ import pilon_compress
 from pilon_compress.config import training as recipes
 from pilon_compress.config.training import TrainRecipe
 from pilon_compress.data.corpus import Corpus, source_of
-from pilon_compress.export.export import MODELING_FILE, drop_bundled
-from pilon_compress.export.save import save_model
+from pilon_compress.export.save import MODELING_FILE, drop_bundled, save_model
 from pilon_compress.io import companions, manifest
 from pilon_compress.io.disk import DiskFull, disk_full, replace, sync, sync_tree
 from pilon_compress.models import checkpoint

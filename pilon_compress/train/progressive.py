@@ -19,7 +19,7 @@ from pilon_compress.config import training as recipes
 from pilon_compress.config.training import Ternary, TrainRecipe
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.convert.prepare import CAUSAL_LENGTH
-from pilon_compress.export.export import export_dense
+from pilon_compress.export.run import export
 from pilon_compress.io import manifest
 from pilon_compress.models import checkpoint
 from pilon_compress.train.run import RESULT, STAGES
@@ -46,7 +46,7 @@ def shrink(
             log.info("stage %g, from %s", ratio, source)
         results.append(_stage(settings, source, ratio, folder, heal))
         if ratio != settings.shrink[-1] and not (folder / "dense").is_dir():
-            export_dense(str(folder / "healed"), folder / "dense")
+            export(str(folder / "healed"), folder / "dense", "dense")
         source = str(folder / "dense")
     told = ("before", "val_perplexity", "val_cosine", "tokens", "seconds")
     result = {

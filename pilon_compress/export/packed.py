@@ -1,4 +1,4 @@
-"""Packing: a trained ternary model as digits in bytes, with everything else folded into one vector per projection."""
+"""Exports to packed ternary weights, with everything else folded into one vector of scales per projection."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import pilon_compress
-from pilon_compress.errors import BadInput
-from pilon_compress.export.export import MODELING_FILE, drop_bundled, load_pilon
-from pilon_compress.export.save import save_model
-from pilon_compress.io import companions
-from pilon_compress.io.folders import fresh_folder, open_output
+from pilon_compress.export.registry import Job, Options, exporter
+from pilon_compress.export.save import drop_bundled, save_beside
 from pilon_compress.models import checkpoint
 from pilon_compress.models.provenance import lineage
 from pilon_compress.models.task import vocabulary
@@ -31,72 +28,62 @@ from pilon_compress.report.card import packed_card
 SAMPLE = (2, 48)  # sequences and tokens on which packed and unpacked are compared
 
 
-def export_packed(
-    source: str,
-    output: Path,
-    *,
-    encoding: str = "base3",
-    rest: str = "none",
-    dtype: str = "auto",
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Write a ternary model with its digits packed, `encoding` 2bit or base3. It loads through `from_pretrained`.
-
-    `dtype`: of what is neither digits nor their scales. `rest` int8: attention, head and token embeddings in 8 bits
-    (`form.int8`); of a model in whole numbers that is all.
-    Returns `ffn` and `model` (sizes and their ratios over the dense model in bfloat16, bytes as on disk) and
-    `max_logit_difference` on random tokens, in float32, of packing; `rest_relative_error` is that of outputs by
-    rounding the rest. Raises BadInput for a model that is not ternary.
-    """
-    with open_output(output, overwrite, source) as path:
-        return _export_packed(source, path, encoding, rest, dtype, overwrite)
-
-
-def _export_packed(source: str, output: Path, encoding: str, rest: str, dtype: str, overwrite: bool) -> dict[str, Any]:
-    wanted = checkpoint.find_dtype(dtype)
-    model = load_pilon(source, "auto")  # narrower only once they are digits, which rounding would move
-    ternary = check_packable(model, source, rest)
-    kept_dtype = wanted or model.dtype
-    before = _outputs(model)
-    if ternary:
-        packed(model, encoding)
-    after = _outputs(model)
-    found: dict[str, Any] = {"max_logit_difference": float((after - before).abs().max())}
-    if rest == "int8":
-        to_int8(model)
-        found["rest_relative_error"] = float((_outputs(model) - after).norm() / after.norm())
-    tokenizer, beside = checkpoint.load_tokenizer(source), companions.find(checkpoint.resolve(source))
-    drop_bundled(model.config)
-    beside.pop(MODELING_FILE, None)
-    with fresh_folder(output, overwrite) as folder:
-        save_model(model, tokenizer, folder, kept_dtype)
-        companions.copy(beside, folder)
-        size = size_of(model, kept_dtype.itemsize)
-        about = {
-            "source": source,
-            "dense": lineage(checkpoint.resolve(source)).dense,
-            "output": str(output),
-            "kind": "causal" if model.can_generate() else "encoder",
-            "formats": sorted(layout_of(model).kinds),
-            "pilon_compress": pilon_compress.__version__,
-        }
-        (folder / "README.md").write_text(packed_card({**about, **size, **found}), encoding="utf-8")
-    return {**size, **found}
-
-
-def check_packable(model: PreTrainedModel, source: str, rest: str) -> bool:
-    """Whether every bank and kept matrix is ternary. Raises BadInput where there is nothing to pack."""
+def refuse(model: PreTrainedModel, options: Options) -> str | None:
+    """Say why there is nothing to pack in `model`; None if there is."""
     found = [bank for _, bank in banks(model)] + [matrix for _, matrix in kept_matrices(model)]
     if all(isinstance(one, TernaryBank | TernaryLinear) for one in found):
-        return True
+        return None
     if all(isinstance(one, PackedBank | PackedLinear | IntegerBank | IntegerLinear) for one in found):
-        if rest == "none" or layout_of(model).rest:
-            raise BadInput(f"{source} is packed already")
-        return False
-    raise BadInput(
-        f"{source} is not ternary: `pilon-compress train --heal {source} --ternary` makes it so; "
-        "`convert --bank-dtype int4` makes whole numbers"
+        done = options.rest != "int8" or layout_of(model).rest
+        return "is packed already" if done else None
+    return (
+        "is not ternary: `pilon-compress train --heal ... --ternary` makes it so; "
+        "`convert --bank-dtype int4` makes integers"
     )
+
+
+@exporter(
+    "packed",
+    about="Ternary weights in 1.6 or 2 bits; with --rest int8, attention, head and embeddings in 8 bits as well.",
+    load="AutoModel.from_pretrained({folder!r})",
+    refuse=refuse,
+    options=("encoding", "rest", "dtype"),
+    dtype_when_saved=True,  # rounding to fewer bits first would move ternary weights
+)
+def write(model: PreTrainedModel, job: Job) -> dict[str, Any]:
+    """Write `model` with its ternary weights packed, `encoding` base3 or 2bit, and with `rest` int8 all else rounded.
+
+    `dtype`: of what is neither ternary nor a scale. Of a model in integers the rest is all that is left to round.
+    Returns `ffn` and `model` (sizes and their ratios over the dense model in bfloat16, bytes as on disk) and
+    `max_logit_difference` on random tokens, in float32, of packing; `rest_relative_error` is that of outputs by
+    rounding the rest.
+    """
+    dtype = checkpoint.find_dtype(job.options.dtype or "auto") or model.dtype
+    before = _outputs(model)
+    if layout_of(model).is_ternary:
+        packed(model, job.options.encoding or "base3")
+    after = _outputs(model)
+    found: dict[str, Any] = {"max_logit_difference": float((after - before).abs().max())}
+    if job.options.rest == "int8":
+        to_int8(model)
+        found["rest_relative_error"] = float((_outputs(model) - after).norm() / after.norm())
+    drop_bundled(model.config)
+    size = size_of(model, dtype.itemsize)
+
+    about = {
+        "source": job.source,
+        "dense": lineage(checkpoint.resolve(job.source)).dense,
+        "output": str(job.output),
+        "kind": "causal" if model.can_generate() else "encoder",
+        "formats": sorted(layout_of(model).kinds),
+        "pilon_compress": pilon_compress.__version__,
+    }
+
+    def add(folder: Path) -> None:
+        (folder / "README.md").write_text(packed_card({**about, **size, **found}), encoding="utf-8")
+
+    save_beside(model, job, dtype, add)
+    return {**size, **found}
 
 
 @torch.no_grad()

@@ -1,0 +1,95 @@
+"""Exports to a plain dense model of the base architecture: every composition multiplied out."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pilon_compress.errors import BadInput
+from pilon_compress.export.registry import DEFAULTS, Job, Options, exporter
+from pilon_compress.export.save import drop_bundled, save_beside
+from pilon_compress.models import checkpoint
+from pilon_compress.models.families import family_of
+from pilon_compress.nn.fold import dense
+from pilon_compress.nn.layout import BANKS, kept_matrices, layout_of, linear_shape, projections
+
+
+def refuse(model: PreTrainedModel, options: Options = DEFAULTS) -> str | None:
+    """Say why `model` has no dense form; None if it has one."""
+    if layout_of(model).rest:
+        return "is in int8 throughout: export the model that it was packed from"
+    if any(one.norm is not None for _, one in (*projections(model), *kept_matrices(model))):
+        return "normalises the inputs of feed-forward projections, which its base architecture has no place for"
+    return None
+
+
+@exporter(
+    "dense",
+    about="The base architecture with plain matrices: stock transformers loads it, no PILON remains.",
+    load="AutoModel.from_pretrained({folder!r})",
+    refuse=refuse,
+)
+def write(model: PreTrainedModel, job: Job) -> dict[str, Any]:
+    """Write the dense model: it computes what the PILON model computes (logits agree to about 1e-5 in float32)."""
+    to_dense(model)
+    save_beside(model, job, model.dtype)
+    return {}
+
+
+@torch.no_grad()
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace, in place, every composed projection by the layer class that the base architecture has there.
+
+    Raises BadInput for a model that has no dense form, see `refuse`.
+    """
+    if reason := refuse(model):
+        raise BadInput(f"this model {reason}")
+    whole = checkpoint.empty_model(_host_config(model))
+    skeleton, base = whole.base_model, model.base_model
+    family = family_of(whole)
+    fused = family.projections.get("gate_up", "") if family else ""
+    found = [(name, *dense(one)) for name, one in projections(model)]
+    found += [(name, one.matrix(), one.bias) for name, one in kept_matrices(model)]
+    for name, weight, bias in found:
+        host = skeleton.get_submodule(name)
+        d_in, d_out = linear_shape(host)
+        halves = 2 if fused and name.endswith(fused) else 1
+        weight = _padded(weight, d_in, d_out, halves)
+        bias = None if bias is None else _padded(bias[None], 1, d_out, halves)[0]
+        base.set_submodule(name, _host_linear(host, weight, bias))
+    delattr(base, BANKS)
+    model.config = _host_config(model)
+    return model
+
+
+def _host_config(model: PreTrainedModel) -> PretrainedConfig:
+    config = model.config.__class__.from_dict(model.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = model.config.architectures
+    drop_bundled(config)
+    return config
+
+
+def _padded(weight: torch.Tensor, d_in: int, d_out: int, halves: int) -> torch.Tensor:
+    """A weight at the host's size: dropped neurons come back as zeros, behind the others of each half of gate_up."""
+    parts = weight.chunk(halves, dim=1)
+    wide = [pad(part, (0, d_out // halves - part.shape[1], 0, d_in - part.shape[0])) for part in parts]
+    return torch.cat(wide, 1)
+
+
+def _host_linear(host: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    d_in, d_out = weight.shape
+    plain: nn.Module
+    if isinstance(host, Conv1D):
+        plain = Conv1D(d_out, d_in)
+        plain.weight = nn.Parameter(weight.contiguous())
+    else:
+        plain = nn.Linear(d_in, d_out, bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight.T.contiguous())
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.clone())
+    return plain

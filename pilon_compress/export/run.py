@@ -1,0 +1,58 @@
+"""Exports a PILON folder to one of the registered forms, and says which of them can take a model."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pilon_compress.errors import BadInput
+from pilon_compress.export.registry import DEFAULTS, EXPORTERS, Job, Options
+from pilon_compress.io import manifest
+from pilon_compress.io.folders import open_output
+from pilon_compress.models import checkpoint
+from pilon_compress.nn.layout import BANKS
+
+
+def export(
+    source: str,
+    output: str | Path,
+    to: str,
+    options: Options = DEFAULTS,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the PILON model `source` to the folder `output` in the form `to`, one of EXPORTERS.
+
+    Returns the figures that the exporter measured. Raises BadInput for a form that there is not, for options that it
+    does not read, and for a model that it cannot take.
+    """
+    exporter = EXPORTERS[to]
+    exporter.check(options)
+    with open_output(output, overwrite, source) as path:
+        dtype = "auto" if exporter.dtype_when_saved else options.dtype or "auto"
+        model = load_pilon(source, dtype)
+        if reason := exporter.refuse(model, options):
+            raise BadInput(f"{source} {reason}")
+        return exporter.write(model, Job(source, path, options, overwrite))
+
+
+def target_table(source: str) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of what `export MODEL --list` prints: every form, what it is, and why it cannot take `source`.
+
+    Raises BadInput for a folder that does not load.
+    """
+    model = load_pilon(source, "auto")
+    rows = []
+    for name, exporter in EXPORTERS.items():
+        reason = exporter.refuse(model, DEFAULTS)
+        rows.append([name, exporter.about, f"no: it {reason}" if reason else "yes"])
+    return ["target", "what it writes", "takes this model"], rows
+
+
+def load_pilon(source: str, dtype: str) -> PreTrainedModel:
+    """Load `source`, which must be a PILON model. Raises BadInput if it is dense."""
+    model = checkpoint.load_model(source, dtype=dtype)
+    manifest.verify_folder(checkpoint.resolve(source))
+    if not hasattr(model.base_model, BANKS):
+        raise BadInput(f"{source} is a dense model already; export takes the output of `pilon-compress convert`")
+    return model

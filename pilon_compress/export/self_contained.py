@@ -1,0 +1,107 @@
+"""Exports to a folder that brings its loading code along: it loads where pilon-compress is not installed."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.models.auto import auto_factory, modeling_auto
+
+from pilon_compress.export import transformers_plugin
+from pilon_compress.export.registry import Job, Options, exporter
+from pilon_compress.export.save import MODELING_FILE, save_beside
+from pilon_compress.io import checksum
+from pilon_compress.kernels import reference
+from pilon_compress.nn import (
+    bank,
+    composed_linear,
+    dense_linear,
+    int8,
+    integer,
+    layout,
+    lazy,
+    packed_ternary,
+    ternary,
+    ternary_codec,
+    ternary_quantizer,
+)
+
+# in this order one file can hold them
+BUNDLED = (
+    reference,
+    ternary_quantizer,
+    bank,
+    composed_linear,
+    dense_linear,
+    ternary,
+    ternary_codec,
+    lazy,
+    packed_ternary,
+    integer,
+    int8,
+    layout,
+    checksum,
+    transformers_plugin,
+)
+HEADER = '''"""PILON for transformers, bundled by pilon-compress so that this folder loads without the package:
+
+    AutoModel...from_pretrained(folder, trust_remote_code=True)
+
+Generated from the package's own modules; do not edit.
+"""
+'''
+
+
+def refuse(model: PreTrainedModel, options: Options) -> str | None:
+    """Say why the code that `model` needs cannot travel with it; None if it can."""
+    found = [one for _, one in (*layout.banks(model), *layout.kept_matrices(model))]
+    kernels = any(isinstance(one, packed_ternary.PackedBank | packed_ternary.PackedLinear) for one in found)
+    if kernels or layout.layout_of(model).rest:
+        return "is packed: its kernels do not travel with it, it needs pilon-compress to load"
+    return None
+
+
+@exporter(
+    "self-contained",
+    about="A copy that also holds the code to load it: no pilon-compress needed.",
+    load="AutoModel.from_pretrained({folder!r}, trust_remote_code=True)",
+    refuse=refuse,
+    options=(),
+)
+def write(model: PreTrainedModel, job: Job) -> dict[str, Any]:
+    """Write the folder, its code declared in config.json's `auto_map`; it loads as any PILON folder does, too."""
+    classes = host_classes(model)
+    stem = MODELING_FILE.removesuffix(".py")
+    model.config.auto_map = {auto: f"{stem}.Pilon{host}" for auto, host in classes.items()}
+    code = bundle(sorted(set(classes.values())))
+
+    def add(folder: Path) -> None:
+        (folder / MODELING_FILE).write_text(code, "utf-8")
+
+    save_beside(model, job, model.dtype, add)
+    return {}
+
+
+def host_classes(model: PreTrainedModel) -> dict[str, str]:
+    """Auto class -> host class name, for every auto class that knows this architecture."""
+    found = {}
+    autos: dict[str, Any] = vars(modeling_auto)
+    for name, auto in autos.items():
+        if isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass):
+            mapping: Any = getattr(auto, "_model_mapping", None)
+            host = mapping.get(type(model.config), None) if mapping else None
+            if host is not None and hasattr(host, "__name__"):
+                found[name] = host.__name__
+    return {name: host for name, host in found.items() if not name.startswith("_")}
+
+
+def bundle(hosts: list[str]) -> str:
+    """One module: the sources of form and loader without their imports of each other, and a class per host class."""
+    parts = [HEADER]
+    for module in BUNDLED:
+        lines = inspect.getsource(module).splitlines()
+        kept = [line for line in lines if not line.startswith(("from pilon_compress", "import pilon_compress"))]
+        parts.append("\n".join(kept))
+    imports = "from transformers import " + ", ".join(hosts)
+    classes = "\n\n".join(f"class Pilon{host}({host}):\n    pass\n" for host in hosts)
+    return "\n\n".join([*parts, imports, "", classes])
