@@ -37,7 +37,7 @@ def ternary(tiny, family, **config):
     model = tiny.tiny_model(family, **config)
     sites = find_sites(model)
     downs = [site.name for site in sites if site.role == "down"]
-    layout = make_plan(sites, Budget(ffn_ratio=0.6), "pilon", "component").layout().ternary(False, downs, 16)
+    layout = make_plan(sites, Budget(ffn_ratio=0.6), "pilon", "component").layout().ternary(downs, 16)
     return initialise(install(model, layout), 0.1, torch.Generator().manual_seed(0)).eval()
 
 
