@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -18,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pilon_compress.data import sequences, text
 from pilon_compress.errors import BadInput
-from pilon_compress.io import manifest, signals
+from pilon_compress.io import manifest
 from pilon_compress.io.checksum import MANIFEST, damage
-from pilon_compress.io.disk import disk_full, rename, sync_tree
+from pilon_compress.io.disk import disk_full, whole_folder
 from pilon_compress.io.progress import track
 
 log = logging.getLogger(__name__)
@@ -191,18 +190,8 @@ def _opened(place: Path, quiet: bool = True) -> TokenFile | None:
 
 def _build(place: Path, about: About, items: Iterable[Item]) -> None:
     """Make the folder `place` whole, or nothing of it. The caller holds the lock."""
-    work = place.with_name(f".{place.name}.part")
-    shutil.rmtree(work, ignore_errors=True)  # by a process that was killed
-    work.mkdir()
-    with signals.cleanup(lambda: shutil.rmtree(work, ignore_errors=True)):
-        try:
-            _write(work, about, items)
-            manifest.write(work)
-            sync_tree(work)
-            shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
-            rename(work, place)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    with whole_folder(place, manifest.write) as work:
+        _write(work, about, items)
 
 
 def _write(work: Path, about: About, items: Iterable[Item]) -> None:

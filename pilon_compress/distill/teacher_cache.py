@@ -10,9 +10,8 @@ CACHE/teacher-KEY/
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -30,7 +29,7 @@ from pilon_compress.distill.teacher import Teacher
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest
 from pilon_compress.io.checksum import MANIFEST, damage
-from pilon_compress.io.disk import disk_full, rename, sync_tree
+from pilon_compress.io.disk import disk_full, part_of, whole_folder
 from pilon_compress.io.progress import track
 from pilon_compress.parallel import World
 
@@ -166,34 +165,27 @@ def _about(wish: Wish) -> dict[str, Any]:
 
 
 def _build(place: Path, wish: Wish, teacher: Teacher, world: World, size: int) -> None:
-    work = place.with_name(f".{place.name}.part")
-    failure: str | None = None
-    if world.first:
-        shutil.rmtree(work, ignore_errors=True)  # by a process that was killed
-        work.mkdir()
-        for name in wish.files:
-            (work / f"{name}.bin").touch()
-    world.wait()
+    """Make the folder `place`: every process writes its share of the rows, the first one everything else."""
+    opened = whole_folder(place, manifest.write) if world.first else nullcontext(part_of(place))
     try:
-        _write(work, wish, teacher, world, size)
+        with opened as work:
+            if world.first:
+                for name in wish.files:
+                    (work / f"{name}.bin").touch()
+            world.wait()
+            failure: OSError | None = None
+            try:
+                _write(work, wish, teacher, world, size)
+            except OSError as error:
+                failure = error
+            if world.total(float(failure is not None))[0]:
+                raise failure or OSError(None, "another process could not")
+            if world.first:
+                wish.indices.astype(np.int64).tofile(work / "rows.bin")
+                (work / ABOUT).write_text(json.dumps(_about(wish)), "utf-8")
     except OSError as error:
-        failure = disk_full(error) or error.strerror or str(error)
-    if world.total(float(failure is not None))[0]:
-        if world.first:
-            shutil.rmtree(work, ignore_errors=True)
-        raise BadInput(f"cannot write {place}: {failure or 'another process could not'}; PILON_CACHE can name another")
-    if world.first:
-        try:
-            wish.indices.astype(np.int64).tofile(work / "rows.bin")
-            (work / ABOUT).write_text(json.dumps(_about(wish)), "utf-8")
-            manifest.write(work)
-            sync_tree(work)
-            shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
-            rename(work, place)
-        except OSError as error:
-            shutil.rmtree(work, ignore_errors=True)
-            reason = disk_full(error) or error.strerror or str(error)
-            raise BadInput(f"cannot write {place}: {reason}; PILON_CACHE can name another") from error
+        reason = disk_full(error) or error.strerror or str(error)
+        raise BadInput(f"cannot write {place}: {reason}; PILON_CACHE can name another") from error
     world.wait()
 
 

@@ -1,12 +1,20 @@
-"""Durable writing: data reaches the disk before a rename relies on it, and a full disk is recognised."""
+"""Durable writing: files and folders are made beside their place, flushed, and renamed; a full disk is recognised.
+
+whole_file, whole_folder    appear whole under their name, or not at all: after an error, a signal or a kill
+"""
 
 import errno
 import os
+import shutil
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pilon_compress.errors import BadInput
+from pilon_compress.io import signals
 
+OLD = ".old"  # ending of a folder that is replaced, until the new one has its name
 FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
 
 
@@ -66,15 +74,80 @@ def replace(source: Path, target: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small UTF-8 file that appears whole under its name, or not at all."""
-    part = part_of(path)
-    part.write_text(text, "utf-8")
-    sync(part)
-    replace(part, path)
+    with whole_file(path) as part:
+        part.write_text(text, "utf-8")
 
 
 def part_of(path: Path) -> Path:
-    """The file that `write_whole` fills before it takes its name."""
+    """The name beside `path` under which it is made."""
     return path.with_name(f".{path.name}.part")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write beside `path`.
+
+    It is flushed and takes the name `path` when the block ends well, and is deleted otherwise.
+    """
+    part = part_of(path)
+    with signals.cleanup(lambda: part.unlink(missing_ok=True)):
+        try:
+            yield part
+            sync(part)
+            replace(part, path)
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path, finish: Callable[[Path], None] | None = None, work: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder to fill beside `path`; `work` is its name, `part_of(path)` unless given.
+
+    When the block ends well, `finish` is called on it (`manifest.write`), every file is flushed, and it takes the name
+    `path`; a folder of that name is deleted only then. After an error it is deleted itself.
+    """
+    work = work or part_of(path)
+    for left in (work, work.with_suffix(OLD)):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with signals.cleanup(lambda: shutil.rmtree(work, ignore_errors=True)):
+        try:
+            work.mkdir(parents=True)
+            yield work
+            if finish is not None:
+                finish(work)
+            sync_tree(work)
+            _put(work, path)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _put(work: Path, path: Path) -> None:
+    """Give the whole folder `work` the name `path`; what stands there is deleted afterwards."""
+    with signals.guarded():
+        if not path.exists():
+            rename(work, path)
+            return
+        old = work.with_suffix(OLD)
+        rename(path, old)
+        try:
+            rename(work, path)
+        except OSError:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def move_into(work: Path, folder: Path, last: str) -> None:
+    """Move every entry of `work`, flushed, into `folder`, where others stay; the file `last` makes the rest valid."""
+    sync_tree(work)
+    for path in sorted(work.iterdir(), key=lambda path: path.name == last):
+        if path.name == last:
+            sync(folder)
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        replace(path, folder / path.name)
+    work.rmdir()
 
 
 def read_bounded(path: Path, limit: int) -> str:

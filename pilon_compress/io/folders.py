@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest, signals
 from pilon_compress.io.checksum import MANIFEST
-from pilon_compress.io.disk import DiskFull, disk_full, read_bounded, rename, sync_tree
+from pilon_compress.io.disk import DiskFull, disk_full, read_bounded, rename, whole_folder
 
 Kind = Literal["model", "comparison"]
 MARKS: dict[Kind, str] = {"model": "config.json", "comparison": "compare.json"}  # by which --overwrite knows its like
@@ -261,40 +261,23 @@ def fresh_folder(path: str | Path, overwrite: bool = False, kind: Kind = "model"
     A model gets a manifest. All is on the disk before the folder takes its name. Raises BadInput as
     `open_output` does, and DiskFull.
     """
+
     with open_output(path, overwrite, kind=kind) as path:
-        work = _beside(path, "part")
-        with signals.cleanup(lambda: shutil.rmtree(work, ignore_errors=True)):
-            try:
-                work.mkdir()
-                yield work
-                if (work / MARKS["model"]).exists():
-                    manifest.write(work, journal=journal_of(path))
-                sync_tree(work)
-                _put(work, path)
-            except Exception as error:
-                if isinstance(error, BadInput):
-                    raise
-                if reason := disk_full(error):
-                    raise DiskFull(f"cannot write {path}: {reason}; nothing was kept", reason) from error
-                raise
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+        nonce = journal_of(path)
 
+        def describe(work: Path) -> None:
+            if (work / MARKS["model"]).exists():
+                manifest.write(work, journal=nonce)
 
-def _put(work: Path, path: Path) -> None:
-    """Give the whole folder `work` the name `path`; what stands there is deleted afterwards."""
-    with signals.guarded():
-        if not path.exists():
-            rename(work, path)
-            return
-        old = work.with_suffix(".old")
-        rename(path, old)
         try:
-            rename(work, path)
-        except OSError:
-            old.rename(path)
+            with whole_folder(path, describe, _beside(path, "part")) as work:
+                yield work
+        except Exception as error:
+            if isinstance(error, BadInput):
+                raise
+            if reason := disk_full(error):
+                raise DiskFull(f"cannot write {path}: {reason}; nothing was kept", reason) from error
             raise
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def set_aside(path: Path) -> None:

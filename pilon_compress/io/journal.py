@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pilon_compress.errors import BadInput
 from pilon_compress.io.checksum import digest
-from pilon_compress.io.disk import DiskFull, disk_full, read_bounded, replace, sync, write_whole
+from pilon_compress.io.disk import DiskFull, disk_full, read_bounded, whole_file, write_whole
 from pilon_compress.io.folders import NONCE, discard_journal, partial_folder
 
 log = logging.getLogger(__name__)
@@ -78,16 +78,9 @@ class Journal:
         if self.folder is None:
             return
         path = self._path(name)
-        part = path.with_suffix(".part")
-        try:
+        with whole_file(path) as part:
             save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, part)
-            sync(part)
             write_whole(self._sum(path), digest(part))
-            replace(part, path)
-        except (OSError, SafetensorError):
-            with suppress(OSError):
-                part.unlink()
-            raise
 
     def get(self, name: str, read: Callable[[dict[str, Tensor]], T] | None = None) -> Any:
         """The result of that name, as `read` makes it of the tensors; None if there is none, or it is damaged."""

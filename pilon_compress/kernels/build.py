@@ -10,20 +10,16 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
-from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
-from pilon_compress.io import signals
-from pilon_compress.io.disk import replace, sync
+from pilon_compress.io.disk import whole_file
 
 HOME = Path(__file__).parent
 SOURCES = tuple(sorted(HOME.glob("*.cpp")) + sorted(HOME.glob("*.h")))
-WORK_PREFIX = ".making-"  # of folders with unfinished work
 OLDEST_TORCH = (2, 10)  # the first whose stable ABI has all functions that the kernel calls
 # -ffp-contract=off: a fused multiply-add would round differently from torch's float32 operations.
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
@@ -47,8 +43,6 @@ def library() -> Path:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f".{name}.lock"):
             if not (home / name).is_file():
-                for leftover in home.glob(f"{WORK_PREFIX}{name}-*"):  # of a process that was killed
-                    shutil.rmtree(leftover, ignore_errors=True)
                 compile_to(home / name)
     except OSError as error:
         raise NoKernel(
@@ -80,42 +74,27 @@ def compile_to(path: Path) -> None:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise NoKernel("there is no C++ compiler (g++ or clang++) on this machine")
+    with whole_file(path) as built:
+        _compile(compiler, built)
+
+
+def _compile(compiler: str, built: Path) -> None:
+    """Run the compiler, once more without OpenMP where that fails. Raises NoKernel with its first error."""
     root = Path(torch.__file__).parent
     torch_flags = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     target = f"-DTORCH_TARGET_VERSION=(((0ULL+{OLDEST_TORCH[0]})<<56)|((0ULL+{OLDEST_TORCH[1]})<<48))"
-    with (
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{WORK_PREFIX}{path.name}-") as folder,
-        _removed_by_signal(folder),
-    ):
-        built = Path(folder) / path.name
-        for threads in (["-fopenmp"], []):  # a compiler without OpenMP still builds a kernel for one thread
-            command = [
-                *shlex.split(compiler),
-                *FLAGS,
-                *threads,
-                target,
-                str(HOME / "ternary.cpp"),
-                "-o",
-                str(built),
-                *torch_flags,
-            ]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True)
-            except OSError as error:
-                raise NoKernel(f"cannot run {compiler}: {error.strerror or error}") from error
-            if done.returncode == 0:
-                sync(built)
-                replace(built, path)
-                return
+    for threads in (["-fopenmp"], []):  # a compiler without OpenMP still makes a kernel for one thread
+        command = [*shlex.split(compiler), *FLAGS, *threads, target, str(HOME / "ternary.cpp"), "-o", str(built)]
+        try:
+            done = subprocess.run([*command, *torch_flags], capture_output=True, text=True)
+        except OSError as error:
+            raise NoKernel(f"cannot run {compiler}: {error.strerror or error}") from error
+        if done.returncode == 0:
+            return
     errors = (
         [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
     )
     raise NoKernel(f"{compiler} failed: {errors[0]}")
-
-
-def _removed_by_signal(folder: str) -> AbstractContextManager[None]:
-    """Delete `folder` if a signal ends the process inside the block."""
-    return signals.cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from filelock import FileLock
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest
 from pilon_compress.io.checksum import damage
-from pilon_compress.io.disk import rename, sync_tree
+from pilon_compress.io.disk import whole_folder
 from pilon_compress.io.errors import first_line
 
 log = logging.getLogger(__name__)
@@ -91,10 +90,6 @@ def _key(files: Sequence[Path]) -> str:
 
 
 def _make(place: Path, files: Sequence[Path], origin: str, sums: Path | None) -> None:
-    work = place.with_name(f".{place.name}.part")
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(place, ignore_errors=True)
-    work.mkdir()
     joined = place.with_name(f".{place.name}{SUFFIX}")
     try:
         source = files[0]
@@ -102,19 +97,17 @@ def _make(place: Path, files: Sequence[Path], origin: str, sums: Path | None) ->
             source = joined
             _join(files, source, sums, origin)
         log.info("reading %s into %s; later runs use that folder", origin, place)
-        # in a process of its own, whose memory is freed and whose libraries' messages are captured
-        done = subprocess.run(
-            [sys.executable, "-m", "pilon_compress.models.gguf", str(source), str(work)],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or [f"the reader ended with code {done.returncode}"])[-1]
-            raise BadInput(f"cannot read {origin}: {last}")
-        sync_tree(work)
-        rename(work, place)
+        with whole_folder(place) as work:
+            # in a process of its own, whose memory is freed and whose libraries' messages are captured
+            done = subprocess.run(
+                [sys.executable, "-m", "pilon_compress.models.gguf", str(source), str(work)],
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or [f"the reader ended with code {done.returncode}"])[-1]
+                raise BadInput(f"cannot read {origin}: {last}")
     finally:
-        shutil.rmtree(work, ignore_errors=True)
         joined.unlink(missing_ok=True)
 
 

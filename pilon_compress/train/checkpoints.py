@@ -13,7 +13,8 @@ read back by any number of processes.
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +30,7 @@ from pilon_compress.data.corpus import Streamed
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest
 from pilon_compress.io.checksum import damage
-from pilon_compress.io.disk import DiskFull, disk_full, rename, sync_tree
+from pilon_compress.io.disk import DiskFull, disk_full, part_of, whole_folder
 from pilon_compress.io.errors import UNREADABLE, first_line
 from pilon_compress.parallel import World
 
@@ -62,45 +63,39 @@ class Checkpoints:
 
         All processes take part. Raises BadInput where the disk is full: earlier checkpoints are still there.
         """
-        target, work = self.path(step), self.folder / f"writing-{step:08d}"
+        target = self.path(step)
         if self.world.first:
-            for left in self.folder.glob("writing-*"):  # by a process that was killed
+            for left in self.folder.glob(part_of(self.folder / "step-*").name):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            work.mkdir(parents=True, exist_ok=True)
-        self.world.wait()
-        failure = None
-        try:
-            _write(tensors, work, self.world)
-            if stream is not None:
-                stream.save(work / self.stream(step).name)
-        except (OSError, SafetensorError, CheckpointException) as error:
-            reason = next(filter(None, map(disk_full, _causes(error))), None)
-            if reason is None:
-                raise
-            failure = DiskFull(f"no checkpoint of step {step}: {reason}; {self.kept()}", reason)
-        if self.world.total(float(failure is not None))[0]:
+        opened = whole_folder(target, manifest.write) if self.world.first else nullcontext(part_of(target))
+        with self._full_disk(step), opened as work:
+            self.world.wait()
+            failure: BaseException | None = None
+            try:
+                _write(tensors, work, self.world)
+                if stream is not None:
+                    stream.save(work / self.stream(step).name)
+            except (OSError, SafetensorError, CheckpointException) as error:
+                failure = error
+            if self.world.total(float(failure is not None))[0]:
+                raise failure or BadInput(f"no checkpoint of step {step}: another process could not write")
             if self.world.first:
-                shutil.rmtree(work, ignore_errors=True)
-            raise failure or BadInput(f"no checkpoint of step {step}: another process could not write")
+                (work / STATE).write_text(json.dumps({"format": FORMAT, "step": step, **plain}))
         if self.world.first:
-            self._publish(step, work, target, plain)
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.path(old), ignore_errors=True)
         self.world.wait()
 
-    def _publish(self, step: int, work: Path, target: Path, plain: Mapping[str, Any]) -> None:
-        """Give a written checkpoint its state, its manifest and its name. Raises DiskFull."""
+    @contextmanager
+    def _full_disk(self, step: int) -> Iterator[None]:
+        """Raise DiskFull, which names the checkpoint that stays, for whatever reports a full disk."""
         try:
-            (work / STATE).write_text(json.dumps({"format": FORMAT, "step": step, **plain}))
-            manifest.write(work)
-            sync_tree(work)
-            shutil.rmtree(target, ignore_errors=True)
-            rename(work, target)
-        except OSError as error:
-            shutil.rmtree(work, ignore_errors=True)
-            if reason := disk_full(error):
-                raise DiskFull(f"no checkpoint of step {step}: {reason}; {self.kept()}", reason) from error
-            raise
+            yield
+        except (OSError, SafetensorError, CheckpointException) as error:
+            reason = next(filter(None, map(disk_full, _causes(error))), None)
+            if reason is None:
+                raise
+            raise DiskFull(f"no checkpoint of step {step}: {reason}; {self.kept()}", reason) from error
 
     def kept(self) -> str:
         """Name the checkpoint that a full disk leaves, for messages."""

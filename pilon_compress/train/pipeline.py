@@ -28,7 +28,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import generate
 from pilon_compress.io import companions, manifest
 from pilon_compress.io.checksum import damage
-from pilon_compress.io.disk import rename, sync_tree
+from pilon_compress.io.disk import whole_folder
 from pilon_compress.io.folders import expanded
 from pilon_compress.models import base_architectures, checkpoint
 from pilon_compress.models.families import find_sites
@@ -216,12 +216,8 @@ def keep_tokenizer(run: Run, folder: Path) -> None:
         log.warning("%s: the tokenizer is trained again", reason)
         shutil.rmtree(folder)
     documents = list(text.open_text(source_of(run.recipe), "calibration"))
-    work = folder.with_suffix(".part")
-    shutil.rmtree(work, ignore_errors=True)  # by a process that was killed
-    base_architectures.train_tokenizer(documents, run.recipe.host.vocab_size).save_pretrained(work)
-    manifest.write(work)
-    sync_tree(work)
-    rename(work, folder)
+    with whole_folder(folder, manifest.write) as work:
+        base_architectures.train_tokenizer(documents, run.recipe.host.vocab_size).save_pretrained(work)
 
 
 def open_text(run: Run, tokenizer: PreTrainedTokenizerBase, micro_batches: int) -> Corpus:
