@@ -9,8 +9,9 @@ from torch import nn
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.convert.solve.sequential_targets import Pair
 from pilon_compress.data.batch import Batch
+from pilon_compress.models.blocks import blocks
 from pilon_compress.models.families import find_sites
-from pilon_compress.models.hidden_states import Stream, blocks
+from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.source import Source
 
 

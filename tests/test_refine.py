@@ -9,7 +9,10 @@ import torch
 from pilon_compress.data.batch import Batch
 from pilon_compress.distill import refine, refine_loop
 from pilon_compress.errors import BadInput
-from pilon_compress.models.hidden_states import Stream, blocks, hidden_of, run_base
+from pilon_compress.models.block_call import hidden_of
+from pilon_compress.models.blocks import blocks
+from pilon_compress.models.forward import run_base
+from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.source import Source
 from pilon_compress.nn.init import initialise
 from pilon_compress.nn.layout import BankSpec, Layout, ProjectionSpec, banks, install, projections

@@ -10,7 +10,8 @@ from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import find_sites
-from pilon_compress.models.hidden_states import Stream, last_states
+from pilon_compress.models.forward import last_states
+from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.source import Source, Streamed
 from pilon_compress.models.stream_check import check_stream, check_walk
 

@@ -23,7 +23,10 @@ from transformers import PreTrainedModel
 from pilon_compress.data.batch import Batch
 from pilon_compress.distill.refine_loop import Objective, Stage, descend, restore, snapshot
 from pilon_compress.errors import BadInput
-from pilon_compress.models.hidden_states import Stream, blocks, hidden_of, run_base
+from pilon_compress.models.block_call import hidden_of
+from pilon_compress.models.blocks import blocks
+from pilon_compress.models.forward import run_base
+from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.source import Source
 from pilon_compress.models.task import is_causal, vocabulary
 from pilon_compress.nn.bank import PrimitiveBank

@@ -22,8 +22,9 @@ from pilon_compress.data.batch import IGNORED
 from pilon_compress.distill.kl import divergences
 from pilon_compress.distill.losses import next_token_sum
 from pilon_compress.models import checkpoint
+from pilon_compress.models.block_call import hidden_of
+from pilon_compress.models.blocks import blocks
 from pilon_compress.models.families import find_sites
-from pilon_compress.models.hidden_states import blocks, hidden_of
 from pilon_compress.nn.functional import mean_pooled
 
 TERMS = ("kl", "next_token", "hidden", "ffn", "pooled")

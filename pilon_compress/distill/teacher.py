@@ -13,7 +13,7 @@ from pilon_compress.distill.losses import next_token_sum
 from pilon_compress.distill.students import Wanted, captured, feed_forward_outputs
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
-from pilon_compress.models.hidden_states import blocks
+from pilon_compress.models.blocks import blocks
 from pilon_compress.nn.functional import mean_pooled, rows_at_once, soft_capped
 
 

@@ -11,7 +11,7 @@ from pilon_compress.data.batch import Batch
 from pilon_compress.data.sequences import check_ids
 from pilon_compress.errors import BadInput
 from pilon_compress.io.progress import track
-from pilon_compress.models.hidden_states import embeddings
+from pilon_compress.models.forward import embeddings
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
 

@@ -29,19 +29,19 @@ class NotStreamable(BadInput):
 
 
 class Source:
-    """A dense model and its transformer blocks in memory."""
+    """A dense model and its transformer blocks in memory; parameters may be on the meta device."""
 
     streamed = False
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Take `model` as it is. Raises BadInput for a weight that is NaN or infinite."""
-        self._adopt(model)
-        checkpoint.check_finite(model)
+    def __init__(self, model: PreTrainedModel, check: bool = True) -> None:
+        """Take `model` as it is; `names` are its blocks in the order in which they run.
 
-    def _adopt(self, model: PreTrainedModel) -> None:
-        """Set `model` and `names`, its blocks in the order in which they run."""
+        With `check`, raises BadInput for a weight that is NaN or infinite.
+        """
         self.model = model
         self.names = passes(model)
+        if check:
+            checkpoint.check_finite(model)
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +93,7 @@ class Streamed(Source):
         config.dtype = dtype
         with init_empty_weights(include_buffers=False):
             model = checkpoint.build(config)
-        self._adopt(model.eval().requires_grad_(False))
+        super().__init__(model.eval().requires_grad_(False), check=False)
         self.dtype, self._device = dtype, device
         self.files = self._locate(folder)
         self._load(model, [name for name, _ in self._outside()], "")

@@ -11,7 +11,8 @@ from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.models.blocks import check_once
 from pilon_compress.models.causality import check_causal
-from pilon_compress.models.hidden_states import Stream, last_states, run_head
+from pilon_compress.models.forward import last_states, run_head
+from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.source import Source
 
 TEXTS, LENGTH = 2, 128  # texts that are compared, and the most tokens of each
@@ -65,18 +66,11 @@ def check_walk(model: PreTrainedModel) -> None:
     check_once(model)
     ids = torch.zeros(1, WALK_TOKENS, dtype=torch.long, device="meta")
     try:
-        Stream(_Skeleton(model), [Batch(ids)])
+        Stream(Source(model, check=False), [Batch(ids)])
     except BadInput:
         raise
     except FAILURES:
         pass
-
-
-class _Skeleton(Source):
-    """A model on the meta device, whose weights cannot be checked."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._adopt(model)
 
 
 def _relative_error(streamed: Tensor, own: Tensor, mask: Tensor) -> float:

@@ -27,7 +27,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.evaluate.embeddings import NEIGHBORS, shared_neighbours
 from pilon_compress.io import manifest
 from pilon_compress.models import checkpoint
-from pilon_compress.models.hidden_states import embeddings
+from pilon_compress.models.forward import embeddings
 from pilon_compress.models.provenance import lineage
 from pilon_compress.models.task import vocabulary
 from pilon_compress.parallel import World

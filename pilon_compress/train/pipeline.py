@@ -31,8 +31,8 @@ from pilon_compress.io.checksum import damage
 from pilon_compress.io.disk import whole_folder
 from pilon_compress.io.folders import expanded
 from pilon_compress.models import base_architectures, checkpoint
+from pilon_compress.models.blocks import blocks
 from pilon_compress.models.families import find_sites
-from pilon_compress.models.hidden_states import blocks
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.layout import layout_of, projections
