@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(source, tokenizer, tmp_path)
 
 def test_an_unwritable_cache_is_one_line(source, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="cannot write .*file.*: Not a directory; PILON_CACHE"):
+    with pytest.raises(BadInput, match="cannot write .*file.*: Not a directory; set PILON_CACHE"):
         tokenise(source, tokenizer, "all", tmp_path / "file" / "cache")
 
 

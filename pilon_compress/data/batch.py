@@ -1,4 +1,4 @@
-"""`Batch`: rows of tokens for calibration, training and evaluation alike, and how stretches of a stream become one."""
+"""`Batch`: rows of tokens for calibration, training and evaluation, and its construction from pieces of a stream."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,21 +9,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORED = -100  # the label that cross entropy leaves out
+IGNORED = -100  # label that cross entropy does not score
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens; unless said otherwise int64 and (B, T). None: the default in brackets.
+    """B rows of T tokens. Tensors are int64 (B, T) unless stated otherwise; in brackets the meaning of None.
 
     input_ids
-    attention_mask  1, or 0 where a row is padding (no padding)
-    labels          language models: the token AFTER each of `input_ids`, aligned already: no shift when scoring; -100
-                    is not scored. Separate texts of an encoder: (B,), -100 where a text does not count (nothing is
-                    scored: calibration)
+    attention_mask  1, or 0 for padding (no padding)
+    labels          language models: the token AFTER each of `input_ids`, so that scoring shifts nothing; -100 is not
+                    scored. Separate texts of an encoder: (B,), -100 for texts that do not count (nothing is scored:
+                    calibration)
     position_ids    from 0 at the start of every document if `document` is given (from 0 in every row)
-    document        which document of its row a token belongs to, from 0 (rows are one stretch of text)
-    goal            a teacher's predictions, tensors (B, T, ...) by name: see `distill.kl.Goal` (not known)
+    document        index of the token's document in its row (a row is one document)
+    goal            predictions of a teacher, tensors (B, T, ...) by name: see `distill.kl.Goal` (none)
     """
 
     input_ids: Tensor
@@ -35,7 +35,7 @@ class Batch:
 
     @property
     def mask(self) -> Tensor:
-        """(B, T) bool: True where a token is no padding."""
+        """Return (B, T) bool: True where a token is not padding."""
         mask = self.attention_mask
         return torch.ones_like(self.input_ids, dtype=torch.bool) if mask is None else mask.bool()
 
@@ -47,25 +47,26 @@ class Batch:
 
     @property
     def scored(self) -> int:
-        """How many tokens, or separate texts, count in the loss."""
+        """Return the number of tokens, or of separate texts, that count in the loss."""
         return int((self.targets != IGNORED).sum())
 
     @property
     def tokens(self) -> int:
-        """How many tokens are learnt from."""
+        """Return the number of tokens that count in the loss, or that separate texts in the loss consist of."""
         if self.targets.dim() == 2:
             return self.scored
         return int(self.mask[self.targets != IGNORED].sum())
 
     def unscored(self) -> "Batch":
-        """The same without labels: for a process that has nothing to learn from but must take part."""
+        """Return the batch without labels, for a process that must run a forward pass but has no share of the step."""
         return replace(self, labels=torch.full_like(self.targets, IGNORED))
 
     def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on `device`."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def rows(self, span: slice) -> "Batch":
-        """Some of the rows."""
+        """Return the rows of `span`."""
         return self._mapped(lambda tensor: tensor[span])
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -77,10 +78,10 @@ class Batch:
         return Batch(**{name: mapped(value) for name, value in vars(self).items()})
 
     def inputs(self) -> dict[str, Any]:
-        """Keyword arguments for a model of transformers, eager or sdpa.
+        """Return keyword arguments for a model of transformers with eager or sdpa attention.
 
-        Without mask and cache, transformers takes positions that start again for packed documents and keeps them apart.
-        OPT alone does not: it needs `attention_mask` besides.
+        Without mask and cache, transformers separates packed documents where positions start again. OPT is the
+        exception: it needs `attention_mask` besides.
         """
         if self.attention_mask is not None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
@@ -91,10 +92,10 @@ class Batch:
 
 
 def attention_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
-    """An additive mask (B, 1, T, T) of `dtype`: causal, and closed between documents.
+    """Return an additive mask (B, 1, T, T) of `dtype`: causal, and closed between documents.
 
-    Right for eager and sdpa attention of every family. Layers with a sliding window attend to the whole document under
-    it, so prefer `Batch.inputs`.
+    It is right for eager and sdpa attention of every family, except that layers with a sliding window then attend to
+    their complete document: prefer `Batch.inputs`.
     """
     rows, length = batch.input_ids.shape
     document = batch.document if batch.document is not None else torch.zeros_like(batch.input_ids)
@@ -105,7 +106,7 @@ def attention_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
 
 
 class Row(NamedTuple):
-    """Consecutive tokens, and True where a document begins among them, both (n,)."""
+    """Consecutive tokens (n,) of a stream, and `starts` (n,), True where a document begins."""
 
     ids: NDArray[Any]
     starts: NDArray[np.bool_]
@@ -114,32 +115,32 @@ class Row(NamedTuple):
 def from_rows(
     rows: Sequence[Row], length: int, prefix: Sequence[int], padding: int, respect_documents: bool = False
 ) -> Batch:
-    """Stretches of a stream as a batch of T = `length` inputs each, behind `prefix` where they do not begin with it.
+    """Make a batch of pieces of a stream, T = `length` inputs each, with `prefix` where a piece does not begin with it.
 
-    A stretch has at most T + 1 - len(prefix) tokens; its first one was predicted by the stretch before it, and is not
-    scored again behind a prefix.
+    A piece has at most T + 1 - len(prefix) tokens. The piece before it predicted its first token, which is therefore
+    not scored after a prefix. `padding` fills short rows.
     """
     windows = np.full((len(rows), length + 1), padding, np.int64)
     starts = np.zeros((len(rows), length + 1), bool)
     sizes = np.zeros(len(rows), np.int64)
-    given = np.zeros(len(rows), np.int64)  # prefix tokens that the row got, whose successor is not scored
+    added = np.zeros(len(rows), np.int64)  # prefix tokens added to the row, whose successors are not scored
     for place, row in enumerate(rows):
         front = [] if list(row.ids[: len(prefix)]) == list(prefix) else list(prefix)
-        given[place], sizes[place] = len(front), len(front) + len(row.ids)
+        added[place], sizes[place] = len(front), len(front) + len(row.ids)
         windows[place, : len(front)] = front
         windows[place, len(front) : sizes[place]] = row.ids
         starts[place, len(front) : sizes[place]] = row.starts
-    made = (torch.from_numpy(windows), torch.from_numpy(starts), torch.from_numpy(sizes))
-    batch = from_windows(*made, respect_documents)
-    unscored = torch.arange(length) < torch.from_numpy(given)[:, None]
+    tensors = (torch.from_numpy(windows), torch.from_numpy(starts), torch.from_numpy(sizes))
+    batch = from_windows(*tensors, respect_documents)
+    unscored = torch.arange(length) < torch.from_numpy(added)[:, None]
     return replace(batch, labels=batch.targets.masked_fill(unscored, IGNORED))
 
 
 def from_windows(windows: Tensor, starts: Tensor, sizes: Tensor, respect_documents: bool) -> Batch:
-    """Rows of T + 1 consecutive tokens as T inputs and the T tokens after them.
+    """Make a batch of rows of T + 1 consecutive tokens: T inputs, and the T tokens after them as labels.
 
-    windows (B, T + 1) int64 · starts (B, T + 1) bool: a document begins here · sizes (B,): tokens before the padding.
-    With `respect_documents` the last token of a document does not predict the first one of the next.
+    windows (B, T + 1) int64 · starts (B, T + 1) bool, True where a document begins · sizes (B,): tokens before the
+    padding. With `respect_documents` the last token of a document does not predict the first one of the next.
     """
     length = windows.shape[1] - 1
     column = torch.arange(length + 1)

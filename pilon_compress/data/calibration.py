@@ -1,4 +1,4 @@
-"""The calibration text as batches of token ids."""
+"""Make batches of token ids of the calibration text."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,10 @@ from pilon_compress.errors import BadInput
 def encoder_batches(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, batch_size: int
 ) -> list[Batch]:
-    """Texts as padded batches, longest first, so that little is padding and memory peaks at the start."""
+    """Return texts as padded batches, longest first, so that padding is short and memory peaks at the start.
+
+    At most `max_length` tokens per text. Raises BadInput for a tokenizer with neither padding nor EOS token.
+    """
     if tokenizer.pad_token is None:
         raise BadInput("the tokenizer has neither padding nor EOS token: name a pad_token in tokenizer_config.json")
     texts = sorted(texts, key=len, reverse=True)
@@ -30,20 +33,21 @@ def encoder_batches(
 
 
 def causal_batches(windows: Sequence[list[int]], batch_size: int) -> list[Batch]:
-    """Windows of equal length (see `data.sequences`) as batches without padding."""
+    """Return windows of equal length (see `data.sequences`) as batches without padding."""
     stacks = [torch.tensor(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
     return [Batch(ids) for ids in stacks]
 
 
 def tokens(batches: Sequence[Batch]) -> int:
-    """How many tokens are not padding."""
+    """Return the number of tokens that are not padding."""
     return int(sum(int(batch.mask.sum()) for batch in batches))
 
 
 def largest_id(batches: Sequence[Batch]) -> int:
-    """Return the largest token id."""
+    """Return the largest token id of all batches."""
     return max(int(batch.input_ids.max()) for batch in batches)
 
 
 def sequences(batches: Sequence[Batch]) -> int:
+    """Return the number of texts or windows."""
     return sum(len(batch.input_ids) for batch in batches)

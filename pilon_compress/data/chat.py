@@ -1,4 +1,4 @@
-"""Conversations for fine-tuning: rendered by the tokenizer's chat template, scored where an assistant speaks."""
+"""Tokenise conversations for fine-tuning with the tokenizer's chat template; the assistant's tokens are scored."""
 
 import json
 import os
@@ -18,46 +18,46 @@ from pilon_compress.data.token_files import PARTS, Item, Part, TokenFile, cached
 from pilon_compress.errors import BadInput
 
 COLUMNS = ("messages", "conversations")
-ROLES = {"human": "user", "gpt": "assistant"}  # what ShareGPT calls them
-MARKED = re.compile(r"{%-?\s*generation\s*-?%}")  # the template itself says what assistants speak
-NEEDLESS = ("from", "value")
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+MARKED = re.compile(r"{%-?\s*generation\s*-?%}")  # in templates that mark the assistant's tokens themselves
+RENAMED = ("from", "value")  # columns that `_message` renames to role and content
 
 Message = dict[str, Any]
 Span = tuple[int, int]
 
 
 def tokenise_chat(source: str, tokenizer: PreTrainedTokenizerBase, part: Part, folder: Path | None = None) -> TokenFile:
-    """The tokens of the conversations of a source, each a document; kept and found again as `tokenise` does it.
+    """Return a token file of the conversations of a source, each a document; cached like that of `tokenise`.
 
         hub:REPO:CONFIG:SPLIT[:COLUMN]    a dataset on the hub; CONFIG may be empty
         FILE or GLOB [::COLUMN]           .jsonl, .json, .parquet
 
-    COLUMN is `messages` or `conversations` unless named, and holds lists of {role, content} or {from, value}. Scored
-    are the tokens that an assistant's turn adds to the prompt before it, the end of the turn among them; not scored is
-    a turn without anything before it. A conversation without such turns, or one that the template refuses, is an empty
-    document. A prompt falls into `train` or `validation` with all its answers. Raises BadInput for a source that cannot
-    be read, and a tokenizer without chat template.
+    COLUMN is `messages` or `conversations` unless named, and holds lists of {role, content} or {from, value}. The
+    tokens that an assistant's turn adds to the prompt before it are scored, including the end of the turn; a first turn
+    is not scored. A conversation without scored turns, or one that the template refuses, is an empty document. A prompt
+    is in `train` or `validation` with all its answers. Raises BadInput for a source that cannot be read, and for a
+    tokenizer without chat template.
     """
     if not tokenizer.chat_template:
-        raise BadInput("the tokenizer has no chat template, which conversations need: --chat-template FILE gives one")
+        raise BadInput("the tokenizer has no chat template, which conversations need: name one with --chat-template")
     if not tokenizer.is_fast:
-        raise BadInput(f"{type(tokenizer).__name__} cannot tell where its tokens come from: use a fast tokenizer")
+        raise BadInput(f"{type(tokenizer).__name__} gives no character offsets of its tokens: use a fast tokenizer")
     state = fingerprint(tokenizer) + json.dumps(tokenizer.chat_template)
     about = described("chat", source, tokenizer, part, blake2b(state.encode(), digest_size=16).hexdigest())
     return cached(about, _items(source, tokenizer, part), folder)
 
 
 def _items(source: str, tokenizer: PreTrainedTokenizerBase, part: Part) -> Iterator[Item]:
-    """Raises BadInput when nothing can be learned from the source."""
-    found = spoken = 0
+    """Yield the documents of the source. Raises BadInput if no conversation has scored tokens."""
+    count = scored = 0
     refusal = ""
     rendering = Rendering(tokenizer)
 
     def conversations() -> Iterator[tuple[str, list[Message]]]:
-        nonlocal found
+        nonlocal count
         table, column = _table(source)
         for where, row in text.open_rows(table):
-            found += 1
+            count += 1
             yield where, _messages(row, column, where)
 
     for where, messages in split_items(conversations(), lambda item: _prompt(item[1]), PARTS[part]):
@@ -66,15 +66,15 @@ def _items(source: str, tokenizer: PreTrainedTokenizerBase, part: Part) -> Itera
             items = rendering.documents(messages)
         except (TemplateError, TypeError, ValueError) as error:
             refusal = refusal or f"; {where} does not fit the chat template: {str(error).splitlines()[0]}"
-        spoken += len(items)
+        scored += len(items)
         yield from items or [Item([], 0, [])]
-    if not spoken:
+    if not scored:
         which = "none" if part == "all" else f"none of the {part} part"
-        raise BadInput(f"{source} holds {found} conversations, but {which} in which an assistant answers{refusal}")
+        raise BadInput(f"{source} holds {count} conversations, but {which} in which an assistant answers{refusal}")
 
 
 def _table(source: str) -> tuple[str, str | None]:
-    """What `text.open_rows` opens, and the column that is named behind it."""
+    """Split a source into the argument of `text.open_rows` and the column name after it, or None."""
     if source.startswith("hub:"):
         fields = source.split(":")
         return ":".join(fields[:4]), (fields[4] if len(fields) == 5 else None)
@@ -93,12 +93,12 @@ def _messages(row: dict[str, Any], column: str | None, where: str) -> list[Messa
 
 
 def _message(message: Message, where: str) -> Message:
-    """With `role` and `content`; what is None was made up by a table that has other rows with it."""
+    """Return a message with `role` and `content`, without None values, which tables fill in. Raises BadInput."""
     message = {name: value for name, value in message.items() if value is not None}
     role, content = (message.get(name, message.get(other)) for name, other in (("role", "from"), ("content", "value")))
     if not isinstance(role, str) or content is None and "tool_calls" not in message:
         raise BadInput(f"{where} has a message without role and content (or from and value)")
-    rest = {name: value for name, value in message.items() if name not in NEEDLESS}
+    rest = {name: value for name, value in message.items() if name not in RENAMED}
     return rest | {"role": ROLES.get(role, role), "content": content or ""}
 
 
@@ -107,7 +107,7 @@ def _prompt(messages: list[Message]) -> str:
 
 
 class Rendering:
-    """How a tokenizer's chat template turns a conversation into tokens, and which of them an assistant speaks."""
+    """Renders conversations with a tokenizer's chat template and finds the assistant's tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -115,11 +115,11 @@ class Rendering:
         self.special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def documents(self, messages: list[Message]) -> list[Item]:
-        """What is to be learned from a conversation: nothing where no assistant answers.
+        """Return a conversation as documents with scored answers; [] if no assistant answers.
 
-        It is one document, unless the template shows an earlier turn otherwise than the last one (without its
-        reasoning, say): then each answer is one, behind what the model will have seen before it. Raises TemplateError
-        where the template refuses.
+        It is one document, unless the template renders an earlier turn differently from the last one (for example
+        without its reasoning): then each answer is a document with the prompt that precedes it. Raises TemplateError
+        if the template refuses the conversation.
         """
         if not any(message["role"] == "assistant" for message in messages[1:]):
             return []
@@ -128,33 +128,33 @@ class Rendering:
             scored = [bool(mark) for mark in out["assistant_masks"]]
             return [self._item(out["input_ids"], scored, self._text(messages), messages[-1]["role"] == "assistant")]
         items = []
-        for whole, spans in self._answers(messages):
-            out = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for rendered, spans in self._answers(messages):
+            out = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             begins = [begin for begin, _ in out["offset_mapping"]]
             scored = [any(first <= begin < last for first, last in spans) for begin in begins]
-            items.append(self._item(out["input_ids"], scored, whole, spans[-1][1] == len(whole)))
+            items.append(self._item(out["input_ids"], scored, rendered, spans[-1][1] == len(rendered)))
         return items
 
     def _text(self, messages: list[Message], prompt: bool = False) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
 
     def _answers(self, messages: list[Message]) -> list[tuple[str, list[Span]]]:
-        """Text and where in it an assistant speaks (characters): of the conversation, or of it up to each answer."""
+        """Return rendered texts and the assistant's character spans: of the conversation, or up to each answer."""
         answers = []
         for turn, message in enumerate(messages):
             if turn and message["role"] == "assistant":
                 before, after = self._text(messages[:turn]), self._text(messages[: turn + 1])
                 start = len(os.path.commonprefix([self._text(messages[:turn], prompt=True), after]))
                 if start < len(before) or not after.startswith(before):
-                    raise TemplateError("it rewrites what stands before an answer; mark answers by {% generation %}")
+                    raise TemplateError("it rewrites the text before an answer; mark answers with {% generation %}")
                 answers.append((after, (start, len(after))))
-        whole = self._text(messages)
-        if all(whole.startswith(after) for after, _ in answers):
-            return [(whole, [span for _, span in answers])]
+        rendered = self._text(messages)
+        if all(rendered.startswith(after) for after, _ in answers):
+            return [(rendered, [span for _, span in answers])]
         return [(after, [span]) for after, span in answers]
 
     def _item(self, ids: list[int], scored: list[bool], rendered: str, answered: bool) -> Item:
-        """With the end of each turn scored, and EOS behind the last answer where the template has no end of turn."""
+        """Return a document; score the end of each turn, and append EOS where the template ends no turn."""
         ids, scored = list(ids), list(scored)
         ended = False
         for place, token in enumerate(ids):

@@ -1,4 +1,4 @@
-"""The text of a run: what it learns from, in order, and the fixed slice that it is judged by."""
+"""Open the text of a training run: batches in order, and a fixed part for validation."""
 
 import json
 from collections.abc import Sequence
@@ -26,52 +26,59 @@ from pilon_compress.errors import BadInput
 
 
 class Streamed:
-    """`StreamingBlocks` where a `Loader` is expected: batches must be asked for in order, by one rank."""
+    """A `StreamingBlocks` with the interface of `Loader`. Batches must be read in order, by one rank."""
 
     def __init__(self, blocks: StreamingBlocks, batch_size: int, micro_batches: int) -> None:
         self.blocks, self.batch_size, self.micro_batches = blocks, batch_size, micro_batches
 
     def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> Batch:
+        """Return the next blocks, one rank's share of one micro batch; `step` is not used."""
         shares = self.micro_batches * world
         share = micro * world + rank
         return self.blocks.batch((share + 1) * self.batch_size // shares - share * self.batch_size // shares)
 
     def save(self, path: Path) -> None:
-        """Where in the stream this rank is, as a safetensors file with plain values in its header."""
+        """Write this rank's place in the stream to a safetensors file; its header holds the plain values."""
         state = self.blocks.state_dict()
         tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
         plain = {name: value for name, value in state.items() if name not in tensors}
         save_file(tensors, path, metadata={"plain": json.dumps(plain)})
 
     def load(self, path: Path) -> None:
-        """Go on from there. Raises BadInput for another stream, or another number of processes."""
+        """Continue at the place in a file of `save`. Raises BadInput for another stream or number of processes."""
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 plain = json.loads(file.metadata()["plain"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise BadInput(f"{path} is missing or corrupt: a streamed run goes on with as many processes") from error
+            raise BadInput(f"{path} is missing or corrupt: resume with the same number of processes") from error
         self.blocks.load_state_dict(plain | tensors)
 
 
 class Slice:
-    """The first `count` rows."""
+    """The first `count` rows of `rows`."""
 
     def __init__(self, rows: Rows, count: int) -> None:
-        self.whole, self.count = rows, min(count, len(rows))
+        self.all_rows, self.count = rows, min(count, len(rows))
 
     def __len__(self) -> int:
         return self.count
 
     def rows(self, indices: Sequence[int]) -> Batch:
-        return self.whole.rows(indices)
+        """Return the rows of `indices`."""
+        return self.all_rows.rows(indices)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """`tokens` of one pass over the text; None where nobody knows. `per_row`: tokens of a row, on average, where it is
-    not the sequence length. `ends`: tokens that end an assistant's turn. `largest`: the largest token id, or of a
-    streamed source the largest that the tokenizer has. `begins_with`: tokens before every sequence, as text."""
+    """Training batches and validation rows of a run.
+
+    tokens       of one pass over the text; None for a streamed source
+    per_row      mean tokens of a row; None where that is the sequence length
+    ends         tokens that end an assistant's turn
+    largest      the largest token id; for a streamed source the largest of the tokenizer
+    begins_with  prefix of every sequence, as text
+    """
 
     batches: Loader | Streamed
     validation: Rows
@@ -82,7 +89,7 @@ class Corpus:
     begins_with: str | None = None
 
     def first(self) -> Batch:
-        """Some text to learn from, of which nothing is used up."""
+        """Return the next batch without moving the place in a stream."""
         if not isinstance(self.batches, Streamed):
             return self.batches.batch(0)
         place = self.batches.blocks.state_dict()
@@ -92,7 +99,7 @@ class Corpus:
 
 
 def source_of(recipe: TrainRecipe) -> str:
-    """The text source. Raises BadInput where a task has no default."""
+    """Return the text source of a recipe. Raises BadInput where the task has no default."""
     if recipe.data.source is None and recipe.task == "sft":
         raise BadInput("name the conversations to learn from: --data chats.jsonl, with a column of messages")
     return recipe.data.source or DEFAULT_LM
@@ -101,60 +108,77 @@ def source_of(recipe: TrainRecipe) -> str:
 def open_corpus(
     recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, micro_batches: int, rank: int = 0, world: int = 1
 ) -> Corpus:
-    """Tokenise what is not tokenised yet, and cut it into sequences. Raises BadInput for text that cannot be used."""
-    asked, source = recipe.data, source_of(recipe)
-    part: Part = "train" if asked.validation is None else "all"
-    batch, length = recipe.run.batch_size, asked.sequence_length
-    held: tuple[str, Part] = (asked.validation or source, "validation" if asked.validation is None else "all")
+    """Return the corpus of a causal model; text that is not in the cache is tokenised now.
+
+    Raises BadInput for text that cannot be read, and for recipes whose settings exclude each other.
+    """
     if recipe.task == "sft":
-        if asked.streaming:
-            raise BadInput("data.streaming is for plain text: conversations are packed, which needs all of them")
-        chats = tokenise_chat(source, tokenizer, part)
-        chosen = tokenise_chat(held[0], tokenizer, held[1])
-        judged: Rows = Packed(chosen, length)
-        loader = Loader(Packed(chats, length), batch, recipe.seed, micro_batches)
-        largest = max(chats.about.largest, chosen.about.largest)
-        return Corpus(loader, Slice(judged, asked.validation_sequences), len(chats), None, turn_ends(chats), largest)
-    text_held = tokenise(held[0], tokenizer, held[1])
-    judged = Blocks(text_held, length, asked.respect_documents)
-    validation = Slice(judged, asked.validation_sequences)
+        return _open_conversations(recipe, tokenizer, micro_batches)
+    data, source = recipe.data, source_of(recipe)
+    part, (validation_source, validation_part) = _parts(recipe, source)
+    batch_size, length = recipe.run.batch_size, data.sequence_length
+    validation_tokens = tokenise(validation_source, tokenizer, validation_part)
+    validation = Slice(Blocks(validation_tokens, length, data.respect_documents), data.validation_sequences)
     begins = begins_with(tokenizer)
-    if asked.streaming:
+    if data.streaming:
         blocks = StreamingBlocks(
-            source, tokenizer, length, recipe.seed, part, rank, world, respect_documents=asked.respect_documents
+            source, tokenizer, length, recipe.seed, part, rank, world, respect_documents=data.respect_documents
         )
-        most = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
-        return Corpus(Streamed(blocks, batch, micro_batches), validation, None, largest=most, begins_with=begins)
-    file: TokenFile = tokenise(source, tokenizer, part)
-    rows = Blocks(file, length, asked.respect_documents)
-    largest = max(file.about.largest, text_held.about.largest)
-    loader = Loader(rows, batch, recipe.seed, micro_batches)
-    return Corpus(loader, validation, len(file), largest=largest, begins_with=begins)
+        largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
+        batches = Streamed(blocks, batch_size, micro_batches)
+        return Corpus(batches, validation, None, largest=largest, begins_with=begins)
+    tokens = tokenise(source, tokenizer, part)
+    loader = Loader(Blocks(tokens, length, data.respect_documents), batch_size, recipe.seed, micro_batches)
+    largest = max(tokens.about.largest, validation_tokens.about.largest)
+    return Corpus(loader, validation, len(tokens), largest=largest, begins_with=begins)
+
+
+def _open_conversations(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, micro_batches: int) -> Corpus:
+    """Return the corpus of conversations in packed blocks. Raises BadInput like `open_corpus`."""
+    data, source = recipe.data, source_of(recipe)
+    if data.streaming:
+        raise BadInput("data.streaming is for plain text: leave it out for conversations, which are packed")
+    part, (validation_source, validation_part) = _parts(recipe, source)
+    chats = tokenise_chat(source, tokenizer, part)
+    validation_chats = tokenise_chat(validation_source, tokenizer, validation_part)
+    validation = Slice(Packed(validation_chats, data.sequence_length), data.validation_sequences)
+    loader = Loader(Packed(chats, data.sequence_length), recipe.run.batch_size, recipe.seed, micro_batches)
+    largest = max(chats.about.largest, validation_chats.about.largest)
+    return Corpus(loader, validation, len(chats), ends=turn_ends(chats), largest=largest)
+
+
+def _parts(recipe: TrainRecipe, source: str) -> tuple[Part, tuple[str, Part]]:
+    """Return the part of `source` to learn from, and the source and part for validation."""
+    if recipe.data.validation is None:
+        return "train", (source, "validation")
+    return "all", (recipe.data.validation, "all")
 
 
 def open_paragraphs(
     recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, micro_batches: int, longest: int | None
 ) -> Corpus:
-    """Separate paragraphs, for an encoder that takes at most `longest` tokens. Raises BadInput as `open_corpus`."""
-    asked, source = recipe.data, recipe.data.source or DEFAULT_ENCODER
-    if asked.streaming:
-        raise BadInput("data.streaming is for causal models: an encoder's paragraphs are stored")
-    length = min(asked.sequence_length, longest or asked.sequence_length)
-    part: Part = "train" if asked.validation is None else "all"
-    held: tuple[str, Part] = (asked.validation or source, "validation" if asked.validation is None else "all")
-    judged = tokenise_paragraphs(held[0], tokenizer, held[1], length)
+    """Return a corpus of separate paragraphs for an encoder that takes at most `longest` tokens (None: no limit).
+
+    Raises BadInput like `open_corpus`.
+    """
+    data, source = recipe.data, recipe.data.source or DEFAULT_ENCODER
+    if data.streaming:
+        raise BadInput("data.streaming is for causal models: leave it out for an encoder, whose paragraphs are stored")
+    length = min(data.sequence_length, longest or data.sequence_length)
+    part, (validation_source, validation_part) = _parts(recipe, source)
+    validation_rows = tokenise_paragraphs(validation_source, tokenizer, validation_part, length)
     rows = tokenise_paragraphs(source, tokenizer, part, length)
     return Corpus(
         ByLength(rows, recipe.run.batch_size, recipe.seed, micro_batches),
-        Spread(judged, asked.validation_sequences),
+        Spread(validation_rows, data.validation_sequences),
         len(rows.tokens),
         len(rows.tokens) / len(rows),
-        largest=max(rows.tokens.about.largest, judged.tokens.about.largest),
+        largest=max(rows.tokens.about.largest, validation_rows.tokens.about.largest),
     )
 
 
 def turn_ends(chats: TokenFile) -> tuple[int, ...]:
-    """The tokens at which generation must stop: the last one of every answer."""
+    """Return the distinct last tokens of the answers in `chats`, at which generation must stop."""
     assert chats.scored is not None
     last = chats.scored & ~np.append(chats.scored[1:], False)
     last[chats.starts[1:] - 1] |= chats.scored[chats.starts[1:] - 1]

@@ -1,4 +1,4 @@
-"""Conversations packed into blocks of equal length."""
+"""Pack conversations into blocks of equal length."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,25 +12,28 @@ from pilon_compress.errors import BadInput
 
 
 class Packed:
-    """Whole documents of a token file, several to a block of `length` tokens where they fit, none seeing another.
+    """Training rows of complete documents of a token file, as many as fit a block of `length` tokens.
 
-    A document that is longer is cut at its right end; one of which nothing is scored then is left out. `dropped` and
-    `cut` count them. Raises BadInput if none is left.
+    Documents of a block do not attend to each other. A longer document is truncated, and left out if nothing in it is
+    scored then: `cut` and `dropped` count both.
     """
 
     def __init__(self, tokens: TokenFile, length: int) -> None:
+        """Assign documents to blocks. Raises BadInput if no document has scored tokens."""
         self.tokens = tokens
         self.length = length
         sizes = np.diff(tokens.starts, append=len(tokens))
         self._sizes = np.minimum(sizes, length + 1)
-        kept = np.flatnonzero([self._scores(document) for document in range(len(sizes))])
-        if not len(kept):
-            raise BadInput(f"{tokens.about.source}: no answer begins within the first {length} tokens")
-        self.dropped = len(sizes) - len(kept)
-        self.cut = int((sizes[kept] > length + 1).sum())
-        self._blocks = [kept[block].tolist() for block in packed(self._sizes[kept].tolist(), length + 1)]
+        usable = np.flatnonzero([self._is_scored(document) for document in range(len(sizes))])
+        if not len(usable):
+            raise BadInput(
+                f"{tokens.about.source}: no answer begins within the first {length} tokens: raise data.sequence_length"
+            )
+        self.dropped = len(sizes) - len(usable)
+        self.cut = int((sizes[usable] > length + 1).sum())
+        self._blocks = [usable[block].tolist() for block in packed(self._sizes[usable].tolist(), length + 1)]
 
-    def _scores(self, document: int) -> bool:
+    def _is_scored(self, document: int) -> bool:
         begin, size = int(self.tokens.starts[document]), int(self._sizes[document])
         return size > 1 and (self.tokens.scored is None or bool(self.tokens.scored[begin + 1 : begin + size].any()))
 
@@ -38,7 +41,7 @@ class Packed:
         return len(self._blocks)
 
     def rows(self, indices: Sequence[int]) -> Batch:
-        """The blocks with these indices, in this order."""
+        """Return the blocks of `indices`, in this order."""
         shape = (len(indices), self.length + 1)
         windows = np.full(shape, self.tokens.about.eos, np.int64)
         starts, scored = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -51,15 +54,15 @@ class Packed:
                 scored[row, place : place + size] = marks
                 starts[row, place] = True
                 sizes[row] += size
-        made = (torch.from_numpy(windows), torch.from_numpy(starts), torch.from_numpy(sizes))
-        batch = from_windows(*made, respect_documents=True)
+        tensors = (torch.from_numpy(windows), torch.from_numpy(starts), torch.from_numpy(sizes))
+        batch = from_windows(*tensors, respect_documents=True)
         return replace(batch, labels=batch.targets.masked_fill(~torch.from_numpy(scored)[:, 1:], IGNORED))
 
 
 def packed(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Indices of `sizes` in groups of at most `room` together: the largest first, each where the least room is left."""
+    """Group the indices of `sizes` so that sums are at most `room`: best fit, in decreasing order of size."""
     groups: list[list[int]] = []
-    left: list[list[int]] = [[] for _ in range(room + 1)]  # the groups by the room that they have left
+    left: list[list[int]] = [[] for _ in range(room + 1)]  # groups by their remaining room
     occupied = np.zeros(room + 1, bool)
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         size = sizes[index]

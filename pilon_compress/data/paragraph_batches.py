@@ -1,6 +1,7 @@
-"""Separate texts, for encoders: one paragraph to a row, padded to the longest of its batch."""
+"""Batches of separate texts for encoders: one paragraph per row, padded to the longest of its batch."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from pilon_compress.data import text
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.loader import Loader, Rows
-from pilon_compress.data.token_files import PARTS, SMALL, About, Item, Part, TokenFile, cached, fingerprint
+from pilon_compress.data.token_files import PARTS, UINT16_IDS, About, Item, Part, TokenFile, cached, fingerprint
 
-TEXTS = 256  # tokenised at once
+TEXTS = 256  # per call of the tokenizer
 
 
 class Paragraphs:
-    """The documents of a token file as separate texts."""
+    """Training rows of a token file whose documents are separate texts; `padding` is the id that fills rows."""
 
     def __init__(self, tokens: TokenFile, padding: int) -> None:
         self.tokens, self.padding = tokens, padding
@@ -27,6 +28,7 @@ class Paragraphs:
         return len(self.sizes)
 
     def rows(self, indices: Sequence[int]) -> Batch:
+        """Return the texts of `indices`, all scored, padded to the longest."""
         longest = int(max(self.sizes[index] for index in indices))
         ids = np.full((len(indices), longest), self.padding, np.int64)
         mask = np.zeros_like(ids)
@@ -38,35 +40,37 @@ class Paragraphs:
 
 
 class Spread:
-    """At most `count` rows, at equal distances."""
+    """At most `count` rows of `rows`, at equal distances."""
 
     def __init__(self, rows: Rows, count: int) -> None:
-        self.whole, self.places = rows, np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round())
+        self.all_rows, self.places = rows, np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round())
 
     def __len__(self) -> int:
         return len(self.places)
 
     def rows(self, indices: Sequence[int]) -> Batch:
-        return self.whole.rows([int(self.places[index]) for index in indices])
+        """Return the rows of `indices`."""
+        return self.all_rows.rows([int(self.places[index]) for index in indices])
 
 
 class ByLength(Loader):
-    """A step's texts are sorted by length: micro batches of texts that are alike hold little padding."""
+    """A loader that sorts the texts of a step by length, so that its micro batches need little padding."""
 
     def __init__(self, rows: Paragraphs, batch_size: int, seed: int, micro_batches: int = 1) -> None:
         super().__init__(rows, batch_size, seed, micro_batches)
         self.sizes = rows.sizes
 
     def indices(self, step: int) -> list[int]:
+        """Return the rows of a step, longest first."""
         return sorted(super().indices(step), key=lambda index: -int(self.sizes[index]))
 
 
 def tokenise_paragraphs(
     source: str, tokenizer: PreTrainedTokenizerBase, part: Part, length: int, folder: Path | None = None
 ) -> Paragraphs:
-    """The distinct paragraphs of prose of a source, cut after `length` tokens, as the tokenizer gives single texts.
+    """Return the distinct prose paragraphs of a source, truncated to `length` tokens, with special tokens.
 
-    Files are kept and found again as those of `tokens.tokenise`. Raises BadInput for a source that cannot be read.
+    Token files are cached like those of `token_files.tokenise`. Raises BadInput for a source that cannot be read.
     """
     largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
     about = About(
@@ -75,7 +79,7 @@ def tokenise_paragraphs(
         part=part,
         source_state=text.fingerprint(source),
         tokenizer=fingerprint(tokenizer),
-        dtype="uint16" if largest < SMALL else "uint32",
+        dtype="uint16" if largest < UINT16_IDS else "uint32",
         eos=int(tokenizer.pad_token_id or 0),
     )
     texts = text.paragraphs(text.open_text(source, PARTS[part]))
@@ -83,14 +87,8 @@ def tokenise_paragraphs(
 
 
 def _items(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Item]:
-    chosen: list[str] = []
-    for paragraph in texts:
-        chosen.append(paragraph)
-        if len(chosen) == TEXTS:
-            yield from _encoded(chosen, tokenizer, length)
-            chosen = []
-    if chosen:
-        yield from _encoded(chosen, tokenizer, length)
+    while pending := list(islice(texts, TEXTS)):
+        yield from _encoded(pending, tokenizer, length)
 
 
 def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Item]:

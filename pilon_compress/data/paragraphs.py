@@ -1,4 +1,4 @@
-"""Paragraphs: the unit of text for encoders."""
+"""Cut documents into prose paragraphs, the texts of encoders."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -8,19 +8,19 @@ from unicodedata import category
 from pilon_compress.data.plain import cut
 from pilon_compress.io import messages
 
-LONGEST = 2**12  # characters of a paragraph; a longer one is cut
+LONGEST = 2**12  # characters; a longer paragraph is cut
 ENOUGH = 32  # paragraphs; fewer are cut into more, or joined by short ones
 SHORTEST_PIECE = 200  # characters to which the paragraphs of a small text are cut
-SCARCE = 4  # short ones are taken where they are so many times as many
-POOL = 2**15  # short ones that are held back until it is known that they are needed
+SCARCE = 4  # short paragraphs are used where there are so many times as many of them
+POOL = 2**15  # short paragraphs that are held back until it is known whether they are needed
 
 
 def paragraphs(documents: Iterable[str], min_chars: int = 80) -> Iterator[str]:
     """Yield the distinct prose paragraphs of `documents`, white space folded, cut after `LONGEST` characters.
 
-    Prose is at least `min_chars` long and four fifths letters and spaces: no tables, code or signatures. Where nearly
-    all text is in shorter paragraphs (one sentence a line), these are taken too, where there is no prose at all, any
-    paragraph, and fewer than `ENOUGH` paragraphs are cut into shorter ones; a line on stderr says so.
+    Prose is at least `min_chars` long and four fifths letters and spaces, which excludes tables, code and signatures.
+    Where nearly all text is in shorter paragraphs (one sentence per line), these are included. Where there is no prose,
+    any paragraph is. Fewer than `ENOUGH` paragraphs are cut into shorter ones. A message reports each of these.
     """
     seen: set[int] = set()
     short: list[str] = []
@@ -67,7 +67,7 @@ def _blocks(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _enough(blocks: Iterator[str]) -> Iterator[str]:
-    """The blocks; if there are fewer than `ENOUGH`, the long ones are cut, down to `SHORTEST_PIECE` characters."""
+    """Yield the blocks; fewer than `ENOUGH` are cut into shorter ones of at least `SHORTEST_PIECE` characters."""
     head = list(islice(blocks, ENOUGH))
     limit = LONGEST if len(head) == ENOUGH else max(SHORTEST_PIECE, sum(map(len, head)) // (2 * ENOUGH))
     pieces = [piece.strip() for block in head for piece in cut(block, limit)]

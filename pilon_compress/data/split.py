@@ -1,4 +1,4 @@
-"""The split of a source into a calibration part and a held-out part that share no document."""
+"""Split a text source into a calibration part and a held-out part that share no document."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from hashlib import blake2b
@@ -9,8 +9,8 @@ from pilon_compress.data.plain import cut
 from pilon_compress.errors import BadInput
 from pilon_compress.io import messages
 
-HELD_OUT = 5  # one document in five is held out
-FEW, SMALL = 20, 2**20  # documents, characters: a source with no more of either is split as a whole
+HELD_OUT = 5  # one of so many documents is held out
+FEW, SMALL = 20, 2**20  # documents, characters: a source with fewer of either is read completely before its split
 LARGEST = 10  # no document of a small source may be more than a tenth of it
 SHORTEST = 80  # characters; shorter documents are not cut
 FAIR = (0.05, 0.4)  # share of a small source that may be held out, in characters
@@ -20,17 +20,17 @@ T = TypeVar("T")
 
 
 def belongs(document: str, part: Part) -> bool:
-    """Tell if a document is in that part: decided by a hash of its text alone."""
+    """Return True if a document is in `part`, which a hash of its text decides."""
     return part == "all" or (part == "held-out") == (_digest(document) % HELD_OUT == 0)
 
 
 def split(documents: Iterable[str], part: Part, source: str) -> Iterator[str]:
-    """Yield the documents of a part, in order: every document belongs to one, by a hash of its text.
+    """Yield the documents of `part`, in order; a hash of its text assigns each document to one part.
 
-    A source with few documents or little text is read whole first, so that neither part is empty, nor nearly so, by
-    luck. Where the hashes hold out less than a twentieth of its text or more than two fifths, documents that are more
-    than a tenth of it are cut, and where that does not help, the smallest hashes are held out, up to a fifth.
-    Raises BadInput if the part stays empty.
+    A source with few documents or little text is read completely first, so that neither part is nearly empty by chance.
+    Where the hashes hold out less than a twentieth of its text or more than two fifths, documents that are more than a
+    tenth of it are cut, and where that does not help, the smallest hashes are held out, up to a fifth. Raises BadInput
+    if the part is empty; `source` names the text in messages.
     """
     head, rest = _beginning(documents, len)
     if rest is None:
@@ -40,7 +40,7 @@ def split(documents: Iterable[str], part: Part, source: str) -> Iterator[str]:
 
 
 def split_items(items: Iterable[T], key: Callable[[T], str], part: Part) -> Iterator[T]:
-    """Yield the items of a part, in order: as `split` those with the same key, but nothing is cut."""
+    """Yield the items of `part`, in order, like `split`; items of equal key stay together, and none is cut."""
     if part == "all":
         yield from items
         return
@@ -54,7 +54,7 @@ def split_items(items: Iterable[T], key: Callable[[T], str], part: Part) -> Iter
 
 
 def _beginning(items: Iterable[T], size: Callable[[T], int]) -> tuple[list[T], Iterator[T] | None]:
-    """The first items, until they are neither few nor small, and the others; None where that is all."""
+    """Return the first items, up to FEW items and SMALL characters, and the rest; None where there is no rest."""
     stream = iter(items)
     head: list[T] = []
     total = 0
@@ -82,7 +82,7 @@ def _of_small(documents: list[str], part: Part, source: str) -> Iterator[str]:
 
 
 def _cut(documents: Iterable[str], source: str) -> dict[str, list[str]]:
-    """Cut every document that is more than a tenth of them all; the pieces by document."""
+    """Cut every document that is more than a tenth of the text; return the pieces by document."""
     limit = max(SHORTEST, sum(map(len, documents)) // LARGEST)
     pieces = {document: [piece for piece in cut(document, limit) if piece.strip()] for document in documents}
     before, after = len(pieces), sum(map(len, pieces.values()))
@@ -92,14 +92,14 @@ def _cut(documents: Iterable[str], source: str) -> dict[str, list[str]]:
 
 
 def _by_hash(documents: Collection[str]) -> set[str] | None:
-    """The documents, all different, that their hashes hold out; None where that is not a fair share of the text."""
+    """Return the documents, all different, that their hashes hold out; None if their share of the text is not FAIR."""
     chosen = {document for document in documents if belongs(document, "held-out")}
     share = sum(map(len, chosen)) / max(1, sum(map(len, documents)))
     return chosen if FAIR[0] <= share <= FAIR[1] else None
 
 
 def _smallest_hashes(documents: Collection[str]) -> set[str]:
-    """The documents, all different, to hold out where hashes alone are unfair: up to a fifth, at least one of two."""
+    """Return the documents, all different, of the smallest hashes: up to a fifth of the text, at least one of two."""
     limit = sum(map(len, documents)) / HELD_OUT
     chosen: set[str] = set()
     size = 0

@@ -1,4 +1,4 @@
-"""Text tokenised once, into files that training maps into memory."""
+"""Tokenise text once, into cached files that training maps into memory."""
 
 import json
 import logging
@@ -24,8 +24,8 @@ from pilon_compress.io.progress import track
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the folder; raise it whenever the same text would give other files
-SMALL = 1 << 16  # a vocabulary up to this fits two bytes per token
+FORMAT = 2  # of the folder; raise it whenever equal text would give other files
+UINT16_IDS = 1 << 16  # ids below this fit two bytes
 PARTS: dict[str, text.Part] = {"train": "calibration", "validation": "held-out", "all": "all"}
 
 Part = Literal["train", "validation", "all"]
@@ -33,11 +33,10 @@ Part = Literal["train", "validation", "all"]
 
 @dataclass(frozen=True)
 class About:
-    """The sidecar: what the files were made from, and what they must hold to be whole.
+    """Metadata of a token file (about.json): its origin, and the counts from which its file sizes follow.
 
-    `prefix`: ids that every sequence begins with (`data.sequences`).
-    `kind` is text, paragraphs, or chat, whose tokens are scored or not. `largest` is the largest id, for a look at the
-    model's vocabulary.
+    `kind` is text, paragraphs of N, or chat, which alone has scored.bin. `prefix`: ids that every sequence begins with
+    (`data.sequences`). `largest`: the largest id, to be compared with the model's vocabulary.
     """
 
     kind: str
@@ -56,20 +55,20 @@ class About:
 
     @property
     def key(self) -> str:
-        """The name of the folder: what the files are made from, without what is counted on the way."""
+        """Return the folder's name: a hash of the origin, without counts."""
         counted = ("tokens", "documents", "utf8_bytes", "largest")
         made_from = {name: value for name, value in asdict(self).items() if name not in counted}
         return blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The bytes of each file."""
+        """Return the bytes of each file."""
         sizes = {"tokens.bin": self.tokens * np.dtype(self.dtype).itemsize, "starts.bin": 8 * self.documents}
         return sizes | {"scored.bin": self.tokens} if self.kind == "chat" else sizes
 
 
 class Item(NamedTuple):
-    """A document for a token file. Without `scored`, every token counts."""
+    """A document for a token file; `scored` None: every token counts in the loss."""
 
     ids: Sequence[int]
     utf8_bytes: int
@@ -78,11 +77,11 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A tokenised source: documents one behind the other, those of plain text with EOS at their end.
+    """A tokenised source: its documents in one array, those of plain text with EOS at the end.
 
     ids     (tokens,) uint16 or uint32, mapped from disk
-    starts  (documents,) int64: where in `ids` each document begins
-    scored  (tokens,) bool: whether a token counts in the loss; None if all do
+    starts  (documents,) int64: index in `ids` at which each document begins
+    scored  (tokens,) bool: True if a token counts in the loss; None if all do
     """
 
     folder: Path
@@ -92,17 +91,17 @@ class TokenFile:
     scored: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return len(self.ids)
 
 
 def tokenise(source: str, tokenizer: PreTrainedTokenizerBase, part: Part, folder: Path | None = None) -> TokenFile:
-    """The tokens of a text source (`text.open_text` says which there are), from `folder` if they are there already.
+    """Return the token file of a text source (see `text.open_text`), from the cache `folder` if it is there.
 
     `train` and `validation` never share a document: a hash of its text decides. `folder` may be cleared at any time;
-    left out, it is $PILON_CACHE or ~/.cache/pilon-compress/tokens. Files are made again when the source or the
-    tokenizer has changed, or when they are not whole; processes that ask at once wait for the first. Raises BadInput
-    for a source that cannot be read, a tokenizer without EOS, and a disk that is full.
+    the default is `cache_folder()`. Files are made again when the source or the tokenizer has changed, or when they are
+    damaged; processes that need them at once wait for the first. Raises BadInput for a source that cannot be read, a
+    tokenizer without EOS, and a full disk.
     """
     about = described("text", source, tokenizer, part, fingerprint(tokenizer))
     documents = text.open_text(source, PARTS[part])
@@ -112,7 +111,10 @@ def tokenise(source: str, tokenizer: PreTrainedTokenizerBase, part: Part, folder
 
 
 def described(kind: str, source: str, tokenizer: PreTrainedTokenizerBase, part: Part, state: str) -> About:
-    """What is known of a token file before it is made; `state` is the fingerprint of all that encodes."""
+    """Return the metadata of a token file before it is made; `state`: hash of all that decides the ids.
+
+    Raises BadInput for a tokenizer without EOS.
+    """
     if tokenizer.eos_token_id is None:
         raise BadInput("the tokenizer has no eos_token, which must end every document: name one in its config")
     largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
@@ -122,41 +124,41 @@ def described(kind: str, source: str, tokenizer: PreTrainedTokenizerBase, part: 
         part=part,
         source_state=text.fingerprint(source),
         tokenizer=state,
-        dtype="uint16" if largest < SMALL else "uint32",
+        dtype="uint16" if largest < UINT16_IDS else "uint32",
         eos=int(tokenizer.eos_token_id),
         prefix=[one for one in sequences.prefix(tokenizer) if one != tokenizer.eos_token_id] if kind == "text" else [],
     )
 
 
 def cached(about: About, items: Iterable[Item], folder: Path | None = None) -> TokenFile:
-    """The files in `folder` that `about` describes, made from `items` unless they are there."""
+    """Return the token file in `folder` that `about` describes; make it of `items` unless it is there."""
     home = (folder or cache_folder()).absolute()
     place = home / about.key
-    found = _opened(place)
-    if found is not None:
-        return found
+    tokens = _opened(place)
+    if tokens is not None:
+        return tokens
     try:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f".{about.key}.lock"):
-            found = _opened(place, quiet=False)  # by a process that came first
-            if found is None:
+            tokens = _opened(place, quiet=False)  # another process may have made it
+            if tokens is None:
                 _build(place, about, items)
-                found = _opened(place)
+                tokens = _opened(place)
     except OSError as error:
         reason = disk_full(error) or error.strerror or str(error)
-        raise BadInput(f"cannot write {home}: {reason}; PILON_CACHE can name another folder") from error
-    assert found is not None
-    return found
+        raise BadInput(f"cannot write {home}: {reason}; set PILON_CACHE to a folder that can be written") from error
+    assert tokens is not None
+    return tokens
 
 
 def cache_folder() -> Path:
-    """Where token files are kept."""
+    """Return the folder of token files: $PILON_CACHE or ~/.cache/pilon-compress/tokens."""
     named = os.environ.get("PILON_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "pilon-compress" / "tokens"
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides which ids a text gets."""
+    """Return a hash of all that decides which ids the tokenizer gives a text."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is not None and hasattr(core, "to_str"):
         state = json.loads(core.to_str())
@@ -168,13 +170,13 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _opened(place: Path, quiet: bool = True) -> TokenFile | None:
-    """The files there, if they have the contents that they were made with; else None, with a line unless `quiet`."""
+    """Return the token file at `place`; None if it is missing or damaged, which is reported unless `quiet`."""
     if not place.is_dir():
         return None
     reason = damage(place) if (place / MANIFEST).is_file() else f"{place} has no {MANIFEST}"
     if reason is not None:
         if not quiet:
-            log.warning("%s: it is made again", reason)
+            log.warning("%s: tokenising the text again", reason)
         return None
     try:
         about = About(**json.loads((place / "about.json").read_text("utf-8")))
@@ -189,7 +191,7 @@ def _opened(place: Path, quiet: bool = True) -> TokenFile | None:
 
 
 def _build(place: Path, about: About, items: Iterable[Item]) -> None:
-    """Make the folder `place` whole, or nothing of it. The caller holds the lock."""
+    """Make the folder `place`, which appears complete or not at all. The caller holds the lock."""
     with whole_folder(place, manifest.write) as work:
         _write(work, about, items)
 

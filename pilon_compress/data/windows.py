@@ -1,4 +1,4 @@
-"""A token file cut into blocks."""
+"""Cut a token file into blocks of equal length."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,11 @@ from pilon_compress.data.token_files import TokenFile
 
 
 class Blocks:
-    """The blocks of `length` tokens of a token file, each followed by the token that its last one predicts.
+    """Training rows of a token file: blocks of `length` tokens, each followed by the token that its last one predicts.
 
-    Every block begins as the tokenizer begins a text, with BOS where it puts one. Neighbours overlap by one token, so
-    that over all blocks every token but the first is predicted exactly once; the last block is padded. With
-    `respect_documents` no document sees another, and neither is the first token of one predicted from the end of the
-    one before.
+    Every block begins with the tokenizer's prefix (BOS). Neighbours overlap by one token, so that over all blocks every
+    token but the first is predicted exactly once; the last block is padded. With `respect_documents` no document
+    attends to another, nor does its last token predict the first one of the next.
     """
 
     def __init__(self, tokens: TokenFile, length: int, respect_documents: bool = False) -> None:
@@ -28,14 +27,14 @@ class Blocks:
         return max(1, -(-(len(self.tokens) - 1) // self.stride))
 
     def rows(self, indices: Sequence[int]) -> Batch:
-        """The blocks with these indices, in this order."""
-        found = []
+        """Return the blocks of `indices`, in this order."""
+        pieces = []
         for index in indices:
             begin = index * self.stride
             ids = self.tokens.ids[begin : begin + self.stride + 1]
             first, last = np.searchsorted(self.tokens.starts, (begin, begin + len(ids)))
             starts = np.zeros(len(ids), bool)
             starts[self.tokens.starts[first:last] - begin] = True
-            found.append(Row(ids, starts))
+            pieces.append(Row(ids, starts))
         about = self.tokens.about
-        return from_rows(found, self.length, about.prefix, about.eos, self.respect_documents)
+        return from_rows(pieces, self.length, about.prefix, about.eos, self.respect_documents)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.loader import Rows
-from pilon_compress.data.token_files import SMALL, cache_folder
+from pilon_compress.data.token_files import UINT16_IDS, cache_folder
 from pilon_compress.distill.teacher import Teacher
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest
@@ -63,7 +63,7 @@ class Wish:
     def files(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """dtype and shape of each file."""
         n, wide = len(self.indices), (len(self.indices), self.length, self.count)
-        ids = "uint16" if self.vocabulary <= SMALL else "uint32"
+        ids = "uint16" if self.vocabulary <= UINT16_IDS else "uint32"
         return {
             "rows": ("int64", (n,)),
             "values": ("float16", wide),
@@ -132,7 +132,7 @@ def _locked(home: Path, key: str, world: World) -> Iterator[None]:
         lock.acquire()
     except OSError as error:
         raise BadInput(
-            f"cannot write {home}: {error.strerror or error}; PILON_CACHE can name another folder"
+            f"cannot write {home}: {error.strerror or error}; set PILON_CACHE to a folder that can be written"
         ) from error
     try:
         world.wait()
