@@ -23,9 +23,10 @@ from pilon_compress.convert import pipeline
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.prepare import Job, prepare
-from pilon_compress.convert.solve.layerwise import Task, solve
+from pilon_compress.convert.solve.feed_forward import Dense
+from pilon_compress.convert.solve.layer import Method
+from pilon_compress.convert.solve.layerwise import solve
 from pilon_compress.evaluate import evaluate
-from pilon_compress.io.journal import Journal
 from pilon_compress.models import checkpoint
 from pilon_compress.models.source import Source
 from pilon_compress.nn.integer import KINDS
@@ -80,10 +81,12 @@ class Bench:
             self.row(name, 1.0, made.size.to_dict()["bytes_ratio"], made.model)
             return
         plan = Plan(1.0, [[layer] for layer in sorted({s.layer for s in self.sites})], [], list(self.sites))
-        task = Task(self.sites, plan, {}, "pilon", (), True, 0, 0, quantization=quantization)
-        solved = solve(self.source, self.batches, task, self.moments, Journal())
+        dense = Dense(self.source, self.sites, self.moments)
+        solved = solve(dense, plan, {}, Method("pilon", (), 1.0, quantization), batches=self.batches).projections
+        weights = {name: one.weights.matrix for name, one in solved.items() if one.weights.matrix is not None}
+        biases = {name: one.bias for name, one in solved.items() if one.bias is not None}
         size = rtn_gptq.size(f"gptq-{quantization}", self.sites)
-        self.row(name, 1.0, size / dense_size(self.sites).bytes, install(self.dense, solved.kept, solved.biases))
+        self.row(name, 1.0, size / dense_size(self.sites).bytes, install(self.dense, weights, biases))
 
     def pilon(self, bank_dtype: str, ratio: float) -> None:
         job = replace(self.job_for(self.job.recipe.model, bank_dtype, ratio), dtype=torch.bfloat16)

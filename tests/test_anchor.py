@@ -49,7 +49,7 @@ def dense_target(pair, site, name):
 def test_identical_streams_give_the_dense_weight_back(tiny, family):
     model, _, pair, prefix = start(tiny, family, perturbed=False)
     site, name = local(model, prefix, "down")
-    pair.inputs([], name)
+    pair.inputs(down=name)
     cross = pair.output(name)
     target = cross.target(dense_target(pair, site, name), site.bias)
     torch.testing.assert_close(target.weight, dense_target(pair, site, name).weight, rtol=1e-3, atol=1e-4)
@@ -68,18 +68,18 @@ def test_down_makes_up_for_what_the_stream_has_lost(tiny, family):
 
     def error():
         moved = ours.fork()
-        moved.advance(pair.ours)
+        moved.advance(pair.converted)
         return sum(float((a - b).square().sum()) for a, b in zip(moved.hidden, theirs.hidden, strict=True))
 
     before = error()
-    pair.inputs([], name)
+    pair.inputs(down=name)
     cross = pair.output(name)
     target = cross.target(dense_target(pair, site, name), site.bias)
     linear = nn.Linear(site.d_in, site.d_out, bias=site.bias)
     linear.weight.data = target.weight.T.float()
     if site.bias:
         linear.bias.data = cross.bias(target.weight).float()
-    pair.ours.set_submodule(name, linear)
+    pair.converted.set_submodule(name, linear)
     assert error() < 0.9 * before
     pair.finish()
     assert pair.theirs.position == pair.stream.position == 2

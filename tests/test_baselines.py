@@ -9,7 +9,7 @@ from pilon_compress.compare.baselines.approximation import approximate
 from pilon_compress.compare.baselines.problem import Problem
 from pilon_compress.compare.baselines.registry import BASELINES
 from pilon_compress.convert.calibrate.second_moments import SecondMoment
-from pilon_compress.convert.solve.low_rank import DAMPING
+from pilon_compress.convert.solve.low_rank import METRIC_DAMPING
 from pilon_compress.errors import BadInput
 from pilon_compress.models.families import Site
 from pilon_compress.nn.integer import KINDS
@@ -47,7 +47,7 @@ def metric_of(problem, inputs, site):
     x = inputs[site.input].numpy()
     x = x - x.mean(0) if site.bias else x
     moment = x.T @ x / len(x)
-    return moment + DAMPING * np.diag(moment).mean() * np.eye(len(moment))
+    return moment + METRIC_DAMPING * np.diag(moment).mean() * np.eye(len(moment))
 
 
 def tail(matrix, rank):
@@ -143,7 +143,7 @@ def test_nystrom_refits_down_by_least_squares(bias):
         assert np.array_equal(up[:, kept], problem.weights[f"l{layer}.up"].numpy()[:, kept])
         h = inputs[f"l{layer}.down"].numpy()
         h = h - h.mean(0) if bias else h
-        damping = np.sqrt(DAMPING * (h**2).mean() * TOKENS)  # the metric's damping, as rows of data
+        damping = np.sqrt(METRIC_DAMPING * (h**2).mean() * TOKENS)  # the metric's damping, as rows of data
         h = np.vstack([h, damping * np.eye(INNER)])
         wanted = np.linalg.lstsq(h[:, kept], h @ problem.weights[f"l{layer}.down"].numpy(), rcond=None)[0]
         np.testing.assert_allclose(down[kept], wanted, rtol=1e-6, atol=1e-8)

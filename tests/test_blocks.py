@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from pilon_compress.convert.allocate.block_options import Block
 from pilon_compress.convert.allocate.budget import Sizing, allocate
+from pilon_compress.convert.allocate.options import options_of
 from pilon_compress.convert.allocate.uniform import preview
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.plan import down_of
+from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.models.families import FAMILIES, find_sites
@@ -18,17 +19,13 @@ RATIOS = (0.3, 0.5, 0.8)
 
 
 def sized(tiny, family, **scope):
-    """Every layer of a tiny model as a `Block`, measured on a little random text."""
+    """Every layer of a tiny model as a `FeedForward`, measured on a little random text."""
     model = tiny.tiny_model(family)
     source, sites = Source(model), find_sites(model, **scope)
     ids = torch.randint(5, 200, (8, 24), generator=torch.Generator().manual_seed(0))
     moments = gather(source, [Batch(ids, torch.ones_like(ids))], sites, causal=family not in tiny.ENCODERS)
-    found = []
-    for layer in sorted({site.layer for site in sites}):
-        with source.block(layer) as module:
-            members = [site for site in sites if site.layer == layer]
-            found.append(Block(layer, members, module, source.names[layer], moments))
-    return found
+    dense = Dense(source, sites, moments)
+    return [dense.read(layer) for layer in sorted(dense.layers())]
 
 
 def by_hand(block, choice):
@@ -51,7 +48,7 @@ def by_hand(block, choice):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "bert"])
 def test_an_options_loss_and_size_are_those_of_the_approximation(tiny, family):
     block = sized(tiny, family)[1]
-    options = block.options(0.5)
+    options = options_of(block, 0.5)
     assert {option.what.neurons for option in options} > {None}, "whole, and with fewer neurons"
     assert any(rank is not None for option in options for rank in option.what.ranks.values())
     largest = max(option.loss for option in options)
@@ -60,7 +57,7 @@ def test_an_options_loss_and_size_are_those_of_the_approximation(tiny, family):
     stored, losses = [o.stored for o in options], [o.loss for o in options]
     assert stored == sorted(stored) and losses == sorted(losses, reverse=True), "more numbers, less loss"
     assert losses[-1] < 1e-9 * largest and stored[-1] == sum(site.parameters for site in block.sites)
-    twice = block.options(0.5, scale=2.0)
+    twice = options_of(block, 0.5, scale=2.0)
     assert [o.loss for o in twice] == pytest.approx([2 * loss for loss in losses])
 
 
@@ -68,7 +65,7 @@ def test_an_options_loss_and_size_are_those_of_the_approximation(tiny, family):
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_an_allocation_counts_what_its_layout_stores(tiny, family, ratio):
     blocks = sized(tiny, family)
-    sizings = [Sizing(b.layer, b.sites, b.options(ratio), 1.0, b.elimination) for b in blocks]
+    sizings = [Sizing(b.layer, b.sites, options_of(b, ratio), 1.0, b.elimination) for b in blocks]
     found = allocate(sizings, ratio, mac_ratio=ratio)
     size = ffn_size(found.plan.layout())
     assert 0.85 * ratio < size.stored / size.dense_stored <= ratio
@@ -85,7 +82,7 @@ def test_an_allocation_counts_what_its_layout_stores(tiny, family, ratio):
 
 
 def test_a_ratio_below_the_smallest_options_is_refused(tiny):
-    sizings = [Sizing(b.layer, b.sites, b.options(0.5), 1.0, b.elimination) for b in sized(tiny, "gpt2")]
+    sizings = [Sizing(b.layer, b.sites, options_of(b, 0.5), 1.0, b.elimination) for b in sized(tiny, "gpt2")]
     with pytest.raises(BadInput, match="too small"):
         allocate(sizings, 0.001)
 
@@ -103,13 +100,13 @@ def test_every_family_has_whole_blocks(tiny, family):
 def test_neurons_stay_where_a_projection_of_the_block_stays_dense(tiny, pattern):
     block, *_ = sized(tiny, "llama", ignore=[rf"re:.*\.{pattern}_proj"])
     assert len(block.sites) == 2 and block.down is None and block.elimination is None
-    assert all(option.what.neurons is None for option in block.options(0.5))
+    assert all(option.what.neurons is None for option in options_of(block, 0.5))
     assert preview(block.sites, 0.5) is None
 
 
 def test_projections_outside_the_feed_forward_block_only_get_ranks(tiny):
     block, *_ = sized(tiny, "bert", targets=["re:.*attention.*(query|key)"])
-    assert block.down is None and {option.what.neurons for option in block.options(0.5)} == {None}
+    assert block.down is None and {option.what.neurons for option in options_of(block, 0.5)} == {None}
 
 
 def test_a_fused_projection_loses_both_halves_of_a_neuron(tiny):

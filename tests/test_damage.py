@@ -8,7 +8,7 @@ import torch
 
 from pilon_compress.config import strict_yaml
 from pilon_compress.convert.allocate.budget import Allocation
-from pilon_compress.convert.sharing.joint_fit import BankFit
+from pilon_compress.convert.solve.bank_fit import BankFit
 from pilon_compress.data import token_files
 from pilon_compress.errors import BadInput
 from pilon_compress.io.journal import Journal

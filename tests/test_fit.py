@@ -9,7 +9,8 @@ from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.sharing.grouping import group
 from pilon_compress.convert.sharing.joint_fit import fit_bank
 from pilon_compress.convert.sharing.objective import Band, Point
-from pilon_compress.convert.solve.low_rank import Target, balance
+from pilon_compress.convert.solve.bank_fit import Factors, compose, losses
+from pilon_compress.convert.solve.low_rank import Target, balance_factors
 from pilon_compress.models.families import Site
 
 
@@ -78,7 +79,7 @@ def test_singular_metric_needs_no_special_case():
 def test_balance_keeps_the_product():
     A, B = torch.randn(6, 3), torch.randn(3, 5) * 100
     A[:, 1] = 0
-    a, b = balance(A, B)
+    a, b = balance_factors(A, B)
     torch.testing.assert_close(a @ b, A @ B)
     torch.testing.assert_close(a.norm(dim=0)[[0, 2]], b.norm(dim=1)[[0, 2]])
 
@@ -152,7 +153,8 @@ def test_layers_that_may_use_no_more_than_their_own_primitives_keep_the_optimum(
 @pytest.mark.parametrize("composition", ["component", "scalar"])
 def test_gradient_is_that_of_the_loss(composition):
     targets = make_targets(3, 7, 9, two_sided=True)
-    band = Band(targets, 2, composition == "scalar")
+    plan = make_plan(targets, 4, 2, 4, composition)
+    band = Band(targets, plan)
     for metrics in (band.C, band.G, band.T):
         metrics[:] = [metric.double() for metric in metrics]
     active = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 1]], dtype=torch.bool)
@@ -162,7 +164,7 @@ def test_gradient_is_that_of_the_loss(composition):
     point = Point(band, x, active)
     assert float((point.gradient * step).sum()) == pytest.approx(rise, rel=1e-5)
     A, B = band.original(x[:7], x[7:].T)
-    loss = band.scale * sum(band.losses(A, B, band.compose(A, B, active)))
+    loss = band.scale * sum(losses(targets, Factors(A, B, compose(targets, A, B, active, plan), active)))
     assert point.loss == pytest.approx(loss, rel=1e-5)
 
 

@@ -31,6 +31,7 @@ FLOORS: list[set[str]] = [  # from the top: a module imports from its own room, 
     {"errors"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+CONVERT = ["sharing", "allocate", "solve", "calibrate", "plan"]  # inside convert, from the top; the rest is above them
 
 
 def modules() -> dict[str, Path]:
@@ -118,6 +119,39 @@ def test_every_room_has_a_floor():
 def test_imports_point_down(edges):
     found = upward(edges)
     assert not found, "\n".join(["imports point down only, see FLOORS:", *found])
+
+
+def step(module: str) -> int | None:
+    """Place of a module among CONVERT; None outside of them."""
+    package, *rest = module.split(".")[1:3] or [""]
+    return CONVERT.index(rest[0]) if package == "convert" and rest and rest[0] in CONVERT else None
+
+
+def climbing(edges: dict[str, set[str]]) -> list[str]:
+    """Imports from a step of a conversion that lead to a later one, or out of the steps into what runs them."""
+    found = []
+    for name, targets in sorted(edges.items()):
+        own = step(name)
+        for target in sorted(targets) if own is not None else ():
+            inside, place = target.startswith("pilon_compress.convert."), step(target)
+            if own is not None and inside and (place is None or place < own):
+                found.append(f"{name} imports {target}")
+    return found
+
+
+def test_inside_a_conversion_imports_run_one_way(edges):
+    found = climbing(edges)
+    assert not found, "\n".join(["sharing imports allocate, that solve, that calibrate, see CONVERT:", *found])
+
+
+def test_a_climb_inside_a_conversion_is_named():
+    package = "pilon_compress.convert"
+    edges = {f"{package}.solve.gptq": {f"{package}.sharing.joint_fit", f"{package}.calibrate.damping"}}
+    edges |= {f"{package}.allocate.budget": {f"{package}.pipeline", f"{package}.plan", "pilon_compress.nn.bands"}}
+    assert climbing(edges) == [
+        f"{package}.allocate.budget imports {package}.pipeline",
+        f"{package}.solve.gptq imports {package}.sharing.joint_fit",
+    ]
 
 
 def test_no_circle():

@@ -209,7 +209,7 @@ def test_at_ratio_one_nothing_is_sized(place, tmp_path, monkeypatch, more):
     def sized(*_):
         raise AssertionError("sized, where nothing can be dropped")
 
-    monkeypatch.setattr("pilon_compress.convert.allocate.block_options.eliminate", sized)
+    monkeypatch.setattr("pilon_compress.convert.solve.feed_forward.eliminate", sized)
     monkeypatch.setattr("pilon_compress.convert.planning.size_layers", sized)
     monkeypatch.setattr("pilon_compress.convert.calibrate.sensitivity.Sensitivity.measure", sized)
     settings = asked(place, "bert", budget={"ffn_ratio": 1.0}, **more)

@@ -1,23 +1,18 @@
 """What trimming a layer costs is what it does to the whole model's predictions, and measuring it costs little."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
-from pilon_compress.convert.allocate.block_options import Block
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
+from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.convert.solve.neuron_pruning import refit
 from pilon_compress.data.batch import Batch
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.source import Source
-
-
-def block_of(source, sites, moments, layer):
-    members = [site for site in sites if site.layer == layer]
-    with source.block(layer) as module:
-        return Block(layer, members, module, source.names[layer], moments)
 
 
 @pytest.fixture
@@ -32,8 +27,8 @@ def test_the_measured_loss_is_the_divergence_of_the_whole_model(dense):
     source, sites = Source(model), find_sites(model)
     moments = gather(source, batches, sites, causal=True)
     sensitivity = Sensitivity(source, batches, causal=True)
-    block = block_of(source, sites, moments, 1)
-    scale = sensitivity.measure(1, block, 20)
+    block = Dense(source, sites, moments).read(1)
+    scale = sensitivity.measure(1, partial(block.prune, prefix=source.names[1], neurons=20), block.elimination.loss(20))
 
     left = block.elimination.left(20)
     trimmed = copy.deepcopy(model)

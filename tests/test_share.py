@@ -13,6 +13,7 @@ from pilon_compress.convert.pipeline import convert
 from pilon_compress.convert.sharing.neuron_alignment import align
 from pilon_compress.convert.sharing.search import Sharing
 from pilon_compress.convert.sharing.similar_layers import similar_bands
+from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.data.batch import Batch
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.source import Source
@@ -46,14 +47,15 @@ def test_bands_share_where_that_lowers_the_loss_and_within_what_they_stored(tiny
     source, sites = Source(model), find_sites(model)
     ids = torch.randint(5, 250, (8, 32), generator=torch.Generator().manual_seed(0))
     moments = gather(source, [Batch(ids, torch.ones_like(ids))], sites, causal=True)
-    sizings = size_layers(source, sites, moments, 0.4)
+    dense = Dense(source, sites, moments)
+    sizings = size_layers(dense, 0.4)
     alone = allocate(sizings, 0.4)
-    together, fits = Sharing(source, moments, 30, align=matched).apply(sizings, alone, [[0, 1, 2]])
+    together, fits = Sharing(dense, 30, align=matched).apply(sizings, alone, [[0, 1, 2]])
     assert fits and together.plan.bands == [[0, 1, 2]], "layers that are alike share"
     assert sum(together.losses.values()) < 0.7 * sum(alone.losses.values())
     stored, limit = (ffn_size(one.plan.layout()).stored for one in (together, alone))
     assert stored <= limit
-    apart, none = Sharing(source, moments, 30).apply(sizings, alone, [[0], [1], [2]])
+    apart, none = Sharing(dense, 30).apply(sizings, alone, [[0], [1], [2]])
     assert not none and apart.losses == alone.losses and apart.plan.layout() == alone.plan.layout()
 
 
@@ -68,7 +70,8 @@ def test_similar_layers_are_banded_together(tiny):
     source, sites = Source(model), find_sites(model)
     ids = torch.randint(5, 250, (8, 32), generator=torch.Generator().manual_seed(0))
     moments = gather(source, [Batch(ids, torch.ones_like(ids))], sites, causal=True)
-    spaces = similar_bands(source, size_layers(source, sites, moments, 0.4), moments, largest=2)
+    dense = Dense(source, sites, moments)
+    spaces = similar_bands(dense, size_layers(dense, 0.4), largest=2)
     assert spaces == [[0, 3], [1, 2]]
 
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from pilon_compress.compare.baselines.approximation import approximate
 from pilon_compress.compare.baselines.problem import Problem
-from pilon_compress.convert.allocate.block_options import dense_weight
 from pilon_compress.convert.calibrate.second_moments import SecondMoment
+from pilon_compress.convert.solve.feed_forward import dense_weight
 from pilon_compress.models.families import Site
 from pilon_compress.nn.size import DENSE_ITEMSIZE, Size
 

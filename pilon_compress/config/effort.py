@@ -8,13 +8,13 @@ from dataclasses import dataclass
 class Effort:
     """What a conversion spends.
 
-    anchored     layers are fitted behind the converted ones before them
+    sequential   layers are fitted behind the converted ones before them
     sweeps       of a joint fit
     paragraphs   that calibrate an encoder
     per_neuron   tokens per inner neuron that calibrate a causal LM (docs/results/conversion.md), in `blocks` at least
     """
 
-    anchored: bool
+    sequential: bool
     sweeps: int
     paragraphs: int
     per_neuron: int
@@ -26,7 +26,7 @@ class Effort:
 
 
 EFFORTS = {
-    "fast": Effort(anchored=False, sweeps=12, paragraphs=256, per_neuron=4, blocks=16),
-    "balanced": Effort(anchored=True, sweeps=24, paragraphs=800, per_neuron=8, blocks=32),
-    "best": Effort(anchored=True, sweeps=64, paragraphs=1600, per_neuron=32, blocks=128),
+    "fast": Effort(sequential=False, sweeps=12, paragraphs=256, per_neuron=4, blocks=16),
+    "balanced": Effort(sequential=True, sweeps=24, paragraphs=800, per_neuron=8, blocks=32),
+    "best": Effort(sequential=True, sweeps=64, paragraphs=1600, per_neuron=32, blocks=128),
 }

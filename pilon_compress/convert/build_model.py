@@ -10,7 +10,7 @@ from accelerate.utils import set_module_tensor_to_device
 from transformers import PreTrainedModel
 
 from pilon_compress.convert.plan import Plan
-from pilon_compress.convert.solve.layerwise import Solved
+from pilon_compress.convert.solve.solved import Solved
 from pilon_compress.models.source import Source
 from pilon_compress.nn.fold import prune_unused
 from pilon_compress.nn.layout import banks, install
@@ -32,25 +32,26 @@ def build(
         install(model, plan.layout(quantization))
     modules = dict(banks(model))
     for bank in plan.banks:
-        fit = solved.banks[bank.name]
-        for side, tensor in (("A", fit.A), ("B", fit.B)):
-            whole, place_of = solved.rounded.get(f"{bank.name}.{side}"), getattr(modules[bank.name], side)
-            if whole is not None:
-                place_of.put(whole.codes, whole.scale)
+        stored = solved.banks[bank.name]
+        fit = stored.fit
+        for name, tensor, rounded in (("A", fit.A, stored.A), ("B", fit.B, stored.B)):
+            side = getattr(modules[bank.name], name)
+            if rounded is not None:
+                side.put(rounded.codes, rounded.scale)
             else:
-                place_of.copy_(tensor.to(computed))  # rounded twice, as a model in memory is when it is saved
+                side.copy_(tensor.to(computed))  # rounded twice, as a model in memory is when it is saved
         for place, site in enumerate(bank.sites):
             composed = model.base_model.get_submodule(site.name)
             composed.weight.copy_(fit.weight[place].to(computed))
             composed.selected.copy_(fit.selected[place])
-    for name, weight in solved.kept.items():
-        matrix, whole = model.base_model.get_submodule(name), solved.rounded.get(name)
-        if whole is not None:
-            matrix.put(whole.codes, whole.scale)
-        else:
-            matrix.weight.copy_(weight.T.to(computed))
-    for name, bias in solved.biases.items():
-        model.base_model.get_submodule(name).bias.copy_(bias.to(computed))
+    for name, projection in solved.projections.items():
+        module, weights = model.base_model.get_submodule(name), projection.weights
+        if weights.rounded is not None:
+            module.put(weights.rounded.codes, weights.rounded.scale)
+        elif weights.matrix is not None:
+            module.weight.copy_(weights.matrix.T.to(computed))
+        if projection.bias is not None:
+            module.bias.copy_(projection.bias.to(computed))
     if source.streamed:
         fill(model, source, dtype)
     model.to(source.device)

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from pilon_compress.convert.calibrate.sensitivity import SCORED, SHARE
+from pilon_compress.convert.calibrate.sensitivity import PASSES, SCORED
 from pilon_compress.convert.prepare import PARAGRAPH, PROCESS_BYTES, Job, shelf_bytes
 from pilon_compress.evaluate.evaluate import EVALUATED
 from pilon_compress.models.blocks import blocks
@@ -49,7 +49,7 @@ def stages(job: Job) -> list[tuple[str, float]]:
     ]
     if job.allocated:
         layers = len({site.layer for site in job.sites})
-        share = SHARE / (layers / 2 + 2)
+        share = PASSES / (layers / 2 + 2)
         looked_at = min(share * tokens, SCORED) if job.causal else share * tokens
         sizing = LOOK * looked_at * layers * (body / 2 + head)
         sizing += sum(SIZINGS * EIGENVALUES * min(site.d_in, site.d_out) ** 3 for site in job.sites)
@@ -62,7 +62,7 @@ def stages(job: Job) -> list[tuple[str, float]]:
     fits = sum(FIT[0] * s.d_in * s.d_out * (s.d_in + s.d_out) + FIT[1] * min(s.d_in, s.d_out) ** 3 for s in job.sites)
     if job.quantization is not None:
         fits += ROUNDING * sum(s.d_in**2 * s.d_out for s in job.sites)
-    if job.anchored:
+    if job.sequential:
         fits += ANCHOR * PASS * tokens * body + GRAM * tokens * squares
     found.append(("converting layers", fits))
     if steps := job.recipe.refine.steps:

@@ -28,7 +28,10 @@ from pilon_compress.convert.cost import estimate, stages
 from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.planning import Planned, plan_conversion
 from pilon_compress.convert.prepare import PROCESS_BYTES, Job, prepare
-from pilon_compress.convert.solve.layerwise import Solved, Task, solve, uniform_rank
+from pilon_compress.convert.sharing.shared_banks import fit_shared
+from pilon_compress.convert.solve.layer import Method, uniform_rank
+from pilon_compress.convert.solve.layerwise import solve
+from pilon_compress.convert.solve.solved import Solved
 from pilon_compress.data import calibration, sequences, text
 from pilon_compress.data.batch import Batch
 from pilon_compress.distill.refine import refine
@@ -190,21 +193,19 @@ def solve_plan(
     source: Source, planned: Planned, batches: list[Batch], journal: Journal | None = None
 ) -> tuple[PreTrainedModel, Plan, Solved]:
     """Solve every layer in the sizes of the plan; the model, its plan and the solution."""
-    job, settings = planned.job, planned.job.recipe
-    task = Task(
-        sites=job.sites,
-        plan=job.plan,
-        left=planned.left,
-        method=settings.method,
-        baselines=BASELINES,
-        anchored=job.anchored,
-        seed=settings.seed,
-        sweeps=EFFORTS[settings.effort].sweeps,
-        fits=planned.fits,
+    job, settings, journal = planned.job, planned.job.recipe, journal or Journal()
+    sweeps = EFFORTS[settings.effort].sweeps
+    fits = fit_shared(planned.dense, job.plan, planned.left, planned.fits, settings.seed, sweeps, journal)
+    solved = solve(
+        planned.dense,
+        job.plan,
+        planned.left,
+        Method(settings.method, BASELINES, job.plan.ratio, job.quantization),
+        fits=fits,
+        batches=batches if job.sequential else None,
         dtypes=(source.model.dtype, job.dtype) if source.streamed else (source.model.dtype,),
-        quantization=job.quantization,
+        journal=journal,
     )
-    solved = solve(source, batches, task, planned.moments, journal or Journal())
     model = build(source, job.plan, solved, job.dtype, job.quantization)
     if layout_of(model) != job.layout:
         raise RuntimeError("the model that was built is not the one that was planned")
@@ -326,7 +327,7 @@ def describe(job: Job, plan: Plan, solved: Solved, batches: list[Batch]) -> dict
                 "band": bank.band,
                 "role": bank.role,
                 "layers": bank.layers,
-                **bank_usage.describe(solved.banks[bank.name].energy, solved.banks[bank.name].selected),
+                **bank_usage.describe(solved.banks[bank.name].fit.energy, solved.banks[bank.name].fit.selected),
             }
             for bank in plan.banks
         ],
@@ -348,7 +349,7 @@ def _begins_with(job: Job) -> str | None:
 
 def describe_projection(site: Site, plan: Plan, solved: Solved) -> dict[str, Any]:
     """One projection's error by method, and the spectrum of its dense weight with the cut that baselines make."""
-    values = solved.spectra[site.name]
+    values = solved.projections[site.name].spectrum
     points = torch.linspace(0, len(values) - 1, min(SPECTRUM_POINTS, len(values))).round().long()
     share = values / values.sum().clamp_min(1e-300)
     band = next(index for index, layers in enumerate(plan.bands) if site.layer in layers)

@@ -4,6 +4,7 @@ A dry run and a conversion both come here, so that what one announces is what th
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,12 +14,14 @@ from pilon_compress.convert.allocate.budget import Allocation, allocate, size_la
 from pilon_compress.convert.calibrate.second_moments import Moments, gather
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
 from pilon_compress.convert.prepare import Job, shelf_bytes
-from pilon_compress.convert.sharing.joint_fit import BankFit
 from pilon_compress.convert.sharing.search import Sharing
 from pilon_compress.convert.sharing.similar_layers import similar_bands
+from pilon_compress.convert.solve.bank_fit import BankFit
+from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.data.batch import Batch
 from pilon_compress.io.journal import Journal
 from pilon_compress.io.offload import Shelf
+from pilon_compress.models.families import Site
 from pilon_compress.models.source import Source
 from pilon_compress.nn.bands import split_bands
 
@@ -33,7 +36,7 @@ class Planned:
     """
 
     job: Job
-    moments: Moments
+    dense: Dense
     left: dict[int, Tensor | None] = field(default_factory=dict)
     fits: dict[str, BankFit] = field(default_factory=dict)
 
@@ -41,41 +44,48 @@ class Planned:
 def plan_conversion(
     source: Source,
     job: Job,
-    batches: list[Batch],
+    batches: Sequence[Batch],
     journal: Journal | None = None,
     moments: Moments | None = None,
 ) -> Planned:
     """Settle the plan: moments (where not given), then the allocation of the budget where the text decides sizes."""
-    journal = journal or Journal()
-    settings, budget = job.recipe, job.recipe.budget
-    moments = moments or take_moments(source, batches, job, journal)
+    journal, limit = journal or Journal(), job.recipe.max_memory
+    if moments is None:
+        shelf = put_away(journal, "moments", source.streamed, limit)
+        moments = take_moments(source, batches, job.sites, job.causal, job.recipe.seed, shelf, journal)
+    dense = Dense(source, job.sites, moments)
     if not job.allocated:
-        return Planned(job, moments)
+        return Planned(job, dense)
     known: Allocation | None = journal.get("allocation", Allocation.unpack)
     if known is not None:
-        return Planned(job.planned(known.plan), moments, known.left)
-    waiting = put_away(source, job, journal, "reference")
-    truth = Sensitivity(source, batches, job.causal, waiting)
-    sizings = size_layers(source, job.sites, moments, budget.ratio, truth, budget.neurons)
-    del truth
-    waiting.clear()
+        return Planned(job.planned(known.plan), dense, known.left)
+    budget, outputs = job.recipe.budget, put_away(journal, "reference", source.streamed, limit)
+    sizings = size_layers(dense, budget.ratio, Sensitivity(source, batches, job.causal, outputs), budget.neurons)
+    outputs.clear()
     found, fits = allocate(sizings, budget.ratio, budget.mac_limit), dict[str, BankFit]()
     if job.shares:
         if budget.banding == "similar":
-            bands = similar_bands(source, sizings, moments)
+            bands = similar_bands(dense, sizings)
         else:
             bands = split_bands([sizing.layer for sizing in sizings], None)
-        sharing = Sharing(source, moments, EFFORTS[settings.effort].sweeps, settings.seed, budget.align)
+        sharing = Sharing(dense, EFFORTS[job.recipe.effort].sweeps, job.recipe.seed, budget.align)
         found, fits = sharing.apply(sizings, found, bands)
         for name, fit in fits.items():
             journal.put(f"bank.{name}", fit.pack())
     journal.put("allocation", found.pack())
-    return Planned(job.planned(found.plan), moments, found.left, fits)
+    return Planned(job.planned(found.plan), dense, found.left, fits)
 
 
-def take_moments(source: Source, batches: list[Batch], job: Job, journal: Journal) -> Moments:
+def take_moments(
+    source: Source,
+    batches: Sequence[Batch],
+    sites: Sequence[Site],
+    causal: bool,
+    seed: int,
+    shelf: Shelf,
+    journal: Journal,
+) -> Moments:
     """The moments; of a streamed model they and the states between its blocks are files, which outlive a kill."""
-    shelf = put_away(source, job, journal, "moments")
     if source.streamed and journal.folder is not None:
         sums = journal.get_plain("moments")
         if isinstance(sums, dict):
@@ -85,14 +95,17 @@ def take_moments(source: Source, batches: list[Batch], job: Job, journal: Journa
                 return Moments(shelf, source.device)
             log.warning("%s: the moments are taken again", reason)
             shelf.clear()
-    moments = gather(source, batches, job.sites, causal=job.causal, seed=job.recipe.seed, shelf=shelf)
+    moments = gather(source, batches, sites, causal=causal, seed=seed, shelf=shelf)
     if source.streamed:
         journal.put_plain("moments", shelf.checksums())
     return moments
 
 
-def put_away(source: Source, job: Job, journal: Journal, name: str) -> Shelf:
-    """A shelf that turns to files beside the output, if there is one, beyond a share of the memory, or at once."""
+def put_away(journal: Journal, name: str, streamed: bool, limit: float | None) -> Shelf:
+    """A shelf that turns to files beside the output, if there is one.
+
+    It does so at once for a streamed model, else beyond a share of the memory (`limit` in GiB).
+    """
     if journal.folder is None:
         return Shelf()
-    return Shelf(journal.folder / name, 0 if source.streamed else shelf_bytes(job.recipe.max_memory))
+    return Shelf(journal.folder / name, 0 if streamed else shelf_bytes(limit))

@@ -102,9 +102,9 @@ class Job:
         return allocated(self.recipe)
 
     @property
-    def anchored(self) -> bool:
-        """Whether layers are fitted behind the converted ones before them."""
-        return self.recipe.method == "pilon" and EFFORTS[self.recipe.effort].anchored
+    def sequential(self) -> bool:
+        """True if each layer is fitted to what the converted layers before it pass on."""
+        return self.recipe.method == "pilon" and EFFORTS[self.recipe.effort].sequential
 
     @property
     def shares(self) -> bool:

@@ -1,6 +1,6 @@
 """Where the budget goes: neurons, ranks and plain matrices of all layers by what they cost the model as a whole.
 
-Every block offers options (`blocks.Block.options`) with their loss in the two-sided metric, one unit for the whole
+Every block offers options (`options.options_of`) with their loss in the two-sided metric, one unit for the whole
 model, and a multi-choice knapsack takes the best set within the budget. LEMS and ROCKET allocate ranks in this way;
 here neurons, ranks and plain matrices compete.
 """
@@ -8,20 +8,20 @@ here neurons, ranks and plain matrices compete.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pilon_compress.convert.allocate.block_options import Block, Choice
 from pilon_compress.convert.allocate.knapsack import Option, choose
-from pilon_compress.convert.calibrate.second_moments import Moments
+from pilon_compress.convert.allocate.options import Choice, options_of
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
 from pilon_compress.convert.plan import BankPlan, Plan, trimmed
+from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.convert.solve.neuron_pruning import Elimination
 from pilon_compress.errors import BadInput
 from pilon_compress.io.progress import track
 from pilon_compress.models.families import Site
-from pilon_compress.models.source import Source
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ class Allocation:
 
 
 def size_layers(
-    source: Source,
-    sites: Sequence[Site],
-    moments: Moments,
+    dense: Dense,
     ratio: float,
     sensitivity: Sensitivity | None = None,
     neurons: bool = True,
@@ -76,20 +74,19 @@ def size_layers(
 
     `neurons`: whether blocks may lose some.
     """
-    layers: dict[int, list[Site]] = {}
-    for site in sites:
-        layers.setdefault(site.layer, []).append(site)
+    layers = dense.layers()
 
-    def size(layer: int, members: list[Site]) -> Sizing:
-        with source.block(layer) as module:
-            block = Block(layer, members, module, source.names[layer], moments)
+    def size(layer: int) -> Sizing:
+        ff = dense.read(layer)
         scale = 1.0
-        if sensitivity is not None and block.down is not None:
-            scale = sensitivity.measure(layer, block, max(1, round(ratio * block.down.d_in)))
-        return Sizing(layer, members, block.options(ratio, scale, neurons), scale, block.elimination)
+        if sensitivity is not None and ff.down is not None and ff.elimination is not None:
+            count = max(1, round(ratio * ff.down.d_in))
+            prune = partial(ff.prune, prefix=dense.source.names[layer], neurons=count)
+            scale = sensitivity.measure(layer, prune, ff.elimination.loss(count))
+        return Sizing(layer, ff.sites, options_of(ff, ratio, scale, neurons), scale, ff.elimination)
 
-    # in a function, so that one block is forgotten before the next is there
-    return [size(*item) for item in track(layers.items(), "sizing layers", total=len(layers))]
+    # in a function, so that one layer's tensors are freed before the next one's are there
+    return [size(layer) for layer in track(layers, "sizing layers")]
 
 
 def allocate(sizings: Sequence[Sizing], ratio: float, mac_ratio: float | None = None) -> Allocation:

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from pilon_compress.errors import BadInput
 
-FIRST = {torch.float64: 1e-14, torch.float32: 1e-7}  # relative damping of the first attempt after the plain one
-GROWTH = 10.0
-LARGEST = 1.0
+FIRST_DAMPING = {torch.float64: 1e-14, torch.float32: 1e-7}  # relative damping of the first attempt after the plain one
+DAMPING_GROWTH = 10.0
+MOST_DAMPING = 1.0
 
 
 def damped_cholesky(matrix: Tensor, name: str = "a second moment", upper: bool = False) -> Tensor:
@@ -25,14 +25,14 @@ def damped_cholesky(matrix: Tensor, name: str = "a second moment", upper: bool =
     mean = float(matrix.diagonal().mean())
     if not bool(matrix.any()):
         return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    damping = FIRST.get(matrix.dtype, FIRST[torch.float32])
-    while mean > 0 and damping <= LARGEST:
+    damping = FIRST_DAMPING.get(matrix.dtype, FIRST_DAMPING[torch.float32])
+    while mean > 0 and damping <= MOST_DAMPING:
         damped = matrix.clone()
         damped.diagonal().add_(damping * mean)
         factor, failed = torch.linalg.cholesky_ex(damped, upper=upper)
         if not int(failed) and bool(factor.isfinite().all()):
             return factor
-        damping *= GROWTH
+        damping *= DAMPING_GROWTH
     raise BadInput(f"the calibration statistics of {name} are no second moment: it cannot be converted")
 
 

@@ -12,6 +12,8 @@ to second order; for encoders random directions of the pooled, normalised embedd
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from pilon_compress.io.offload import Shelf
 from pilon_compress.io.progress import track
 from pilon_compress.models.families import Site
 from pilon_compress.models.hidden_states import Stream
+from pilon_compress.models.hooks import hooked
 from pilon_compress.models.source import Source
 from pilon_compress.nn.functional import mean_pooled, rows_at_once
 
@@ -43,30 +46,47 @@ def add_gram(square: Tensor, x: Tensor) -> Tensor:
     return square
 
 
-class SecondMoment:
-    """Running mean (d,) and centred scatter Σ (x-μ)(x-μ)ᵀ (d, d) of the rows it is given.
+class Merge(NamedTuple):
+    """How a batch of rows is merged into running moments.
 
-    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979): every batch is centred on its own mean
-    first, so float32 is accurate even where the mean is large against the spread.
+    centred (N, d): its rows less their mean   shift (d,): its mean less the running one
+    weight: factor on the product of shifts   share: of the batch in the merged count
     """
+
+    centred: Tensor
+    shift: Tensor
+    weight: float
+    share: float
+
+
+def merge(count: int, mean: Tensor, x: Tensor) -> Merge:
+    """Plan the pairwise update of Chan, Golub and LeVeque (1979) of `count` rows of that `mean` by rows `x` (N, d).
+
+    Every batch is centred on its own mean first, so float32 is accurate even where the mean is large against the
+    spread.
+    """
+    batch_mean = x.mean(0)
+    total = count + len(x)
+    return Merge(x - batch_mean, batch_mean - mean, count * len(x) / total, len(x) / total)
+
+
+class SecondMoment:
+    """Running mean (d,) and centred scatter Σ (x-μ)(x-μ)ᵀ (d, d) of the rows it is given, merged by `merge`."""
 
     def __init__(self, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self.count = 0
         self.mean = torch.zeros(dim, dtype=dtype, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=dtype, device=device)
 
-    def update(self, x: Tensor) -> None:
-        """Add rows `x` (N, d)."""
+    def update(self, x: Tensor) -> Merge | None:
+        """Add rows `x` (N, d); returns how, None where there are none."""
         if not len(x):
-            return
-        x = x.to(self.mean.dtype)
-        batch_mean = x.mean(0)
-        centred = x - batch_mean
-        shift = batch_mean - self.mean
-        total = self.count + len(x)
-        add_gram(self.scatter, centred).addr_(shift, shift, alpha=self.count * len(x) / total)
-        self.mean += shift * (len(x) / total)
-        self.count = total
+            return None
+        batch = merge(self.count, self.mean, x.to(self.mean.dtype))
+        add_gram(self.scatter, batch.centred).addr_(batch.shift, batch.shift, alpha=batch.weight)
+        self.mean += batch.shift * batch.share
+        self.count += len(x)
+        return batch
 
     def covariance(self) -> Tensor:
         """Centred second moment E[(x-μ)(x-μ)ᵀ], (d, d) float64."""
@@ -192,8 +212,9 @@ class _Watch:
         self.inputs: dict[str, SecondMoment] = {}
         self.gradients: dict[str, Tensor] = {}
 
-    def see(self, site: Site, x: Tensor, y: Tensor) -> None:
+    def see(self, site: Site, _module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
         """Take the input of a site now, and its output's gradient when it comes."""
+        x = args[0]
         kept = self.masks[self.batch].reshape(-1)
         if site.input == site.name:
             if site.name not in self.inputs:
@@ -230,17 +251,7 @@ class _Watch:
 def _watching(
     block: nn.Module, name: str, sites: Sequence[Site], masks: Sequence[Tensor], dtype: torch.dtype
 ) -> Iterator[_Watch]:
-    """Hooks on the projections of a block."""
+    """Watch the projections of a block, whose name is `name`."""
     watch = _Watch(sites, masks, dtype)
-    handles = []
-    for site in sites:
-
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor, site: Site = site) -> None:
-            watch.see(site, args[0], output)
-
-        handles.append(block.get_submodule(site.name.removeprefix(f"{name}.")).register_forward_hook(hook))
-    try:
+    with hooked(block, after=[(site.name.removeprefix(f"{name}."), partial(watch.see, site)) for site in sites]):
         yield watch
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -7,15 +7,13 @@ each layer once puts their losses on one scale.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from pilon_compress.convert.allocate.block_options import Block
 from pilon_compress.convert.calibrate.second_moments import COPIES
-from pilon_compress.convert.solve.neuron_pruning import refit
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.calibration import sequences, tokens
 from pilon_compress.io.offload import Shelf
@@ -24,7 +22,7 @@ from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.source import Source
 from pilon_compress.nn.functional import kl_divergence, mean_pooled, rows_at_once
 
-SHARE = 1.5  # passes over all of the calibration text that the measurements may cost together
+PASSES = 1.5  # passes over all of the calibration text that the measurements may cost together
 SCORED = 2048  # predictions of a language model, at most: layers are then on one scale to 4 % (docs/log.md)
 
 
@@ -36,7 +34,7 @@ class Sensitivity:
 
     def __init__(self, source: Source, batches: Sequence[Batch], causal: bool, shelf: Shelf | None = None) -> None:
         self.source, self.causal, self.shelf = source, causal, shelf or Shelf()
-        self.stream = Stream(source, _part(batches, SHARE / (len(source.names) / 2 + 2), causal))
+        self.stream = Stream(source, _part(batches, PASSES / (len(source.names) / 2 + 2), causal))
         stream = self.stream.fork()
         for index in track(range(len(source.names)), "reference outputs"):
             with source.block(index) as block:
@@ -45,25 +43,24 @@ class Sensitivity:
             self.shelf.put(name, part)
 
     @torch.no_grad()
-    def measure(self, layer: int, block: Block, neurons: int) -> float:
-        """True loss ÷ predicted loss of leaving `neurons` of the neurons of `layer`; the stream ends behind it."""
-        assert block.down is not None and block.elimination is not None
+    def measure(self, layer: int, change: Callable[[nn.Module], None], predicted: float) -> float:
+        """Return true loss ÷ `predicted` loss of a `change`, in place, to a copy of the block of `layer`.
+
+        Layers are measured first to last.
+        """
         while self.stream.position < layer:
             self._advance(self.stream, self.stream.position)
         stream = self.stream.fork()
-        left, down = block.elimination.left(neurons), block.down
-        weight = refit(block.weights[down.name], block.metrics[down.name], left)
         with self.source.block(layer) as module:
-            ours = copy.deepcopy(module)
-            name = down.name.removeprefix(f"{self.source.names[layer]}.")
-            _trim(ours.get_submodule(name), left, weight, block.means[down.name] if down.bias else None)
-            stream.advance(ours)
+            changed = copy.deepcopy(module)
+            change(changed)
+            stream.advance(changed)
             self.stream.advance(module)
         while stream.position < len(self.source.names):
             self._advance(stream, stream.position)
         lost = [self._distance(part, self.shelf.get(name)) for name, part in self._outputs(stream)]
         tokens = sum(int(mask.sum()) for mask in stream.masks)
-        true, predicted = math.fsum(lost) / tokens, block.elimination.loss(neurons)
+        true = math.fsum(lost) / tokens
         return true / predicted if predicted > 0 and true > 0 else 1.0
 
     def _advance(self, stream: Stream, index: int) -> None:
@@ -105,14 +102,3 @@ def _part(batches: Sequence[Batch], share: float, causal: bool) -> list[Batch]:
     each = max(1, min(largest, round(texts / count)))
     chosen = [batches[round(i * len(batches) / count)] for i in range(count)]
     return [batch.rows(slice(each)) for batch in chosen]
-
-
-def _trim(linear: nn.Module, left: Tensor, weight: Tensor, mean: Tensor | None) -> None:
-    """Let a dense `down` read the neurons `left` only, through `weight` (m, d_out); its bias absorbs the mean error."""
-    kernel = linear.get_parameter("weight")
-    turned = type(linear).__name__ == "Conv1D"
-    dense = (kernel if turned else kernel.T).double()
-    full = torch.zeros_like(dense).index_copy(0, left, weight)
-    if mean is not None:
-        linear.get_parameter("bias").add_((mean @ (dense - full)).to(kernel.dtype))
-    kernel.copy_((full if turned else full.T).to(kernel.dtype))

@@ -3,17 +3,18 @@
 Losses and final weights are computed in float64, in the original coordinates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from pilon_compress.convert.solve.low_rank import Target, balance, square_root
+from pilon_compress.convert.plan import BankPlan
+from pilon_compress.convert.solve.bank_fit import components, weigh
+from pilon_compress.convert.solve.low_rank import Target, balance_factors, square_root
 
-RIDGE = {torch.float32: 1e-6, torch.float64: 1e-9}  # on Jacobi-scaled normal equations
 CG_STEPS = 3
-DAMPING = 1e-3  # of the preconditioner, Jacobi-scaled too: components may be parallel, or dead
+PRECONDITIONER_DAMPING = 1e-3  # of the preconditioner, Jacobi-scaled too: components may be parallel, or dead
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -24,62 +25,37 @@ class Band:
     Banks have K = n·r components in primitive-major order: A (d_in, K), B (K, d_out), and g (L, K) in the layers.
     """
 
-    def __init__(self, targets: list[Target], rank: int, scalar: bool) -> None:
-        self.targets, self.rank, self.scalar = targets, rank, scalar
-        self.inner = [target.gradient if target.gradient is not None else _eye(target.weight.T) for target in targets]
+    def __init__(self, targets: Sequence[Target], plan: BankPlan) -> None:
+        self.targets, self.plan = targets, plan
         total = sum(target.total for target in targets)
         self.scale = 1 / total if total > 0 else 0.0
-        if len(targets) > 1:
-            self._whiten()
+        self._whiten([_eye(t.weight.T) if t.gradient is None else t.gradient for t in targets])
 
-    def _whiten(self) -> None:
+    def _whiten(self, gradients: list[Tensor]) -> None:
         self.left, self.left_inverse = square_root(_damped(torch.stack([t.metric for t in self.targets]).mean(0), 1e-3))
-        self.right, self.right_inverse = square_root(_damped(torch.stack(self.inner).mean(0), 1e-3))
+        self.right, self.right_inverse = square_root(_damped(torch.stack(gradients).mean(0), 1e-3))
         L, R = self.left_inverse, self.right_inverse
         self.C = [(L @ t.metric @ L).float() for t in self.targets]
-        self.G = [(self.scale * R @ gradient @ R).float() for gradient in self.inner]
+        self.G = [(self.scale * R @ gradient @ R).float() for gradient in gradients]
         W = [(self.left @ t.weight @ self.right).float() for t in self.targets]
         self.T = [C @ weight @ G for C, weight, G in zip(self.C, W, self.G, strict=True)]
 
     def whitened(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A (d_in, K) and B (K, d_out) in the coordinates of the fit."""
-        return balance((self.left @ A).float(), (B @ self.right).float())
+        return balance_factors((self.left @ A).float(), (B @ self.right).float())
 
     def original(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The way back, to float64."""
-        return balance(self.left_inverse @ A.double(), B.double() @ self.right_inverse)
+        return balance_factors(self.left_inverse @ A.double(), B.double() @ self.right_inverse)
 
     def compose(self, A: Tensor, B: Tensor, active: Tensor) -> Tensor:
-        """Best g (L, K) for the primitives that are active (L, n), the others zero.
-
-        A and B in float32 are in the coordinates of the fit, in float64 in the original ones.
-        """
+        """Best g (L, K), in the coordinates of the fit, for the primitives that are active (L, n), the others zero."""
         g = torch.zeros(len(self.targets), A.shape[1], dtype=A.dtype, device=A.device)
-        for index, target in enumerate(self.targets):
-            if A.dtype == torch.float64:
-                C, G = target.metric, self.scale * self.inner[index]
-                T = C @ target.weight @ G
-            else:
-                C, G, T = self.C[index], self.G[index], self.T[index]
-            used = self.components(active[index])
+        for index, (C, G, T) in enumerate(zip(self.C, self.G, self.T, strict=True)):
+            used = components(active[index], self.plan.rank)
             a, b = A[:, used], B[used]
-            g[index, used] = self.weigh((a.T @ C @ a) * (b @ G @ b.T), ((a.T @ T) * b).sum(1))
+            g[index, used] = weigh((a.T @ C @ a) * (b @ G @ b.T), ((a.T @ T) * b).sum(1), self.plan)
         return g
-
-    def components(self, active: Tensor) -> Tensor:
-        """Indices of the components of the primitives that are active (n,)."""
-        return active.repeat_interleave(self.rank).nonzero()[:, 0]
-
-    def weigh(self, gram: Tensor, right: Tensor) -> Tensor:
-        """Best weights of some primitives' components, from their normal equations; tied within each where scalar."""
-        if not self.scalar:
-            return _solve(gram, right)
-        n = len(right) // self.rank
-        tied = gram.reshape(n, self.rank, n, self.rank).sum((1, 3))
-        return _solve(tied, right.reshape(n, self.rank).sum(1)).repeat_interleave(self.rank)
-
-    def losses(self, A: Tensor, B: Tensor, g: Tensor) -> list[float]:
-        return [t.loss((A * row) @ B) for t, row in zip(self.targets, g, strict=True)]
 
     def alternate(self, A: Tensor, B: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """B for these A and g, then A for these B and g, each by a few preconditioned conjugate gradients."""
@@ -101,7 +77,7 @@ class Band:
             A,
             lambda X: X @ right_inverse,
         )
-        return balance(A, B)
+        return balance_factors(A, B)
 
 
 class Point:
@@ -115,7 +91,7 @@ class Point:
         self.band, self.x = band, x
         d_in = len(band.C[0])
         self.A, self.B = x[:d_in], x[d_in:].T
-        self.used = [band.components(row) for row in active]
+        self.used = [components(row, band.plan.rank) for row in active]
         self.parts = []
         loss = 1.0
         for C, G, T, used in zip(band.C, band.G, band.T, self.used, strict=True):
@@ -123,7 +99,7 @@ class Point:
             CA, BG, TB = C @ a, b @ G, T @ b.T
             M, N, right = a.T @ CA, BG @ b.T, (a * TB).sum(0)
             gram = M * N
-            g = band.weigh(gram, right)
+            g = weigh(gram, right, band.plan)
             loss += float((g.double() * (gram @ g - 2 * right).double()).sum())
             self.parts.append((g, CA, BG, TB, g[:, None] * M * g, g[:, None] * N * g))
         self.loss = loss
@@ -155,19 +131,11 @@ class Point:
         return torch.cat([z[:d_in] @ left, z[d_in:] @ right])
 
 
-def _solve(gram: Tensor, right: Tensor) -> Tensor:
-    """Least squares; after Jacobi scaling one ridge fits strong and weak."""
-    scale = gram.diagonal().clamp_min(0).sqrt()
-    inverse = torch.where(scale > 0, 1 / scale.clamp_min(1e-30), torch.zeros_like(scale))
-    scaled = inverse[:, None] * gram * inverse + RIDGE[gram.dtype] * _eye(gram)
-    return inverse * torch.linalg.solve(scaled, inverse * right)
-
-
 def _inverse(gram: Tensor) -> Tensor:
     """Damped after Jacobi scaling; zero for rows of zeros."""
     scale = gram.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale.clamp_min(1e-30), torch.zeros_like(scale))
-    scaled = inverse[:, None] * gram * inverse + DAMPING * _eye(gram)
+    scaled = inverse[:, None] * gram * inverse + PRECONDITIONER_DAMPING * _eye(gram)
     return inverse[:, None] * torch.linalg.inv(scaled) * inverse
 
 

@@ -11,16 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pilon_compress.convert.allocate.block_options import Block
 from pilon_compress.convert.allocate.budget import Allocation, Sizing
-from pilon_compress.convert.calibrate.second_moments import Moments
 from pilon_compress.convert.plan import BankPlan, Plan, down_of, trimmed
-from pilon_compress.convert.sharing.joint_fit import BankFit, fit_bank
+from pilon_compress.convert.sharing.joint_fit import fit_bank
 from pilon_compress.convert.sharing.neuron_alignment import align
+from pilon_compress.convert.solve.bank_fit import BankFit
+from pilon_compress.convert.solve.feed_forward import Dense, FeedForward
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.io.progress import track
 from pilon_compress.models.families import Site
-from pilon_compress.models.source import Source
 from pilon_compress.nn.sizing import RANKS, UNLIMITED, BankBudget, size_bank
 
 WIDER = (1.25, 1.6, 1e9)  # a shared block keeps so many times the neurons that its layers have alone; at last all
@@ -39,10 +38,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What trials need: the dense model, its moments, and how banks are fitted."""
+    """What trials need: the dense model, and how banks are fitted."""
 
-    source: Source
-    moments: Moments
+    dense: Dense
     sweeps: int
     seed: int = 0
     align: bool = False
@@ -92,11 +90,7 @@ class Sharing:
 
     def trial(self, sizings: Sequence[Sizing], neurons: int | None, stored: int, band: int) -> Trial | None:
         """One bank per role for layers with `neurons` each, within `stored` numbers; None if that is too few."""
-        blocks = []
-        for sizing in sizings:
-            with self.source.block(sizing.layer) as module:
-                name = self.source.names[sizing.layer]
-                blocks.append(Block(sizing.layer, sizing.sites, module, name, self.moments))
+        blocks = [self.dense.read(sizing.layer) for sizing in sizings]
         left = [sizing.left(neurons) for sizing in sizings]
         if self.align:
             left = _matched(blocks, left)
@@ -119,7 +113,7 @@ class Sharing:
         return Trial(banks, left, losses)
 
 
-def _matched(blocks: Sequence[Block], left: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _matched(blocks: Sequence[FeedForward], left: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The same neurons, each layer's in the order that matches the others'."""
     features, kept = [], []
     for block, some in zip(blocks, left, strict=True):

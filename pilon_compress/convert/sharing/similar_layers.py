@@ -5,26 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pilon_compress.convert.allocate.block_options import Block
 from pilon_compress.convert.allocate.budget import Sizing
-from pilon_compress.convert.calibrate.second_moments import Moments
+from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.convert.solve.low_rank import Target, square_root
 from pilon_compress.io.progress import track
-from pilon_compress.models.source import Source
 
-SHARE = 0.25  # of the directions of the hidden space: a subspace that tells layers apart
+SUBSPACE_SHARE = 0.25  # of the directions of the hidden space: a subspace that tells layers apart
 LARGEST = 4  # layers of a band
 
 
-def similar_bands(
-    source: Source, sizings: Sequence[Sizing], moments: Moments, largest: int = LARGEST
-) -> list[list[int]]:
+def similar_bands(dense: Dense, sizings: Sequence[Sizing], largest: int = LARGEST) -> list[list[int]]:
     """Bands of up to `largest` layers of the same shapes, by the subspaces of their projections."""
     spaces: dict[int, list[Tensor]] = {}
     shapes: dict[tuple[tuple[str, int, int], ...], list[int]] = {}
     for sizing in track(sizings, "comparing layers"):
-        with source.block(sizing.layer) as module:
-            block = Block(sizing.layer, sizing.sites, module, source.names[sizing.layer], moments)
+        block = dense.read(sizing.layer)
         spaces[sizing.layer] = [subspace(block.target(site, None)) for site in sizing.sites]
         shape = tuple((site.role, site.d_in, site.d_out) for site in sizing.sites)
         shapes.setdefault(shape, []).append(sizing.layer)
@@ -43,7 +38,7 @@ def subspace(target: Target) -> Tensor:
     of down. The inner neurons of different layers have no common order.
     """
     A, B, _ = target.two_sided
-    count = max(1, round(SHARE * min(target.weight.shape)))
+    count = max(1, round(SUBSPACE_SHARE * min(target.weight.shape)))
     if A.shape[0] <= B.shape[1]:
         root = square_root(target.metric)[0]
         return root @ A[:, :count]

@@ -8,20 +8,20 @@ that are fixed beforehand. What the error costs behind the output (G of `convert
 move."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pilon_compress.convert.calibrate.damping import damped_cholesky, damped_inverse, damped_solve
 from pilon_compress.convert.plan import BankPlan
-from pilon_compress.convert.sharing.joint_fit import BankFit, recompose
+from pilon_compress.convert.solve.bank_fit import BankFit, recompose
 from pilon_compress.convert.solve.low_rank import Target, damped
 from pilon_compress.nn.integer import KINDS, Kind, spread
 
-BLOCK = 128  # rows whose moves reach the rows behind them in one product
+ROWS_PER_PRODUCT = 128  # rows whose moves reach the rows behind them in one product
 SHRINKS = torch.linspace(1.0, 0.5, 21).tolist()  # of the scale that nothing is clipped by
-LEAST = 1e-12
+LEAST_SCALE = 1e-12
 
 
 @dataclass
@@ -66,7 +66,7 @@ def scales(weight: Tensor, kind: Kind) -> Tensor:
 
 def _stored(scale: Tensor) -> Tensor:
     """As bfloat16 has it, and never zero."""
-    scale = torch.where(scale.abs() < LEAST, torch.full_like(scale, LEAST), scale)
+    scale = torch.where(scale.abs() < LEAST_SCALE, torch.full_like(scale, LEAST_SCALE), scale)
     return scale.to(torch.bfloat16).to(scale.dtype)
 
 
@@ -77,8 +77,8 @@ def round_rows(weight: Tensor, scale: Tensor, metric: Tensor, limits: tuple[int,
     inverse = damped_inverse(metric[order][:, order])
     U = damped_cholesky(inverse, upper=True)
     codes = torch.empty_like(W)
-    for start in range(0, len(W), BLOCK):
-        stop = min(start + BLOCK, len(W))
+    for start in range(0, len(W), ROWS_PER_PRODUCT):
+        stop = min(start + ROWS_PER_PRODUCT, len(W))
         errors = torch.empty_like(W[start:stop])
         for row in range(start, stop):
             codes[row] = (W[row] / scale[row]).round().clamp(*limits)
@@ -105,8 +105,10 @@ def round_matrix(target: Target, quantization: str) -> Rounded:
     return Rounded(codes.to(torch.int8)[None], scale, quantization)
 
 
-def round_bank(fit: BankFit, targets: Sequence[Target], plan: BankPlan, quantization: str) -> tuple[Rounded, Rounded]:
-    """Round the bank of `fit`, in place, for the layers that compose it; A, and B as (n, d_out, r).
+def round_bank(
+    fit: BankFit, targets: Sequence[Target], plan: BankPlan, quantization: str
+) -> tuple[BankFit, Rounded, Rounded]:
+    """Round the bank of `fit` for the layers that compose it: the fit with those numbers, A, and B as (n, d_out, r).
 
     A in the metric of the inputs. B, of a bank of one layer fitted anew to the rounded A, in that of the latent; then
     the compositions are fitted anew.
@@ -118,7 +120,7 @@ def round_bank(fit: BankFit, targets: Sequence[Target], plan: BankPlan, quantiza
     scale = scales(columns[None], kind)
     codes = round_rows(columns, spread(scale.double(), d_in, kind)[0], damped(inputs), kind.range)
     A = Rounded(_by_primitive(codes, n).to(torch.int8), _by_primitive(scale[0], n), quantization)
-    fit.A = A.values
+    fit = replace(fit, A=A.values)
     columns = fit.A.permute(1, 0, 2).reshape(d_in, n * r)
     gains = _gains(fit, len(targets))
     grams = [columns.T @ target.metric @ columns for target in targets]
@@ -132,10 +134,10 @@ def round_bank(fit: BankFit, targets: Sequence[Target], plan: BankPlan, quantiza
     whole = spread(scale.double(), rows.shape[1], kind)[0].T
     codes = round_rows(rows, whole, latent, kind.range)
     B = Rounded(_by_primitive(codes.T, n).to(torch.int8), _by_primitive(scale[0], n), quantization)
-    fit.B = B.values.transpose(1, 2)
+    fit = replace(fit, B=B.values.transpose(1, 2))
     for place, target in enumerate(targets):
-        recompose(fit, place, target, plan)
-    return A, B
+        fit = fit.recomposed(place, recompose(fit, place, target, plan))
+    return fit, A, B
 
 
 def _by_primitive(columns: Tensor, n: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pilon_compress.convert.solve.eigen import eigenvalues, eigenvectors
 
-DAMPING = 1e-2  # of the mean diagonal: orients directions that the calibration text hardly reaches (docs/log.md)
+METRIC_DAMPING = 1e-2  # of the mean diagonal: orients directions that the calibration text hardly reaches (docs/log.md)
 
 
 def damped(moment: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def damped(moment: Tensor) -> Tensor:
     mean = moment.diagonal().mean()
     if not mean > 0:
         return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    moment.diagonal().add_(DAMPING * mean)
+    moment.diagonal().add_(METRIC_DAMPING * mean)
     return moment
 
 
@@ -174,9 +174,9 @@ class Target:
         """A (d_in, r) and B (r, d_out) of the best rank r by `method`: svd, whitened-svd, or pilon (two-sided)."""
         if method == "pilon":
             A, B, _ = self.two_sided
-            return balance(A[:, :rank], B[:rank])
+            return balance_factors(A[:, :rank], B[:rank])
         V = (self.plain if method == "svd" else self.whitened)[0][:, :rank]
-        return balance(self.weight @ V, V.T)
+        return balance_factors(self.weight @ V, V.T)
 
     def truncated(self, method: str, rank: int) -> Tensor:
         """Ŵ (d_in, d_out) of the given rank."""
@@ -199,7 +199,7 @@ def _eigenvectors(square: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.flip(1), values.flip(0).clamp_min(0)
 
 
-def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def balance_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Rescale A (d_in, K) and B (K, d_out) so that column and row norms agree: half precision is safe then."""
     left, right = A.norm(dim=0), B.norm(dim=1)
     alive = (left > 0) & (right > 0)

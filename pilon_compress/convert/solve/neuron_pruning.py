@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pilon_compress.convert.calibrate.damping import damped_cholesky, damped_inverse, damped_solve
 
-COMPACT = 0.75  # of the rows are left before those of neurons that are gone are cut away
-SHARE = 0.03  # of the neurons that are left go at once; their joint cost is exact, their choice is not
+COMPACT_BELOW = 0.75  # compact W and C once fewer of their rows belong to remaining neurons
+NEURONS_PER_STEP = 0.03  # share of the remaining neurons: their joint loss is exact, the selection greedy
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def eliminate(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Elimination:
     costs: list[float] = []
     total = 0.0
     while count:
-        size = max(1, int(SHARE * count))
+        size = max(1, int(NEURONS_PER_STEP * count))
         single = (W.square().sum(1) / C.diagonal().clamp_min(1e-300)).masked_fill(~alive, torch.inf)
         gone = single.topk(size, largest=False).indices
         rows, side = W[gone], C[:, gone]
@@ -66,7 +66,9 @@ def eliminate(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Elimination:
         order.append(names[gone])
         alive[gone] = False
         count -= size
-        if count <= COMPACT * len(W):  # copies cost as much as the products: rows of the gone are zero, and may stay
+        if count <= COMPACT_BELOW * len(
+            W
+        ):  # copies cost as much as the products: rows of the gone are zero, and may stay
             kept = alive.nonzero()[:, 0]
             names, alive, W, C, side = names[kept], alive[kept], W[kept], C[kept[:, None], kept], side[kept]
             lift = torch.cat([lift[:, : W.shape[1]], lift[:, W.shape[1] :][:, kept]], 1)

@@ -9,59 +9,62 @@ For up and gate t = x W (the anchored objective of AA-SVD, 2026). For down, t al
 has lost: it is the dense model's sum after the block less the converted model's sum before it.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pilon_compress.convert.calibrate.damping import damped_cholesky
-from pilon_compress.convert.calibrate.second_moments import add_gram
-from pilon_compress.convert.solve.low_rank import DAMPING, Target, damped
+from pilon_compress.convert.calibrate.second_moments import SecondMoment, merge
+from pilon_compress.convert.solve.low_rank import METRIC_DAMPING, Target, damped
 from pilon_compress.models.hidden_states import Stream
+from pilon_compress.models.hooks import Before, hooked
 
 SKIPPED = (nn.Dropout, nn.Identity)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cross:
-    """Running means and centred cross moments of paired rows x̂ (N, d) and t (N, o), merged batch by batch."""
+    """Moments of paired rows x̂ (N, d) and t (N, o): those of `inputs`, the mean of t (o,), cross scatter (d, o)."""
 
-    count: int
-    mean_x: Tensor
-    mean_t: Tensor
-    xx: Tensor
-    xt: Tensor
+    inputs: SecondMoment
+    mean: Tensor
+    scatter: Tensor
 
     @classmethod
     def empty(cls, d: int, o: int, like: Tensor) -> "Cross":
-        zeros = like.new_zeros
-        return cls(0, zeros(d), zeros(o), zeros(d, d), zeros(d, o))
+        return cls(SecondMoment(d, like.dtype, like.device), like.new_zeros(o), like.new_zeros(d, o))
 
     def update(self, x: Tensor, t: Tensor) -> None:
-        """Pairwise update as in `moments.SecondMoment`."""
-        if not len(x):
+        """Add paired rows."""
+        count = self.inputs.count
+        batch = self.inputs.update(x)
+        if batch is None:
             return
-        mean_x, mean_t = x.mean(0), t.mean(0)
-        x, t = x - mean_x, t - mean_t
-        shift_x, shift_t = mean_x - self.mean_x, mean_t - self.mean_t
-        total = self.count + len(x)
-        weight = self.count * len(x) / total
-        add_gram(self.xx, x).addr_(shift_x, shift_x, alpha=weight)
-        self.xt.addmm_(x.T, t).addr_(shift_x, shift_t, alpha=weight)
-        self.mean_x += shift_x * (len(x) / total)
-        self.mean_t += shift_t * (len(x) / total)
-        self.count = total
+        other = merge(count, self.mean, t)
+        self.scatter.addmm_(batch.centred.T, other.centred).addr_(batch.shift, other.shift, alpha=batch.weight)
+        self.mean.add_(other.shift * other.share)
+
+    def through(self, weight: Tensor) -> "Cross":
+        """Return the moments with t W in the place of t, for a weight (o, d_out)."""
+        return Cross(self.inputs, self.mean @ weight, self.scatter @ weight)
 
     def target(self, start: Target, centred: bool) -> Target:
-        """The anchored problem that replaces `start`, whose weight is what no evidence leaves in place."""
-        xx, xt = self.xx.double() / self.count, self.xt.double() / self.count
-        if not centred:
-            mean_x, mean_t = self.mean_x.double(), self.mean_t.double()
-            xx, xt = xx + torch.outer(mean_x, mean_x), xt + torch.outer(mean_x, mean_t)
-        ridge = float(DAMPING * xx.diagonal().mean())
+        """Return the least-squares target given the errors of the layers already converted.
+
+        `start.weight` is the ridge prior: directions without calibration evidence keep it.
+        """
+        xt = self.scatter.double() / self.inputs.count
+        if centred:
+            xx = self.inputs.covariance()
+        else:
+            xx = self.inputs.second_moment()
+            xt = xt + torch.outer(self.inputs.mean.double(), self.mean.double())
+        ridge = float(METRIC_DAMPING * xx.diagonal().mean())
         if not ridge > 0:  # inputs that never vary, those of dead neurons: no evidence
             return replace(start, metric=damped(xx), metric_root=None)
         xx.diagonal().add_(ridge)
@@ -71,39 +74,37 @@ class Cross:
 
     def bias(self, weight: Tensor) -> Tensor:
         """The bias that makes the mean output error zero: E t - E x̂ Ŵ."""
-        return self.mean_t.double() - self.mean_x.double() @ weight
+        return self.mean.double() - self.inputs.mean.double() @ weight
 
 
 class Pair:
     """A dense block and the converted one in its place, run side by side on their own streams."""
 
-    def __init__(self, dense: nn.Module, ours: nn.Module, theirs: Stream, stream: Stream) -> None:
-        self.dense, self.ours, self.theirs, self.stream = dense, ours, theirs, stream
+    def __init__(self, dense: nn.Module, converted: nn.Module, theirs: Stream, stream: Stream) -> None:
+        self.dense, self.converted, self.theirs, self.stream = dense, converted, theirs, stream
         self.sums: list[Tensor] = []  # the dense residual sum that `down` adds to
 
     @torch.no_grad()
-    def inputs(self, projections: Sequence[str], down: str | None) -> dict[str, Cross]:
+    def inputs(self, projections: Sequence[str] = (), down: str | None = None) -> dict[str, Cross]:
         """Cross moments of the inputs that `projections` (names inside the block) read in both streams.
 
         Runs the dense block for good: its stream moves on batch by batch, and the sums after `down` are remembered.
         """
         crosses: dict[str, Cross] = {}
         for index, mask in enumerate(self.stream.block_masks):
-            with ExitStack() as stack:
-                seen = [stack.enter_context(_Notes(self.dense, projections, down))]
+            with _noting(self.dense, projections, down) as dense:
                 output = self.theirs.call(self.dense, index, self.theirs.hidden[index])
-                if projections:
-                    seen.append(stack.enter_context(_Notes(self.ours, projections, None, stop=True)))
-                    with suppress(_Enough):
-                        self.stream.call(self.ours, index, self.stream.hidden[index])
+            if projections:
+                with _noting(self.converted, projections, stop=True) as converted, suppress(_Enough):
+                    self.stream.call(self.converted, index, self.stream.hidden[index])
             for name in projections:
-                x, t = (_rows(notes.inputs[name], mask) for notes in reversed(seen))
+                x, t = (_rows(notes.inputs[name], mask) for notes in (converted, dense))
                 if name not in crosses:
                     crosses[name] = Cross.empty(x.shape[1], t.shape[1], x)
                 crosses[name].update(x, t)
             self.theirs.hidden[index] = output
             if down is not None:
-                self.sums.append(seen[0].sum(self.stream.turned(output)))
+                self.sums.append(dense.sum(self.stream.turned(output)))
         return crosses
 
     @torch.no_grad()
@@ -111,8 +112,8 @@ class Pair:
         """Cross moments of what `down` reads in the converted block and what it should put out."""
         cross: Cross | None = None
         for index, mask in enumerate(self.stream.block_masks):
-            with _Notes(self.ours, [down], down) as notes:
-                output = self.stream.call(self.ours, index, self.stream.hidden[index])
+            with _noting(self.converted, [down], down) as notes:
+                output = self.stream.call(self.converted, index, self.stream.hidden[index])
             residual = notes.sum(self.stream.turned(output)) - notes.output
             x, t = _rows(notes.inputs[down], mask), _rows(self.sums[index] - residual, mask)
             cross = cross or Cross.empty(x.shape[1], t.shape[1], x)
@@ -120,10 +121,20 @@ class Pair:
         assert cross is not None
         return cross
 
+    def replace(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
+        """Let the converted block compute with this weight (d_in, d_out) and bias from here on."""
+        d_in, d_out = weight.shape
+        linear = nn.Linear(d_in, d_out, bias=bias is not None, device="meta")
+        like: Any = self.dense.get_submodule(name).weight
+        linear.weight = nn.Parameter(weight.T.to(like).contiguous(), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.to(like), requires_grad=False)
+        self.converted.set_submodule(name, linear)
+
     def finish(self) -> None:
         """Move both streams behind the block."""
         self.theirs.position += 1
-        self.stream.advance(self.ours)
+        self.stream.advance(self.converted)
 
 
 class _Enough(Exception):
@@ -131,50 +142,44 @@ class _Enough(Exception):
 
 
 class _Notes:
-    """Inputs of some projections of a block while it runs; of `down` also the output, and the sum that it goes into.
+    """Inputs of some projections while their block runs; of `down` also the output, and the sum that it goes into."""
 
-    With `stop` the block is left, by `_Enough`, as soon as the inputs are known.
-    """
-
-    def __init__(self, block: nn.Module, projections: Sequence[str], down: str | None, stop: bool = False) -> None:
-        self.block, self.projections, self.down, self.stop = block, projections, down, stop
+    def __init__(self, enough: int | None) -> None:
+        self.enough = enough  # inputs after which the block is left
         self.inputs: dict[str, Tensor] = {}
         self.output: Tensor = torch.empty(0)
         self.after: Tensor | None = None  # the input of the first module that runs on what came of `down`
 
-    def __enter__(self) -> "_Notes":
-        self.handles = []
-        for name in self.projections:
-            module = self.block.get_submodule(name)
-            self.handles.append(module.register_forward_pre_hook(lambda _m, args, n=name: self._see(n, args[0])))
-        if self.down is not None:
-            down = self.block.get_submodule(self.down)
-            self.handles.append(down.register_forward_hook(self._put_out))
-            for module in self.block.modules():
-                if module is not self.block and not any(True for _ in module.children()):
-                    self.handles.append(module.register_forward_pre_hook(self._next))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _see(self, name: str, x: Tensor) -> None:
-        self.inputs[name] = x
-        if self.stop and len(self.inputs) == len(self.projections):
+    def see(self, name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.inputs[name] = args[0]
+        if len(self.inputs) == self.enough:
             raise _Enough
 
-    def _put_out(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+    def put_out(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         self.output, self.after = output, None
 
-    def _next(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def next(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         ran = self.output.numel() > 0
         if ran and self.after is None and not isinstance(module, SKIPPED) and args and torch.is_tensor(args[0]):
             self.after = args[0]
 
     def sum(self, output: Tensor) -> Tensor:
-        """What `down`'s output becomes part of: the input of the norm behind it, or else the block's output."""
+        """The residual sum that `down` adds to: the input of the norm behind it, or else the block's output."""
         return (output if self.after is None else self.after).reshape(self.output.shape)
+
+
+@contextmanager
+def _noting(
+    block: nn.Module, projections: Sequence[str], down: str | None = None, stop: bool = False
+) -> Iterator[_Notes]:
+    """Note the inputs of `projections`. With `stop` the block is left, by `_Enough`, once they are known."""
+    notes = _Notes(len(projections) if stop else None)
+    before: list[tuple[str, Before]] = [(name, partial(notes.see, name)) for name in projections]
+    if down is not None:
+        leaves = (name for name, module in block.named_modules() if name and not any(True for _ in module.children()))
+        before += [(name, notes.next) for name in leaves]
+    with hooked(block, before, [] if down is None else [(down, notes.put_out)]):
+        yield notes
 
 
 def _rows(x: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,197 @@
+"""Banks as their layers compose from them: each layer's own best factors, and the best composition of a given bank.
+
+    W_l ≈ A diag(g_l) B       A (d_in, K)   B (K, d_out)   g_l (K,), zero outside the primitives of layer l;   K = n·r
+
+Components are in primitive-major order. Layers that share more than they own are fitted jointly (`convert.sharing`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pilon_compress.convert.plan import BankPlan
+from pilon_compress.convert.solve.low_rank import Target
+
+RIDGE = {torch.float32: 1e-6, torch.float64: 1e-9}  # on Jacobi-scaled normal equations
+
+
+@dataclass(frozen=True)
+class BankFit:
+    """A fitted bank and each layer's composition, float64.
+
+    A (n, d_in, r)   B (n, r, d_out)   selected (L, k)   weight (L, k, r) or (L, k, 1)
+    energy (L, n): power that each primitive brings to each layer's output, in units of the dense output's
+    losses, private_losses: per layer, of the fit and of the layers' own factors
+    """
+
+    A: Tensor
+    B: Tensor
+    selected: Tensor
+    weight: Tensor
+    energy: Tensor
+    losses: list[float]
+    private_losses: list[float]
+
+    def pack(self) -> dict[str, Tensor]:
+        """Return all of it as tensors by name, for the journal."""
+        lists = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("losses", "private_losses")}
+        return {name: getattr(self, name) for name in ("A", "B", "selected", "weight", "energy")} | lists
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor]) -> "BankFit":
+        """Read what `pack` returned."""
+        lists = {name: tensors[name].tolist() for name in ("losses", "private_losses")}
+        return cls(**{**tensors, **lists})  # type: ignore[arg-type]
+
+    def approximation(self, place: int) -> Tensor:
+        """Compose W (d_in, d_out) for the `place`-th layer of the band."""
+        chosen = self.selected[place]
+        return torch.einsum(
+            "kir,kr,kro->io", self.A[chosen], self.weight[place].expand(-1, self.A.shape[2]), self.B[chosen]
+        )
+
+    def recomposed(self, place: int, weight: Tensor) -> "BankFit":
+        """Return the fit with another composition weight (k, r) or (k, 1) for the `place`-th layer."""
+        changed = self.weight.clone()
+        changed[place] = weight
+        return replace(self, weight=changed)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Components of a bank: A (d_in, K), B (K, d_out), g (L, K), active (L, n): primitives that each layer selects."""
+
+    A: Tensor
+    B: Tensor
+    g: Tensor
+    active: Tensor
+
+
+def fit_private(targets: Sequence[Target], plan: BankPlan, method: str = "pilon") -> BankFit:
+    """Fill a bank with its layers' own best factors by `method`: svd, whitened-svd or pilon (two-sided)."""
+    if len(targets) == plan.n_primitives == 1 and method == "pilon":
+        return _alone(targets[0], plan)
+    factors, private_losses = private_factors(targets, plan, method)
+    return packed(targets, factors, plan, losses(targets, factors), private_losses)
+
+
+def _alone(target: Target, plan: BankPlan) -> BankFit:
+    """One primitive for one layer: the target's best factors as they are, and the loss that its eigenvalues tell."""
+    A, B = _padded(target, "pilon", plan.rank)
+    power = (((target.metric @ A) * A).sum(0) * B.square().sum(1)).sum() / max(target.power, 1e-300)
+    loss = [float(target.two_sided[2][plan.rank :].sum())]
+    weight = A.new_ones(1, 1, 1 if plan.composition == "scalar" else plan.rank)
+    selected = torch.zeros(1, 1, dtype=torch.long, device=A.device)
+    return BankFit(A[None], B[None], selected, weight, power.reshape(1, 1), loss, loss)
+
+
+def _padded(target: Target, method: str, count: int) -> tuple[Tensor, Tensor]:
+    """`count` components, zeros beyond the directions that the matrix has."""
+    A, B = target.components(method, count)
+    short = count - A.shape[1]
+    return pad(A, (0, short)), pad(B, (0, 0, 0, short))
+
+
+def private_factors(targets: Sequence[Target], plan: BankPlan, method: str = "pilon") -> tuple[Factors, list[float]]:
+    """The layers' own best factors side by side, each layer composing its own primitives; and their losses.
+
+    Spare top-k slots take primitives of the layers after, in a ring, the weakest first: those have least to lose by
+    becoming something else, and serve two layers best (docs/log.md). Least squares may use or leave them.
+    """
+    layers, n, r = len(targets), plan.n_primitives, plan.rank
+    owned = [n // layers + (index < n % layers) for index in range(layers)]
+    parts = [_padded(target, method, count * r) for target, count in zip(targets, owned, strict=True)]
+    A, B = torch.cat([a for a, _ in parts], 1), torch.cat([b for _, b in parts])
+    owner = torch.repeat_interleave(torch.arange(layers), torch.tensor(owned)).to(A.device)
+    own = owner == torch.arange(layers, device=A.device)[:, None]
+    onehot = own.repeat_interleave(r, dim=1).double()
+    active = torch.zeros_like(own)
+    for index in range(layers):
+        others = [own[(index + step) % layers].nonzero()[:, 0].flip(0) for step in range(1, layers)]
+        active[index, torch.cat([own[index].nonzero()[:, 0], *others])[: plan.top_k]] = True
+    private_losses = losses(targets, Factors(A, B, onehot, own))
+    g = compose(targets, A, B, active, plan)
+    composed = losses(targets, Factors(A, B, g, active))
+    for index in range(layers):  # rounding in least squares must not spoil an exact private solution
+        if composed[index] > private_losses[index] and bool((own[index] <= active[index]).all()):
+            g[index] = onehot[index]
+    return Factors(A, B, g, active), private_losses
+
+
+def losses(targets: Sequence[Target], factors: Factors) -> list[float]:
+    """Return each layer's loss in its own metric."""
+    return [t.loss((factors.A * row) @ factors.B) for t, row in zip(targets, factors.g, strict=True)]
+
+
+def compose(targets: Sequence[Target], A: Tensor, B: Tensor, active: Tensor, plan: BankPlan) -> Tensor:
+    """Solve for the best g (L, K), float64, with the primitives that are active (L, n); the others are zero."""
+    total = sum(target.total for target in targets)
+    scale = 1 / total if total > 0 else 0.0
+    g = torch.zeros(len(targets), A.shape[1], dtype=A.dtype, device=A.device)
+    for index, target in enumerate(targets):
+        gradient = torch.eye(B.shape[1], dtype=B.dtype, device=B.device)
+        C, G = target.metric, scale * (gradient if target.gradient is None else target.gradient)
+        T = C @ target.weight @ G
+        used = components(active[index], plan.rank)
+        a, b = A[:, used], B[used]
+        g[index, used] = weigh((a.T @ C @ a) * (b @ G @ b.T), ((a.T @ T) * b).sum(1), plan)
+    return g
+
+
+def recompose(fit: BankFit, place: int, target: Target, plan: BankPlan) -> Tensor:
+    """Fit the composition of the `place`-th layer to another `target`: weight (k, r), or (k, 1) where scalar."""
+    n, d_in, r = fit.A.shape
+    active = torch.zeros(1, n, dtype=torch.bool, device=fit.A.device)
+    active[0, fit.selected[place]] = True
+    g = compose([target], fit.A.permute(1, 0, 2).reshape(d_in, n * r), fit.B.reshape(n * r, -1), active, plan)
+    weight = g.reshape(n, r)[fit.selected[place]]
+    return weight[:, :1] if plan.composition == "scalar" else weight
+
+
+def components(active: Tensor, rank: int) -> Tensor:
+    """Return the indices of the components of the primitives that are active (n,)."""
+    return active.repeat_interleave(rank).nonzero()[:, 0]
+
+
+def weigh(gram: Tensor, right: Tensor, plan: BankPlan) -> Tensor:
+    """Solve the normal equations of some primitives' components; their weights are tied within each where scalar."""
+    if plan.composition != "scalar":
+        return _least_squares(gram, right)
+    n = len(right) // plan.rank
+    tied = gram.reshape(n, plan.rank, n, plan.rank).sum((1, 3))
+    return _least_squares(tied, right.reshape(n, plan.rank).sum(1)).repeat_interleave(plan.rank)
+
+
+def _least_squares(gram: Tensor, right: Tensor) -> Tensor:
+    """Least squares; after Jacobi scaling one ridge fits strong and weak."""
+    scale = gram.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale.clamp_min(1e-30), torch.zeros_like(scale))
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    scaled = inverse[:, None] * gram * inverse + RIDGE[gram.dtype] * eye
+    return inverse * torch.linalg.solve(scaled, inverse * right)
+
+
+def usage(targets: Sequence[Target], factors: Factors) -> Tensor:
+    """Return (L, K): power of each component in each layer's output, in units of the dense output's."""
+    A, B, rows = factors.A, factors.B, []
+    for target, row in zip(targets, factors.g, strict=True):
+        power = float(((target.metric @ target.weight) * target.weight).sum())
+        rows.append(row.square() * ((target.metric @ A) * A).sum(0) * B.square().sum(1) / max(power, 1e-300))
+    return torch.stack(rows)
+
+
+def packed(
+    targets: Sequence[Target], factors: Factors, plan: BankPlan, found: list[float], private_losses: list[float]
+) -> BankFit:
+    """Arrange factors as primitives, selections and weights; `found` are their losses."""
+    n, r, layers = plan.n_primitives, plan.rank, len(targets)
+    selected = torch.stack([row.nonzero()[:, 0] for row in factors.active])
+    weight = factors.g.reshape(layers, n, r).gather(1, selected[:, :, None].expand(-1, -1, r))
+    if plan.composition == "scalar":
+        weight = weight[:, :, :1]
+    A = factors.A.reshape(-1, n, r).permute(1, 0, 2).contiguous()
+    energy = usage(targets, factors).reshape(layers, n, r).sum(2)
+    return BankFit(A, factors.B.reshape(n, r, -1), selected, weight, energy, found, private_losses)

@@ -1,0 +1,183 @@
+"""One layer's projections, each in its plan's shape: up and gate first, since what they do decides what down reads."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pilon_compress.convert.plan import BankPlan
+from pilon_compress.convert.solve.bank_fit import fit_private, recompose
+from pilon_compress.convert.solve.feed_forward import FeedForward
+from pilon_compress.convert.solve.gptq import round_bank, round_matrix
+from pilon_compress.convert.solve.low_rank import Target
+from pilon_compress.convert.solve.sequential_targets import Cross, Pair
+from pilon_compress.convert.solve.solved import SolvedBank, SolvedLayer, SolvedProjection, Weights
+from pilon_compress.models.families import Site
+from pilon_compress.nn.sizing import affordable
+
+
+@dataclass(frozen=True)
+class Method:
+    """How projections are solved and judged.
+
+    name: pilon, whitened-svd or svd
+    baselines: methods whose error is reported beside, at the stored `ratio` of each projection
+    quantization: one of `nn.integer.KINDS`, where banks and matrices become integers
+    """
+
+    name: str
+    baselines: Sequence[str]
+    ratio: float
+    quantization: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer becomes: `banks` of its projections by site name, the neurons that stay (None: all).
+
+    `shared`: fitted banks of several layers, by bank name.
+    """
+
+    banks: Mapping[str, BankPlan]
+    left: Tensor | None
+    shared: Mapping[str, SolvedBank]
+
+    def approximation(self, site: Site, weights: Weights) -> Tensor:
+        """Return the matrix (d_in, d_out), float64, that the weights of a site stand for."""
+        if weights.matrix is not None:
+            return weights.matrix
+        if weights.bank is not None:
+            return weights.bank.fit.approximation(0)
+        assert weights.composition is not None
+        bank, place = self.shared_bank(site)
+        return bank.fit.recomposed(place, weights.composition).approximation(place)
+
+    def shared_bank(self, site: Site) -> tuple[SolvedBank, int]:
+        """Return the bank that the site shares, and the site's place among its layers."""
+        plan = self.banks[site.name]
+        return self.shared[plan.name], [one.name for one in plan.sites].index(site.name)
+
+
+def solve_layer(ff: FeedForward, shape: LayerShape, method: Method, pair: Pair | None, prefix: str) -> SolvedLayer:
+    """Solve the projections of a layer; with `pair`, behind the converted layers before it.
+
+    `prefix`: name of the layer's transformer block. The converted block of `pair` computes with what was solved.
+    """
+    return dict(_Solver(ff, shape, method, pair, f"{prefix}.").solved())
+
+
+def resume_layer(sites: Sequence[Site], solved: SolvedLayer, shape: LayerShape, pair: Pair, prefix: str) -> None:
+    """Leave `pair` as `solve_layer` would have: its converted block computes with what was solved before."""
+    pair.inputs()
+    for site in sites:
+        one = solved[site.name]
+        pair.replace(site.name.removeprefix(f"{prefix}."), shape.approximation(site, one.weights), one.bias)
+
+
+@dataclass(frozen=True)
+class _Solver:
+    ff: FeedForward
+    shape: LayerShape
+    method: Method
+    pair: Pair | None
+    prefix: str
+
+    def solved(self) -> Iterator[tuple[str, SolvedProjection]]:
+        ff, left = self.ff, self.shape.left
+        downs = [site for site in ff.sites if site.role == "down"]
+        down = downs[0] if len(downs) == 1 and len(ff.sites) > 1 else None
+        firsts = [site for site in ff.sites if site != down]
+        crosses: dict[str, Cross] = {}
+        if self.pair is not None:
+            read = list(dict.fromkeys(self.local(site.input) for site in firsts))
+            crosses = self.pair.inputs(read, None if down is None else self.local(down.name))
+        for site in firsts:
+            cross = crosses.get(self.local(site.input))
+            cross = None if cross is None else cross.through(self._dense(site).float())
+            yield site.name, self._projection(site, ff.target(site, left), cross, down)
+        if down is not None:
+            cross, start = None, ff.target(down, left)
+            if self.pair is not None:
+                self.pair.replace(self.local(down.name), start.weight, self._absorbed(down, start.weight))
+                cross = self.pair.output(self.local(down.name))
+            yield down.name, self._projection(down, start, cross, down)
+
+    def local(self, name: str) -> str:
+        return name.removeprefix(self.prefix)
+
+    def _dense(self, site: Site) -> Tensor:
+        """The dense weight of an up-like site, with the neurons that are left."""
+        weight = self.ff.weights[site.name]
+        if self.shape.left is None or self.ff.down is None:
+            return weight
+        return weight[:, self.ff.columns(site, self.shape.left)]
+
+    def _projection(self, site: Site, start: Target, cross: Cross | None, down: Site | None) -> SolvedProjection:
+        """Solve one projection, and let the converted block compute with it."""
+        target = start if cross is None else cross.target(start, site.bias)
+        weights = self._weights(site, target, sequential=cross is not None)
+        approximation, bias = self.shape.approximation(site, weights), None
+        if site.bias and cross is None:
+            bias = self._absorbed(site, approximation)
+        elif site.bias and cross is not None:
+            bias = cross.bias(approximation) + self._constant(site, down)
+        if self.pair is not None:
+            self.pair.replace(self.local(site.name), approximation, bias)
+        return SolvedProjection(weights, bias, *self._judged(site, approximation))
+
+    def _weights(self, site: Site, target: Target, sequential: bool) -> Weights:
+        """The weights in the plan's form; `sequential`: the composition of a shared bank is fitted to the target."""
+        plan, quantization = self.shape.banks.get(site.name), self.method.quantization
+        if plan is None:
+            rounded = None if quantization is None else round_matrix(target, quantization)
+            return Weights(target.weight if rounded is None else rounded.values[0], rounded)
+        if len(plan.sites) == 1:
+            fit = fit_private([target], plan, self.method.name)
+            if quantization is None:
+                return Weights(bank=SolvedBank(fit))
+            return Weights(bank=SolvedBank(*round_bank(fit, [target], plan, quantization)))
+        shared, place = self.shape.shared_bank(site)
+        composition = recompose(shared.fit, place, target, plan) if sequential else shared.fit.weight[place]
+        return Weights(composition=composition)
+
+    def _constant(self, site: Site, down: Site | None) -> Tensor:
+        """The dense bias where the target is a weight's product alone; the residual sums contain it already."""
+        bias = self.ff.biases[site.name]
+        if site == down:
+            return torch.zeros_like(bias)
+        return bias if self.shape.left is None else bias[self.ff.columns(site, self.shape.left)]
+
+    def _absorbed(self, site: Site, approximation: Tensor) -> Tensor | None:
+        """b' = b + μ W - μ̂ Ŵ on the dense model's own inputs: the mean error of the output becomes zero."""
+        if not site.bias:
+            return None
+        ff, left = self.ff, self.shape.left
+        weight, mean, bias = ff.weights[site.name], ff.means[site.name], ff.biases[site.name]
+        output = bias + mean @ weight
+        if left is None:
+            return output - mean @ approximation
+        if site == ff.down:
+            return output - mean[left] @ approximation
+        return output[ff.columns(site, left)] - mean @ approximation
+
+    def _judged(self, site: Site, approximation: Tensor) -> tuple[dict[str, float], Tensor]:
+        """Errors by method, and the spectrum, on the dense model's own inputs."""
+        ff, left = self.ff, self.shape.left
+        whole = ff.target(site, None)
+        if left is not None and site == ff.down:
+            approximation = torch.zeros_like(whole.weight).index_copy(0, left, approximation)
+        elif left is not None:  # outputs of dropped neurons are not counted as error
+            approximation = whole.weight.index_copy(1, ff.columns(site, left), approximation)
+        errors = {self.method.name: whole.output_loss(approximation)}
+        rank = uniform_rank(site, self.method.ratio)
+        for method in self.method.baselines:
+            if method not in errors:
+                errors[method] = whole.truncation_loss(method, rank)
+        return {method: max(0.0, value) for method, value in errors.items()}, whole.spectrum
+
+
+def uniform_rank(site: Site, ratio: float) -> int:
+    """Return the rank of two factors that store `ratio` of the site's numbers: what the baselines get."""
+    most = min(site.d_in, site.d_out)
+    return max(1, affordable(ratio * site.parameters, site.d_out * site.bias, site.d_in + site.d_out, most))
