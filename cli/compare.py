@@ -6,11 +6,10 @@ import typer
 
 from pilon_compress.config.comparison import CompareConfig
 from pilon_compress.config.option import RUNNING
-from pilon_compress.errors import BadInput
 
 from .options import configured
 from .output import command_line, print_json, print_table, say, wait_passively
-from .parameters import DryRun, Json, Output, Overwrite
+from .parameters import DryRun, Json, Output, Overwrite, named
 
 
 def print_methods(asked: bool) -> None:
@@ -47,18 +46,20 @@ def compare(
 
     An interrupted comparison goes on where it stopped when the same command is given again.
     """
-    if not dry_run and output is None:
-        raise BadInput("name the folder to write with -o")
+    folder = None if dry_run else named(output)
     wait_passively()
 
     from pilon_compress.compare import run as comparing
 
     if dry_run:
-        planned = comparing.dry_run(settings, output, overwrite=overwrite)
+        planned = comparing.dry_run(settings, folder, overwrite=overwrite)
         print_json(planned) if as_json else print_plan(planned)
         return
-    assert output is not None
-    result = comparing.run(settings, output, overwrite=overwrite, command=command_line())
+    folder = named(output)
+
+    from pilon_compress.compare import run as comparing
+
+    result = comparing.run(settings, folder, overwrite=overwrite, command=command_line())
     print_json(result) if as_json else print_result(result)
 
 

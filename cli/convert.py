@@ -3,11 +3,10 @@
 from typing import Any
 
 from pilon_compress.config.conversion import Recipe
-from pilon_compress.errors import BadInput
 
 from .options import Recipes, configured
 from .output import command_line, print_json, print_table, say, wait_passively
-from .parameters import DryRun, Json, Output, Overwrite, Verbose
+from .parameters import DryRun, Json, Output, Overwrite, Verbose, named
 from .part_table import print_parts
 
 
@@ -24,20 +23,20 @@ def convert(
 
     pilon-compress convert gpt2 -o out/gpt2-half --ffn-ratio 0.5
     """
-    if not dry_run and output is None:
-        raise BadInput("name the folder to write with -o")
     wait_passively()
-
-    from pilon_compress.convert import pipeline
-
     if dry_run:
+        from pilon_compress.convert import pipeline
+
         planned = pipeline.dry_run(settings, output, overwrite=overwrite)
         print_json(planned) if as_json else print_plan(planned, verbose)
         return
-    assert output is not None
+    folder = named(output)
+
+    from pilon_compress.convert import pipeline
+
     report = pipeline.convert(
         settings,
-        output,
+        folder,
         overwrite=overwrite,
         command=command_line(),
         on_start=None if as_json else lambda job, cost: print_estimate(job.plan.ratio, job.final, cost),

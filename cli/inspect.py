@@ -1,28 +1,25 @@
 """`pilon-compress inspect`: what is inside a model, and what a conversion would replace. Loads no weights."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from pilon_compress.config.inspection import InspectConfig
 
+from .options import configured
 from .output import print_json, print_table, say
+from .parameters import Json, Verbose
 from .part_table import SCREEN, Part, join_equal, name_label, print_parts
 
 
-def inspect(
-    model: Annotated[str, typer.Argument(help="Dense or PILON model: hub id, local folder, or package:NAME.")],
-    targets: Annotated[list[str] | None, typer.Option(help="Only these modules: name, class or re:REGEX.")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Not these modules.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="List every layer.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
-) -> None:
+@configured(InspectConfig)
+def inspect(settings: InspectConfig, verbose: Verbose = False, as_json: Json = False) -> None:
     """Show the projections of a model per layer, with parameters, bytes and MACs per token.
 
     pilon-compress inspect gpt2
     """
     from pilon_compress.evaluate.inspect import anatomy
 
-    result = anatomy(model, targets or [], ignore or [])
+    result = anatomy(settings.model, settings.targets, settings.ignore)
     if as_json:
         print_json(result)
         return

@@ -56,8 +56,10 @@ class Configured(Generic[Config]):
         own = list(inspect.signature(function).parameters.values())[1:]
         if recipes is not None:
             own += [_parameter("recipe", str | None, RECIPE, None), _parameter("set_", list[str] | None, SET, None)]
-        own += [_generated(flag, self.flags, recipes is not None) for flag in self.flags]
-        ordered = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in sorted(own, key=_order)]
+        made = [_generated(flag, self.flags, recipes is not None) for flag in self.flags]
+        plain, panelled = ([one for one in own if (_order(one) > 1) is behind] for behind in (False, True))
+        ordered = sorted([*plain, *made, *panelled], key=_order)
+        ordered = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in ordered]
         self.__signature__ = inspect.Signature(ordered)
         self.__annotations__ = {one.name: one.annotation for one in ordered}
 

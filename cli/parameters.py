@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from pilon_compress.config.option import RUNNING
+from pilon_compress.errors import BadInput
 
 Output = Annotated[
     str | None,
@@ -21,3 +22,10 @@ Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object in place of tables and sentences.", rich_help_panel=RUNNING),
 ]
+
+
+def named(output: str | None) -> str:
+    """Return the folder to write. Raises BadInput if none is named."""
+    if output is None:
+        raise BadInput("name the folder to write with -o")
+    return output

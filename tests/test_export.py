@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from pilon_compress.config.export import ExportOptions
 from pilon_compress.errors import BadInput
-from pilon_compress.export.registry import CHOICES, EXPORTERS, FLAGS, Options, exporter
+from pilon_compress.export.registry import EXPORTERS, FLAGS, exporter
 from pilon_compress.export.run import export, target_table
 from pilon_compress.export.save import save_model
 from pilon_compress.models.families import find_sites
@@ -27,9 +28,11 @@ def folder(tiny, tmp_path_factory):
     return place
 
 
-def test_every_option_has_choices_and_a_flag():
-    assert CHOICES.keys() == FLAGS.keys() == vars(Options()).keys()
-    assert all({*one.options} <= CHOICES.keys() for one in EXPORTERS.values())
+def test_every_option_has_a_flag():
+    assert FLAGS == {"dtype": "--dtype", "encoding": "--format", "rest": "--rest"}
+    assert FLAGS.keys() == vars(ExportOptions()).keys() and all(
+        {*one.options} <= FLAGS.keys() for one in EXPORTERS.values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,13 +41,12 @@ def test_every_option_has_choices_and_a_flag():
         ("onnx", {}, "no export target 'onnx'; there are dense, packed, self-contained"),
         ("dense", {"rest": "int8"}, "--rest does not apply to an export to dense: it reads --dtype"),
         ("self-contained", {"dtype": "bfloat16"}, "--dtype does not apply to an export to self-contained"),
-        ("packed", {"encoding": "base4"}, "--format 'base4' is none of base3, 2bit"),
         ("packed", {}, "plain is not ternary: `pilon-compress train --heal"),
     ],
 )
 def test_nothing_is_written_where_an_export_is_refused(folder, tmp_path, to, options, refused):
     with pytest.raises(BadInput, match=refused):
-        export(str(folder / "plain"), tmp_path / "out", to, Options(**options))
+        export(str(folder / "plain"), tmp_path / "out", to, ExportOptions(**options))
     assert not list(tmp_path.iterdir())
 
 
@@ -62,6 +64,8 @@ def test_the_list_says_who_takes_a_model_and_why_not(folder, cli):
 
 def test_the_command_asks_for_what_is_missing(folder, cli):
     assert "--to: dense, packed, self-contained" in cli("export", "plain", "-o", "x", cwd=folder, code=2).stderr
+    base4 = cli("export", "plain", "--to", "packed", "--format", "base4", "-o", "x", cwd=folder, code=2)
+    assert "--format: must be 'base3' or '2bit' (got 'base4')" in base4.stderr
     assert "with -o" in cli("export", "plain", "--to", "dense", cwd=folder, code=2).stderr
 
 

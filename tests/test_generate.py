@@ -7,7 +7,9 @@ import torch
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
+from pilon_compress.config.generation import GenerateConfig
 from pilon_compress.errors import BadInput
+from pilon_compress.evaluate import generate as generating
 from pilon_compress.models.checkpoint import load_model, load_tokenizer
 
 TEMPLATE = (
@@ -66,9 +68,10 @@ def test_sampling_options_do_what_they_say(cli, models):
     assert len({plain, *(found["completion"] for found in by_seed.values())}) == 3, "temperature 1 is implied"
     assert by_seed[1] == generate(cli, models, "plain", *few, "--top-p", 0.9, "--temperature", 1, "--seed", 1)
     tokenizer, model = load_tokenizer(str(models / "plain")), load_model(str(models / "plain"), dtype="float32")
-    ids = generate.prompt_ids(tokenizer, "A prompt")
-    writer = generate.Writer(tokenizer, set(), lambda piece: None)
-    added = generate._generate(model, tokenizer, ids, 40, set(), writer, generate.sampling(None, None, None, 1e6))
+    ids = generating.prompt_ids(tokenizer, "A prompt")
+    writer = generating.Writer(tokenizer, set(), lambda piece: None)
+    penalised = generating.sampling(GenerateConfig(model="plain", repetition_penalty=1e6))
+    added = generating._generate(model, tokenizer, ids, 40, set(), writer, penalised)
     assert len({*ids, *added}) == len({*ids}) + 40, "what was there already does not come again"
 
 
@@ -100,13 +103,13 @@ def begun(tokenizer, **template):
 
 def test_a_prompt_begins_as_the_tokenizer_begins_sequences_and_does_not_end(tiny):
     plain = tiny.tiny_tokenizer()("ab", add_special_tokens=False)["input_ids"]
-    assert generate.prompt_ids(tiny.tiny_tokenizer(), "ab") == plain
-    assert generate.prompt_ids(begun(tiny.tiny_tokenizer()), "ab") == [1, *plain]
-    assert generate.prompt_ids(begun(tiny.tiny_tokenizer(), ends=True), "ab") == [1, *plain]
-    assert generate.prompt_ids(begun(tiny.tiny_tokenizer()), "<bos>ab") == [1, *plain], "BOS stands there already"
+    assert generating.prompt_ids(tiny.tiny_tokenizer(), "ab") == plain
+    assert generating.prompt_ids(begun(tiny.tiny_tokenizer()), "ab") == [1, *plain]
+    assert generating.prompt_ids(begun(tiny.tiny_tokenizer(), ends=True), "ab") == [1, *plain]
+    assert generating.prompt_ids(begun(tiny.tiny_tokenizer()), "<bos>ab") == [1, *plain], "BOS stands there already"
     chat = begun(tiny.tiny_tokenizer())
     chat.chat_template = TEMPLATE
-    assert generate.chat_ids(chat, "ab").count(1) == 1
+    assert generating.chat_ids(chat, "ab").count(1) == 1
 
 
 @pytest.mark.parametrize("where", ["generation_config", "config", "tokenizer", "turn"])
@@ -123,15 +126,15 @@ def test_generation_stops_at_every_eos(tiny, where):
     direction = model.model(torch.tensor([[50]])).last_hidden_state.sum()
     if direction < 0:
         model.lm_head.weight.data.neg_()
-    assert generate.stop_tokens(model, tokenizer) == {7, 8, 9, 10, 2, 261}
-    stops, writer = generate.stop_tokens(model, tokenizer), generate.Writer(tokenizer, set(), lambda piece: None)
-    added = generate._generate(model, tokenizer, [50], 5, stops, writer, generate.sampling(None, None, None))
+    assert generating.stop_tokens(model, tokenizer) == {7, 8, 9, 10, 2, 261}
+    stops, writer = generating.stop_tokens(model, tokenizer), generating.Writer(tokenizer, set(), lambda piece: None)
+    added = generating._generate(model, tokenizer, [50], 5, stops, writer, generating.GREEDY)
     assert added == [ends[where]]
 
 
 def test_text_is_written_as_it_comes_but_no_half_character(tiny):
     tokenizer, pieces = tiny.tiny_tokenizer(), []
-    writer = generate.Writer(tokenizer, {2}, pieces.append)
+    writer = generating.Writer(tokenizer, {2}, pieces.append)
     writer.put(torch.tensor([[5, 6]]))
     for token in tokenizer("a é\n\n  b")["input_ids"]:
         writer.put(torch.tensor([token]))
@@ -151,18 +154,18 @@ def test_generation_ends_where_positions_end(cli, models):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("plain --temperature 0 --top-k 5", "--temperature 0"),
-        ("plain --temperature 0 --top-p 0.5", "--temperature 0"),
-        ("plain --top-p 1.5", "--top-p 1.5"),
-        ("plain --top-p 0", "--top-p 0"),
-        ("plain --top-k 0", "--top-k 0"),
-        ("plain --temperature nan", "--temperature nan"),
-        ("plain --temperature 1e-30", "--temperature 1e-30"),
-        ("plain --repetition-penalty 0", "--repetition-penalty"),
+        ("plain --temperature 0 --top-k 5", "--temperature: 0 does not sample, --top-k and --top-p do"),
+        ("plain --temperature 0 --top-p 0.5", "--temperature: 0 does not sample"),
+        ("plain --top-p 1.5", "--top-p: must be at most 1 (got 1.5)"),
+        ("plain --top-p 0", "--top-p: must be above 0 (got 0)"),
+        ("plain --top-k 0", "--top-k: must be at least 1 (got 0)"),
+        ("plain --temperature nan", "--temperature: must be 0 (greedy)"),
+        ("plain --temperature 1e-30", "--temperature: must be 0 (greedy)"),
+        ("plain --repetition-penalty 0", "--repetition-penalty: must be above 0"),
         ("plain --system x", "plain has none"),
         ("chat --raw --system x", "--raw"),
         ("chat --system no", "no such system message"),
-        ("plain --seed 99999999999999999999", "--seed"),
+        ("plain --seed 99999999999999999999", "--seed: must be below"),
         ("bert", "encoder"),
     ],
 )
@@ -182,4 +185,4 @@ def test_weights_that_are_not_numbers_are_refused(tiny, tmp_path):
     tiny.save_tiny("llama", tmp_path / "dense")
     tiny.damaged(tmp_path / "dense", tmp_path / "nan", damage)
     with pytest.raises(BadInput, match="NaN"):
-        generate.complete(str(tmp_path / "nan"), "Hi")
+        generating.complete(GenerateConfig(model=str(tmp_path / "nan")), "Hi")

@@ -110,7 +110,7 @@ def test_a_gguf_is_inspected_converted_and_evaluated(file, tmp_path, monkeypatch
     report = convert(conversion.build(asked), "out")
     assert report["calibration"]["begins_with"] == report["evaluation"]["begins_with"] == "<bos>"
     assert "begins_with: <bos>" in (tmp_path / "out" / "recipe.yaml").read_text()
-    found = evaluate("out", settings=conversion.evaluation({"window": 32}))
+    found = evaluate("out", settings=conversion.Evaluation(window=32))
     assert found["against"] == "tiny.gguf" and found["data"].startswith("text.txt")
     assert found["begins_with"] == "<bos>" and found["perplexity_ratio"] > 0
     asked["calibration"] |= {"begins_with": "<cls>"}

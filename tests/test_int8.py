@@ -10,9 +10,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 import pilon_compress  # noqa: F401  registers the format
 from pilon_compress.config import training
 from pilon_compress.config.conversion import Budget
+from pilon_compress.config.export import ExportOptions
 from pilon_compress.convert.allocate.uniform import make_plan
 from pilon_compress.errors import BadInput
-from pilon_compress.export.registry import Options
 from pilon_compress.export.run import export
 from pilon_compress.export.save import save_model
 from pilon_compress.kernels import cpu, reference
@@ -130,7 +130,7 @@ def test_inputs_need_not_be_contiguous(tiny):
 def source(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     save(tiny, ternary(tiny, "gpt2"), folder / "ternary")
-    export(str(folder / "ternary"), folder / "packed", "packed", Options(rest="int8"))
+    export(str(folder / "ternary"), folder / "packed", "packed", ExportOptions(rest="int8"))
     return folder
 
 
@@ -145,12 +145,12 @@ def test_the_command(cli, source, tmp_path):
 
 def test_what_is_packed_may_still_lose_its_rest_once(tiny, source, tmp_path):
     export(str(source / "ternary"), tmp_path / "plain", "packed")
-    found = export(str(tmp_path / "plain"), tmp_path / "rest", "packed", Options(rest="int8"))
+    found = export(str(tmp_path / "plain"), tmp_path / "rest", "packed", ExportOptions(rest="int8"))
     ours, theirs = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "rest", source / "packed"))
     assert found["max_logit_difference"] == 0 and torch.equal(output(ours), output(theirs))
     for again in ("none", "int8"):
         with pytest.raises(BadInput, match="packed already"):
-            export(str(source / "packed"), tmp_path / "never", "packed", Options(rest=again))
+            export(str(source / "packed"), tmp_path / "never", "packed", ExportOptions(rest=again))
     for target in ("dense", "self-contained"):
         with pytest.raises(BadInput, match="int8 throughout|is packed"):
             export(str(source / "packed"), tmp_path / "never", target)

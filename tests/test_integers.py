@@ -13,12 +13,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import pilon_compress  # noqa: F401  registers the format
 from pilon_compress.config import conversion
+from pilon_compress.config.export import ExportOptions
 from pilon_compress.convert import pipeline
 from pilon_compress.convert.plan import BankPlan, Plan, trimmed
 from pilon_compress.convert.prepare import prepare
 from pilon_compress.convert.solve.gptq import nearest
 from pilon_compress.errors import BadInput
-from pilon_compress.export.registry import Options
 from pilon_compress.export.run import export
 from pilon_compress.export.save import save_model
 from pilon_compress.models.checkpoint import load_model
@@ -173,7 +173,7 @@ def test_exports_of_whole_numbers(tiny, tmp_path, quantization):
     assert "pilon" not in (tmp_path / "dense" / "config.json").read_text()
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert torch.allclose(output(dense), output(whole), atol=1e-5)
-    found = export(str(tmp_path / "m"), tmp_path / "rest", "packed", Options(rest="int8"))
+    found = export(str(tmp_path / "m"), tmp_path / "rest", "packed", ExportOptions(rest="int8"))
     rest = AutoModelForCausalLM.from_pretrained(tmp_path / "rest")
     assert (output(rest) - output(whole)).norm() < 0.05 * output(whole).norm()
     assert found["model"]["bytes"] == on_disk(tmp_path / "rest", ("",)) and found["max_logit_difference"] == 0

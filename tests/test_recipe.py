@@ -229,14 +229,6 @@ def test_a_mistake_in_an_override_is_blamed_on_it_and_not_on_the_file(write, ove
     assert message.startswith(start) and part in message
 
 
-# --- evaluation on its own
-
-
-def test_evaluation_settings_alone():
-    assert conversion.evaluation({"window": 64, "stride": 32}).stride == 32
-    assert complaint(conversion.evaluation, {"samples": 0}).startswith("command line: samples: ")
-
-
 # --- writing
 
 positive = st.none() | st.integers(1, 10**6)

@@ -1,6 +1,5 @@
 """The benchmark of one feed-forward block: dense and PILON in every number format, side by side, no model needed."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,47 +7,34 @@ import torch
 
 from pilon_compress.bench.block_variants import BASELINE, CONTENDERS, Block, NotHere, Shape
 from pilon_compress.bench.timing import bandwidth, interleaved
+from pilon_compress.config.benchmark import BenchConfig
 from pilon_compress.errors import BadInput
 from pilon_compress.kernels import cpu, dispatch
-from pilon_compress.kernels.reference import ACTIVATIONS
 from pilon_compress.models.checkpoint import find_device
 
 COPIES = 256 * 2**20  # bytes of dense weights that a pass goes through: more than caches hold
 
 
-def block_shape(
-    ffn: str, active: int | None, rank: int, top_k: int | None, gated: bool, activation: str | None, batch: int
-) -> Shape:
-    """Read `768x3072` and the sizes that go with it. Raises BadInput."""
-    match = re.fullmatch(r"(\d+)x(\d+)", ffn)
-    if match is None:
-        raise BadInput(f"--ffn {ffn!r} is no shape like 768x3072")
-    d, hidden = int(match[1]), int(match[2])
-    if top_k is not None and active is not None and top_k * rank != active:
-        raise BadInput(
-            f"--top-k {top_k} of rank {rank} are {top_k * rank} active components, not {active}: leave one out"
-        )
-    active = top_k * rank if top_k is not None else active or max(rank, d // 4 // rank * rank)
-    activation = activation or ("silu" if gated else "relu2")
-    if min(d, hidden, active, rank) < 1 or active % rank:
-        raise BadInput(f"sizes must be positive, and --active-rank {active} a multiple of --rank {rank}")
-    if activation not in ACTIVATIONS:
-        raise BadInput(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
-    return Shape(d, hidden, active, rank, gated, activation, batch)
+def block_shape(asked: BenchConfig) -> Shape:
+    """Return the shape of the block that is asked for. `asked.ffn` is 768x3072 or the like."""
+    d, hidden = map(int, str(asked.ffn).split("x"))
+    rank = asked.rank
+    active = asked.top_k * rank if asked.top_k is not None else asked.active_rank or max(rank, d // 4 // rank * rank)
+    return Shape(
+        d, hidden, active, rank, asked.gated, asked.activation or ("silu" if asked.gated else "relu2"), asked.batch
+    )
 
 
 @torch.inference_mode()
-def bench_block(
-    shape: Shape, *, rounds: int = 20, threads: int | None = None, device: str = "auto", only: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Time all contenders on inputs (batch, d), caches cold, in turns. `only`: these, besides the baseline.
+def bench_block(asked: BenchConfig) -> dict[str, Any]:
+    """Time all contenders on inputs (batch, d), caches cold, in turns: those of `asked.variants` if there are some.
 
     Seconds are per block. `speedup` and `spread` are over dense fp32 torch; `bandwidth_share` is the weights read per
     second, at best, over what the memory gives. Raises BadInput for a name that is no contender.
     """
-    target = find_device(device)
-    names = chosen(only, CONTENDERS, BASELINE)
-    set_threads(threads)
+    shape, rounds, target = block_shape(asked), asked.rounds, find_device(asked.device)
+    names = chosen(asked.variants, CONTENDERS, BASELINE)
+    set_threads(asked.threads)
     copies = max(2, min(12, COPIES // (4 * sum(d_in * d_out for d_in, d_out in shape.projections))))
     blocks: dict[str, list[Block]] = {}
     skipped: dict[str, str] = {}

@@ -1,7 +1,7 @@
 """The benchmark of a whole model: reading a prompt, and decoding one token after it, in every form side by side."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from pilon_compress.bench.block import chosen, circumstances, set_threads
 from pilon_compress.bench.block_variants import BASELINE, NotHere
 from pilon_compress.bench.model_variants import FORMS
 from pilon_compress.bench.timing import interleaved
+from pilon_compress.config.benchmark import BenchConfig
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.limits import longest_input
@@ -19,32 +20,24 @@ from pilon_compress.nn.layout import BANKS
 
 
 @torch.inference_mode()
-def bench_model(
-    model: str,
-    *,
-    context: int = 128,
-    batch: int = 1,
-    rounds: int = 20,
-    threads: int | None = None,
-    device: str = "auto",
-    only: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Time `model`, a PILON folder, against its dense host: `decode` (causal LMs) and `prefill`, in turns.
+def bench_model(asked: BenchConfig) -> dict[str, Any]:
+    """Time `asked.model`, a PILON folder, against its dense form: `decode` (causal LMs) and `prefill`, in turns.
 
     `prefill` reads `context` tokens; `decode` adds one to a cache of `context` tokens. Seconds are per call, for all
     `batch` sequences. Raises BadInput for a dense model, a context that does not fit, and a name that is no form.
     """
+    model, context, batch, rounds, device = str(asked.model), asked.context, asked.batch, asked.rounds, asked.device
     target = checkpoint.find_device(device)
-    names = chosen(only, FORMS, BASELINE)
+    names = chosen(asked.variants, FORMS, BASELINE)
     pilon = checkpoint.load_model(model, dtype="float32", device=device)
     if not hasattr(pilon.base_model, BANKS):
         raise BadInput(
-            f"{model} is a dense model: the benchmark takes a PILON folder and times its dense host beside it"
+            f"{model} is a dense model: the benchmark takes a PILON folder and times its dense form beside it"
         )
     room = longest_input(pilon) or context + 1
     if not 1 <= context < room:
         raise BadInput(f"--context {context} is not between 1 and {room - 1}, what the model has positions for")
-    set_threads(threads)
+    set_threads(asked.threads)
     forms: dict[str, PreTrainedModel] = {}
     skipped: dict[str, str] = {}
     for name in names:

@@ -162,8 +162,9 @@ class Evaluation(Section):
     """The text that the result is evaluated on."""
 
     data: Annotated[Text | None, Option(metavar="SOURCE")] = None
-    """Text for the evaluation, named as for calibration; a conversion skips it with none. Default: the held-out part of
-    the calibration text; without a recipe WikiText-2 for causal LMs, stdlib for encoders."""
+    """Text to evaluate on: hub:REPO:CONFIG:SPLIT:COLUMN, a txt, jsonl or parquet file or glob, or stdlib; in a
+    conversion, none skips the evaluation. Default: the held-out part of the calibration text; in `eval`, of a model
+    without a recipe, WikiText-2 for causal LMs and stdlib for encoders."""
     samples: Annotated[Positive | None, Option()] = None
     """Texts to compare for encoders, windows to score for causal LMs. Default: 500 texts; in `eval` the windows of all
     of the text, else as many as make 16,384 tokens."""
@@ -240,11 +241,6 @@ def load(name_or_path: str, overrides: Sequence[str | Override] = ()) -> Recipe:
 def build(data: Mapping[str, Any], overrides: Sequence[str | Override] = (), origin: str = "command line") -> Recipe:
     """A recipe from nested dictionaries and `overrides`. `origin` begins the messages of BadInput."""
     return reading.checked(Recipe, Document(origin, data), overrides)
-
-
-def evaluation(data: Mapping[str, Any], origin: str = "command line") -> Evaluation:
-    """The settings of an evaluation on its own. Raises BadInput."""
-    return reading.checked(Evaluation, Document(origin, data))
 
 
 def dump(recipe: Recipe) -> str:

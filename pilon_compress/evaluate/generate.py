@@ -1,6 +1,5 @@
 """Text from a causal LM: what it adds to a prompt, or answers to it."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from pilon_compress.config.generation import GenerateConfig
 from pilon_compress.data.sequences import check_ids
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
@@ -18,7 +18,7 @@ from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.fold import fold, foldable
 from pilon_compress.nn.layout import BANKS
 
-COLDEST = 1e-3  # lowest temperature above 0: logits divided by less leave float32
+GREEDY: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}  # arguments of `generate`
 ANSWER = "ANSWER"  # what an assistant says, where the end of a turn is looked for in a chat template
 
 
@@ -36,29 +36,17 @@ class Completion:
 
 
 @torch.no_grad()
-def complete(
-    model: str,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    raw: bool = False,
-    system: str | None = None,
-    device: str = "auto",
-    stream: Callable[[str], None] | None = None,
-) -> Completion:
-    """Let the causal LM `model` answer `prompt` by its chat template or, without one or if `raw`, continue it.
+def complete(asked: GenerateConfig, prompt: str, stream: Callable[[str], None] | None = None) -> Completion:
+    """Let the causal LM `asked.model` answer `prompt` by its chat template or, without one or if `raw`, continue it.
 
     Decoding is greedy unless there is a temperature; `top_k` or `top_p` alone imply temperature 1. The sampling options
     of the model's generation_config are not used, its EOS tokens are. `stream` is called with the prompt, where it is
     continued, and with every piece of text behind it.
-    Raises BadInput for an encoder, options that exclude each other, and a prompt that does not fit.
+    Raises BadInput for an encoder, and for a prompt that is empty or does not fit.
     """
-    options = sampling(temperature, top_k, top_p, repetition_penalty)
+    if not prompt:
+        raise BadInput("the prompt is empty")
+    model, raw, system, device = asked.model, asked.raw, asked.system, asked.device
     config = checkpoint.load_config(model)
     if not checkpoint.is_causal(config):
         raise BadInput(f"{model} is a {config.model_type} encoder: it does not generate text")
@@ -73,16 +61,13 @@ def complete(
     room = _room(network, len(ids))
     if hasattr(network.base_model, BANKS) and foldable(network):
         fold(network)
-    try:
-        torch.manual_seed(seed)
-    except (RuntimeError, ValueError):
-        raise BadInput(f"--seed {seed} does not fit 64 bits") from None
+    torch.manual_seed(asked.seed)
     stops = stop_tokens(network, tokenizer)
     writer = Writer(tokenizer, stops, stream or (lambda piece: None))
     if stream is not None and not chat:
         stream(prompt)
-    added = _generate(network, tokenizer, ids, min(max_new_tokens, room), stops, writer, options)
-    full = "context" if room < max_new_tokens else "length"
+    added = _generate(network, tokenizer, ids, min(asked.max_new_tokens, room), stops, writer, sampling(asked))
+    full = "context" if room < asked.max_new_tokens else "length"
     return Completion(writer.text, len(added), "eos" if added and added[-1] in stops else full, chat)
 
 
@@ -92,31 +77,17 @@ def continued(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     stops = stop_tokens(network, tokenizer)
     writer = Writer(tokenizer, stops, lambda piece: None)
     ids = prompt_ids(tokenizer, prompt)
-    _generate(network, tokenizer, ids, max_new_tokens, stops, writer, sampling(None, None, None))
+    _generate(network, tokenizer, ids, max_new_tokens, stops, writer, GREEDY)
     return writer.text
 
 
-def sampling(
-    temperature: float | None, top_k: int | None, top_p: float | None, repetition_penalty: float = 1.0
-) -> dict[str, Any]:
-    """Return the arguments of `generate` that choose tokens. Raises BadInput for options that exclude each other."""
-    narrowed = top_k is not None or top_p is not None
-    if temperature is None:
-        temperature = 1.0 if narrowed else 0.0
-    if not (temperature == 0 or COLDEST <= temperature < math.inf):
-        raise BadInput(f"--temperature {temperature} is neither 0 (greedy) nor a number from {COLDEST} on")
-    if temperature == 0 and narrowed:
-        raise BadInput("--top-k and --top-p sample, --temperature 0 does not: leave out one of them")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise BadInput(f"--top-p {top_p} is not above 0 and at most 1")
-    if top_k is not None and top_k < 1:
-        raise BadInput(f"--top-k {top_k} is not 1 or more")
-    if not 0 < repetition_penalty < math.inf:
-        raise BadInput(f"--repetition-penalty {repetition_penalty} is not above 0")
-    options = {"do_sample": temperature > 0, "repetition_penalty": float(repetition_penalty)}
+def sampling(asked: GenerateConfig) -> dict[str, Any]:
+    """Return the arguments of `generate` that choose tokens."""
+    temperature = asked.temperature if asked.temperature is not None else 1.0 if asked.narrowed else 0.0
+    options = {"do_sample": temperature > 0, "repetition_penalty": float(asked.repetition_penalty)}
     if temperature == 0:
         return options
-    return options | {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
+    return options | {"temperature": temperature, "top_k": asked.top_k or 0, "top_p": asked.top_p or 1.0}
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -8,8 +8,9 @@ from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pilon_compress.config.export import ExportOptions
 from pilon_compress.errors import BadInput
-from pilon_compress.export.registry import DEFAULTS, Job, Options, exporter
+from pilon_compress.export.registry import DEFAULTS, Job, exporter
 from pilon_compress.export.save import drop_bundled, save_beside
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import family_of
@@ -17,7 +18,7 @@ from pilon_compress.nn.fold import dense
 from pilon_compress.nn.layout import BANKS, kept_matrices, layout_of, linear_shape, projections
 
 
-def refuse(model: PreTrainedModel, options: Options = DEFAULTS) -> str | None:
+def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | None:
     """Say why `model` has no dense form; None if it has one."""
     if layout_of(model).rest:
         return "is in int8 throughout: export the model that it was packed from"

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import pilon_compress
-from pilon_compress.export.registry import Job, Options, exporter
+from pilon_compress.config.export import ExportOptions
+from pilon_compress.export.registry import Job, exporter
 from pilon_compress.export.save import drop_bundled, save_beside
 from pilon_compress.models import checkpoint
 from pilon_compress.models.provenance import lineage
@@ -28,7 +29,7 @@ from pilon_compress.report.card import packed_card
 SAMPLE = (2, 48)  # sequences and tokens on which packed and unpacked are compared
 
 
-def refuse(model: PreTrainedModel, options: Options) -> str | None:
+def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
     """Say why there is nothing to pack in `model`; None if there is."""
     found = [bank for _, bank in banks(model)] + [matrix for _, matrix in kept_matrices(model)]
     if all(isinstance(one, TernaryBank | TernaryLinear) for one in found):

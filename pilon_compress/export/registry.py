@@ -9,34 +9,20 @@ The function gets a PILON model, loaded, and a `Job`; it writes `job.output` by 
 figures for the caller, as plain JSON types.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from pilon_compress.config.export import ExportOptions
+from pilon_compress.config.option import flags
 from pilon_compress.errors import BadInput
-from pilon_compress.models.checkpoint import DTYPES
 from pilon_compress.plugins import Registry
 
-CHOICES: Mapping[str, tuple[str, ...]] = {"dtype": DTYPES, "encoding": ("base3", "2bit"), "rest": ("none", "int8")}
-FLAGS = {"dtype": "--dtype", "encoding": "--format", "rest": "--rest"}  # on the command line
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of an export, None where they are left to the exporter; CHOICES has the values of each.
-
-    dtype: of floating-point tensors   encoding: of ternary weights   rest: of attention, head and token embeddings
-    """
-
-    dtype: str | None = None
-    encoding: str | None = None
-    rest: str | None = None
-
-
-DEFAULTS = Options()
+FLAGS = {one.path: one.name for one in flags(ExportOptions)}  # on the command line
+DEFAULTS = ExportOptions()
 
 
 @dataclass(frozen=True)
@@ -45,7 +31,7 @@ class Job:
 
     source: str
     output: Path
-    options: Options
+    options: ExportOptions
     overwrite: bool
 
 
@@ -54,7 +40,7 @@ class Exporter:
     """A form to export to.
 
     about: one sentence   load: Python that loads the result, with the field {folder!r}
-    options: fields of `Options` that it reads
+    options: fields of `ExportOptions` that it reads
     dtype_when_saved: load the model as it is stored, and apply `dtype` to what is saved; False: load in `dtype`
     refuse: why it cannot take a model, as the end of a sentence that begins with the model's name; None if it can
     """
@@ -63,22 +49,17 @@ class Exporter:
     about: str
     load: str
     write: Callable[[PreTrainedModel, Job], dict[str, Any]]
-    refuse: Callable[[PreTrainedModel, Options], str | None]
+    refuse: Callable[[PreTrainedModel, ExportOptions], str | None]
     options: tuple[str, ...] = ("dtype",)
     dtype_when_saved: bool = False
 
-    def check(self, options: Options) -> None:
-        """Raise BadInput for an option that this exporter does not read, and for a value that there is not."""
-        for one in fields(options):
-            value, flag = getattr(options, one.name), FLAGS[one.name]
-            if value is None:
-                continue
-            if one.name not in self.options:
-                own = " and ".join(FLAGS[name] for name in self.options)
+    def check(self, options: ExportOptions) -> None:
+        """Raise BadInput for an option that this exporter does not read."""
+        for name, flag in FLAGS.items():
+            if getattr(options, name) is not None and name not in self.options:
+                own = " and ".join(FLAGS[one] for one in self.options)
                 reads = f"it reads {own}" if own else "it has no options"
                 raise BadInput(f"{flag} does not apply to an export to {self.name}: {reads}")
-            if value not in CHOICES[one.name]:
-                raise BadInput(f"{flag} {value!r} is none of {', '.join(CHOICES[one.name])}")
 
 
 EXPORTERS: Registry[Exporter] = Registry("export target", "pilon_compress.export")
@@ -90,7 +71,7 @@ def exporter(
     *,
     about: str,
     load: str,
-    refuse: Callable[[PreTrainedModel, Options], str | None],
+    refuse: Callable[[PreTrainedModel, ExportOptions], str | None],
     options: tuple[str, ...] = ("dtype",),
     dtype_when_saved: bool = False,
 ) -> Callable[[Write], Write]:

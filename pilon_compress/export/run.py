@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from pilon_compress.config.export import ExportOptions
 from pilon_compress.errors import BadInput
-from pilon_compress.export.registry import DEFAULTS, EXPORTERS, Job, Options
+from pilon_compress.export.registry import DEFAULTS, EXPORTERS, Job
 from pilon_compress.io import manifest
 from pilon_compress.io.folders import open_output
 from pilon_compress.models import checkpoint
@@ -17,7 +18,7 @@ def export(
     source: str,
     output: str | Path,
     to: str,
-    options: Options = DEFAULTS,
+    options: ExportOptions = DEFAULTS,
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 
+from pilon_compress.config.export import ExportOptions
 from pilon_compress.export import transformers_plugin
-from pilon_compress.export.registry import Job, Options, exporter
+from pilon_compress.export.registry import Job, exporter
 from pilon_compress.export.save import MODELING_FILE, save_beside
 from pilon_compress.io import checksum
 from pilon_compress.kernels import reference
@@ -52,7 +53,7 @@ Generated from the package's own modules; do not edit.
 '''
 
 
-def refuse(model: PreTrainedModel, options: Options) -> str | None:
+def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
     """Say why the code that `model` needs cannot travel with it; None if it can."""
     found = [one for _, one in (*layout.banks(model), *layout.kept_matrices(model))]
     kernels = any(isinstance(one, packed_ternary.PackedBank | packed_ternary.PackedLinear) for one in found)

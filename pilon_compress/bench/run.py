@@ -1,0 +1,42 @@
+"""A benchmark as it is asked for: of one block or of a model, with its plot."""
+
+from pathlib import Path
+from typing import Any
+
+from pilon_compress.bench.block import bench_block
+from pilon_compress.bench.model import bench_model
+from pilon_compress.config.benchmark import BenchConfig
+from pilon_compress.errors import BadInput
+from pilon_compress.io.folders import check_file
+from pilon_compress.report.plots import speedups
+
+
+def benchmark(asked: BenchConfig, plot: str | Path | None = None) -> dict[str, Any]:
+    """Return the figures of `bench_block` or `bench_model`; draw the speedups into the SVG file `plot`.
+
+    Raises BadInput where not exactly one of `asked.model` and `asked.ffn` is given, and for a file that cannot be
+    written.
+    """
+    if (asked.model is None) == (asked.ffn is None):
+        raise BadInput("name a PILON folder, or one block with --ffn 768x3072: one of the two")
+    if plot is not None:
+        if Path(plot).suffix != ".svg":
+            raise BadInput(f"--plot {plot} does not end in .svg")
+        plot = check_file(plot)
+    result = bench_model(asked) if asked.ffn is None else bench_block(asked)
+    if plot is not None:
+        Path(plot).write_text(speedups(parts(result)))
+    return result
+
+
+def parts(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the variants that were timed, by a title of what they computed."""
+    if "ffn" in result:
+        s = result["ffn"]
+        gate = " gated" if s["gated"] else ""
+        return {
+            f"FFN {s['d']}→{s['hidden']}{gate}, k·r {s['active']}, batch {s['batch']}, caches cold": result["variants"]
+        }
+    about = f"{result['model']}, batch {result['batch']}"
+    titles = {"prefill": f"reading {result['context']} tokens", "decode": f"decoding after {result['context']} tokens"}
+    return {f"{about}: {title}": result[part] for part, title in titles.items() if part in result}

@@ -1,0 +1,59 @@
+"""A benchmark of one feed-forward block, or of a whole model."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import field_validator, model_validator
+
+from pilon_compress.config.conflicts import refuse_field
+from pilon_compress.config.fields import Device
+from pilon_compress.config.option import RUNNING, Argument, Option
+from pilon_compress.config.reading import Positive, Section, Switch, Text
+
+BLOCK = "Shape of one block"
+
+
+class BenchConfig(Section):
+    """Everything that decides a benchmark."""
+
+    model: Annotated[Text | None, Argument()] = None
+    """PILON folder to time. Leave it out to time one block of the shape `ffn`."""
+    ffn: Annotated[Text | None, Option(panel=BLOCK, metavar="WIDTHxHIDDEN")] = None
+    """Width and hidden width of one block, as in 768x3072, in place of a model. Default: a model is timed."""
+    active_rank: Annotated[Positive | None, Option(panel=BLOCK)] = None
+    """Components that are computed (k·r), a multiple of `rank`. Default: a quarter of the width."""
+    rank: Annotated[Positive, Option(panel=BLOCK)] = 16
+    """Rank of a primitive; ternary kernels take multiples of 16."""
+    top_k: Annotated[Positive | None, Option(panel=BLOCK)] = None
+    """Primitives that are selected. Default: as many as make up `active_rank`."""
+    gated: Annotated[Switch, Option(panel=BLOCK)] = False
+    """Time a block with a gate, as Llama has it."""
+    activation: Annotated[Literal["relu2", "relu", "silu", "gelu", "gelu_tanh"] | None, Option(panel=BLOCK)] = None
+    """Activation of the block. Default: relu2, or silu with `gated`."""
+    batch: Annotated[Positive, Option()] = 1
+    """Tokens (of a block) or sequences (of a model) that are computed at once."""
+    context: Annotated[Positive, Option()] = 128
+    """Tokens that a model reads before it decodes one."""
+    rounds: Annotated[Positive, Option()] = 20
+    """Times that every variant has its turn."""
+    variants: Annotated[list[Text], Option()] = []
+    """Time only these variants, besides dense_fp32. Default: all."""
+    threads: Annotated[Positive | None, Option(panel=RUNNING)] = None
+    """CPU threads. Default: as many as torch takes."""
+    device: Device = "auto"
+
+    @field_validator("ffn")
+    @classmethod
+    def _is_shape(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", value):
+            raise ValueError("must be WIDTHxHIDDEN, as in 768x3072")
+        return value
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> "BenchConfig":
+        if self.top_k is not None and self.active_rank not in (None, self.top_k * self.rank):
+            active = self.top_k * self.rank
+            refuse_field("top_k", f"of rank {self.rank} makes {active} components, not active_rank", self.top_k)
+        if self.active_rank is not None and self.active_rank % self.rank:
+            refuse_field("active_rank", f"must be a multiple of rank {self.rank}", self.active_rank)
+        return self

@@ -1,0 +1,28 @@
+"""An export: of which model, in which form."""
+
+from typing import Annotated, Literal
+
+from pilon_compress.config.fields import DType
+from pilon_compress.config.option import Argument, Option
+from pilon_compress.config.reading import Section, Text
+
+
+class ExportOptions(Section):
+    """What exporters leave to the user; None where it is left to the exporter."""
+
+    dtype: Annotated[DType | None, Option()] = None
+    """Number type of floating-point weights. Default: auto, that of the model."""
+    encoding: Annotated[Literal["base3", "2bit"] | None, Option("--format")] = None
+    """Encoding of ternary weights in a packed export: base3 takes 1.6 bits each, 2bit takes 2. Default: base3."""
+    rest: Annotated[Literal["none", "int8"] | None, Option()] = None
+    """Number format of attention, head and token embeddings in a packed export: int8, or none to leave them as they
+    are. Default: none."""
+
+
+class ExportConfig(ExportOptions):
+    """Everything that decides an export."""
+
+    model: Annotated[Text, Argument()]
+    """PILON model to export: a local folder, or hub id."""
+    to: Annotated[Text | None, Option(metavar="FORM")] = None
+    """Form to write, such as dense, self-contained or packed; --list shows all. Default: none, it must be named."""
