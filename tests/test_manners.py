@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from pilon_compress.data import hub as data_hub
+from pilon_compress.data.readers import hub as data_hub
 from pilon_compress.errors import BadInput
 from pilon_compress.io import hub, progress
 from pilon_compress.models import checkpoint, stream_check

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pilon_compress.data import stdin, text
+from pilon_compress.data import text
+from pilon_compress.data.readers import stdin
 from pilon_compress.data.split import split_items
 from pilon_compress.errors import BadInput
 

@@ -1,5 +1,6 @@
 """Text files as people have them: lines, paragraphs, long lines, rows without text, names in any case."""
 
+import csv
 import json
 import os
 import tracemalloc
@@ -9,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pilon_compress.data import plain, rows, text
+from pilon_compress.data.readers import json_lines, json_values
+from pilon_compress.data.readers.registry import FORMATS, SOURCES, source, table_format
 from pilon_compress.errors import BadInput
 
 LINES = [f"Line {i}: naïve café." for i in range(40)]
@@ -201,14 +204,15 @@ def test_broken_rows_are_refused_in_one_line_with_their_number(tmp_path, said, s
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_a_row_longer_than_the_limit_is_refused(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(rows, "LONGEST_ROW", 2**20)
+    for reader in (json_lines, json_values):
+        monkeypatch.setattr(reader, "LONGEST_ROW", 2**20)
     path = write_rows(tmp_path / f"t.{suffix}", [{"text": "fine"}, {"text": "x" * (3 << 20)}])
     message = refusal(path)
     assert "line 2" in message or "row 2" in message
 
 
 def test_json_of_all_shapes_gives_the_same_texts(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "CHUNK", 7)  # every value straddles a chunk
+    monkeypatch.setattr(json_values, "CHUNK", 7)  # every value straddles a chunk
     path = tmp_path / "t.json"
     objects = [{"id": i, "text": line} for i, line in enumerate(LINES)]
     columns = {"id": list(range(40)), "text": LINES}
@@ -244,3 +248,42 @@ def test_parquet_reads_the_column_that_is_asked_for(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     assert read(tmp_path / "t.parquet") == LINES == read(f"{tmp_path}/t.parquet::large")
     assert "bytes" in refusal(f"{tmp_path}/t.parquet::raw")
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a test registers is gone after it."""
+    for registry in (SOURCES, FORMATS):
+        monkeypatch.setattr(registry, "_entries", dict(registry))
+
+
+def test_a_format_of_files_is_one_registration(tmp_path, registries):
+    @table_format(".csv", about="Comma-separated values, as spreadsheets write them.")
+    def rows(path, column):
+        with path.open(newline="", encoding="utf-8") as file:
+            yield from csv.DictReader(file)
+
+    (tmp_path / "t.csv").write_text('id,body\n1,"one, two"\n2,\n3,three\n')
+    (tmp_path / "t.txt").write_text("four")
+    assert read(f"{tmp_path / 't.csv'}::body") == ["one, two", "three"]
+    assert [row for _, row in text.open_rows(str(tmp_path / "t.csv"))][0] == {"id": "1", "body": "one, two"}
+    assert ".csv" in refusal(tmp_path / "absent.jsonl") and ".csv" in refusal(tmp_path / "t.csv")
+    with pytest.raises(BadInput, match="there is a file format '.csv' already"):
+        table_format(".csv", about="")(rows)
+
+
+def test_a_scheme_is_one_registration(registries):
+    @source("count", form="count:NUMBER", about="Numbers in words.", fingerprint=lambda spec: spec)
+    def documents(spec):
+        yield from (f"number {place}" for place in range(int(spec.partition(":")[2])))
+
+    assert read("count:3") == ["number 0", "number 1", "number 2"]
+    assert text.fingerprint("count:3") == "count:3"
+    assert "count:NUMBER" in refusal("nothing/of/that/name.txt")
+    assert "without columns" in refusal("count:3", lambda spec: list(text.open_rows(spec)))
+
+
+def test_what_is_no_source_is_told_all_that_there_are():
+    message = refusal("absent.txt")
+    assert all(one.form in message for one in SOURCES.values()) and all(suffix in message for suffix in FORMATS)
+    assert "nothing behind it" in refusal("stdin:x")

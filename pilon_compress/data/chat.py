@@ -75,11 +75,8 @@ def _items(source: str, tokenizer: PreTrainedTokenizerBase, part: Part) -> Itera
 
 def _table(source: str) -> tuple[str, str | None]:
     """Split a source into the argument of `text.open_rows` and the column name after it, or None."""
-    if source.startswith("hub:"):
-        fields = source.split(":")
-        return ":".join(fields[:4]), (fields[4] if len(fields) == 5 else None)
-    pattern, _, column = source.partition("::")
-    return pattern, column or None
+    split = text.source_of(source).column
+    return (source, None) if split is None else split(source)
 
 
 def _messages(row: dict[str, Any], column: str | None, where: str) -> list[Message]:

@@ -4,13 +4,34 @@ import io
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import cache
+from hashlib import blake2b
 from typing import IO
 
+from pilon_compress.data import plain
+from pilon_compress.data.readers.registry import source
 from pilon_compress.errors import BadInput
 
 IN_MEMORY = 2**26  # bytes; more go to a temporary file without a name
 CHUNK = 2**20
+
+
+def fingerprint(spec: str) -> str:
+    """Return a hash of all of standard input. Raises BadInput if there is none."""
+    state = blake2b(digest_size=16)
+    file = opened()
+    while chunk := file.read(plain.LONGEST):
+        state.update(chunk)
+    return state.hexdigest()
+
+
+@source("stdin", form="stdin", about="Plain text from standard input, as of a .txt file.", fingerprint=fingerprint)
+def documents(spec: str) -> Iterator[str]:
+    """Yield the documents of standard input. Raises BadInput, also for anything written behind `stdin`."""
+    if spec != "stdin":
+        raise BadInput(f"{spec}: standard input is stdin, with nothing behind it")
+    yield from plain.read(opened(), "stdin")
 
 
 def opened() -> IO[bytes]:

@@ -1,27 +1,16 @@
-"""Text files: which formats there are, and which files a name stands for."""
+"""Files, folders and globs as sources: which files a name stands for, and what is read from them."""
 
 import glob
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pilon_compress.data import plain, rows
+from pilon_compress.data.readers.registry import FORMATS, Source, forms, suffixes
 from pilon_compress.errors import BadInput
 from pilon_compress.io import messages
 
-SOURCES = "text sources are hub:..., a txt, jsonl or parquet file, stdlib, stdin"
-
-
-RowReader = Callable[[Path, str | None], Iterator[Any]]  # (path, column that is needed or None) -> rows
-
-FORMATS: dict[str, RowReader | None] = {  # by suffix in lower case; None: plain text, which has no rows
-    ".txt": None,
-    ".jsonl": rows.read_lines,
-    ".ndjson": rows.read_lines,
-    ".json": rows.read_json,
-    ".parquet": rows.read_parquet,
-}
 INSTEAD = {  # what to do with other formats
     **dict.fromkeys((".md", ".rst", ".tex", ".log", ".text", ""), "if it is plain text, copy it to a .txt file"),
     **dict.fromkeys((".html", ".htm", ".xml", ".pdf", ".docx"), "save its text as a .txt file"),
@@ -42,36 +31,46 @@ def find(name: str) -> tuple[list[Path], str]:
         pattern, _, column = pattern.rpartition("::")
         paths = _paths(pattern)
     if not paths and os.path.isdir(pattern):
-        raise BadInput(f"{pattern} is a folder without {', '.join(FORMATS)} files")
+        raise BadInput(f"{pattern} is a folder without {suffixes()} files")
     if not paths:
         kind = "file matches" if any(character in pattern for character in "*?[") else "such file:"
-        raise BadInput(f"no {kind} {pattern}; {SOURCES}")
+        raise BadInput(f"no {kind} {pattern}; text sources are {forms()}")
     for path in paths:
         if path.suffix.lower() not in FORMATS:
             advice = INSTEAD.get(path.suffix.lower(), "save its text as one of these")
-            raise BadInput(f"{path}: text is read from {', '.join(FORMATS)} files; {advice}")
+            raise BadInput(f"{path}: text is read from {suffixes()} files; {advice}")
     return paths, column or "text"
 
 
-def documents(path: Path, column: str) -> Iterator[str]:
-    """Yield the documents of a file. Raises BadInput."""
-    read = FORMATS[path.suffix.lower()]
-    if read is not None:
-        yield from rows.texts(read(path, column), column, str(path))
-        return
-    try:
-        with path.open("rb") as file:
-            yield from plain.read(file, str(path))
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
+def documents(spec: str) -> Iterator[str]:
+    """Yield the documents of all files that `spec` names. Raises BadInput."""
+    paths, column = find(spec)
+    return chain.from_iterable(FORMATS[path.suffix.lower()].documents(path, column) for path in paths)
 
 
-def table(path: Path) -> Iterator[Any]:
-    """Yield the rows of a file. Raises BadInput for plain text."""
-    read = FORMATS[path.suffix.lower()]
-    if read is None:
-        raise BadInput(f"{path} is text without columns: give a jsonl, json or parquet file")
-    return read(path, None)
+def tables(spec: str) -> dict[str, Iterator[Any]]:
+    """Open the files that `spec` names as tables, by path. Raises BadInput for plain text."""
+    return {str(path): _rows(path) for path in find(spec)[0]}
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    rows = FORMATS[path.suffix.lower()].rows
+    if rows is None:
+        columns = ", ".join(suffix for suffix, one in FORMATS.items() if one.rows is not None)
+        raise BadInput(f"{path} is text without columns: give a {columns} file")
+    return rows(path, None)
+
+
+def column(spec: str) -> tuple[str, str | None]:
+    """Split FILE[::COLUMN] into the files and the column, None where none is named."""
+    pattern, _, name = spec.partition("::")
+    return pattern, name or None
+
+
+def fingerprint(spec: str) -> str:
+    """Return paths, sizes and times of change of the files that `spec` names. Raises BadInput if there are none."""
+    found = [(path, path.stat()) for path in find(spec)[0]]
+    return "\n".join(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}" for path, state in found)
 
 
 def _paths(pattern: str) -> list[Path]:
@@ -89,3 +88,14 @@ def _paths(pattern: str) -> list[Path]:
         return [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
     except (OSError, ValueError):  # a name that no file can have
         return []
+
+
+FILES = Source(  # for a name whose scheme nobody registered
+    "",
+    "FILE, FOLDER or GLOB[::COLUMN]",
+    "Files; the column is text by default.",
+    documents,
+    fingerprint,
+    tables,
+    column,
+)

@@ -3,19 +3,28 @@
 import ast
 import os
 import pydoc_data.topics
+import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pilon_compress.data.readers.registry import source
 from pilon_compress.errors import BadInput
 
 NOT_PROSE = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__")
 SHORTEST_DOCSTRING = 200  # characters
 
 
-def read(half: str) -> Iterator[str]:
-    """Yield the documents of "topics", of "docstrings", or of both (""). Raises BadInput for another name."""
+@source(
+    "stdlib",
+    form="stdlib[:topics|:docstrings]",
+    about="Python's language reference, and the docstrings of its standard library.",
+    fingerprint=lambda spec: sys.version,
+)
+def documents(spec: str) -> Iterator[str]:
+    """Yield the documents of stdlib:topics, of stdlib:docstrings, or of both. Raises BadInput for another name."""
+    half = spec.partition(":")[2]
     sources: dict[str, Callable[[], Iterator[str]]] = {"": _both, "topics": _topics, "docstrings": _docstrings}
     if half not in sources:
         raise BadInput(f"stdlib:{half}: the standard library's text is stdlib, stdlib:topics or stdlib:docstrings")
