@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from transformers import BertConfig, BertModel
 
+from pilon_compress.nn.additions import add, added
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import COMPOSITIONS, ComposedLinear
 from pilon_compress.nn.fold import dense, factors, fold, prune_unused
@@ -18,7 +19,10 @@ from pilon_compress.nn.layout import BankSpec, Layout, ProjectionSpec, banks, in
 
 def composed(composition="component", latent=True, dtype=torch.float64, n=5, r=3, k=2, d_in=7, d_out=6):
     torch.manual_seed(0)
-    bank = PrimitiveBank(d_in, d_out, n, r, latent_scale=latent, latent_bias=latent).to(dtype)
+    bank = PrimitiveBank(d_in, d_out, n, r)
+    for kind in ("latent_scale", "latent_bias") if latent else ():
+        add(bank, "original", kind)
+    bank.to(dtype)
     layer = ComposedLinear(bank, k, bias=True, composition=composition).to(dtype)
     for parameter in [*bank.parameters(), *layer.parameters()]:
         nn.init.normal_(parameter)
@@ -41,10 +45,8 @@ def reference(layer, x):
     for p, weight in g.items():
         for c in range(bank.rank):
             u = x @ bank.A[p, :, c]
-            if bank.latent_scale is not None:
-                u = u * bank.latent_scale[c]
-            if bank.latent_bias is not None:
-                u = u + bank.latent_bias[c]
+            if added(bank):
+                u = u * bank.latent_scale[c] + bank.latent_bias[c]
             y += torch.outer(u * weight[c], bank.B[p, c])
     return y + layer.bias
 

@@ -61,6 +61,15 @@ def trimmed_pilon(tiny, family):
     return model.eval()
 
 
+def researched(tiny, family):
+    """The same with a latent scale in every bank, and a norm before every down projection."""
+    model = tiny.tiny_model(family)
+    layout = make_plan(find_sites(model), Budget(ffn_ratio=0.6), "pilon", "component").layout()
+    layout = layout.with_addition("original", "latent_scale", layout.banks)
+    layout = layout.with_addition("bitnet", "sub_norm", [s.name for s in find_sites(model) if s.role == "down"])
+    return initialise(install(model, layout), 0.05, torch.Generator().manual_seed(0)).eval()
+
+
 def save(tiny, model, folder, **options):
     folder.mkdir(exist_ok=True)
     save_model(model, tiny.tiny_tokenizer(), folder, torch.float32, **options)
@@ -202,7 +211,8 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize(
-    ("family", "make"), [("gpt2", pilon), ("llama", pilon), ("bert", pilon), ("gpt2", trimmed_pilon)]
+    ("family", "make"),
+    [("gpt2", pilon), ("llama", pilon), ("bert", pilon), ("gpt2", trimmed_pilon), ("llama", researched)],
 )
 def test_self_contained_folder_loads_without_the_package(tiny, tmp_path, family, make):
     model = make(tiny, family)

@@ -26,11 +26,11 @@ from pilon_compress.train.pipeline import train_model
 
 KINDS = {
     "arcee": [],
-    "llama": ["host.family=llama", "ternary.sub_norm=true"],
-    "options": ["ffn.latent_scale=true", "ffn.latent_bias=true", "ffn.composition=scalar"],
+    "llama": ["host.family=llama", "research.bitnet.sub_norm=true"],
+    "options": [*(f"research.original.latent_{one}=true" for one in ("scale", "bias")), "ffn.composition=scalar"],
     "dense": ["ffn.kind=dense", "host.num_hidden_layers=2"],
     # the others have ranks that no kernel takes
-    "rank16": ["ffn.rank=16", "ffn.latent_bias=true", "host.num_hidden_layers=2"],
+    "rank16": ["ffn.rank=16", "research.original.latent_bias=true", "host.num_hidden_layers=2"],
 }
 
 

@@ -41,8 +41,8 @@ def complaint(tmp_path):
             "research:\n  original:\n    staged:\n      phases: [0.5, 0.7]\n",
             ":4: research.original.staged: phases must grow, and end at 1 (got {'phases': [0.5, 0.7]})",
         ),
-        ("research:\n  original: 3\n", ":3: research.original: must be a section, with some of the fields staged, sel"),
-        ("research: 3\n", ":2: research: must be a section, with some of the fields original"),
+        ("research:\n  original: 3\n", ":3: research.original: must be a section, with some of the fields latent_"),
+        ("research: 3\n", ":2: research: must be a section, with some of the fields bitnet, original"),
     ],
 )
 def test_a_mistake_is_told_with_its_line(complaint, text, message):

@@ -33,21 +33,25 @@ from pilon_compress.train.ternary.initialise import balance, refit_composition, 
 
 LENGTH = 64
 COMPOSITIONS = ("component", "scalar", "softmax")
+LATENT = ("latent_bias", "latent_scale")
 
 
-def small(tiny, composition="component", bias=False, **options):
+def small(tiny, composition="component", bias=False, latent=()):
     """A tiny Llama whose layers share banks, but for the first up projection, all of random floats."""
     torch.manual_seed(0)
     model = tiny.tiny_model("llama")
     config = model.config
     d, h = config.hidden_size, config.intermediate_size
-    bank = {"n_primitives": 3, "rank": 4, **options}
+    bank = {"n_primitives": 3, "rank": 4}
     made = {"band0.up": BankSpec(d, h, **bank), "band0.down": BankSpec(h, d, **bank)}
     places = [f"layers.{i}.mlp.{role}_proj" for i in range(config.num_hidden_layers) for role in ("up", "down")]
     use = {
         name: ProjectionSpec("band0.up" if "up" in name else "band0.down", 2, bias, composition) for name in places[1:]
     }
-    install(model, Layout(made, use, {places[0]: KeptSpec(d, h, bias)}))
+    layout = Layout(made, use, {places[0]: KeptSpec(d, h, bias)})
+    for kind in latent:
+        layout = layout.with_addition("original", kind, made)
+    install(model, layout)
     for name, parameter in model.named_parameters():
         if "mlp" in name or "pilon" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -61,11 +65,11 @@ def text(model):
     return {"input_ids": torch.randint(3, model.config.vocab_size, (8, 32)), "use_cache": False}
 
 
-@pytest.mark.parametrize("options", [{}, {"latent_bias": True, "latent_scale": True}])
+@pytest.mark.parametrize("latent", [(), LATENT])
 @pytest.mark.parametrize("composition", COMPOSITIONS)
 @torch.no_grad()
-def test_balancing_changes_no_output_and_evens_sizes_out(tiny, composition, options):
-    model = small(tiny, composition, **options)
+def test_balancing_changes_no_output_and_evens_sizes_out(tiny, composition, latent):
+    model = small(tiny, composition, latent=latent)
     inputs = text(model)
     before = model(**inputs).logits
     for _, bank in banks(model):
@@ -76,10 +80,10 @@ def test_balancing_changes_no_output_and_evens_sizes_out(tiny, composition, opti
     assert torch.allclose(model(**inputs).logits, before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("composition", COMPOSITIONS)
+@pytest.mark.parametrize(("composition", "latent"), [*((one, ()) for one in COMPOSITIONS), ("component", LATENT)])
 @torch.no_grad()
-def test_refitted_digits_compute_more_nearly_what_floats_did(tiny, composition):
-    model = small(tiny, composition, bias=True)
+def test_refitted_digits_compute_more_nearly_what_floats_did(tiny, composition, latent):
+    model = small(tiny, composition, bias=True, latent=latent)
     inputs, plain = text(model), copy.deepcopy(model)
     wanted = plain(**inputs).logits
     apart = []
@@ -207,7 +211,7 @@ def test_stopped_in_either_stage_and_resumed_ends_with_the_same_weights(home, tm
 
 
 def test_digits_from_the_start(home, tmp_path):
-    changes = {"ternary.after": 0.0, "ternary.warmup": 0.25}
+    changes = {"ternary.after": 0.0, "research.bitnet.warmup": 0.25}
     result = train_model(healing(home, 8, **changes), tmp_path / "out", quiet=True)
     assert "stages" not in result and not (tmp_path / "out/stages").exists()
     assert result["val_perplexity"] < result["before"]

@@ -180,8 +180,9 @@ def test_loss_in_parts_is_the_loss(monkeypatch):
 
 
 def test_layout_of_a_new_model_is_its_plan():
-    ffn = Ffn(latent_scale=True, composition="softmax")
+    ffn = Ffn(composition="softmax")
     layout = base_architectures.layout_for(sites(), ffn)
+    layout = layout.with_addition("original", "latent_scale", layout.banks)
     model = checkpoint.build(base_architectures.config_for(SMALL, 64, 0))
     install(model, layout)
     assert layout_of(model) == layout

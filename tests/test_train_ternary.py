@@ -14,17 +14,19 @@ from pilon_compress.config import training
 from pilon_compress.distill.losses import NextToken
 from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures
+from pilon_compress.nn.additions import added
 from pilon_compress.nn.layout import banks, kept_matrices, layout_of, projections
 from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
-from pilon_compress.train import schedule
+from pilon_compress.train.callbacks import extensions
 from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.optim import group_parameters, make_optimizers
 from pilon_compress.train.pipeline import callbacks_for, plan, train_model
+from pilon_compress.train.preflight import layout_asked
 from pilon_compress.train.ternary.schedule import Rounding
 
 SHORT = ("schedule.tokens=8192", "run.checkpoint_every=0.001", "run.keep=4", "device=cpu")  # 8 steps
 WORDS = ["train", "--recipe", "smoke", "--ternary", "--json"]
-WORDS += [word for item in (*SHORT, "ternary.warmup=0.5") for word in ("--set", item)]
+WORDS += [word for item in (*SHORT, "research.bitnet.warmup=0.5") for word in ("--set", item)]
 IDS = torch.randint(3, 500, (3, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -46,15 +48,17 @@ def undisturbed(trained, tmp_path_factory):
     return folder, trained(folder, "-o", "out")
 
 
-def built(*overrides: str, **ternary) -> tuple:
+def built(*overrides: str, bitnet=None, **ternary) -> tuple:
     """A small model from scratch, ternary unless told otherwise, and its recipe."""
     host = {"family": "llama", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
     host |= {"intermediate_size": 96, "vocab_size": 500}
     asked = {"task": "pretrain", "host": host, "ternary": {"enabled": True, **ternary}}
-    settings = training.build(asked, list(overrides))
-    return base_architectures.build(
-        base_architectures.config_for(settings.host, 32, 0), settings.ffn, 0, settings.ternary
-    ), settings
+    settings = training.build({**asked, "research": {"bitnet": bitnet or {}}}, list(overrides))
+    config = base_architectures.config_for(settings.host, 32, 0)
+    model = base_architectures.build_with(config, layout_asked(settings, config), 0)
+    for extension in extensions(settings):
+        extension.stage(model)
+    return model, settings
 
 
 # --- the whole road
@@ -101,7 +105,7 @@ def test_two_processes_train_what_one_does(trained, undisturbed, parallel):
 @pytest.mark.parametrize("family", ["arcee", "llama"])
 @torch.no_grad()
 def test_decoding_batches_and_prefixes_do_not_change_what_is_predicted(family):
-    model, _ = built(f"host.family={family}", group=16, sub_norm=True)
+    model, _ = built(f"host.family={family}", group=16, bitnet={"sub_norm": True})
     model.eval()
     whole = model(IDS).logits
     alone = model(IDS[1:2]).logits
@@ -119,12 +123,12 @@ def test_decoding_batches_and_prefixes_do_not_change_what_is_predicted(family):
 
 
 def test_dense_hosts_are_ternary_one_flag_away_and_norms_can_be_alike():
-    model, _ = built("ffn.kind=dense", sub_norm=True)
+    model, _ = built("ffn.kind=dense", bitnet={"sub_norm": True})
     layers = dict(kept_matrices(model))
     assert len(layers) == 12 and all(isinstance(layer, TernaryLinear) for layer in layers.values())
-    assert {name.rsplit(".", 1)[1] for name, layer in layers.items() if layer.norm is not None} == {"down_proj"}
+    assert {name.rsplit(".", 1)[1] for name, layer in layers.items() if added(layer)} == {"down_proj"}
     for kind in ("pilon", "lowrank", "dense"):
-        model, _ = built(f"ffn.kind={kind}", enabled=False, sub_norm=True)
+        model, _ = built(f"ffn.kind={kind}", enabled=False, bitnet={"sub_norm": True})
         assert not layout_of(model).is_ternary and len([n for n in model.state_dict() if "norm.weight" in n]) == 4 + 9
     model, _ = built("ffn.kind=dense", enabled=False)
     assert not layout_of(model).kept
@@ -146,7 +150,7 @@ def test_outputs_start_as_large_as_those_of_dense_weights(kind):
 
 def test_one_graph_for_all_steps():
     torch._dynamo.reset()
-    model, settings = built("host.num_hidden_layers=2", warmup=0.5)
+    model, settings = built("host.num_hidden_layers=2", bitnet={"warmup": 0.5})
     trainee, graphs = NextToken(model), []
 
     def backend(graph, inputs):
@@ -192,24 +196,37 @@ def test_digits_are_made_once_per_step_and_gradients_reach_all_that_learns(monke
 
 
 def test_the_second_stage_has_its_own_rate_and_no_weight_decay():
-    model, settings = built(second=0.5, second_rate=0.25)
+    model, settings = built(bitnet={"second": 0.7, "second_rate": 0.25})
     optimizers = make_optimizers(model, settings.optimizer)
-    rounding = Rounding.of(model, settings, optimizers)
-    decays = []
+    callbacks, decays, rates = callbacks_for(settings, model, optimizers, 10), [], []
+    for share in (0.69, 0.7):
+        for callback in callbacks:
+            callback.before(0, share)
+        decays.append({group["name"]: group["weight_decay"] for o in optimizers for group in o.param_groups})
+        rates.append({group["name"]: group["lr"] for o in optimizers for group in o.param_groups})
+    assert decays[0]["banks"] == 0.1 and not any(decays[1].values())
+    assert rates[1] == {name: 0.25 * rate for name, rate in rates[0].items()}
+
+
+def test_weight_decay_ends_half_way_through_a_ternary_training():
+    model, settings = built()
+    optimizers = make_optimizers(model, settings.optimizer)
+    rounding, decays = Rounding.of(model, settings, optimizers), []
     for share in (0.49, 0.5):
         rounding.before(0, share)
-        decays.append({group["name"]: group["weight_decay"] for o in optimizers for group in o.param_groups})
-    assert decays[0]["banks"] == 0.1 and not any(decays[1].values())
-    assert schedule.rate_of(settings, 0.5) == 0.25 * schedule.rate_of(settings, 0.49)
+        decays.append([group["weight_decay"] for o in optimizers for group in o.param_groups])
+    assert any(decays[0]) and not any(decays[1])
+    assert training.build({"task": "pretrain"}).weight_decay_ends == 1
 
 
 def test_rounding_takes_hold_little_by_little():
-    model, settings = built(warmup=0.5)
-    rounding = Rounding.of(model, settings, make_optimizers(model, settings.optimizer))
+    model, settings = built(bitnet={"warmup": 0.5})
+    callbacks = callbacks_for(settings, model, make_optimizers(model, settings.optimizer), 10)
     bank = next(bank for _, bank in banks(model))
     apart = []
     for share in (0.0, 0.25, 0.5, 1.0):
-        rounding.before(0, share)
+        for callback in callbacks:
+            callback.before(0, share)
         apart.append(float((bank.A_digits - bank.A_digits.round()).abs().max()))
     assert apart[0] > apart[1] > apart[2] == apart[3] == 0
     assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
@@ -220,9 +237,14 @@ def test_rounding_takes_hold_little_by_little():
     ("data", "message"),
     [
         ({"task": "sft", "start": "x", "ternary": {"enabled": True}}, "for pretrain and heal"),
-        ({"task": "heal", "start": "x", "ternary": {"sub_norm": True}}, "for models from scratch"),
+        ({"task": "heal", "start": "x", "research": {"bitnet": {"sub_norm": True}}}, "for models from scratch"),
         (
-            {"task": "pretrain", "ffn": {"dense_until": 0.5}, "schedule": {"tokens": 9}, "ternary": {"sub_norm": True}},
+            {
+                "task": "pretrain",
+                "ffn": {"dense_until": 0.5},
+                "schedule": {"tokens": 9},
+                "research": {"bitnet": {"sub_norm": True}},
+            },
             "ffn.dense_until 0",
         ),
     ],
@@ -239,7 +261,7 @@ def test_plans_of_ternary_models_are_the_same_size():
 
 def test_a_selection_that_explores_can_be_ternary(tmp_path, monkeypatch):
     monkeypatch.setenv("PILON_CACHE", str(tmp_path / "tokens"))
-    words = ["schedule.tokens=4096", "ternary.enabled=true", "ternary.sub_norm=true"]
+    words = ["schedule.tokens=4096", "ternary.enabled=true", "research.bitnet.sub_norm=true"]
     words += ["research.original.selection.explore=anneal", "ffn.rank=4", "ffn.n_primitives=12", "ffn.top_k=3"]
     result = train_model(training.load("smoke", words), tmp_path / "out", quiet=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -17,7 +17,7 @@ from pilon_compress.bench.block_variants import NotHere, needs_kernel, ternary_b
 from pilon_compress.kernels import cpu
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import find_sites
-from pilon_compress.nn.dense_linear import KeptLinear
+from pilon_compress.nn.additions import carry
 from pilon_compress.nn.fold import fold
 from pilon_compress.nn.layout import BANKS, kept_matrices, projections
 
@@ -25,12 +25,12 @@ from pilon_compress.nn.layout import BANKS, kept_matrices, projections
 class TernaryProjection(nn.Module):
     """A projection of random digits."""
 
-    def __init__(self, projection: cpu.CpuProjection, norm: nn.Module | None = None) -> None:
+    def __init__(self, projection: cpu.CpuProjection) -> None:
         super().__init__()
-        self.project, self.norm = cpu.prepared(projection), norm
+        self.project = cpu.prepared(projection)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(x if self.norm is None else self.norm(x))
+        return self.project(x)
 
 
 class Int8Projection(nn.Module):
@@ -104,10 +104,10 @@ def pilon_ternary(pilon: PreTrainedModel) -> PreTrainedModel:
         if bank.rank % 16:
             raise NotHere(f"there is a bank of rank {bank.rank}: the ternary kernel takes multiples of 16")
         made = ternary_bank(bank.d_in, bank.d_out, k * bank.rank, bank.rank, bank.n_primitives)
-        model.base_model.set_submodule(name, TernaryProjection(_biased(made, composed.bias), composed.norm))
+        model.base_model.set_submodule(name, carry(composed, TernaryProjection(_biased(made, composed.bias))))
     for name, kept in list(kept_matrices(model)):
         made = ternary_matrix(kept.in_features, kept.out_features)
-        model.base_model.set_submodule(name, TernaryProjection(_biased(made, kept.bias), kept.norm))
+        model.base_model.set_submodule(name, carry(kept, TernaryProjection(_biased(made, kept.bias))))
     delattr(model.base_model, BANKS)
     return model
 
@@ -129,10 +129,10 @@ FORMS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
 def _in_int8(model: PreTrainedModel, whole: bool) -> PreTrainedModel:
     """Every plain linear layer, the head too."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear | Conv1D) and not (isinstance(layer, KeptLinear) and layer.norm is not None):
+        if isinstance(layer, nn.Linear | Conv1D):
             weight = layer.weight.detach()
             weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
-            model.set_submodule(name, Int8Projection(weight, layer.bias, whole))
+            model.set_submodule(name, carry(layer, Int8Projection(weight, layer.bias, whole)))
     return model
 
 

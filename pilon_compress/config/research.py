@@ -30,6 +30,11 @@ class ResearchSection(Section):
     def check(self, recipe: "TrainRecipe") -> None:
         """Raise ValueError, in one line, where the section does not go with the rest of the recipe."""
 
+    @property
+    def weight_decay_ends(self) -> float | None:
+        """Share of a ternary training after which weight decay is off; None: as without research."""
+        return None
+
     def marks(self) -> list[tuple[float, str]]:
         """(share of the training, label) of every change that the report's curves mark."""
         return []

@@ -13,6 +13,7 @@ from pilon_compress.config.research import Research
 from pilon_compress.config.strict_yaml import Document
 
 Task = Literal["pretrain", "heal", "sft"]
+WEIGHT_DECAY_ENDS = 0.5  # share of a ternary training, as in the second stage of BitNet b1.58 (Ma et al., 2024)
 
 
 class Host(Section):
@@ -64,26 +65,16 @@ class Ffn(Section):
     """Factor on the learning rate from then on."""
     like: Text | None = None
     """A converted model: train its layout and host from random weights instead, with its tokenizer, as a control."""
-    latent_scale: Switch = False
-    latent_bias: Switch = False
-    """Options of the original PILON: a scale and a bias per component of rank, shared by all primitives of a bank."""
 
 
 class Ternary(Section):
     """Digits -1, 0 and 1 for the numbers of banks and kept matrices, 8-bit codes for what they are multiplied with."""
 
     enabled: Switch = False
-    sub_norm: Switch = False
-    """From scratch: RMSNorm before the down projections, as BitNet has it; with or without digits."""
     group: Count = 128
     """Inputs of down projections that share a scale; 0: all of a token's."""
-    warmup: Share = 0.0
-    """Share of the steps in which rounding takes hold little by little."""
     after: Share = 0.25
     """heal: share of the tokens that heals factors as they are, before they become digits."""
-    second: Share = 0.5
-    """Share of the steps after which the second stage begins: no weight decay, and rates times second_rate."""
-    second_rate: Number = 1.0
 
 
 class Data(Section):
@@ -210,6 +201,12 @@ class TrainRecipe(Section):
     MOVED: ClassVar[dict[str, str]] = {
         "staged": "research.original.staged",
         "selection": "research.original.selection",
+        "ffn.latent_scale": "research.original.latent_scale",
+        "ffn.latent_bias": "research.original.latent_bias",
+        "ternary.sub_norm": "research.bitnet.sub_norm",
+        "ternary.warmup": "research.bitnet.warmup",
+        "ternary.second": "research.bitnet.second",
+        "ternary.second_rate": "research.bitnet.second_rate",
     }
 
     task: Task
@@ -235,7 +232,7 @@ class TrainRecipe(Section):
     distill: Distill = Distill()
     run: Run = Run()
     research: Research = Research()
-    """Research modules by name, with their own fields: `original` has the original PILON's schedules."""
+    """Research modules by name, with their own fields: `original` (the original PILON's training), `bitnet`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -249,6 +246,12 @@ class TrainRecipe(Section):
             if isinstance(given, dict):
                 filled[section] = {**defaults, **given}
         return filled
+
+    @property
+    def weight_decay_ends(self) -> float:
+        """Share of the steps after which weight decay is off: 1 unless the training is ternary."""
+        asked = [section.weight_decay_ends for section in self.research.sections.values()]
+        return next((end for end in asked if end is not None), WEIGHT_DECAY_ENDS) if self.ternary.enabled else 1.0
 
     @property
     def warm(self) -> bool:
@@ -275,10 +278,6 @@ class TrainRecipe(Section):
             raise ValueError("run.compile does not go with distill.ffn or layerwise, which look into blocks")
         if self.task == "sft" and self.ternary.enabled:
             raise ValueError("ternary.enabled is for pretrain and heal: a ternary model is taught chats as it is")
-        if self.ternary.sub_norm and (self.task != "pretrain" or self.warm):
-            raise ValueError(
-                "ternary.sub_norm is for models from scratch, with ffn.dense_until 0: no conversion has it"
-            )
         self.research.check(self)
         return self
 

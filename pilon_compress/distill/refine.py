@@ -168,15 +168,12 @@ def balance(model: PreTrainedModel) -> None:
     """Spread every component's magnitude evenly over its A column and B row, and bring its weights near 1.
 
     The function stays the same up to rounding. Adam moves all numbers of a tensor at one scale, so components of
-    unequal or lopsided scale would learn at unequal rates. Banks with a latent bias are left alone, softmax
-    compositions keep their logits.
+    unequal or lopsided scale would learn at unequal rates. Softmax compositions keep their logits.
     """
     users: dict[int, list[ComposedLinear]] = {}
     for _, composed in projections(model):
         users.setdefault(id(composed.bank), []).append(composed)
     for _, bank in banks(model):
-        if bank.latent_bias is not None:
-            continue
         layers = users.get(id(bank), [])
         if layers and all(layer.composition != "softmax" for layer in layers):
             _absorb(bank, layers)

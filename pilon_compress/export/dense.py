@@ -14,6 +14,7 @@ from pilon_compress.export.registry import DEFAULTS, Job, exporter
 from pilon_compress.export.save import drop_bundled, save_beside
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import family_of
+from pilon_compress.nn.additions import addition
 from pilon_compress.nn.fold import dense
 from pilon_compress.nn.layout import BANKS, kept_matrices, layout_of, linear_shape, projections
 
@@ -22,9 +23,8 @@ def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | N
     """Say why `model` has no dense form; None if it has one."""
     if layout_of(model).rest:
         return "is in int8 throughout: export the model that it was packed from"
-    if any(one.norm is not None for _, one in (*projections(model), *kept_matrices(model))):
-        return "normalises the inputs of feed-forward projections, which its base architecture has no place for"
-    return None
+    additions = [addition(name, kind) for name, kind, _ in layout_of(model).additions()]
+    return next((one.dense for one in additions if one.dense), None)
 
 
 @exporter(

@@ -14,6 +14,7 @@ from pilon_compress.export.save import drop_bundled, save_beside
 from pilon_compress.models import checkpoint
 from pilon_compress.models.provenance import lineage
 from pilon_compress.models.task import vocabulary
+from pilon_compress.nn.additions import added, addition, carry
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.int8 import to_int8
@@ -92,9 +93,9 @@ def packed(model: PreTrainedModel, encoding: str) -> PreTrainedModel:
     """Replace, in place, every ternary bank and matrix of `model` by a packed one; outputs stay bit-equal."""
     made = {id(bank): (name, bank, _bank(bank, encoding)) for name, bank in banks(model)}
     for name, layer in list(projections(model)):
-        model.base_model.set_submodule(name, _projection(layer, made[id(layer.bank)][2]))
+        model.base_model.set_submodule(name, carry(layer, _projection(layer, made[id(layer.bank)][2])))
     for name, matrix in list(kept_matrices(model)):
-        model.base_model.set_submodule(name, _matrix(matrix, encoding))
+        model.base_model.set_submodule(name, carry(matrix, _matrix(matrix, encoding)))
     for name, _, bank in made.values():
         model.base_model.set_submodule(f"{BANKS}.{name}", bank)
     return model.eval()
@@ -111,17 +112,14 @@ def _bank(bank: PrimitiveBank, encoding: str) -> PackedBank:
 def _projection(layer: ComposedLinear, bank: PackedBank) -> ComposedLinear:
     selected, weight = layer.coefficients()
     assert isinstance(layer.bank, TernaryBank)
-    scale, shift = layer.bank.folded(selected, weight)
+    scale, _ = layer.bank.folded(selected, weight)
     k, rank = len(selected), bank.rank
-    made = ComposedLinear(
-        bank, k, layer.bias is not None, "component", layer.host_shape, layer.group, layer.norm is not None,
-        shift is not None,
-    )  # fmt: skip
+    made = ComposedLinear(bank, k, layer.bias is not None, "component", layer.host_shape, layer.group)
     made.selected = selected.clone()
     made.weight = nn.Parameter(scale.reshape(k, rank).clone())
-    if made.shift is not None and shift is not None:
-        made.shift = nn.Parameter(shift.reshape(k, rank).clone())
-    made.bias, made.norm = layer.bias, layer.norm
+    made.bias = layer.bias
+    for name, kind in added(layer.bank):
+        addition(name, kind).packed(layer, made)
     return made
 
 
@@ -129,12 +127,10 @@ def _matrix(matrix: Kept, encoding: str) -> PackedLinear:
     assert isinstance(matrix, TernaryLinear)
     scale = matrix.scales()
     d_in, d_out = matrix.in_features, matrix.out_features
-    made = PackedLinear(
-        d_in, d_out, matrix.bias is not None, matrix.host_shape, encoding, matrix.group, matrix.norm is not None
-    )
+    made = PackedLinear(d_in, d_out, matrix.bias is not None, matrix.host_shape, encoding, matrix.group)
     made.codes = pack(digits(matrix.weight, scale).T[None], encoding)
     made.weight = nn.Parameter(scale.squeeze(-1).expand(d_out).clone())
-    made.bias, made.norm = matrix.bias, matrix.norm
+    made.bias = matrix.bias
     return made
 
 

@@ -1,6 +1,7 @@
 """Exports to a folder that brings its loading code along: it loads where pilon-compress is not installed."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ from transformers import PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 
 from pilon_compress.config.export import ExportOptions
+from pilon_compress.config.research import bound
 from pilon_compress.export import transformers_plugin
 from pilon_compress.export.registry import Job, exporter
 from pilon_compress.export.save import MODELING_FILE, save_beside
 from pilon_compress.io import checksum
 from pilon_compress.kernels import reference
 from pilon_compress.nn import (
+    additions,
     bank,
     composed_linear,
     dense_linear,
@@ -22,6 +25,7 @@ from pilon_compress.nn import (
     layout,
     lazy,
     packed_ternary,
+    sharded,
     ternary,
     ternary_codec,
     ternary_quantizer,
@@ -31,6 +35,8 @@ from pilon_compress.nn import (
 BUNDLED = (
     reference,
     ternary_quantizer,
+    sharded,
+    additions,
     bank,
     composed_linear,
     dense_linear,
@@ -74,7 +80,7 @@ def write(model: PreTrainedModel, job: Job) -> dict[str, Any]:
     classes = host_classes(model)
     stem = MODELING_FILE.removesuffix(".py")
     model.config.auto_map = {auto: f"{stem}.Pilon{host}" for auto, host in classes.items()}
-    code = bundle(sorted(set(classes.values())))
+    code = bundle(sorted(set(classes.values())), sorted(layout.layout_of(model).research))
 
     def add(folder: Path) -> None:
         (folder / MODELING_FILE).write_text(code, "utf-8")
@@ -96,10 +102,13 @@ def host_classes(model: PreTrainedModel) -> dict[str, str]:
     return {name: host for name, host in found.items() if not name.startswith("_")}
 
 
-def bundle(hosts: list[str]) -> str:
-    """One module: the sources of form and loader without their imports of each other, and a class per host class."""
+def bundle(hosts: list[str], research: Sequence[str] = ()) -> str:
+    """One module: the sources of form and loader without their imports of each other, and a class per host class.
+
+    `research`: names of the research modules that the layout needs.
+    """
     parts = [HEADER]
-    for module in BUNDLED:
+    for module in (*BUNDLED, *(bound(name, "form") for name in research)):
         lines = inspect.getsource(module).splitlines()
         kept = [line for line in lines if not line.startswith(("from pilon_compress", "import pilon_compress"))]
         parts.append("\n".join(kept))

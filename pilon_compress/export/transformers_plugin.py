@@ -110,7 +110,7 @@ def refuse_damage(model: Host) -> None:
             if not (torch.isfinite(scale).all() and scale.all()):
                 raise ValueError(f"{name} holds scales that are zero or not finite: the file is corrupt")
     for name, scale in scales_of(model).items():
-        if not scale.is_meta and not (torch.isfinite(scale).all() and (scale.any() or name.endswith("shift"))):
+        if not scale.is_meta and not (torch.isfinite(scale).all() and scale.any()):
             raise ValueError(f"{name} holds scales that are zero or not finite: the file is corrupt")
 
 

@@ -102,19 +102,22 @@ def layout_for(sites: Sequence[Site], ffn: Ffn, ternary: Ternary = Ternary()) ->
     Raises BadInput where the budget is too small for one primitive, and for bands that do not partition the layers.
     """
     if ffn.kind == "dense" and not ffn.matrices:
-        if not (ternary.enabled or ternary.sub_norm):
+        if not ternary.enabled:
             return None
-        layout = Layout({}, {}, {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in sites})
+        layout = kept_whole(sites)
     else:
         layout = _narrowed(sites, ffn) if ffn.matrices else _composed(sites, ffn)
     return with_ternary(layout, sites, ternary)
 
 
+def kept_whole(sites: Sequence[Site]) -> Layout:
+    """Return the layout that keeps every projection a dense matrix of its own size."""
+    return Layout({}, {}, {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in sites})
+
+
 def with_ternary(layout: Layout, sites: Sequence[Site], ternary: Ternary) -> Layout:
-    """Return `layout` with ternary weights, and norms before the down projections, where `ternary` enables them."""
+    """Return `layout` with ternary weights, where `ternary` enables them."""
     down = [site.name for site in sites if site.role == "down"]
-    if ternary.sub_norm:
-        layout = layout.normed(down)
     return layout.ternary(down, ternary.group) if ternary.enabled else layout
 
 
@@ -184,7 +187,7 @@ def _size(members: Sequence[Site], dense: Sequence[Site], ffn: Ffn) -> tuple[Ban
     size = size_bank(budget, ffn.n_primitives, ffn.rank, ffn.top_k)
     if size is None:
         raise BadInput(f"the budget pays for no primitive in the {site.role} projections: raise ffn_ratio or mac_ratio")
-    spec = BankSpec(site.d_in, site.d_out, size.n_primitives, size.rank, ffn.latent_scale, ffn.latent_bias)
+    spec = BankSpec(site.d_in, site.d_out, size.n_primitives, size.rank)
     return spec, size.top_k
 
 

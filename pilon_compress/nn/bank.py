@@ -11,27 +11,16 @@ class PrimitiveBank(nn.Module):
 
         A: (n, d_in, r)   B: (n, r, d_out)        y = sum over selected p of  x A_p diag(g_p) B_p
 
-             x (d_in) --A_p--> u (r) --[* latent_scale + latent_bias]--> --g_p--> --B_p--> y (d_out)
+             x (d_in) --A_p--> u (r) --g_p--> --B_p--> y (d_out)
 
     The bank is owned once by the model; layers call it with their own composition. They must call it rather than
-    read `A` and `B`, so that FSDP can gather the parameters first. `latent_scale` and `latent_bias`, both (r,) and
-    shared by all primitives, are options of the original PILON.
+    read `A` and `B`, so that FSDP can gather the parameters first.
     """
 
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        n_primitives: int,
-        rank: int,
-        latent_scale: bool = False,
-        latent_bias: bool = False,
-    ) -> None:
+    def __init__(self, d_in: int, d_out: int, n_primitives: int, rank: int) -> None:
         super().__init__()
         self.A = nn.Parameter(torch.empty(n_primitives, d_in, rank))
         self.B = nn.Parameter(torch.empty(n_primitives, rank, d_out))
-        self.latent_scale = nn.Parameter(torch.ones(rank)) if latent_scale else None
-        self.latent_bias = nn.Parameter(torch.zeros(rank)) if latent_bias else None
 
     @property
     def n_primitives(self) -> int:
@@ -57,12 +46,17 @@ class PrimitiveBank(nn.Module):
         k, r = selected.shape[0], self.rank
         A, B = (factor.to(x.dtype) for factor in self.primitives(selected))
         A, B = A.permute(1, 0, 2).reshape(self.d_in, k * r), B.reshape(k * r, self.d_out)
+        factor, shift = self.affine(weight)
         u = x @ A
-        if self.latent_scale is not None:
-            u = u * self.latent_scale.repeat(k)
-        if self.latent_bias is not None:
-            u = u + self.latent_bias.repeat(k)
-        return (u * weight.to(u.dtype).expand(k, r).reshape(k * r)) @ B
+        u = u * factor.to(u.dtype).expand(k, r).reshape(k * r)
+        return (u if shift is None else u + shift.to(u.dtype).expand(k, r).reshape(k * r)) @ B
+
+    def affine(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Factor and shift, (k, r) or (k, 1), that turn the latent x A into the one that meets B; None: no shift.
+
+        Both are linear in `weight`, the composition's.
+        """
+        return weight, None
 
     def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         """The selected A (k, d_in, r) and B (k, r, d_out) as they count in the forward pass."""

@@ -7,7 +7,6 @@ from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.sharded import full
 
 COMPOSITIONS = ("component", "scalar", "softmax")
-NORM_EPS = 1e-6
 
 
 class ComposedLinear(nn.Module):
@@ -18,10 +17,7 @@ class ComposedLinear(nn.Module):
     scalar        (k, 1)    one signed coefficient per selected primitive
     softmax       (n, 1)    logits over the whole bank; the k largest are selected and renormalised (original PILON)
 
-    `norm`: RMSNorm of the input, where a quantiser follows (SubLN as BitNet has it before `down`). `group`: inputs that
-    share a scale of that quantiser, 0 for all of a token's.
-
-    `shift` (k, r) is added to the latent behind the weight: packed banks have it in the place of a latent bias.
+    `group`: inputs that share a scale of a quantiser, 0 for all of a token's.
 
     The composition tensor is called `weight` on purpose: a checkpoint that is loaded without this package meets a
     stock layer with another shape and fails, instead of running on random weights.
@@ -38,8 +34,6 @@ class ComposedLinear(nn.Module):
         composition: str = "component",
         host_shape: tuple[int, int] | None = None,
         group: int = 0,
-        norm: bool = False,
-        shift: bool = False,
     ) -> None:
         super().__init__()
         if composition not in COMPOSITIONS:
@@ -55,8 +49,6 @@ class ComposedLinear(nn.Module):
         if composition != "softmax":
             self.register_buffer("selected", torch.arange(top_k))
         self.bias = nn.Parameter(torch.zeros(bank.d_out)) if bias else None
-        self.shift = nn.Parameter(torch.zeros(shape)) if shift else None
-        self.norm = nn.RMSNorm(bank.d_in, eps=NORM_EPS) if norm else None
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """`selected` (k,) int64 and the weight (k, r) or (k, 1) that each selected primitive gets."""
@@ -108,14 +100,19 @@ class ComposedLinear(nn.Module):
             self.selected.copy_((used.cumsum(0) - 1)[self.selected])
 
     def forward(self, x: Tensor) -> Tensor:
-        selected, weight = self.coefficients()
-        if self.norm is not None:
-            x = self.norm(x)
-        shift = {} if self.shift is None else {"shift": self.shift}
-        y = self.bank(x, selected, weight, self.group, **shift)
+        y = self.compose(x)
         if y.device != x.device:  # a bank shared by layers on several devices lives on one of them
             y = y.to(x.device)
         return y if self.bias is None else y + self.bias
+
+    def compose(self, x: Tensor) -> Tensor:
+        """`x` (..., d_in) -> (..., d_out), without the bias."""
+        y: Tensor = self.bank(x, *self.coefficients(), self.group)
+        return y
+
+    def affine(self) -> tuple[Tensor, Tensor | None]:
+        """Factor and shift of the latent, (k, r) or (k, 1): see `PrimitiveBank.affine`."""
+        return self.bank.affine(self.coefficients()[1])
 
     def extra_repr(self) -> str:
         bank = self.bank

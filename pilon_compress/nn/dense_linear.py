@@ -2,25 +2,17 @@
 
 from torch import Tensor, nn
 
-from pilon_compress.nn.composed_linear import NORM_EPS
-
 
 class KeptLinear(nn.Linear):
     """An nn.Linear in the place of a host projection of `host_shape` (d_in, d_out), at that size or smaller.
 
     Dropping a neuron of a feed-forward block takes a column of up (and gate) and a row of down; the function of the
     others does not change (structured pruning; which neurons go is decided in `convert.solve.neuron_pruning`).
-    `norm`: RMSNorm of the input, as in `ComposedLinear`.
     """
 
-    def __init__(self, d_in: int, d_out: int, bias: bool, host_shape: tuple[int, int], norm: bool = False) -> None:
+    def __init__(self, d_in: int, d_out: int, bias: bool, host_shape: tuple[int, int]) -> None:
         super().__init__(d_in, d_out, bias=bias)
         self.host_shape = host_shape
-        self.norm = nn.RMSNorm(d_in, eps=NORM_EPS) if norm else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` (..., d_in) -> (..., d_out)."""
-        return super().forward(x if self.norm is None else self.norm(x))
 
     def matrix(self) -> Tensor:
         """(d_in, d_out), as it counts in the forward pass."""

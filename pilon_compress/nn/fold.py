@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from pilon_compress.nn.additions import carry
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.integer import IntegerLinear
 from pilon_compress.nn.layout import BANKS, Host, banks, kept_matrices, projections
@@ -19,23 +20,17 @@ def pair_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
 def factors(composed: ComposedLinear) -> tuple[Tensor, Tensor, Tensor | None]:
     """A (d_in, k·r), B (k·r, d_out), bias (d_out,) or None, so that the projection is `x @ A @ B + bias`.
 
-    The composition weight, latent scale and latent bias are folded in. Computed in float64, returned in the bank's
+    The composition weight, and what the bank makes of it, are folded in. Computed in float64, returned in the weight's
     dtype.
     """
-    bank, (selected, weight) = composed.bank, composed.coefficients()
+    bank, selected, (factor, shift) = composed.bank, composed.coefficients()[0], composed.affine()
     A, B = (factor.double() for factor in bank.primitives(selected))
     A = A.permute(1, 0, 2).reshape(bank.d_in, -1)
-    scaled = B * weight.double()[:, :, None]
+    scaled, dtype = B * factor.double()[:, :, None], factor.dtype
     bias = None if composed.bias is None else composed.bias.double()
-    if composed.shift is not None:
-        moved = torch.einsum("kr,kro->o", composed.shift.double(), B)
+    if shift is not None:
+        moved = torch.einsum("kr,kro->o", shift.double().expand(B.shape[:2]), B)
         bias = moved if bias is None else bias + moved
-    if bank.latent_bias is not None:
-        shift = torch.einsum("r,kro->o", bank.latent_bias.double(), scaled)
-        bias = shift if bias is None else bias + shift
-    if bank.latent_scale is not None:
-        scaled = scaled * bank.latent_scale.double()[:, None]
-    dtype = weight.dtype
     return A.to(dtype), scaled.reshape(-1, bank.d_out).to(dtype), None if bias is None else bias.to(dtype)
 
 
@@ -65,7 +60,7 @@ def fold(model: Host) -> Host:
     for name, kept in list(kept_matrices(model)):
         if isinstance(kept, IntegerLinear):  # in whole numbers it would be restored for every call
             plain: nn.Module = _linear(kept.matrix().to(base.dtype), kept.bias)
-            base.set_submodule(name, _behind(kept.norm, plain))
+            base.set_submodule(name, carry(kept, plain))
     for name, composed in list(projections(model)):
         bank = composed.bank
         if pair_is_cheaper(composed.top_k * bank.rank, bank.d_in, bank.d_out):
@@ -73,13 +68,9 @@ def fold(model: Host) -> Host:
             plain = nn.Sequential(_linear(A, None), _linear(B, bias))
         else:
             plain = _linear(*dense(composed))
-        base.set_submodule(name, _behind(composed.norm, plain))
+        base.set_submodule(name, carry(composed, plain))
     delattr(base, BANKS)
     return model
-
-
-def _behind(norm: nn.Module | None, plain: nn.Module) -> nn.Module:
-    return plain if norm is None else nn.Sequential(norm, plain)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pilon_compress.nn.bank import PrimitiveBank
-from pilon_compress.nn.composed_linear import NORM_EPS
 
 
 @dataclass(frozen=True)
@@ -143,14 +142,10 @@ class IntegerBank(PrimitiveBank):
         n_primitives: int,
         rank: int,
         quantization: str,
-        latent_scale: bool = False,
-        latent_bias: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # A and B are no parameters
         self.A = Integers(n_primitives, d_in, rank, quantization)
         self.B = Integers(n_primitives, d_out, rank, quantization)
-        self.latent_scale = nn.Parameter(torch.ones(rank)) if latent_scale else None
-        self.latent_bias = nn.Parameter(torch.zeros(rank)) if latent_bias else None
 
     @property
     def d_out(self) -> int:
@@ -170,17 +165,14 @@ class IntegerBank(PrimitiveBank):
 class IntegerLinear(Integers):
     """A kept matrix of whole numbers; as `KeptLinear`."""
 
-    def __init__(
-        self, d_in: int, d_out: int, bias: bool, host_shape: tuple[int, int], quantization: str, norm: bool = False
-    ) -> None:
+    def __init__(self, d_in: int, d_out: int, bias: bool, host_shape: tuple[int, int], quantization: str) -> None:
         super().__init__(1, d_in, d_out, quantization)
         self.in_features, self.out_features, self.host_shape = d_in, d_out, host_shape
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
-        self.norm = nn.RMSNorm(d_in, eps=NORM_EPS) if norm else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., d_in) -> (..., d_out)."""
-        return functional.linear(x if self.norm is None else self.norm(x), self.matrix().T.to(x.dtype), self.bias)
+        return functional.linear(x, self.matrix().T.to(x.dtype), self.bias)
 
     def matrix(self) -> Tensor:
         """(d_in, d_out), as it counts in the forward pass."""

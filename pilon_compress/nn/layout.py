@@ -1,12 +1,13 @@
 """The layout: which projection composes from which bank, which stays one matrix, and all sizes; kept in config.json."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from pilon_compress.nn.additions import add, added, addition, entries, places_of
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import COMPOSITIONS, ComposedLinear
 from pilon_compress.nn.dense_linear import KeptLinear
@@ -22,6 +23,13 @@ Host = Any  # a transformers PreTrainedModel; transformers imports this file whi
 WORDS = {"quantization": ("none", "ternary", *PACKED, *KINDS), "composition": COMPOSITIONS}
 REST = ("linear", "embedding", "head")  # kinds of 8-bit layers, see `int8.installed`
 WIDEST, LARGEST = 1 << 26, 1 << 40  # of one size, and of the numbers of one side of a bank
+FORMER = {
+    "latent_scale",
+    "latent_bias",
+    "learned_scale",
+    "norm",
+    "shift",
+}  # fields of specifications in earlier layouts
 BANKS = "pilon_banks"  # where the base model owns its banks
 
 
@@ -34,25 +42,18 @@ class BankSpec:
     d_out: int
     n_primitives: int
     rank: int
-    latent_scale: bool = False
-    latent_bias: bool = False
     quantization: str = "none"
 
 
 @dataclass(frozen=True)
 class ProjectionSpec:
-    """How one projection composes: the bank's name (`band0.up`), how many primitives, whether it adds a bias.
-
-    `group` and `norm`: see `ComposedLinear`.
-    """
+    """Bank name (`band0.up`), number of primitives, bias, composition and group: see `ComposedLinear`."""
 
     bank: str
     top_k: int
     bias: bool
     composition: str = "component"
     group: int = 0
-    norm: bool = False
-    shift: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,6 @@ class KeptSpec:
     bias: bool
     quantization: str = "none"
     group: int = 0
-    norm: bool = False
 
 
 SPECS = {"banks": BankSpec, "projections": ProjectionSpec, "kept": KeptSpec}  # by part of a layout
@@ -76,7 +76,8 @@ class Layout:
 
     `host`: (d_in, d_out) of the host model's projection, for those that lost inputs or outputs with the neurons of
     their block. The up, gate and down projections of one block agree on the neurons that are left. `rest`: what else
-    is in 8 bits, as `form.int8` names it.
+    is in 8 bits, as `form.int8` names it. `research`: banks and projections by research module and kind of addition,
+    see `nn.additions`.
     """
 
     banks: dict[str, BankSpec]
@@ -84,6 +85,7 @@ class Layout:
     kept: dict[str, KeptSpec] = field(default_factory=dict)
     host: dict[str, tuple[int, int]] = field(default_factory=dict)
     rest: dict[str, str] = field(default_factory=dict)
+    research: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> set[str]:
@@ -102,7 +104,7 @@ class Layout:
             for part in ("banks", "projections", "kept")
         }
         plain["host"] = {name: list(shape) for name, shape in self.host.items()}
-        return plain | ({"rest": self.rest} if self.rest else {})
+        return plain | {part: getattr(self, part) for part in ("rest", "research") if getattr(self, part)}
 
     def shape(self, name: str) -> tuple[int, int]:
         """(d_in, d_out) of a projection as it is computed here."""
@@ -127,7 +129,8 @@ class Layout:
             specs[part] = {name: _read(kind, entry, f"{part} {name}") for name, entry in table.items()}
         host = {name: _shape(shape, name) for name, shape in _table(parts.get("host", {}), "the layout's host").items()}
         rest = _table(parts.get("rest", {}), "the layout's rest")
-        made = cls(specs["banks"], specs["projections"], specs["kept"], host, rest)
+        research = places_of(parts.get("research", {}))
+        made = cls(specs["banks"], specs["projections"], specs["kept"], host, rest, research)
         made._check()
         return made
 
@@ -150,6 +153,9 @@ class Layout:
         for name in self.host:
             if name not in self.projections and name not in self.kept:
                 raise ValueError(f"the layout's host names {name!r}, which it does not replace")
+        for name, _, place in self.additions():
+            if place not in self.banks and place not in self.projections and place not in self.kept:
+                raise ValueError(f"the layout's research.{name} names {place!r}, which it does not have")
         for name, kind in self.rest.items():
             if kind not in REST:
                 raise ValueError(f"{name}: {kind!r} is none of {', '.join(REST)}")
@@ -160,11 +166,15 @@ class Layout:
         kept = {name: replace(spec, quantization=quantization) for name, spec in self.kept.items()}
         return replace(self, banks=banks, kept=kept)
 
-    def normed(self, places: Collection[str]) -> "Layout":
-        """The same with an RMSNorm before the projections of those names."""
-        projections = {name: replace(spec, norm=spec.norm or name in places) for name, spec in self.projections.items()}
-        kept = {name: replace(spec, norm=spec.norm or name in places) for name, spec in self.kept.items()}
-        return replace(self, projections=projections, kept=kept)
+    def additions(self) -> Iterator[tuple[str, str, str]]:
+        """(research module, kind, bank or projection) of every addition."""
+        return entries(self.research)
+
+    def with_addition(self, name: str, kind: str, places: Iterable[str]) -> "Layout":
+        """The same with an addition of the research module `name` to more banks or projections."""
+        kinds = self.research.get(name, {})
+        both = {**kinds, kind: sorted({*kinds.get(kind, []), *places})}
+        return replace(self, research={**self.research, name: both})
 
     def ternary(self, grouped: Collection[str], group: int) -> "Layout":
         """The same in digits; inputs of the projections `grouped` share scales by `group`."""
@@ -207,6 +217,8 @@ def _read(kind: type, entry: Any, where: str) -> Any:
     """A specification of that `kind`. Raises ValueError for fields that are unknown, missing, or not `_checked`."""
     known = {one.name: one for one in fields(kind)}
     given = _table(entry, where)
+    if older := set(given) & FORMER:
+        raise ValueError(f"{where} has {min(older)}, of an earlier version: make the model again")
     if unknown := set(given) - set(known):
         raise ValueError(f"{where} has unknown fields {sorted(unknown)}: written by a newer pilon-compress?")
     if lost := [name for name, one in known.items() if one.default is MISSING and name not in given]:
@@ -229,11 +241,10 @@ def _checked(value: Any, name: str, kind: Any, where: str) -> Any:
 
 
 def install(model: Host, layout: Layout) -> Host:
-    """Put a `ComposedLinear` or `KeptLinear` in the place of every projection of `layout`; parameters are left
-    uninitialised.
+    """Put a `ComposedLinear` or `KeptLinear`, uninitialised, in the place of every projection of `layout`.
 
-    `model` may have a head or not. The banks go to its base model, once each, so that every
-    head class reads the same keys. Raises ValueError if the model has no such projection or its shape differs.
+    `model` may have a head or not: banks go to its base model, once each, so that every head class reads the same keys.
+    Raises ValueError if the model has no such projection or its shape differs.
     """
     base = model.base_model
     banks = {name: make_bank(spec) for name, spec in layout.banks.items()}
@@ -258,22 +269,24 @@ def install(model: Host, layout: Layout) -> Host:
             node = child
         node[leaf] = bank
     setattr(base, BANKS, tree)
+    for name, kind, place in layout.additions():
+        add(banks[place] if place in banks else base.get_submodule(place), name, kind)
     install_int8(model, layout.rest)
     no_split = getattr(base, "_no_split_modules", None)
     if no_split is not None:  # device_map="auto" must keep a bank on one device
-        base._no_split_modules = [*no_split, "PrimitiveBank", "TernaryBank", "PackedBank", "IntegerBank"]
+        base._no_split_modules = [*no_split, *sorted({type(bank).__name__ for bank in banks.values()})]
     return model
 
 
 def make_bank(spec: BankSpec) -> PrimitiveBank:
     """An uninitialised bank. Raises ValueError for a quantization that is not known."""
-    shape = (spec.d_in, spec.d_out, spec.n_primitives, spec.rank, spec.latent_scale, spec.latent_bias)
+    shape = (spec.d_in, spec.d_out, spec.n_primitives, spec.rank)
     if spec.quantization == "ternary":
         return TernaryBank(*shape)
     if spec.quantization in PACKED:
-        return PackedBank(*shape[:4], PACKED[spec.quantization])
+        return PackedBank(*shape, PACKED[spec.quantization])
     if spec.quantization in KINDS:
-        return IntegerBank(*shape[:4], spec.quantization, *shape[4:])
+        return IntegerBank(*shape, spec.quantization)
     if spec.quantization != "none":
         raise ValueError(f"quantization {spec.quantization!r} is not known: written by a newer pilon-compress?")
     return PrimitiveBank(*shape)
@@ -282,15 +295,14 @@ def make_bank(spec: BankSpec) -> PrimitiveBank:
 def make_kept(spec: KeptSpec, host_shape: tuple[int, int]) -> Kept:
     """An uninitialised kept matrix. Raises ValueError for a quantization that is not known."""
     if spec.quantization == "ternary":
-        return TernaryLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.group, spec.norm)
+        return TernaryLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.group)
     if spec.quantization in PACKED:
-        packed = PACKED[spec.quantization]
-        return PackedLinear(spec.d_in, spec.d_out, spec.bias, host_shape, packed, spec.group, spec.norm)
+        return PackedLinear(spec.d_in, spec.d_out, spec.bias, host_shape, PACKED[spec.quantization], spec.group)
     if spec.quantization in KINDS:
-        return IntegerLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.quantization, spec.norm)
+        return IntegerLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.quantization)
     if spec.quantization != "none":
         raise ValueError(f"quantization {spec.quantization!r} is not known: written by a newer pilon-compress?")
-    return KeptLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.norm)
+    return KeptLinear(spec.d_in, spec.d_out, spec.bias, host_shape)
 
 
 def _module(layout: Layout, name: str, banks: dict[str, PrimitiveBank]) -> nn.Module:
@@ -298,9 +310,7 @@ def _module(layout: Layout, name: str, banks: dict[str, PrimitiveBank]) -> nn.Mo
     if name in layout.kept:
         return make_kept(layout.kept[name], host_shape)
     spec = layout.projections[name]
-    return ComposedLinear(
-        banks[spec.bank], spec.top_k, spec.bias, spec.composition, host_shape, spec.group, spec.norm, spec.shift
-    )
+    return ComposedLinear(banks[spec.bank], spec.top_k, spec.bias, spec.composition, host_shape, spec.group)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -344,6 +354,8 @@ def stored_types(model: Host) -> dict[str, torch.dtype]:
             found[f"{name}.scale"] = torch.bfloat16
         elif isinstance(module, Int8Linear | Int8Embedding):
             found[f"{name}.scale"] = torch.float32
+        for research, kind in added(module):
+            found |= {f"{name}.{tensor}": torch.float32 for tensor in addition(research, kind).exact}
     return found
 
 
@@ -352,42 +364,35 @@ def layout_of(model: Host) -> Layout:
     names = {id(bank): name for name, bank in banks(model)}
     specs = {name: _bank_spec(bank) for name, bank in banks(model)}
     composed = {
-        name: ProjectionSpec(
-            names[id(p.bank)],
-            p.top_k,
-            p.bias is not None,
-            p.composition,
-            p.group,
-            p.norm is not None,
-            p.shift is not None,
-        )
+        name: ProjectionSpec(names[id(p.bank)], p.top_k, p.bias is not None, p.composition, p.group)
         for name, p in projections(model)
     }
     kept = {name: _kept_spec(matrix) for name, matrix in kept_matrices(model)}
-    shapes = {name: (m.host_shape, linear_shape(m)) for name, m in projections(model)}
-    shapes |= {name: (m.host_shape, linear_shape(m)) for name, m in kept_matrices(model)}
-    host = {name: whole for name, (whole, own) in shapes.items() if whole != own}
-    return Layout(specs, composed, kept, host, installed(model))
+    layers = [*projections(model), *kept_matrices(model)]
+    host = {name: layer.host_shape for name, layer in layers if layer.host_shape != linear_shape(layer)}
+    layout = Layout(specs, composed, kept, host, installed(model))
+    for name, research, kind in ((name, *one) for name, module in (*banks(model), *layers) for one in added(module)):
+        layout = layout.with_addition(research, kind, [name])
+    return layout
 
 
 def _bank_spec(bank: PrimitiveBank) -> BankSpec:
-    options = bank.latent_scale is not None, bank.latent_bias is not None
     shape = (bank.d_in, bank.d_out, bank.n_primitives, bank.rank)
     if isinstance(bank, TernaryBank):
-        return BankSpec(*shape, *options, "ternary")
+        return BankSpec(*shape, "ternary")
     if isinstance(bank, PackedBank):
-        return BankSpec(*shape, *options, f"ternary-{bank.encoding}")
+        return BankSpec(*shape, f"ternary-{bank.encoding}")
     if isinstance(bank, IntegerBank):
-        return BankSpec(*shape, *options, bank.A.quantization)
-    return BankSpec(*shape, *options)
+        return BankSpec(*shape, bank.A.quantization)
+    return BankSpec(*shape)
 
 
 def _kept_spec(matrix: Kept) -> KeptSpec:
     shape = (matrix.in_features, matrix.out_features, matrix.bias is not None)
     if isinstance(matrix, TernaryLinear):
-        return KeptSpec(*shape, "ternary", matrix.group, matrix.norm is not None)
+        return KeptSpec(*shape, "ternary", matrix.group)
     if isinstance(matrix, PackedLinear):
-        return KeptSpec(*shape, f"ternary-{matrix.encoding}", matrix.group, matrix.norm is not None)
+        return KeptSpec(*shape, f"ternary-{matrix.encoding}", matrix.group)
     if isinstance(matrix, IntegerLinear):
-        return KeptSpec(*shape, matrix.quantization, norm=matrix.norm is not None)
-    return KeptSpec(*shape, norm=matrix.norm is not None)
+        return KeptSpec(*shape, matrix.quantization)
+    return KeptSpec(*shape)

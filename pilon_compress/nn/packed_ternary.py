@@ -2,7 +2,7 @@
 
     TernaryBank    A, B latent            ->  PackedBank     A_codes, B_codes        shared digits, stored once
     ComposedLinear weight (k, r)          ->  the same, weight = scale (k, r) float32: composition and both weight
-                                              scales in one; shift (k, r) where the bank has a latent bias
+                                              scales in one
     TernaryLinear  weight (d_out, d_in)   ->  PackedLinear   codes, weight = scale (d_out,) float32
 
 Forward passes are the kernels' (`kernels.dispatch`), which compute what `nn.ternary_quantizer` computes, bit for bit.
@@ -21,7 +21,7 @@ from pilon_compress.kernels.cpu_layout import BankTiles, MatrixTiles
 from pilon_compress.kernels.dispatch import UnpackedBank
 from pilon_compress.kernels.gpu_layout import BankWords, MatrixWords
 from pilon_compress.nn.bank import PrimitiveBank
-from pilon_compress.nn.composed_linear import NORM_EPS, ComposedLinear
+from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.lazy import Ready
 from pilon_compress.nn.ternary_codec import packed_size, unpack, valid
 
@@ -44,7 +44,6 @@ class PackedBank(PrimitiveBank):
     def __init__(self, d_in: int, d_out: int, n_primitives: int, rank: int, encoding: str) -> None:
         nn.Module.__init__(self)  # no A and B
         self.shape, self.encoding = (n_primitives, d_in, rank, d_out), encoding
-        self.latent_scale = self.latent_bias = None
         for name, numbers in (("A_codes", d_in * rank), ("B_codes", rank * d_out)):
             shape = (n_primitives, packed_size(numbers, encoding))
             self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
@@ -83,7 +82,10 @@ class PackedBank(PrimitiveBank):
     def forward(
         self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0, shift: Tensor | None = None
     ) -> Tensor:
-        """The `selected` (k,) primitives on `x` (..., d_in), with scales `weight` (k, r) and a `shift` (k, r)."""
+        """Compose the `selected` (k,) primitives on `x` (..., d_in), with scales `weight` (k, r).
+
+        `shift` (k, r) is added to the latent behind its scale: that of `research.original.form`.
+        """
         codes = (self.A_codes, self.B_codes)
         unpacked = self._unpacked[group].get(codes, lambda: Unpacked(dispatch.bank(*self.digits(), group)))
         make = partial(_layer, unpacked.digits, selected, weight, shift, group)
@@ -124,7 +126,6 @@ class PackedLinear(nn.Module):
         host_shape: tuple[int, int],
         encoding: str,
         group: int = 0,
-        norm: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.host_shape = d_in, d_out, host_shape
@@ -132,7 +133,6 @@ class PackedLinear(nn.Module):
         self.register_buffer("codes", torch.empty((1, packed_size(d_in * d_out, encoding)), dtype=torch.uint8))
         self.weight = nn.Parameter(torch.empty(d_out))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
-        self.norm = nn.RMSNorm(d_in, eps=NORM_EPS) if norm else None
         self._unpacked: Ready[MatrixTiles | MatrixWords | Tensor] = Ready()
         self._computed: Ready[Callable[[Tensor], Tensor]] = Ready()
 
@@ -142,8 +142,6 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., d_in) -> (..., d_out)."""
-        if self.norm is not None:
-            x = self.norm(x)
         compiling = torch.compiler.is_compiling()
         run = self._run() if compiling else self._computed.get((self.codes, self.weight), self._run)
         y = run(x)
@@ -163,13 +161,10 @@ class PackedLinear(nn.Module):
 
 
 def scales_of(model: nn.Module) -> dict[str, Tensor]:
-    """The scales and shifts of packed projections by parameter name: they stay in float32 whatever the others are."""
+    """The scales of packed projections by parameter name: they stay in float32 whatever the others are."""
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
+        composed = isinstance(module, ComposedLinear) and isinstance(module.bank, PackedBank)
+        if composed or isinstance(module, PackedLinear):
             found[f"{name}.weight"] = module.weight
-        elif isinstance(module, ComposedLinear) and isinstance(module.bank, PackedBank):
-            found[f"{name}.weight"] = module.weight
-            if module.shift is not None:
-                found[f"{name}.shift"] = module.shift
     return found

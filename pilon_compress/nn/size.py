@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from pilon_compress.nn.additions import addition
 from pilon_compress.nn.integer import KINDS
 from pilon_compress.nn.layout import PACKED, Layout, linear_shape
 from pilon_compress.nn.ternary_codec import packed_size
@@ -55,15 +56,15 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
     """One bank and the projections that compose from it; `itemsize` in bytes per stored number."""
     spec = layout.banks[bank]
     numbers = spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
-    numbers += spec.rank * (spec.latent_scale + spec.latent_bias)
+    numbers += _added(layout, bank)
     indices = scales = macs = dense = dense_macs = 0
     for name in layout.users(bank):
         user = layout.projections[name]
         width = spec.rank if user.composition == "component" else 1
         numbers += (spec.n_primitives if user.composition == "softmax" else user.top_k) * width + user.bias * spec.d_out
         indices += 0 if user.composition == "softmax" else user.top_k
-        scales += user.top_k * width * (1 + user.shift)
-        numbers += user.shift * user.top_k * width + user.norm * spec.d_in
+        scales += user.top_k * width + _added(layout, name, exact=True)
+        numbers += _added(layout, name)
         inner = user.top_k * spec.rank
         d_in, d_out = layout.host_shape(name)
         macs += min(inner * (spec.d_in + spec.d_out), spec.d_in * spec.d_out)
@@ -89,11 +90,17 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
     )
 
 
+def _added(layout: Layout, place: str, exact: bool = False) -> int:
+    """Numbers that additions of research store at a bank or projection; `exact`: those in float32 whatever the rest."""
+    here = [addition(name, kind) for name, kind, where in layout.additions() if where == place]
+    return sum(one.numbers(layout, place) for one in here if not exact or one.exact)
+
+
 def kept_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
     """One projection that stays a matrix, against the host's."""
     spec, (d_in, d_out) = layout.kept[name], layout.host_shape(name)
     macs, dense_macs = spec.d_in * spec.d_out, d_in * d_out
-    rest = spec.bias * spec.d_out + spec.norm * spec.d_in
+    rest = spec.bias * spec.d_out + _added(layout, name)
     scales = spec.d_out if spec.quantization in PACKED else 0
     stored, dense = macs + rest + scales, dense_macs + spec.bias * d_out
     size = stored * itemsize

@@ -6,32 +6,25 @@ from torch import Tensor
 from pilon_compress.kernels.reference import product, quantise
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.dense_linear import KeptLinear
-from pilon_compress.nn.ternary_quantizer import absmean, digits, held_digits, restored, straight
+from pilon_compress.nn.ternary_quantizer import Rounding, absmean, digits, held_digits, restored, rounded, straight
 
 
 class TernaryBank(PrimitiveBank):
     """A bank of latent numbers, of which the forward pass sees digits and scales only (see `nn.ternary_quantizer`).
 
-    A primitive's scale is the mean magnitude of its numbers. In training, `strength` (scalar) rounds only that far
-    along the way, and `A_digits`, `B_digits` are the digits of this step, where they are held so that they are made
-    once and not in every layer and micro batch.
+    A primitive's scale is the mean magnitude of its numbers. In training, `rounding` may be another than
+    `rounded`, and `A_digits`, `B_digits` are the digits of this step, where they are held so that they are made once
+    and not in every layer and micro batch.
     """
 
-    strength: Tensor | None
+    rounding: Rounding
     A_digits: Tensor | None
     B_digits: Tensor | None
 
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        n_primitives: int,
-        rank: int,
-        latent_scale: bool = False,
-        latent_bias: bool = False,
-    ) -> None:
-        super().__init__(d_in, d_out, n_primitives, rank, latent_scale, latent_bias)
-        for name in ("strength", "A_digits", "B_digits"):
+    def __init__(self, d_in: int, d_out: int, n_primitives: int, rank: int) -> None:
+        super().__init__(d_in, d_out, n_primitives, rank)
+        self.rounding = rounded
+        for name in ("A_digits", "B_digits"):
             self.register_buffer(name, None, persistent=False)
 
     def forward(self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0) -> Tensor:
@@ -43,15 +36,15 @@ class TernaryBank(PrimitiveBank):
 
     def _compose(self, x: Tensor, selected: Tensor, weight: Tensor, group: int) -> Tensor:
         width = selected.shape[0] * self.rank
-        strength = self.strength if self.training else None
+        rounding = self.rounding if self.training else rounded
         A, B = self.digits(selected)
         A, B = A.permute(1, 0, 2).reshape(self.d_in, width), B.reshape(width, self.d_out)
         scale, shift = self.folded(selected, weight)
-        codes, scales = quantise(x, group, straight(strength))
+        codes, scales = quantise(x, group, straight(rounding))
         # one product where rounding does not matter; one for each group where kernels must agree
         u = restored(codes, scales, group) @ A if self.training and group else product(codes, scales, A, group)
         u = u * scale if shift is None else u * scale + shift
-        codes, scales = quantise(u, 0, straight(strength))
+        codes, scales = quantise(u, 0, straight(rounding))
         return product(codes, scales, B).to(x.dtype)
 
     def scales(self) -> tuple[Tensor, Tensor]:
@@ -65,31 +58,24 @@ class TernaryBank(PrimitiveBank):
             A = held_digits(self.A, self.A_digits, A_scale)
             B = held_digits(self.B, self.B_digits, B_scale)
             return A.index_select(0, selected), B.index_select(0, selected)
-        strength = self.strength if self.training else None
-        A = digits(self.A.index_select(0, selected), A_scale.index_select(0, selected), strength)
-        return A, digits(self.B.index_select(0, selected), B_scale.index_select(0, selected), strength)
+        rounding = self.rounding if self.training else rounded
+        A = digits(self.A.index_select(0, selected), A_scale.index_select(0, selected), rounding)
+        return A, digits(self.B.index_select(0, selected), B_scale.index_select(0, selected), rounding)
 
     def folded(self, selected: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale (k·r,) and shift (k·r,) or None of the latent: weight scales, composition weight, latent options."""
-        A_scale, B_scale = (
-            one.index_select(0, selected).squeeze(axis) for one, axis in zip(self.scales(), (1, 2), strict=True)
-        )
+        """Scale (k·r,) and shift (k·r,) or None of the latent: both weight scales, and what `affine` says."""
+        A_scale, B_scale = (one.index_select(0, selected).squeeze(-1) for one in self.scales())
+        factor, shift = self.affine(weight.float())
         shape = (selected.shape[0], self.rank)
-        weight, B_scale = weight.float().expand(shape), B_scale.expand(shape)
-        scale = A_scale.expand(shape) * weight
-        if self.latent_scale is not None:
-            scale = scale * self.latent_scale.float()
-        shift = None
-        if self.latent_bias is not None:
-            shift = (self.latent_bias.float() * weight * B_scale).reshape(-1)
-        return (scale * B_scale).reshape(-1), shift
+        scale = (A_scale * factor).expand(shape) * B_scale
+        return scale.reshape(-1), None if shift is None else (shift.expand(shape) * B_scale).reshape(-1)
 
     @torch.no_grad()
     def hold(self) -> None:
         """Make the digits that the next training steps use, until they are made again."""
         A_scale, B_scale = self.scales()
-        self.A_digits = _kept(self.A_digits, digits(self.A, A_scale, self.strength))
-        self.B_digits = _kept(self.B_digits, digits(self.B, B_scale, self.strength))
+        self.A_digits = _kept(self.A_digits, digits(self.A, A_scale, self.rounding))
+        self.B_digits = _kept(self.B_digits, digits(self.B, B_scale, self.rounding))
 
     def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         A, B = self.digits(selected)
@@ -100,10 +86,10 @@ class TernaryBank(PrimitiveBank):
 class TernaryLinear(KeptLinear):
     """A kept matrix of ternary digits: one scale, the mean magnitude.
 
-    `strength` and `weight_digits` (d_out, d_in) are for training, as in `TernaryBank`.
+    `rounding` and `weight_digits` (d_out, d_in) are for training, as in `TernaryBank`.
     """
 
-    strength: Tensor | None
+    rounding: Rounding
     weight_digits: Tensor | None
 
     def __init__(
@@ -113,17 +99,13 @@ class TernaryLinear(KeptLinear):
         bias: bool,
         host_shape: tuple[int, int],
         group: int = 0,
-        norm: bool = False,
     ) -> None:
-        super().__init__(d_in, d_out, bias, host_shape, norm)
-        self.group = group
-        for name in ("strength", "weight_digits"):
-            self.register_buffer(name, None, persistent=False)
+        super().__init__(d_in, d_out, bias, host_shape)
+        self.group, self.rounding = group, rounded
+        self.register_buffer("weight_digits", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., d_in) -> (..., d_out)."""
-        if self.norm is not None:
-            x = self.norm(x)
         if self.training:
             y = self._multiply(x)
         else:
@@ -132,13 +114,13 @@ class TernaryLinear(KeptLinear):
         return y if self.bias is None else y + self.bias
 
     def _multiply(self, x: Tensor) -> Tensor:
-        strength = self.strength if self.training else None
+        rounding = self.rounding if self.training else rounded
         scale = self.scales()
         if self.training and self.weight_digits is not None:
             matrix = held_digits(self.weight, self.weight_digits, scale).T
         else:
-            matrix = digits(self.weight, scale, strength).T
-        codes, scales = quantise(x, self.group, straight(strength))
+            matrix = digits(self.weight, scale, rounding).T
+        codes, scales = quantise(x, self.group, straight(rounding))
         if self.training and self.group:
             y = restored(codes, scales, self.group) @ matrix
         else:
@@ -156,7 +138,7 @@ class TernaryLinear(KeptLinear):
     @torch.no_grad()
     def hold(self) -> None:
         """As `TernaryBank.hold`."""
-        made = digits(self.weight, self.scales(), self.strength)
+        made = digits(self.weight, self.scales(), self.rounding)
         self.weight_digits = _kept(self.weight_digits, made)
 
 

@@ -14,7 +14,6 @@ and the product are in `kernels.reference`; what training adds to them is here.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,15 +40,18 @@ class _Round(torch.autograd.Function):
         return gradient, None
 
 
-def rounded(x: Tensor, limit: int, strength: Tensor | None = None) -> Tensor:
-    """`x` rounded, with the gradient of `x`; with `strength` (scalar, 0 to 1) only that far along the way."""
+def rounded(x: Tensor, limit: int) -> Tensor:
+    """Round `x` half to even, within ±limit, with the gradient of `x`."""
     whole: Tensor = _Round.apply(x, limit)
-    return whole if strength is None else torch.lerp(x, whole, strength.to(x.dtype))
+    return whole
 
 
-def straight(strength: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """How `kernels.reference.quantise` rounds in training: see `rounded`."""
-    return partial(rounded, limit=LEVELS, strength=strength)
+Rounding = Callable[[Tensor, int], Tensor]  # `rounded`, or what a training puts in its place
+
+
+def straight(rounding: Rounding) -> Callable[[Tensor], Tensor]:
+    """The rounding of `kernels.reference.quantise`, to codes."""
+    return lambda x: rounding(x, LEVELS)
 
 
 def restored(codes: Tensor, scales: Tensor, group: int = 0) -> Tensor:
@@ -64,12 +66,12 @@ def absmean(weight: Tensor) -> Tensor:
     return weight.detach().float().abs().mean((-2, -1), keepdim=True).clamp_min(LEAST)
 
 
-def digits(weight: Tensor, scale: Tensor, strength: Tensor | None = None) -> Tensor:
+def digits(weight: Tensor, scale: Tensor, rounding: Rounding = rounded) -> Tensor:
     """-1, 0 or 1 for every number of `weight`, in float32; `scale` broadcasts over it.
 
     The gradient passes straight through.
     """
-    return rounded(weight.float() / scale, 1, strength)
+    return rounding(weight.float() / scale, 1)
 
 
 class _Held(torch.autograd.Function):

@@ -90,8 +90,8 @@ def marks(recipe: TrainRecipe, lines: Sequence[Mapping[str, Any]]) -> list[tuple
     """Where in the training something changed, in tokens, and what."""
     total = max((line["tokens"] for line in lines), default=0)
     found = [mark for section in recipe.research.sections.values() for mark in section.marks()]
-    if recipe.ternary.enabled and 0 < recipe.ternary.second < 1:
-        found.append((recipe.ternary.second, "second stage"))
+    if 0 < recipe.weight_decay_ends < 1:
+        found.append((recipe.weight_decay_ends, "second stage"))
     return [(share * total, label) for share, label in sorted(found)]
 
 

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from pilon_compress.config.research import bound
 from pilon_compress.config.training import TrainRecipe
+from pilon_compress.models.families import Site
+from pilon_compress.nn.layout import Layout
 
 
 class Callback(Protocol):
@@ -40,6 +42,10 @@ class Extension:
 
     def __init__(self, asked: Any, recipe: TrainRecipe) -> None:
         self.asked, self.recipe = asked, recipe
+
+    def layout(self, layout: Layout | None, sites: Sequence[Site]) -> Layout | None:
+        """Return the layout of a model from scratch, None of a dense one, with what the section adds to it."""
+        return layout
 
     def stage(self, model: PreTrainedModel) -> None:
         """Change the model, in place, before it trains. Raises BadInput where the section does not fit it."""

@@ -141,7 +141,7 @@ def train(job: Training, monitor: Monitor) -> None:
 def _step(job: Training, share: float) -> tuple[tuple[float, int], dict[str, float]]:
     """One optimiser step: ((mean loss, tokens of all processes), gradient norms)."""
     recipe, world = job.recipe, job.world
-    factor = schedule.rate_of(recipe, share + 1 / job.steps if share == 0 else share)
+    factor = schedule.rate(recipe.schedule, share + 1 / job.steps if share == 0 else share)
     for optimizer in job.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -223,7 +223,7 @@ def _figures(
         "tokens": job.tokens,
         "tokens_per_second": speed,
         "seconds": job.seconds,
-        "rate": schedule.rate_of(job.recipe, share),
+        "rate": schedule.rate(job.recipe.schedule, share),
         "memory_gib": memory_gib(job.world.device),
         **norms,
     }

@@ -1,7 +1,7 @@
 """Which parameters move how fast: groups, AdamW, and Muon for matrices and primitives.
 
 banks           primitives: (n, d_in, r) and (n, r, d_out)
-compositions    weights of compositions, latent scales and biases
+compositions    weights of compositions, and what research adds to banks and projections
 embeddings      token and position embeddings, untied heads
 matrices        every other parameter of two dimensions
 vectors         norms and biases: no weight decay
@@ -44,7 +44,7 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 def _group(module: nn.Module, leaf: str, parameter: Tensor, name: str) -> str:
     if isinstance(module, PrimitiveBank):
         return "banks" if leaf in ("A", "B") else "compositions"
-    if leaf == "gate" or (isinstance(module, ComposedLinear) and leaf == "weight"):
+    if isinstance(module, ComposedLinear) and leaf != "bias":
         return "compositions"
     if isinstance(module, nn.Embedding) or name.endswith("lm_head.weight"):
         return "embeddings"
@@ -58,7 +58,7 @@ def restrict(model: PreTrainedModel, train: str) -> None:
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, ComposedLinear) or (train == "ffn" and isinstance(module, PrimitiveBank | KeptLinear)):
-            for parameter in module.parameters():  # their norm included
+            for parameter in module.parameters():  # their additions included
                 parameter.requires_grad_(True)
 
 

@@ -48,7 +48,7 @@ from pilon_compress.train.heal import Healing, open_healing, steps_of, tokens_of
 from pilon_compress.train.loop import PERPLEXITY, Training, restore, train
 from pilon_compress.train.monitor import Monitor
 from pilon_compress.train.optim import make_optimizers, restrict
-from pilon_compress.train.preflight import check, plan
+from pilon_compress.train.preflight import check, layout_asked, plan
 from pilon_compress.train.progressive import shrink
 from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, settle
 from pilon_compress.train.ternary.initialise import ternarise
@@ -246,15 +246,12 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> 
             round_model(run, model, corpus)
     elif recipe.ffn.like is not None:
         config = checkpoint.load_config(recipe.ffn.like)
-        layout = base_architectures.layout_in(config)
-        if layout is not None:
-            layout = base_architectures.with_ternary(layout, find_sites(checkpoint.empty_model(config)), recipe.ternary)
-        model = base_architectures.build_with(config, layout, recipe.seed)
+        model = base_architectures.build_with(config, layout_asked(recipe, config), recipe.seed)
     else:
         config = base_architectures.config_for(recipe.host, recipe.data.sequence_length, tokenizer.eos_token_id)
         if len(tokenizer) > config.vocab_size:
             raise BadInput(f"the tokenizer has {len(tokenizer)} tokens, host.vocab_size is {config.vocab_size}")
-        model = base_architectures.build(config, recipe.ffn, recipe.seed, recipe.ternary)
+        model = base_architectures.build_with(config, layout_asked(recipe, config), recipe.seed)
     for extension in extensions(recipe):
         extension.stage(model)
     model.config.use_cache = False

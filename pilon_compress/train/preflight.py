@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pilon_compress.config.training import TrainRecipe
 from pilon_compress.data.corpus import source_of
@@ -13,6 +13,7 @@ from pilon_compress.models.families import find_sites
 from pilon_compress.models.limits import longest_input
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import ffn_size, model_size
+from pilon_compress.train.callbacks import extensions
 from pilon_compress.train.heal import teacher_of
 from pilon_compress.train.trackers import check_trackers
 
@@ -57,13 +58,7 @@ def plan(recipe: TrainRecipe) -> dict[str, Any]:
     else:
         config = base_architectures.config_for(recipe.host, recipe.data.sequence_length, None)
     dense = checkpoint.empty_model(config)
-    layout = None
-    if recipe.start is not None or recipe.ffn.like is not None:
-        layout = base_architectures.layout_in(config)
-        if layout is not None and recipe.ternary.enabled:
-            layout = base_architectures.with_ternary(layout, find_sites(dense), recipe.ternary)
-    else:
-        layout = base_architectures.layout_for(find_sites(dense), recipe.ffn, recipe.ternary)
+    layout = layout_asked(recipe, config)
     sizes = sized(layout, dense)
     parameters = sum(p.numel() for p in dense.parameters())
     if recipe.shrink:  # about: conversions find their layouts themselves
@@ -81,6 +76,24 @@ def plan(recipe: TrainRecipe) -> dict[str, Any]:
         "parameters": parameters,
         **sizes,
     }
+
+
+def layout_asked(recipe: TrainRecipe, config: PretrainedConfig) -> Layout | None:
+    """The layout that a model of `config` trains in; None of a dense one.
+
+    It is that of the model to start from or to be like, or a new one within the budget, as far as `ternary` and
+    research change it.
+    """
+    sites = find_sites(checkpoint.empty_model(config))
+    if recipe.start is None and recipe.ffn.like is None:
+        layout = base_architectures.layout_for(sites, recipe.ffn, recipe.ternary)
+    else:
+        layout = base_architectures.layout_in(config)
+        layout = layout and base_architectures.with_ternary(layout, sites, recipe.ternary)
+    if recipe.start is None:
+        for extension in extensions(recipe):
+            layout = extension.layout(layout, sites)
+    return layout
 
 
 def sized(layout: Layout | None, dense: PreTrainedModel) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 
-from pilon_compress.config.training import Schedule, Ternary, TrainRecipe
+from pilon_compress.config.training import Schedule
 
 
 def rate(schedule: Schedule, share: float) -> float:
@@ -19,17 +19,6 @@ def rate(schedule: Schedule, share: float) -> float:
     else:
         fall = min(1.0, (1 - share) / schedule.decay) if schedule.decay else 1.0
     return warm * (schedule.floor + (1 - schedule.floor) * fall)
-
-
-def rate_of(recipe: TrainRecipe, share: float) -> float:
-    """The factor of `rate`, times that of the second stage of a ternary training (BitNet b1.58, Ma et al., 2024)."""
-    second = recipe.ternary.second_rate if second_stage(recipe.ternary, share) else 1.0
-    return rate(recipe.schedule, share) * second
-
-
-def second_stage(ternary: Ternary, share: float) -> bool:
-    """Whether the second stage of a ternary training has begun."""
-    return ternary.enabled and share >= ternary.second
 
 
 def fade(share: float, until: float) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pilon_compress.nn.additions import carry
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.layout import projections
 from pilon_compress.nn.sharded import full
@@ -41,7 +42,7 @@ class StagedLinear(ComposedLinear):
         bank, bias = plain.bank, plain.bias is not None
         super().__init__(bank, plain.top_k, bias, plain.composition, plain.host_shape, plain.group)
         self.explored, self.width = explored, candidates
-        self.weight, self.bias, self.norm = plain.weight, plain.bias, plain.norm
+        self.weight, self.bias = plain.weight, plain.bias
         if explored:
             signs = torch.randint(0, 2, (bank.n_primitives, plain.weight.shape[1]), generator=generator) * 2.0 - 1.0
             self.weight = nn.Parameter(signs * plain.weight.detach().abs().mean())
@@ -140,8 +141,9 @@ def settle(model: Any) -> None:
     """Replace, in place, every staged projection by a plain one that computes the same."""
     for name, layer in list(staged(model)):
         layer.settle()
-        bias, norm = layer.bias is not None, layer.norm is not None
-        plain = ComposedLinear(layer.bank, layer.top_k, bias, layer.composition, layer.host_shape, layer.group, norm)
+        bias = layer.bias is not None
+        plain = ComposedLinear(layer.bank, layer.top_k, bias, layer.composition, layer.host_shape, layer.group)
+        carry(layer, plain)
         plain.to(layer.weight.device)
         plain.load_state_dict(layer.settled(layer.state_dict(), ""))
         model.base_model.set_submodule(name, plain.train(layer.training))

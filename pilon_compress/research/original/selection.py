@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pilon_compress.errors import BadInput
+from pilon_compress.nn.additions import carry
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.layout import projections
 from pilon_compress.research.original.moving_linear import StagedLinear, staged
@@ -44,7 +45,7 @@ def stage(model: Any, settings: Settings, seed: int) -> None:
         most = max([plain.top_k, *asked.top_k]) if softmax else plain.top_k
         candidates = plain.bank.n_primitives if explored else min(most, plain.bank.n_primitives)
         layer = StagedLinear(plain, candidates, explored, explored and explore != "anneal", generator)
-        model.base_model.set_submodule(name, layer.train(plain.training))
+        model.base_model.set_submodule(name, carry(plain, layer).train(plain.training))
 
 
 def _check_ends(name: str, plain: ComposedLinear, asked: Staged) -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from pilon_compress.config.reading import Above, Number, Positive, Section, Share
+from pilon_compress.config.reading import Above, Number, Positive, Section, Share, Switch
 from pilon_compress.config.research import ResearchSection
 from pilon_compress.config.training import TrainRecipe
 
@@ -62,12 +62,18 @@ class Staged(Section):
 class Settings(ResearchSection):
     """The original PILON's training: schedules, and selections that explore."""
 
+    latent_scale: Switch = False
+    """From scratch: a scale per component of rank, shared by all primitives of a bank."""
+    latent_bias: Switch = False
+    """From scratch: a bias per component of rank, shared by all primitives of a bank."""
     staged: Staged = Staged()
     selection: Selection = Selection()
 
     def check(self, recipe: TrainRecipe) -> None:
-        if recipe.task != "pretrain" and self.selection.explore != "none":
-            raise ValueError("selection.explore is for models from scratch (task pretrain)")
+        explores = "selection.explore" if self.selection.explore != "none" else None
+        latent = "latent_scale" if self.latent_scale else "latent_bias" if self.latent_bias else None
+        if recipe.task != "pretrain" and (field := explores or latent):
+            raise ValueError(f"{field} is for models from scratch (task pretrain)")
 
     def marks(self) -> list[tuple[float, str]]:
         found = [(end, f"phase {index + 2}") for index, end in enumerate(self.staged.phases[:-1])]

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from pilon_compress.models.families import Site
+from pilon_compress.nn.layout import Layout
 from pilon_compress.research.original.moving_linear import staged
 from pilon_compress.research.original.rates import Stages
 from pilon_compress.research.original.selection import Choosing, stage
@@ -14,9 +16,15 @@ from pilon_compress.train.callbacks import Callback
 
 
 class Extension(callbacks.Extension):
-    """Stages projections whose selection or size moves, and moves selections and rates before each step."""
+    """Latent options in the layout; projections whose selection or size moves; rates by phase."""
 
     asked: Settings
+
+    def layout(self, layout: Layout | None, sites: Sequence[Site]) -> Layout | None:
+        for kind in ("latent_scale", "latent_bias"):
+            if layout is not None and getattr(self.asked, kind):
+                layout = layout.with_addition("original", kind, layout.banks)
+        return layout
 
     def stage(self, model: PreTrainedModel) -> None:
         stage(model, self.asked, self.recipe.seed)

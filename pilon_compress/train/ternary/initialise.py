@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from pilon_compress.convert.calibrate.damping import damped_solve
 from pilon_compress.kernels.reference import LEAST, quantise
+from pilon_compress.nn.additions import carry
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.dense_linear import KeptLinear
@@ -50,7 +51,7 @@ def ternarise(
     for name, bank in list(banks(model)):
         users = [layer for layer in layers.values() if isinstance(layer, ComposedLinear) and layer.bank is bank]
         balance(bank, users)
-        made = _filled(make_bank(layout.banks[name]), bank)
+        made = carry(bank, _filled(make_bank(layout.banks[name]), bank))
         model.base_model.set_submodule(f"{BANKS}.{name}", made)
         for user in users:
             object.__setattr__(user, "bank", made)  # borrowed: see `ComposedLinear`
@@ -58,8 +59,9 @@ def ternarise(
         if isinstance(layer, ComposedLinear):
             layer.group = layout.projections[name].group
         else:
-            layers[name] = _filled(make_kept(layout.kept[name], layer.host_shape), layer)
-            model.base_model.set_submodule(name, layers[name])
+            made = _filled(make_kept(layout.kept[name], layer.host_shape), layer)
+            layers[name] = made
+            model.base_model.set_submodule(name, carry(layer, made))
     if inputs is not None:
         _refit(model, layers, was, inputs)
 
@@ -72,7 +74,7 @@ def _filled(made: Any, plain: nn.Module) -> Any:
 
 
 def _computes(layer: Layer) -> Was:
-    """What `layer` computes as it is, behind its norm, whatever becomes of it."""
+    """Return what `layer` computes as it is from its inputs, whatever becomes of it."""
     if isinstance(layer, ComposedLinear):
         A, B, bias = factors(layer)
         return lambda x: x @ A @ B if bias is None else x @ A @ B + bias
@@ -85,17 +87,18 @@ def balance(bank: PrimitiveBank, users: Sequence[ComposedLinear]) -> None:
     """Give all components factors of one size, in place, without a change of what is computed.
 
     One scale for a primitive would round small components to nothing. Weights of components take over the sizes; where
-    compositions have none, A and B share them evenly. A latent bias stands between A and the rest, so that A stays.
+    compositions have none, A and B share them evenly. A shift stands between A and the rest, so that A stays.
     """
+    shifted = any(layer.affine()[1] is not None for layer in users)
     a, b = (one.square().mean(axis, keepdim=True).sqrt().clamp_min(LEAST) for one, axis in ((bank.A, 1), (bank.B, 2)))
     if all(layer.composition == "component" for layer in users):
         a, b = a / a.square().mean().sqrt(), b / b.square().mean().sqrt()
-        a = torch.ones_like(a) if bank.latent_bias is not None else a
+        a = torch.ones_like(a) if shifted else a
         for layer in users:
             layer.weight.mul_((a[:, 0] * b[:, :, 0])[layer.selected])
         bank.A.div_(a)
         bank.B.div_(b)
-    elif bank.latent_bias is None:
+    elif not shifted:
         ratio = (b[:, :, 0] / a[:, 0]).sqrt()
         bank.A.mul_(ratio[:, None, :])
         bank.B.div_(ratio[:, :, None])
@@ -109,8 +112,7 @@ def _refit(
     counts = None if mask is None else mask.bool().flatten()
 
     def arrive(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0] if layer.norm is None else layer.norm(args[0])  # type: ignore[operator]
-        x = x.flatten(0, -2).float()
+        x = args[0].flatten(0, -2).float()
         x = x if counts is None else x[counts]
         if isinstance(layer, ComposedLinear):
             refit_composition(layer, x, was[name](x))
@@ -139,10 +141,8 @@ def refit_composition(layer: ComposedLinear, x: Tensor, wanted: Tensor) -> None:
     bank, (selected, weight) = layer.bank, layer.coefficients()
     A, B = (one.double() for one in bank.primitives(selected))
     z = restored(*quantise(x, layer.group), layer.group).double() @ A.permute(1, 0, 2).reshape(bank.d_in, -1)
-    if bank.latent_scale is not None:
-        z = z * bank.latent_scale.double().repeat(len(selected))
-    if bank.latent_bias is not None:
-        z = z + bank.latent_bias.double().repeat(len(selected))
+    factor, shift = bank.affine(weight.new_ones(len(selected), bank.rank).double())
+    z = z * factor.flatten() if shift is None else z * factor.flatten() + shift.flatten()
     y, B = wanted.double(), B.reshape(-1, bank.d_out)
     means = z.mean(0), y.mean(0)
     if layer.bias is not None:

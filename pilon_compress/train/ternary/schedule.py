@@ -1,9 +1,4 @@
-"""What changes over a ternary training: how far numbers are rounded, the digits of each step, weight decay.
-
-share of the steps   0 ...... warmup ............ second .......... 1
-rounding             0 to 1   all of it
-weight decay         as asked                     none              rates: `schedule.rate_of`
-"""
+"""Changes over a ternary training: the digits of each step, and weight decay, which ends half way."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +11,6 @@ from pilon_compress.config.training import Schedule, TrainRecipe
 from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
 from pilon_compress.train.callbacks import Callback
 from pilon_compress.train.heal import teacher_of
-from pilon_compress.train.schedule import second_stage
 
 
 class Rounding(Callback):
@@ -31,11 +25,8 @@ class Rounding(Callback):
         recipe: TrainRecipe,
         optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
-        self.parts, self.asked = parts, recipe.ternary
+        self.parts, self.ends = parts, recipe.weight_decay_ends
         self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        if self.asked.enabled and self.asked.warmup:
-            for part in parts:
-                part.strength = torch.zeros((), device=next(part.parameters()).device)
 
     @classmethod
     def of(cls, model: Any, recipe: TrainRecipe, optimizers: Sequence[torch.optim.Optimizer]) -> "Rounding | None":
@@ -44,14 +35,11 @@ class Rounding(Callback):
         return cls(parts, recipe, optimizers) if parts else None
 
     def before(self, step: int, share: float) -> None:
-        strength = min(1.0, share / self.asked.warmup) if self.asked.warmup else 1.0
         for part in self.parts:
             part.train()  # whatever the rest does: healing runs without dropout, hence in evaluation mode
-            if part.strength is not None:
-                part.strength.fill_(strength)
             if not isinstance(next(part.parameters()), DTensor):
                 part.hold()
-        if second_stage(self.asked, share):
+        if share >= self.ends:
             for group in self.groups:
                 group["weight_decay"] = 0.0
 

@@ -1,0 +1,45 @@
+"""SubLN (BitNet, Wang et al., 2023): RMSNorm of a projection's inputs, `norm.weight` (d_in,), ones at the start."""
+
+from typing import Any
+
+from torch import nn
+
+from pilon_compress.nn.additions import Addition, mark, register
+from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.dense_linear import KeptLinear
+from pilon_compress.nn.integer import IntegerLinear
+from pilon_compress.nn.layout import linear_shape
+from pilon_compress.nn.packed_ternary import PackedLinear
+
+EPS = 1e-6
+
+
+class SubNorm(Addition):
+    """The norm runs before the projection that it belongs to; in front of a plain module it is a layer of its own."""
+
+    dense = "normalises the inputs of feed-forward projections, which its base architecture has no place for"
+
+    def add(self, module: nn.Module) -> None:
+        self._put(module, nn.RMSNorm(linear_shape(module)[0], eps=EPS))
+
+    def carry(self, old: nn.Module, new: nn.Module) -> nn.Module:
+        norm = old.get_submodule("norm")
+        if not isinstance(new, ComposedLinear | KeptLinear | PackedLinear | IntegerLinear):
+            return nn.Sequential(norm, new)
+        self._put(new, norm)
+        mark(new, "bitnet", "sub_norm")
+        return new
+
+    def numbers(self, layout: Any, place: str) -> int:
+        return int(layout.shape(place)[0])
+
+    def _put(self, module: nn.Module, norm: nn.Module) -> None:
+        module.add_module("norm", norm)
+        module.register_forward_pre_hook(_normalise)
+
+
+def _normalise(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return module.get_submodule("norm")(args[0]), *args[1:]
+
+
+register("bitnet", {"sub_norm": SubNorm()})

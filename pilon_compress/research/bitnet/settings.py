@@ -1,0 +1,26 @@
+"""Fields of `research.bitnet` in a training recipe; all off by default (figures: docs/results/ternary.md)."""
+
+from pilon_compress.config.reading import Number, Share, Switch
+from pilon_compress.config.research import ResearchSection
+from pilon_compress.config.training import WEIGHT_DECAY_ENDS, TrainRecipe
+
+
+class Settings(ResearchSection):
+    """Options of BitNet's training."""
+
+    sub_norm: Switch = False
+    """From scratch: RMSNorm before the down projections; with or without ternary weights."""
+    warmup: Share = 0.0
+    """With ternary.enabled: share of the steps in which rounding takes hold little by little."""
+    second: Share = WEIGHT_DECAY_ENDS
+    """With ternary.enabled: share of the steps after which the second stage begins, without weight decay, and with
+    learning rates times second_rate."""
+    second_rate: Number = 1.0
+
+    @property
+    def weight_decay_ends(self) -> float:
+        return self.second
+
+    def check(self, recipe: TrainRecipe) -> None:
+        if self.sub_norm and (recipe.task != "pretrain" or recipe.warm):
+            raise ValueError("sub_norm is for models from scratch, with ffn.dense_until 0: no conversion has it")
