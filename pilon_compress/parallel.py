@@ -1,10 +1,11 @@
-"""Training on several processes: torchrun starts them, DDP copies the model to each or FSDP2 shards it.
+"""Train on several processes: torchrun starts them, DDP copies the model to each or FSDP2 shards it.
 
     torchrun --nproc_per_node 2 -m pilon_compress.cli train --recipe 48m -o out/48m
 
-Every process sees its share of each batch, and gradients are averages over processes; `World.scale` makes them means
-over all tokens. Banks are shared by layers, so each is a unit of its own for FSDP: it is gathered when the first
-layer calls it, and stays so until the backward pass has passed through all of them.
+Every process gets its share of each batch. Gradients are averaged over processes, and the loss of each is scaled by
+world size / scored tokens of the step, so that they are means over all tokens. Layers share banks, so each bank is a
+unit of its own for FSDP: it is gathered when the first layer calls it, and resharded after the backward pass through
+all of them.
 """
 
 import os
@@ -36,11 +37,11 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and speaks to the user."""
+        """Return True for the process that writes files and messages."""
         return self.rank == 0
 
     def total(self, *values: float) -> list[float]:
-        """Sums over all processes."""
+        """Return the sum of each value over all processes."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
@@ -49,41 +50,41 @@ class World:
         return [float(value) for value in tensor]
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Block until every process calls this."""
         if self.size > 1:
             dist.barrier()
 
 
 def lone() -> World:
-    """This process alone, for work that is not shared out. Raises BadInput under torchrun."""
+    """Return a world of this process alone, for work on one process. Raises BadInput under torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BadInput("shrink and ffn.dense_until convert on the way, on one process: start it without torchrun")
+        raise BadInput("shrink and ffn.dense_until convert during training, on one process: start without torchrun")
     return World(0, 1, torch.device("cpu"))
 
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """The world that torchrun describes in the environment, or a world of one. Leaves it at the end."""
+    """Join the process group that torchrun describes in the environment, or yield a world of one process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(0, 1, checkpoint.find_device(device))
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available() and device != "cpu"
-    mine = torch.device("cuda", local) if cuda else torch.device("cpu")
+    own_device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(mine)
+        torch.cuda.set_device(own_device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     try:
-        yield World(dist.get_rank(), size, mine)
+        yield World(dist.get_rank(), size, own_device)
     finally:
         dist.destroy_process_group()
 
 
 def wrap(trainee: nn.Module, blocks: list[nn.Module], world: World, parallel: str, half: bool) -> nn.Module:
-    """The module to call in training: `trainee` itself, DDP around it, or itself sharded by FSDP2.
+    """Return the module to call in training: `trainee` itself, wrapped in DDP, or sharded by FSDP2 in place.
 
-    `blocks`: its transformer blocks. `half`: bfloat16 copies of sharded parameters for computing.
+    `blocks`: its transformer blocks. `half`: compute with bfloat16 copies of sharded parameters.
     """
     if world.size == 1 and parallel != "fsdp":
         return trainee
@@ -103,7 +104,7 @@ def wrap(trainee: nn.Module, blocks: list[nn.Module], world: World, parallel: st
 
 @contextmanager
 def last_micro_batch(module: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are exchanged after the last micro batch of a step only."""
+    """Exchange gradients inside the block only if this is the `last` micro batch of a step."""
     if isinstance(module, DistributedDataParallel) and not last:
         with module.no_sync():
             yield
@@ -115,14 +116,14 @@ def last_micro_batch(module: nn.Module, last: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def spread(module: nn.Module, world: World) -> None:
-    """Give every process the first one's parameters and lasting buffers."""
+    """Copy the first process's parameters and persistent buffers to all processes."""
     if world.size > 1:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, 0)
 
 
 def reshard(module: nn.Module) -> None:
-    """After a forward pass without a backward one, FSDP units that stay gathered go back to their shards."""
+    """Reshard FSDP units that stay gathered after a forward pass without backward pass."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

@@ -15,7 +15,7 @@ from pilon_compress.compare.candidate import install, problem_of
 from pilon_compress.config import conversion
 from pilon_compress.convert import pipeline
 from pilon_compress.errors import BadInput
-from pilon_compress.io.folders import check_output
+from pilon_compress.io.output_paths import check_output
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import find_sites
 from pilon_compress.report import comparison_page
@@ -37,13 +37,13 @@ REFUSED = {
 # Ends itself like a power cut once CELLS cells are finished.
 KILLED = """
 import os, signal
-from pilon_compress.io.result_log import Cells
-keep = Cells.keep
+from pilon_compress.io.result_log import ResultLog
+keep = ResultLog.keep
 def keep_and_die(self, key, cell):
     keep(self, key, cell)
     if len(self.found) == CELLS:
         os.kill(os.getpid(), signal.SIGKILL)
-Cells.keep = keep_and_die
+ResultLog.keep = keep_and_die
 from pilon_compress.cli.main import main
 main()
 """

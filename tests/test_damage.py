@@ -107,7 +107,7 @@ def test_an_entry_that_is_another_thing_is_made_again(tmp_path, said, read):
         {"plain": torch.tensor([91, 93], dtype=torch.uint8)},
     ):
         journal.put("one", tensors)
-        assert journal.get("one", read) is None and "made again" in said()[0]
+        assert journal.get("one", read) is None and "computing it again" in said()[0]
 
 
 def test_a_damaged_fingerprint_drops_the_journal_with_a_line(tmp_path, said):

@@ -7,16 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pilon_compress.errors import BadInput
-from pilon_compress.io.folders import (
-    check_file,
-    check_output,
-    fresh_folder,
-    open_output,
-    partial_folder,
-    put_back,
-    set_aside,
-)
+from pilon_compress.io.folders import fresh_folder, open_output, partial_folder, put_back, set_aside
 from pilon_compress.io.journal import claim
+from pilon_compress.io.output_paths import check_file, check_output
 
 
 def model_folder(path):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from pilon_compress.io import messages, progress
+from pilon_compress.io import messages, progress, progress_line
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def clock(monkeypatch):
             self.now += seconds
 
     made = Clock()
-    monkeypatch.setattr(progress.time, "monotonic", lambda: made.now)
+    monkeypatch.setattr(progress_line.time, "monotonic", lambda: made.now)
     return made
 
 

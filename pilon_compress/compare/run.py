@@ -28,9 +28,10 @@ from pilon_compress.data import calibration
 from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import evaluate
-from pilon_compress.io.folders import check_output, fresh_folder, journal_of, open_output
+from pilon_compress.io.folders import fresh_folder, journal_of, open_output
+from pilon_compress.io.output_paths import check_output
 from pilon_compress.io.progress import track
-from pilon_compress.io.result_log import Cells
+from pilon_compress.io.result_log import ResultLog
 from pilon_compress.models import checkpoint
 from pilon_compress.models.source import Source
 from pilon_compress.models.stream_check import check_stream
@@ -168,7 +169,7 @@ def _compare(asked: Comparison, output: Path, overwrite: bool, command: str, dev
     where = checkpoint.find_device(device)
     dtype = pipeline.compute_dtype(job, where)
     bench = Bench(job, checkpoint.load_model(job.recipe.model, dtype=dtype, device=str(where)), tokenizer, exam)
-    cells = Cells(output, bench.fingerprint())
+    cells = ResultLog(output, bench.fingerprint())
     dense = _dense(bench, cells)
     measured = [cell for seed, batches in drawn.items() for cell in _measure(asked, seed, batches, bench, cells)]
     result = {
@@ -232,7 +233,7 @@ class Bench:
         return state.hexdigest()
 
 
-def _dense(bench: Bench, cells: Cells) -> dict[str, Any]:
+def _dense(bench: Bench, cells: ResultLog) -> dict[str, Any]:
     """The dense model judged like the others: what a perfect row looks like."""
     if "dense" not in cells.found:
         cells.keep("dense", {**bench.sizes(bench.size), "whitened_loss": 0.0, "quality": bench.quality(bench.dense)})
@@ -240,7 +241,9 @@ def _dense(bench: Bench, cells: Cells) -> dict[str, Any]:
     return found
 
 
-def _measure(asked: Comparison, seed: int, batches: list[Batch], bench: Bench, cells: Cells) -> list[dict[str, Any]]:
+def _measure(
+    asked: Comparison, seed: int, batches: list[Batch], bench: Bench, cells: ResultLog
+) -> list[dict[str, Any]]:
     """The cells of one seed: every method at every ratio. Calibrates only if one is missing."""
     ids = blake2b(b"".join(batch.input_ids.numpy().tobytes() for batch in batches), digest_size=8).hexdigest()
     work = {(method, ratio): f"{method} {ratio:g} {seed} {ids}" for method, ratio in asked.work}

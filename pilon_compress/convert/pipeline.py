@@ -39,9 +39,10 @@ from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import bank_usage, evaluate
 from pilon_compress.export.save import save_model
 from pilon_compress.io import companions, progress
-from pilon_compress.io.folders import check_output, fresh_folder, open_output
+from pilon_compress.io.folders import fresh_folder, open_output
 from pilon_compress.io.journal import Journal
 from pilon_compress.io.malloc import give_back_freed, trim
+from pilon_compress.io.output_paths import check_output
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import Site
 from pilon_compress.models.source import Source, available, open_source

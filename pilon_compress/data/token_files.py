@@ -19,7 +19,7 @@ from pilon_compress.data import sequences, text
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest
 from pilon_compress.io.checksum import MANIFEST, damage
-from pilon_compress.io.disk import disk_full, whole_folder
+from pilon_compress.io.disk import atomic_folder, disk_full
 from pilon_compress.io.progress import track
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def _opened(place: Path, quiet: bool = True) -> TokenFile | None:
 
 def _build(place: Path, about: About, items: Iterable[Item]) -> None:
     """Make the folder `place`, which appears complete or not at all. The caller holds the lock."""
-    with whole_folder(place, manifest.write) as work:
+    with atomic_folder(place, manifest.write) as work:
         _write(work, about, items)
 
 

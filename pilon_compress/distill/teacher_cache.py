@@ -29,7 +29,7 @@ from pilon_compress.distill.teacher import Teacher
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest
 from pilon_compress.io.checksum import MANIFEST, damage
-from pilon_compress.io.disk import disk_full, part_of, whole_folder
+from pilon_compress.io.disk import atomic_folder, disk_full, part_of
 from pilon_compress.io.progress import track
 from pilon_compress.parallel import World
 
@@ -166,7 +166,7 @@ def _about(wish: Wish) -> dict[str, Any]:
 
 def _build(place: Path, wish: Wish, teacher: Teacher, world: World, size: int) -> None:
     """Make the folder `place`: every process writes its share of the rows, the first one everything else."""
-    opened = whole_folder(place, manifest.write) if world.first else nullcontext(part_of(place))
+    opened = atomic_folder(place, manifest.write) if world.first else nullcontext(part_of(place))
     try:
         with opened as work:
             if world.first:

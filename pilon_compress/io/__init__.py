@@ -1,1 +1,1 @@
-"""Files: output folders, locks, checksums, journals, signals, progress. Torch is imported only to spill tensors."""
+"""Read and write files safely: output folders, locks, checksums, journals, signals, progress, messages."""

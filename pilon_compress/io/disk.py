@@ -1,6 +1,6 @@
-"""Durable writing: files and folders are made beside their place, flushed, and renamed; a full disk is recognised.
+"""Write durably: files and folders are made beside their place, flushed, and renamed; a full disk is recognised.
 
-whole_file, whole_folder    appear whole under their name, or not at all: after an error, a signal or a kill
+atomic_file, atomic_folder    appear complete under their name, or not at all: after an error, a signal or a kill
 """
 
 import errno
@@ -14,12 +14,12 @@ from pathlib import Path
 from pilon_compress.errors import BadInput
 from pilon_compress.io import signals
 
-OLD = ".old"  # ending of a folder that is replaced, until the new one has its name
+OLD = ".old"  # ending of a replaced folder until the new one has its name
 FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file too large"}
 
 
 class DiskFull(BadInput):
-    """Nothing more can be written: `reason` is the system's. The same command goes on once there is room."""
+    """Raised when the disk is full; `reason` is the system's. The same command continues once there is room."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -27,7 +27,7 @@ class DiskFull(BadInput):
 
 
 def disk_full(error: BaseException) -> str | None:
-    """Why nothing more can be written, if that is what `error` reports, else None."""
+    """Return the reason if `error` reports a full disk, else None."""
     if isinstance(error, DiskFull):
         return error.reason
     if isinstance(error, OSError) and error.errno in FULL:
@@ -53,7 +53,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder`, and itself."""
+    """Flush `folder` and every file and folder below it."""
     for path in sorted(folder.rglob("*")):
         if not path.is_symlink():
             sync(path)
@@ -61,33 +61,33 @@ def sync_tree(folder: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename to a name that is free, and flush the folder that holds it."""
+    """Rename to a free name, and flush the folder that holds it."""
     source.rename(target)
     sync(target.parent)
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename a file to a name that another may have, and flush the folder that holds it."""
+    """Rename a file, replacing another of the new name, and flush the folder that holds it."""
     source.replace(target)
     sync(target.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small UTF-8 file that appears whole under its name, or not at all."""
-    with whole_file(path) as part:
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small UTF-8 file that appears complete under its name, or not at all."""
+    with atomic_file(path) as part:
         part.write_text(text, "utf-8")
 
 
 def part_of(path: Path) -> Path:
-    """The name beside `path` under which it is made."""
+    """Return the name beside `path` under which it is made."""
     return path.with_name(f".{path.name}.part")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write beside `path`.
 
-    It is flushed and takes the name `path` when the block ends well, and is deleted otherwise.
+    When the block succeeds, the file is flushed and renamed to `path`; otherwise it is deleted.
     """
     part = part_of(path)
     with signals.cleanup(lambda: part.unlink(missing_ok=True)):
@@ -101,15 +101,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path, finish: Callable[[Path], None] | None = None, work: Path | None = None) -> Iterator[Path]:
+def atomic_folder(path: Path, finish: Callable[[Path], None] | None = None, work: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder to fill beside `path`; `work` is its name, `part_of(path)` unless given.
 
-    When the block ends well, `finish` is called on it (`manifest.write`), every file is flushed, and it takes the name
-    `path`; a folder of that name is deleted only then. After an error it is deleted itself.
+    When the block succeeds, `finish` is called on the folder (`manifest.write`), every file is flushed, and the folder
+    is renamed to `path`; another folder of that name is deleted only then. After an error the new folder is deleted.
     """
     work = work or part_of(path)
-    for left in (work, work.with_suffix(OLD)):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (work, work.with_suffix(OLD)):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     with signals.cleanup(lambda: shutil.rmtree(work, ignore_errors=True)):
         try:
             work.mkdir(parents=True)
@@ -123,7 +123,7 @@ def whole_folder(path: Path, finish: Callable[[Path], None] | None = None, work:
 
 
 def _put(work: Path, path: Path) -> None:
-    """Give the whole folder `work` the name `path`; what stands there is deleted afterwards."""
+    """Rename the complete folder `work` to `path`; a folder there is deleted afterwards."""
     with signals.guarded():
         if not path.exists():
             rename(work, path)
@@ -139,7 +139,7 @@ def _put(work: Path, path: Path) -> None:
 
 
 def move_into(work: Path, folder: Path, last: str) -> None:
-    """Move every entry of `work`, flushed, into `folder`, where others stay; the file `last` makes the rest valid."""
+    """Flush every entry of `work` and move it into `folder`; the file `last`, moved last, makes the others valid."""
     sync_tree(work)
     for path in sorted(work.iterdir(), key=lambda path: path.name == last):
         if path.name == last:
@@ -151,11 +151,11 @@ def move_into(work: Path, folder: Path, last: str) -> None:
 
 
 def read_bounded(path: Path, limit: int) -> str:
-    """The text (UTF-8, with or without BOM) of a regular file of at most `limit` bytes.
+    """Return the text (UTF-8, with or without BOM) of a regular file of at most `limit` bytes.
 
-    Raises OSError for what is no regular file, ValueError for one that is longer, UnicodeDecodeError (a ValueError).
+    Raises OSError for anything but a regular file, ValueError for a longer one or for text that is not UTF-8.
     """
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:  # a pipe must not hold us up
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:  # a pipe would block
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         data = file.read(limit + 1)

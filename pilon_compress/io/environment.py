@@ -1,4 +1,4 @@
-"""Environment variables that libraries read while they work, set for a stretch and put back."""
+"""Set environment variables that libraries read, for the duration of a block."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def default_environment(**variables: str) -> Iterator[None]:
-    """Set those of `variables` that are not set, within the block."""
+    """Set the `variables` that are not set yet, inside the block."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

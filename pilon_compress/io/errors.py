@@ -1,4 +1,4 @@
-"""Exceptions that libraries raise for files which they cannot read: one table for all that open a model."""
+"""List the exceptions that libraries raise for files that they cannot read, for all code that opens a model."""
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -19,15 +19,15 @@ UNREADABLE = (
     SafetensorError,
     StrictDataclassError,
 )
-"""For `except`, behind `except BadInput: raise`, which is a ValueError that needs no other words."""
+"""For `except` after `except BadInput: raise`, since BadInput is a ValueError whose message is final."""
 
 
 def unreadable(error: BaseException) -> bool:
-    """True for anything that a library raises because of a file's contents; tokenizers raises plain `Exception`."""
+    """Return True if a library raised `error` because of a file's contents; tokenizers raises plain `Exception`."""
     return not isinstance(error, BadInput) and (isinstance(error, UNREADABLE) or type(error) is Exception)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that is not blank; its type where it has no words."""
+    """Return the first line of an exception's message that is not blank, or the name of its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -1,165 +1,60 @@
-"""Output folders: one way to name, check, lock, fill and replace the folder that a command writes.
+"""Lock, fill and replace the output folder of a command.
 
-    .NAME.lock         held while a command writes NAME; holds the number of its process
-    .NAME.HEX.part     the new folder, until it is whole and takes its name
-    .NAME.HEX.old      the folder that is replaced, until the new one has its name
-    .NAME.partial      the journal of unfinished work (convert.journal)
+    .NAME.lock         locked while a command writes NAME; contains its process id
+    .NAME.HEX.part     the new folder, until it is complete and renamed to NAME
+    .NAME.HEX.old      the replaced folder, until the new one is NAME
+    .NAME.partial      the journal of unfinished work (io.journal)
 
-A process may be killed between any two of these steps: the next command with that output puts things right.
+A process may be killed between any two of these steps; the next command with that output restores order.
 """
 
 import glob
 import os
-import secrets
 import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
 from filelock import FileLock, Timeout
 
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest, signals
 from pilon_compress.io.checksum import MANIFEST
-from pilon_compress.io.disk import DiskFull, disk_full, read_bounded, rename, whole_folder
+from pilon_compress.io.disk import DiskFull, atomic_folder, disk_full, read_bounded, rename
+from pilon_compress.io.output_paths import (
+    MARKS,
+    Kind,
+    beside,
+    check_contents,
+    check_place,
+    expanded,
+    os_errors_as_bad_input,
+)
 
-Kind = Literal["model", "comparison"]
-MARKS: dict[Kind, str] = {"model": "config.json", "comparison": "compare.json"}  # by which --overwrite knows its like
 HEX = "[0-9a-f]" * 8
-BESIDE = len(f"..{'0' * 8}.part")  # bytes that the longest name beside an output adds to its own
-INSIDE = 128  # bytes of the longest path below an output
-NONCE = "nonce"  # of a journal; the output that it became has it too, as `journal`
+NONCE = "nonce"  # file of a journal; the manifest of the finished output repeats it as `journal`
 
 _held: dict[str, int] = {}  # outputs that this process has locked -> thread
 
 
-def expanded(path: str | Path) -> Path:
-    """`path` with `~` expanded and without `..`. Raises BadInput for names that no folder can have."""
-    text = os.fspath(path)
-    if "\0" in text or not text:
-        raise BadInput(f"{text!r} is no name for an output")
-    try:
-        text.encode()
-        found = Path(text).expanduser()
-    except UnicodeEncodeError:
-        raise BadInput(f"{text!r} is no name for an output: it is not valid UTF-8") from None
-    except RuntimeError:
-        raise BadInput(f"{text}: there is no such user, hence no home folder") from None
-    return found.resolve() if ".." in found.parts else found
-
-
-def check_output(path: str | Path, overwrite: bool, source: str = "", kind: Kind = "model") -> Path:
-    """The expanded `path`. Raises BadInput if it cannot become a fresh folder of that `kind`.
-
-    With `overwrite` only a folder that holds a result of that kind is given up: a slip must not clear somebody's home.
-    Never given up: `source`, the model that is being read, and the folder that the user stands in.
-    """
-    path = expanded(path)
-    _check_place(path, source)
-    _check_contents(path, overwrite, kind)
-    return path
-
-
-def _check_place(path: Path, source: str) -> None:
-    with _refusing(path):
-        if path.exists() and not path.is_dir():
-            raise BadInput(f"{path} is a file; the output must be a folder")
-        _check_replaceable(path, source)
-        _check_writable(path)
-
-
-def _check_contents(path: Path, overwrite: bool, kind: Kind) -> None:
-    with _refusing(path):
-        if not path.exists() or not any(path.iterdir()):
-            return
-        if not overwrite:
-            raise BadInput(f"{path} is not empty; choose another output or pass --overwrite")
-        if not (path / MARKS[kind]).exists():
-            raise BadInput(f"{path} is not empty and holds no {kind}, so --overwrite will not clear it")
-
-
-def _check_replaceable(path: Path, source: str) -> None:
-    """A finished folder takes its name by a rename, which must not fail after all the work is done."""
-    if path.is_symlink() or path.absolute().is_mount():
-        raise BadInput(f"{path} is a link or a mount point, which cannot be replaced: name a new folder inside it")
-    whole = path.resolve()
-    if source and Path(source).expanduser().is_dir() and Path(source).expanduser().resolve().is_relative_to(whole):
-        raise BadInput(f"{path} holds the model that is read, and would be replaced: choose another output")
-    if Path.cwd().is_relative_to(whole):
-        raise BadInput(f"{path} is the folder you are in, which cannot be replaced: name a new folder inside it")
-
-
-def _check_writable(path: Path) -> None:
-    """Try what will be needed: a folder beside `path`, of a name as long as any that will be made there."""
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise BadInput(f"cannot write to {parent}")
-    if hasattr(os, "pathconf"):
-        longest = os.pathconf(parent, "PC_NAME_MAX") - BESIDE
-        for name in path.absolute().relative_to(parent).parts:
-            if len(os.fsencode(name)) > longest:
-                raise BadInput(f"{name[:40]}... is too long a name for a folder: at most {longest} bytes")
-        if len(os.fsencode(path.absolute())) > os.pathconf(parent, "PC_PATH_MAX") - INSIDE:
-            raise BadInput(f"{str(path)[:40]}... is too long a path")
-    probe = _beside(path, "part") if parent == path.absolute().parent else parent / f".{secrets.token_hex(8)}.part"
-    probe.mkdir()
-    probe.rmdir()
-
-
-@contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Turn the system's refusals into one line."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except OSError as error:
-        if reason := disk_full(error):
-            raise DiskFull(f"cannot write {path}: {reason}", reason) from error
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
-    except ValueError as error:  # a name that the system's encoding does not have
-        raise BadInput(f"cannot write {path}: {error}") from error
-
-
-def check_file(path: str | Path) -> Path:
-    """The expanded path of a single file that is to be written. Raises BadInput where it cannot be."""
-    path = expanded(path)
-    with _refusing(path):
-        if path.is_dir():
-            raise BadInput(f"{path} is a folder; name a file")
-        if not path.absolute().parent.is_dir():
-            raise BadInput(f"there is no folder {path.parent}")
-        new = not path.exists()
-        with path.open("ab"):
-            pass
-        if new:
-            path.unlink()
-    return path
-
-
 def partial_folder(output: Path) -> Path:
-    """Where unfinished work for `output` is kept: beside it."""
+    """Return the folder of unfinished work for `output`, beside it."""
     return output.absolute().parent / f".{output.name}.partial"
-
-
-def _beside(path: Path, ending: str) -> Path:
-    return path.absolute().parent / f".{path.name}.{secrets.token_hex(4)}.{ending}"
 
 
 @contextmanager
 def open_output(
     path: str | Path, overwrite: bool = False, source: str = "", kind: Kind = "model", resume: bool = False
 ) -> Iterator[Path]:
-    """Hold the output `path`, expanded, for this process, as `check_output` allows; what a killed one left goes.
+    """Lock the output `path` inside the block, remove leftovers of a killed process, and yield the expanded path.
 
-    `resume`: the folder may be and hold anything, its owner decides. Raises BadInput where another process writes it.
-    A process that holds an output may open it again.
+    `resume` skips the checks of `check_output`. A process that has locked an output may open it again. Raises BadInput
+    where `check_output` does, and where another process writes the output.
     """
     path = expanded(path)
     if not resume:
-        _check_place(path, source)
+        check_place(path, source)
     made = [parent for parent in path.absolute().parents if not parent.exists()]  # innermost first
 
     def leave() -> None:
@@ -167,15 +62,15 @@ def open_output(
             with suppress(OSError):
                 parent.rmdir()
 
-    with _refusing(path):
+    with os_errors_as_bad_input(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
     with signals.cleanup(leave):
         try:
             with _locked(path):
-                with _refusing(path):
+                with os_errors_as_bad_input(path):
                     _recover(path)
                 if not resume:
-                    _check_contents(path, overwrite, kind)
+                    check_contents(path, overwrite, kind)
                 yield path
         finally:
             leave()
@@ -183,16 +78,16 @@ def open_output(
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold `.NAME.lock`. Raises BadInput at once where another process, or thread, does."""
+    """Lock `.NAME.lock` inside the block. Raises BadInput at once if another process or thread has locked it."""
     file = path.absolute().parent / f".{path.name}.lock"
-    if not os.access(file.parent, os.W_OK) and os.access(path, os.W_OK):  # a mounted volume that a run goes on in
+    if not os.access(file.parent, os.W_OK) and os.access(path, os.W_OK):  # the output is a mounted volume
         file = path / ".lock"
     key, thread = os.path.realpath(file), threading.get_ident()
     if _held.get(key) == thread:
         yield
         return
     lock = FileLock(file)
-    with _refusing(path):
+    with os_errors_as_bad_input(path):
         try:
             lock.acquire(timeout=0)
         except Timeout:  # an OSError too
@@ -208,47 +103,49 @@ def _locked(path: Path) -> Iterator[None]:
     finally:
         del _held[key]
         with suppress(OSError):
-            file.unlink()  # before the release: whoever opened it meanwhile sees that it has no name, and tries again
+            # before the release, so that a process that has opened the file finds it unlinked and tries again
+            file.unlink()
         lock.release()
 
 
-def _left(path: Path, ending: str) -> list[Path]:
+def _leftovers(path: Path, ending: str) -> list[Path]:
     return sorted(
         path.absolute().parent.glob(f".{glob.escape(path.name)}.{HEX}.{ending}"), key=lambda p: p.stat().st_mtime
     )
 
 
 def _unfinished(path: Path) -> bool:
-    """True if a process was killed between the two renames of a replacement."""
-    return not path.exists() and bool(_left(path, "old"))
+    """Return True if a process was killed between the two renames of a replacement."""
+    return not path.exists() and bool(_leftovers(path, "old"))
 
 
 def _recover(path: Path) -> None:
-    """Put right what a killed process left: the old folder back under its name, unfinished ones gone."""
+    """Clean up after a killed process: rename the old folder back, delete unfinished ones and finished journals."""
     if _unfinished(path):
-        rename(_left(path, "old")[-1], path)
+        rename(_leftovers(path, "old")[-1], path)
     discard_old(path)
-    for left in _left(path, "part"):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in _leftovers(path, "part"):
+        shutil.rmtree(leftover, ignore_errors=True)
     nonce = journal_of(path)
     for name in (MANIFEST, MARKS["comparison"]) if nonce is not None else ():
         if (path / name).is_file():
             with suppress(BadInput):
-                if manifest.read_ours(path / name).get("journal") == nonce:  # of the work that this output came from
+                # equal: the journal belongs to the finished output
+                if manifest.read_ours(path / name).get("journal") == nonce:
                     discard_journal(path)
 
 
 def discard_journal(path: Path) -> None:
-    """Delete the journal of unfinished work for `path`, out of sight at once: a process may be killed meanwhile."""
+    """Delete the journal of unfinished work for `path`; a rename first, because the process may be killed."""
     folder = partial_folder(path)
     if folder.exists():
         with suppress(OSError):
-            folder = folder.rename(_beside(path, "part"))  # which the next command clears
+            folder = folder.rename(beside(path, "part"))  # the next command deletes folders of this name
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def journal_of(path: Path) -> str | None:
-    """The nonce of the journal of unfinished work for `path`; None where there is none."""
+    """Return the nonce of the journal of unfinished work for `path`; None where there is none."""
     with suppress(OSError, ValueError):
         return read_bounded(partial_folder(path) / NONCE, 1 << 10)
     return None
@@ -256,12 +153,10 @@ def journal_of(path: Path) -> str | None:
 
 @contextmanager
 def fresh_folder(path: str | Path, overwrite: bool = False, kind: Kind = "model") -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends well and vanishes when it does not.
+    """Yield a temporary folder beside `path`: flushed and renamed to `path` when the block succeeds, else deleted.
 
-    A model gets a manifest. All is on the disk before the folder takes its name. Raises BadInput as
-    `open_output` does, and DiskFull.
+    A model gets a manifest. Raises BadInput like `open_output`, and DiskFull.
     """
-
     with open_output(path, overwrite, kind=kind) as path:
         nonce = journal_of(path)
 
@@ -270,7 +165,7 @@ def fresh_folder(path: str | Path, overwrite: bool = False, kind: Kind = "model"
                 manifest.write(work, journal=nonce)
 
         try:
-            with whole_folder(path, describe, _beside(path, "part")) as work:
+            with atomic_folder(path, describe, beside(path, "part")) as work:
                 yield work
         except Exception as error:
             if isinstance(error, BadInput):
@@ -281,18 +176,18 @@ def fresh_folder(path: str | Path, overwrite: bool = False, kind: Kind = "model"
 
 
 def set_aside(path: Path) -> None:
-    """Rename the folder `path`, which is made anew, until `put_back` or `discard_old`."""
-    rename(path, _beside(path, "old"))
+    """Rename the folder `path`, which is made again, until `put_back` or `discard_old`."""
+    rename(path, beside(path, "old"))
 
 
 def put_back(path: Path) -> None:
-    """Delete `path`; what was set aside has its name again."""
+    """Delete `path`, and rename the folder that was set aside back to it."""
     shutil.rmtree(path, ignore_errors=True)
-    if left := _left(path, "old"):
-        rename(left[-1], path)
+    if leftovers := _leftovers(path, "old"):
+        rename(leftovers[-1], path)
 
 
 def discard_old(path: Path) -> None:
-    """Delete what was set aside for `path`."""
-    for left in _left(path, "old"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Delete the folders that were set aside for `path`."""
+    for leftover in _leftovers(path, "old"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Whether the model hub can be reached, found out once and quickly: its client would retry for half a minute.
+"""Find out once, and quickly, if the model hub can be reached; its own client would retry for half a minute.
 
 A process keeps its environment and the settings of the client libraries.
 """
@@ -14,7 +14,7 @@ TIMEOUT = 10  # seconds
 
 @cache
 def unreachable() -> str | None:
-    """Why the hub cannot be reached, in a few words; None if it can."""
+    """Return in a few words why the hub cannot be reached; None if it can."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -35,7 +35,7 @@ def unreachable() -> str | None:
 
 @contextmanager
 def reaching() -> Iterator[bool]:
-    """Yield True where only what is cached can be read; then the client libraries do not try either, in the block."""
+    """Yield True where the hub is out of reach; inside the block the client libraries then read their cache alone."""
     if unreachable() is None:
         yield False
         return

@@ -15,7 +15,7 @@ _shown: "Lines | None" = None
 
 
 class Lines(logging.Handler):
-    """A handler that passes messages to `write`, without level or name; notes only after `write_held` where `hold`."""
+    """A handler that passes messages to `write`, without level or name; with `hold`, notes wait for `write_held`."""
 
     def __init__(self, write: Callable[[str], None], hold: bool) -> None:
         super().__init__(logging.INFO)
@@ -23,6 +23,7 @@ class Lines(logging.Handler):
         self.held: list[str] | None = [] if hold else None
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write the message of `record`, or hold it back."""
         message = record.getMessage()
         if self.held is not None and getattr(record, "note", False):
             self.held.append(message)
@@ -30,7 +31,7 @@ class Lines(logging.Handler):
             self.put(message)
 
     def write_held(self) -> None:
-        """Write the notes that are held back, and hold no more."""
+        """Write the notes that were held back; later ones are written at once."""
         held, self.held = self.held or [], None
         for message in held:
             self.put(message)
@@ -44,9 +45,9 @@ def note(message: str) -> None:
 
 
 def show(write: Callable[[str], None], hold: bool = False) -> Lines:
-    """Pass every message to `write` from now on; with `hold` notes wait until `release_notes`.
+    """Pass every message to `write` from now on; with `hold`, notes wait for `release_notes`.
 
-    A command that ends with an error then says nothing but its error.
+    A command that fails then prints its error alone.
     """
     global _shown
     logger = logging.getLogger(ROOT)
@@ -59,6 +60,6 @@ def show(write: Callable[[str], None], hold: bool = False) -> Lines:
 
 
 def release_notes() -> None:
-    """Write the notes that `show` holds back, if there are any."""
+    """Write the notes that `show` holds back."""
     if _shown is not None:
         _shown.write_held()

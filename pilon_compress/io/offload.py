@@ -1,4 +1,4 @@
-"""Tensors that are put away until they are needed again: in memory up to a limit, in files beyond it."""
+"""Store tensors by name: in memory up to a limit, the rest in safetensors files."""
 
 import shutil
 from collections.abc import Iterable
@@ -12,9 +12,9 @@ from pilon_compress.io.checksum import digest
 
 
 class Shelf:
-    """Tensors by name. Once those in memory fill `limit` bytes, further ones go to `folder`, one safetensors file each.
+    """Tensors by name: in memory up to `limit` bytes, further ones in `folder`, one safetensors file each.
 
-    `take` removes a tensor from the shelf, `get` leaves it there. Without a folder everything stays in memory.
+    Without a folder all stay in memory.
     """
 
     def __init__(self, folder: Path | None = None, limit: int = 0) -> None:
@@ -23,7 +23,7 @@ class Shelf:
         self._files: dict[str, tuple[Path, torch.device]] = {}
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Keep `tensor`, which must not be changed afterwards, under `name`."""
+        """Store `tensor`, which must not change afterwards, under `name`, replacing another."""
         self.drop(name)
         if self.folder is None or self.held + tensor.nbytes <= self.limit:
             self._memory[name] = tensor
@@ -35,16 +35,15 @@ class Shelf:
         self._files[name] = (path, tensor.device)
 
     def get(self, name: str) -> Tensor:
-        """The tensor kept under `name`, on the device that it came from. Raises KeyError where there is none."""
+        """Return the tensor `name`, on the device that it came from. Raises KeyError where there is none."""
         if name in self._memory:
             return self._memory[name]
         path, device = self._files[name]
-        return (
-            load_file(path)["tensor"].clone().to(device)
-        )  # a copy: the file may align it otherwise, hence round otherwise
+        # a copy, since matrix products round differently when the file's memory is aligned differently
+        return load_file(path)["tensor"].clone().to(device)
 
     def adopt(self, names: Iterable[str], device: torch.device) -> None:
-        """Take over what an earlier shelf in the same folder left there. Raises KeyError where a file is missing."""
+        """Add tensors that an earlier store left in the same folder. Raises KeyError where a file is missing."""
         for name in names:
             path = self._path(name)
             if not path.is_file():
@@ -52,11 +51,11 @@ class Shelf:
             self._files[name] = (path, device)
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of the file of each tensor that is in one."""
+        """Return the SHA-256 of the file of each tensor that is in one."""
         return {name: digest(path) for name, (path, _) in self._files.items()}
 
     def damage(self, checksums: dict[str, str]) -> str | None:
-        """The first file, of an earlier shelf in the same folder, that is missing or damaged; None if all are whole."""
+        """Return a sentence about the first file in `checksums` that is missing or damaged; None if none is."""
         for name, known in checksums.items():
             path = self._path(name)
             if not path.is_file() or digest(path) != known:
@@ -64,6 +63,7 @@ class Shelf:
         return None
 
     def names(self) -> list[str]:
+        """Return the names of all tensors."""
         return [*self._memory, *self._files]
 
     def _path(self, name: str) -> Path:
@@ -71,11 +71,13 @@ class Shelf:
         return self.folder / f"{name.replace('/', '_')}.safetensors"
 
     def take(self, name: str) -> Tensor:
+        """Remove the tensor `name` and return it. Raises KeyError where there is none."""
         tensor = self.get(name)
         self.drop(name)
         return tensor
 
     def drop(self, name: str) -> None:
+        """Delete the tensor `name`, if it is there."""
         if name in self._memory:
             self.held -= self._memory.pop(name).nbytes
         elif name in self._files:
@@ -85,7 +87,7 @@ class Shelf:
         return name in self._memory or name in self._files
 
     def clear(self) -> None:
-        """Forget everything and delete the folder."""
+        """Delete all tensors and the folder."""
         self._memory.clear()
         self._files.clear()
         self.held = 0

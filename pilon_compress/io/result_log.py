@@ -1,4 +1,4 @@
-"""The finished cells of a comparison, kept on disk, so that an interrupted one goes on where it stopped."""
+"""Log the finished cells of a comparison on disk, so that an interrupted one continues from them."""
 
 import json
 import logging
@@ -7,21 +7,22 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pilon_compress.io.disk import DiskFull, disk_full, write_whole
+from pilon_compress.io.disk import DiskFull, disk_full, write_atomic
 from pilon_compress.io.folders import discard_journal, partial_folder
 from pilon_compress.io.journal import MARK, claim, claimed
 
 log = logging.getLogger(__name__)
 
 
-class Cells:
-    """Cells by key, in `.NAME.partial` beside the output `NAME`: one JSON line each, written through to the disk.
+class ResultLog:
+    """Cells by key in `.NAME.partial` beside the output `NAME`: one JSON line each, flushed to the disk.
 
-    The folder holds the `fingerprint` of everything that the cells depend on. Cells that were made under another one
-    are dropped, and so are lines that are damaged or were cut short. Raises DiskFull.
+    `fingerprint`: hash of all that the cells depend on; cells under another one are deleted, and so are damaged or
+    truncated lines. `found`: all cells of the log.
     """
 
     def __init__(self, output: Path, fingerprint: str) -> None:
+        """Open the log of `output`, or start it. Raises DiskFull."""
         self.output, self.folder = output, partial_folder(output)
         self.file, self.mark = self.folder / "cells.jsonl", self.folder / MARK
         self.found: dict[str, Any] = {}
@@ -30,12 +31,12 @@ class Cells:
                 claim(self.folder, fingerprint)
             elif self.file.is_file():
                 self.found = _read(self.file)
-                write_whole(self.file, "".join(_line(key, cell) for key, cell in self.found.items()))
+                write_atomic(self.file, "".join(_line(key, cell) for key, cell in self.found.items()))
         except OSError as error:
             raise self._full(error) or error from error
 
     def keep(self, key: str, cell: Any) -> None:
-        """Add a finished cell; it survives whatever happens next."""
+        """Add a finished cell; it is on the disk when this returns. Raises DiskFull."""
         self.found[key] = cell
         try:
             with self.file.open("a", encoding="utf-8") as file:
@@ -47,10 +48,13 @@ class Cells:
 
     def _full(self, error: OSError) -> DiskFull | None:
         reason = disk_full(error)
-        words = f"cannot write {self.folder}: {reason}; finished cells are kept, and the same command goes on from them"
-        return None if reason is None else DiskFull(words, reason)
+        if reason is None:
+            return None
+        kept = "finished cells are kept, and the same command continues from them"
+        return DiskFull(f"cannot write {self.folder}: {reason}; {kept}", reason)
 
     def remove(self) -> None:
+        """Delete the log."""
         discard_journal(self.output)
 
 
@@ -63,14 +67,14 @@ def _sum(key: str, cell: Any) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The cells whose lines are whole."""
-    found = {}
+    """Return the cells of all intact lines, and warn of the others."""
+    cells = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
             if entry["sha256"] != _sum(entry["key"], entry["cell"]):
                 raise ValueError("its checksum differs")
-            found[entry["key"]] = entry["cell"]
+            cells[entry["key"]] = entry["cell"]
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            log.warning("%s:%d is damaged: that cell is measured again", file, number)
-    return found
+            log.warning("%s:%d is damaged: measuring that cell again", file, number)
+    return cells

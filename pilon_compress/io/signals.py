@@ -1,11 +1,11 @@
-"""Signals that ask for an end: noted by the handler, acted upon where nothing is half done; never an exception.
+"""End the process on SIGINT, SIGTERM and SIGHUP at a point where nothing is half done.
 
-    the command line     listen()       outside a guarded stretch the process cleans up, says one line and ends
-    renames of folders   guarded()      a signal waits until the stretch is over
-    the training loop    watched()      a signal only sets `asked.code`; the loop saves and ends by itself
+    the command line     listen()       outside guarded blocks the process cleans up, prints one line and ends
+    renames of folders   guarded()      a signal waits for the end of the block
+    the training loop    watched()      a signal only sets `request.code`; the loop saves and ends by itself
 
-An exception that a handler raises can be lost: Python drops it inside a destructor or a callback. A second signal ends
-the process at once. Exit codes: 128 + the signal's number.
+Handlers raise no exception, because Python drops exceptions inside a destructor or a callback. A second signal ends the
+process at once. Exit codes: 128 + the signal's number.
 """
 
 import os
@@ -22,7 +22,7 @@ SIGNALS = tuple(getattr(signal, name) for name in WORDS if hasattr(signal, name)
 
 _cleanups: list[Callable[[], None]] = []
 _guards = 0
-_waiting: int | None = None  # the signal that came in a guarded stretch
+_waiting: int | None = None  # the signal that arrived in a guarded block
 _ending = False
 
 
@@ -44,7 +44,7 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 
 def _end(number: int) -> NoReturn:
-    """Run the cleanups, innermost first, say one line, and leave without unwinding the stack."""
+    """Run the cleanups, innermost first, print one line, and exit without unwinding the stack."""
     global _ending
     _ending = True
     for cleanup in reversed(_cleanups):
@@ -59,7 +59,7 @@ def _end(number: int) -> NoReturn:
 
 @contextmanager
 def cleanup(action: Callable[[], None]) -> Iterator[None]:
-    """Run `action` if a signal ends the process within the block; elsewhere the block's own `finally` does it."""
+    """Run `action` if a signal ends the process inside the block, where no `finally` would run."""
     _cleanups.append(action)
     try:
         yield
@@ -69,7 +69,7 @@ def cleanup(action: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """A stretch that must not be cut short: a signal that comes within it acts at its end."""
+    """Delay signals that arrive inside the block to its end."""
     global _guards, _waiting
     if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread only
         yield
@@ -84,30 +84,30 @@ def guarded() -> Iterator[None]:
             _end(number)
 
 
-class Asked:
-    """`code`: the exit code that a signal asks for, 0 until one has come."""
+class EndRequest:
+    """A signal's request to end. `code`: exit code, 0 until a signal arrives."""
 
     code = 0
 
 
 @contextmanager
-def watched() -> Iterator[Asked]:
-    """Let the caller's loop look at `asked.code` and end by itself; a second signal ends the process at once."""
-    asked, before = Asked(), dict[Any, Any]()
+def watched() -> Iterator[EndRequest]:
+    """Yield a request whose `code` the caller's loop checks to end by itself; a second signal ends the process."""
+    request, before = EndRequest(), dict[Any, Any]()
 
     def note(number: int, _frame: FrameType | None) -> None:
-        if asked.code:
+        if request.code:
             _end(number)
-        asked.code = 128 + number
+        request.code = 128 + number
 
     try:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: whoever runs us handles signals
+    except ValueError:  # not the main thread, where the application handles signals
         pass
     try:
-        yield asked
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from pilon_compress.io.disk import whole_file
+from pilon_compress.io.disk import atomic_file
 
 HOME = Path(__file__).parent
 SOURCES = tuple(sorted(HOME.glob("*.cpp")) + sorted(HOME.glob("*.h")))
@@ -74,7 +74,7 @@ def compile_to(path: Path) -> None:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise NoKernel("there is no C++ compiler (g++ or clang++) on this machine")
-    with whole_file(path) as built:
+    with atomic_file(path) as built:
         _compile(compiler, built)
 
 

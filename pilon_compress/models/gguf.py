@@ -22,7 +22,7 @@ from filelock import FileLock
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest
 from pilon_compress.io.checksum import damage
-from pilon_compress.io.disk import whole_folder
+from pilon_compress.io.disk import atomic_folder
 from pilon_compress.io.errors import first_line
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _make(place: Path, files: Sequence[Path], origin: str, sums: Path | None) ->
             source = joined
             _join(files, source, sums, origin)
         log.info("reading %s into %s; later runs use that folder", origin, place)
-        with whole_folder(place) as work:
+        with atomic_folder(place) as work:
             # in a process of its own, whose memory is freed and whose libraries' messages are captured
             done = subprocess.run(
                 [sys.executable, "-m", "pilon_compress.models.gguf", str(source), str(work)],

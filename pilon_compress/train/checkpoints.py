@@ -30,7 +30,7 @@ from pilon_compress.data.corpus import Streamed
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest
 from pilon_compress.io.checksum import damage
-from pilon_compress.io.disk import DiskFull, disk_full, part_of, whole_folder
+from pilon_compress.io.disk import DiskFull, atomic_folder, disk_full, part_of
 from pilon_compress.io.errors import UNREADABLE, first_line
 from pilon_compress.parallel import World
 
@@ -67,7 +67,7 @@ class Checkpoints:
         if self.world.first:
             for left in self.folder.glob(part_of(self.folder / "step-*").name):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-        opened = whole_folder(target, manifest.write) if self.world.first else nullcontext(part_of(target))
+        opened = atomic_folder(target, manifest.write) if self.world.first else nullcontext(part_of(target))
         with self._full_disk(step), opened as work:
             self.world.wait()
             failure: BaseException | None = None

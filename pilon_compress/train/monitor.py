@@ -11,7 +11,7 @@ import psutil
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pilon_compress.io.disk import write_whole
+from pilon_compress.io.disk import write_atomic
 from pilon_compress.io.progress import open_console, say
 from pilon_compress.train.trackers import open_tracker
 
@@ -33,7 +33,7 @@ class Monitor:
     def __init__(self, output: Path, steps: int, start: int, trackers: list[str], quiet: bool = False) -> None:
         self.path, self.start = output / METRICS, start
         lines = [line for line in _lines(self.path) if line.get("step", 0) <= start] if start else []
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self.trackers = [open_tracker(name, output) for name in trackers]
         console = open_console()
         self.live = console.is_terminal and not quiet

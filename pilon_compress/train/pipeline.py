@@ -28,8 +28,8 @@ from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import generate
 from pilon_compress.io import companions, manifest
 from pilon_compress.io.checksum import damage
-from pilon_compress.io.disk import whole_folder
-from pilon_compress.io.folders import expanded
+from pilon_compress.io.disk import atomic_folder
+from pilon_compress.io.output_paths import expanded
 from pilon_compress.models import base_architectures, checkpoint
 from pilon_compress.models.blocks import blocks
 from pilon_compress.models.families import find_sites
@@ -216,7 +216,7 @@ def keep_tokenizer(run: Run, folder: Path) -> None:
         log.warning("%s: the tokenizer is trained again", reason)
         shutil.rmtree(folder)
     documents = list(text.open_text(source_of(run.recipe), "calibration"))
-    with whole_folder(folder, manifest.write) as work:
+    with atomic_folder(folder, manifest.write) as work:
         base_architectures.train_tokenizer(documents, run.recipe.host.vocab_size).save_pretrained(work)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from pilon_compress.config import training as recipes
 from pilon_compress.config.training import TrainRecipe
 from pilon_compress.errors import BadInput
-from pilon_compress.io.disk import part_of, write_whole
-from pilon_compress.io.folders import check_output, discard_old, open_output, put_back, set_aside
+from pilon_compress.io.disk import part_of, write_atomic
+from pilon_compress.io.folders import discard_old, open_output, put_back, set_aside
+from pilon_compress.io.output_paths import check_output
 from pilon_compress.parallel import World
 
 RECIPE, RESULT = "recipe.yaml", "train.json"
@@ -78,7 +79,7 @@ def claim(run: Run, resume: bool, overwrite: bool) -> bool:
     if output.exists() and overwrite:
         set_aside(output)
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(mark, recipes.dump(run.recipe))
+    write_atomic(mark, recipes.dump(run.recipe))
     run.world.wait()
     return True
 
