@@ -126,7 +126,7 @@ def _overrides(flag: Flag, text: Any) -> list[Override]:
     if text is None or text is False or text == []:
         return []
     value = text if flag.is_text or flag.is_switch else _scalar(flag, text)
-    also = [Override(field, other, flag.name) for field, other in flag.mark.also.items()]
+    also = [Override(field, other, flag.name, beside=True) for field, other in flag.mark.also.items()]
     return [Override(flag.path, value, flag.name), *also]
 
 

@@ -182,12 +182,17 @@ def test_dry_run_writes_nothing(command_line, start, tmp_path):
     [
         ((), "name a --recipe to train from scratch, or a model to --heal or --sft"),
         (("--recipe", "smoke"), "name the folder to write with -o"),
-        (("--heal", "a", "--sft", "b"), "--heal and --sft are different trainings"),
+        (("--heal", "a", "--sft", "b"), "--heal and --sft disagree: leave out one of the two"),
         (
             ("--recipe", "smoke", "-o", "x", "--ffn", "sparse"),
-            "--set ffn.kind: should be 'pilon', 'lowrank' or 'dense'",
+            "--ffn: must be 'pilon', 'lowrank' or 'dense'",
         ),
-        (("--recipe", "smoke", "-o", "x", "--set", "host.hidden_size=65"), "hidden_size 65 is no multiple of 4"),
+        (("--heal", "m", "--shrink", "0.4,0.6"), "--shrink: is for task heal, and its ratios must fall"),
+        (("--sft", "m", "--ternary"), "--ternary: is for pretrain and heal"),
+        (
+            ("--recipe", "smoke", "-o", "x", "--set", "host.hidden_size=65"),
+            "no multiple of num_attention_heads",
+        ),
         (("--recipe", "smoke", "-o", "x", "--data", "nowhere.txt"), "no such file: nowhere.txt"),
         (("--recipe", "smoke", "-o", "x", "--set", "ffn.ffn_ratio=0.001"), "the budget pays for no primitive"),
     ],

@@ -41,5 +41,5 @@ def test_the_schedule_is_cut_in_two():
 
 
 def test_it_needs_a_budget_of_tokens_and_a_schedule_that_can_be_cut():
-    with pytest.raises(BadInput, match="dense_until needs schedule.tokens"):
+    with pytest.raises(BadInput, match="ffn.dense_until: needs schedule.tokens"):
         training.load("smoke", [*ASKED, "schedule.kind=cosine"])

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from pilon_compress.config.conversion import Calibration, Evaluation, Recipe
+from pilon_compress.config.fields import MODEL, Device
 from pilon_compress.config.option import RUNNING, Argument, Option, Options
 from pilon_compress.config.ratio import Parts, parse_list
 from pilon_compress.config.reading import Positive, Section, Text
@@ -15,9 +16,7 @@ WHAT, TEXT = "What is compared", "Calibration and evaluation"
 class CompareConfig(Section):
     """Everything that decides a comparison."""
 
-    model: Annotated[Text, Argument()]
-    """Dense model to compress: hub id, local folder, or package:NAME of an installed package that ships a
-    checkpoint."""
+    model: Annotated[Text, Field(description=f"Dense model to compress: {MODEL}"), Argument()]
     ffn_ratio: Annotated[Parts, Field(min_length=1), Option(panel=WHAT, metavar="RATIO")] = [0.6, 0.4]
     """Largest ratios of stored FFN parameters over dense, with commas between them."""
     methods: Annotated[list[Text], BeforeValidator(parse_list), Option(panel=WHAT)] = []
@@ -29,8 +28,7 @@ class CompareConfig(Section):
     evaluation: Annotated[Evaluation, Options(TEXT, prefix="eval-", only=("data", "samples"))] = Evaluation()
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True), Option(panel=RUNNING)] = 0
     """First seed: the texts are drawn with this one and those that follow."""
-    device: Annotated[Text, Option(panel=RUNNING, metavar="DEVICE")] = "auto"
-    """Device to compute on: cpu, cuda, cuda:1 and so on; auto takes cuda where there is one, else cpu."""
+    device: Device = "auto"
 
     @property
     def recipe(self) -> Recipe:

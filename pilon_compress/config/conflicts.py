@@ -1,6 +1,6 @@
 """Options that another option switches off: a recipe that sets one of them is refused, whichever way it was given."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
@@ -79,11 +79,11 @@ def conflicts(recipe: "Recipe") -> Iterator[tuple[str, str]]:
         yield "refine.steps", "integers cannot be refined: leave out refine.steps, or form.bank_dtype"
 
 
-def refuse_conflicts(recipe: "Recipe") -> None:
-    """Raise pydantic's ValidationError, at the fields that are to blame."""
-    errors = [_error(path, message, _value(recipe, path)) for path, message in conflicts(recipe)]
+def refuse_conflicts(section: Any, found: Iterable[tuple[str, str]]) -> None:
+    """Raise pydantic's ValidationError for `found`, (dotted field of `section`, what is wrong), if there is any."""
+    errors = [_error(path, message, _value(section, path)) for path, message in found]
     if errors:
-        raise ValidationError.from_exception_data("Recipe", errors)
+        raise ValidationError.from_exception_data(type(section).__name__, errors)
 
 
 def refuse_field(path: str, message: str, value: Any) -> None:
@@ -106,8 +106,8 @@ def _is_set(recipe: "Recipe", path: str) -> bool:
     return bool(getattr(section, name) != type(section).model_fields[name].default)
 
 
-def _value(recipe: "Recipe", path: str) -> Any:
-    value: Any = recipe
+def _value(section: Any, path: str) -> Any:
+    value = section
     for name in path.split("."):
         value = getattr(value, name)
     return value

@@ -11,7 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from pilon_compress.config import reading, strict_yaml
-from pilon_compress.config.conflicts import refuse_conflicts, refuse_field
+from pilon_compress.config.conflicts import conflicts, refuse_conflicts, refuse_field
+from pilon_compress.config.fields import MODEL, Device, DType
 from pilon_compress.config.option import RUNNING, Argument, Option, Options
 from pilon_compress.config.ratio import Part, SizeRatio
 from pilon_compress.config.reading import Override, Positive, Section, Selector, Switch, Text
@@ -195,17 +196,15 @@ class Recipe(Section):
 
     MOVED: ClassVar[dict[str, str]] = {"budget.preset": "budget.ffn_ratio"}
 
-    model: Annotated[Text, Argument()]
-    """Dense model to convert: hub id, local folder, or package:NAME of an installed package that ships a checkpoint."""
+    model: Annotated[Text, Field(description=f"Dense model to convert: {MODEL}"), Argument()]
     method: Annotated[Method, Option(panel="Form")] = "pilon"
     """Method of the conversion: pilon, or for comparison a baseline that factorises every weight alone: whitened-svd
     (SVD-LLM) or svd."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True), Option(panel=RUNNING)] = 0
     """Seed of every random choice: which texts are drawn, how layers are clustered."""
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(panel=RUNNING)] = "auto"
+    dtype: Annotated[DType, Option(panel=RUNNING)] = "auto"
     """Number type of the saved weights; auto keeps the dense model's."""
-    device: Annotated[Text, Option(panel=RUNNING, metavar="DEVICE")] = "auto"
-    """Device to compute on: cpu, cuda, cuda:1 and so on; auto takes cuda where there is one, else cpu."""
+    device: Device = "auto"
     max_memory: Annotated[
         Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Option(panel=RUNNING, metavar="GIB")
     ] = None
@@ -226,7 +225,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _every_option_counts(self) -> "Recipe":
-        refuse_conflicts(self)
+        refuse_conflicts(self, conflicts(self))
         return self
 
 

@@ -54,11 +54,15 @@ PLAIN = {
 
 
 class Override(NamedTuple):
-    """A value that takes the place of a recipe's: dotted field, value, and the option that gave it, as messages say."""
+    """A value that takes the place of a recipe's: dotted field, value, and the option that gave it, as messages say.
+
+    `beside` another field that the option is for: --heal names a model, and the task beside it.
+    """
 
     field: str
     value: Any
     option: str
+    beside: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Override":
@@ -165,7 +169,7 @@ def checked(model: type[_Model], document: Document, overrides: Sequence[str | O
         more = f" (+{len(told) - 1} more)" if len(told) > 1 else ""
         message = _explain(first, model)
         if first["type"] == "conflict":
-            names = {one.field: one.option for one in asked if not one.generic}
+            names = {one.field: one.option for one in asked if not one.generic and not one.beside}
             if where.startswith("--") and not where.startswith("--set "):
                 names = {flag.path: flag.name for flag in flags(model)} | names
             message = _by_option(message, names)
@@ -262,6 +266,8 @@ def _explain(error: ErrorDetails, model: type[Section]) -> str:
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     for theirs, plain in PLAIN.items():
         message = re.sub(theirs, plain, message)
+    if error["input"] is True:  # a switch
+        return message
     given = " ".join(repr(error["input"]).split())
     return f"{message} (got {given if len(given) <= 60 else given[:57] + '...'})"
 

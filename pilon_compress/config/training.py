@@ -1,18 +1,24 @@
 """What a training recipe may say. It is told from a conversion's recipe by its field `task`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pilon_compress.config import reading, strict_yaml
-from pilon_compress.config.ratio import Parts, Ratio
-from pilon_compress.config.reading import Above, Count, Number, Positive, Section, Share, Switch, Text
+from pilon_compress.config.conflicts import refuse_conflicts
+from pilon_compress.config.fields import Device, DType
+from pilon_compress.config.option import RUNNING, Option, Options
+from pilon_compress.config.ratio import Part, Parts
+from pilon_compress.config.reading import Above, Count, Number, Override, Positive, Section, Share, Switch, Text
 from pilon_compress.config.research import Research
 from pilon_compress.config.strict_yaml import Document
 
 Task = Literal["pretrain", "heal", "sft"]
+WHAT = "What is trained"
+HEAL = "Converted model that learns from its dense teacher; with --shrink a dense model. Default: no healing."
+SFT = "Model, dense or PILON, to fine-tune on chats. Default: no fine-tuning."
 WEIGHT_DECAY_ENDS = 0.5  # share of a ternary training, as in the second stage of BitNet b1.58 (Ma et al., 2024)
 
 
@@ -20,179 +26,202 @@ class Host(Section):
     """The shape of a model that is trained from scratch, in the words of its transformers config."""
 
     family: Literal["arcee", "llama"] = "arcee"
-    """arcee: RMSNorm, RoPE, ungated feed-forward. llama: the same with a gated one (SwiGLU)."""
+    """Base architecture: arcee (RMSNorm, RoPE, ungated feed-forward) or llama (the same with a gated one, SwiGLU)."""
     hidden_size: Positive = 512
+    """Width of the hidden states."""
     num_hidden_layers: Positive = 8
+    """Transformer layers."""
     num_attention_heads: Positive = 8
+    """Attention heads per layer."""
     num_key_value_heads: Positive | None = None
-    """Default: as many as attention heads."""
+    """Heads of keys and values per layer. Default: as many as attention heads."""
     intermediate_size: Positive = 2048
+    """Inner width of the feed-forward blocks: their neurons."""
     hidden_act: Text | None = None
-    """Default: the family's, relu2 for arcee and silu for llama."""
+    """Activation of the feed-forward blocks. Default: the family's, relu2 for arcee and silu for llama."""
     vocab_size: Positive = 50257
+    """Rows of the token embedding."""
     tie_word_embeddings: Switch = True
+    """Use the token embedding as the output head, too."""
     tokenizer: Text = "openai-community/gpt2"
-    """Hub id, folder or package:NAME; or bpe: a byte-level BPE of vocab_size trained on the data."""
+    """Tokenizer: hub id, folder or package:NAME; or bpe, a byte-level BPE of `vocab_size` trained on the data."""
 
 
 class Ffn(Section):
-    """What the feed-forward projections are made of."""
+    """Form of the feed-forward projections of a model that is trained from scratch."""
 
-    kind: Literal["pilon", "lowrank", "dense"] = "pilon"
-    """lowrank: every layer has factors of its own, the control. dense: the baseline."""
-    ffn_ratio: Annotated[Ratio, Field(gt=0, le=1)] = 0.5
-    """Stored FFN parameters over dense."""
-    mac_ratio: Annotated[Ratio, Field(gt=0, le=1)] = 0.5
-    """FFN MACs per token over dense."""
+    kind: Annotated[Literal["pilon", "lowrank", "dense"], Option("--ffn")] = "pilon"
+    """Form of the feed-forward projections from scratch: pilon, lowrank (the control: every layer has factors of its
+    own) or dense (the baseline)."""
+    ffn_ratio: Part = 0.5
+    """Largest ratio of stored FFN parameters over dense."""
+    mac_ratio: Part = 0.5
+    """Largest ratio of FFN MACs per token over dense."""
     neurons: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Inner width over the host's: the budget stays, so fewer neurons have higher ranks."""
+    """Inner width over the base architecture's. The budget stays, so fewer neurons have higher ranks."""
     matrices: Switch = False
-    """Keep plain matrices of as many neurons as the budget pays for, in place of primitives."""
+    """Use narrower dense feed-forward blocks of the same budget in place of primitives (a control)."""
     bands: Positive | list[list[int]] | None = None
     """Bands of layers that share banks: their number, or the layers of each. Default: about three layers each."""
     rank: Positive | None = None
     """Rank of each primitive. Default: the largest of 64, 32, 16, ... that spends the budget well."""
     n_primitives: Positive | None = None
-    """Per bank; by default what ffn_ratio pays for."""
+    """Primitives per bank. Default: as many as `ffn_ratio` pays for."""
     top_k: Positive | None = None
-    """Primitives that a layer selects; by default what mac_ratio pays for."""
+    """Primitives that a layer selects. Default: as many as `mac_ratio` pays for."""
     composition: Literal["component", "scalar", "softmax"] = "component"
     """Weights of a composition: one per component, one per primitive, or softmax over logits (the original's)."""
     dense_until: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
-    """kind pilon, without matrices: share of the training during which the model is dense; it is then converted to this
-    budget, and goes on (Pufferfish, Wang et al., 2021, does so with private factors)."""
+    """Share of the training during which the model is dense; it is then converted to this budget and trained on
+    (Pufferfish, Wang et al., 2021, does so with private factors). For `kind` pilon, without `matrices`."""
     dense_after: Above = 0.67
-    """Factor on the learning rate from then on."""
-    like: Text | None = None
-    """A converted model: train its layout and host from random weights instead, with its tokenizer, as a control."""
+    """Factor on the learning rate after the dense share of the training."""
+    like: Annotated[Text | None, Option(metavar="MODEL", also={"task": "pretrain"})] = None
+    """Converted model whose layout, base architecture and tokenizer a control run takes, from random initial weights.
+    Default: none."""
 
 
 class Ternary(Section):
-    """Digits -1, 0 and 1 for the numbers of banks and kept matrices, 8-bit codes for what they are multiplied with."""
+    """Ternary weights (-1, 0, 1 times a scale) in banks and dense matrices, with activations quantised to 8 bits."""
 
-    enabled: Switch = False
+    enabled: Annotated[Switch, Option("--ternary")] = False
+    """Train ternary feed-forward weights; with --heal after a first share of the tokens, `ternary.after`."""
     group: Count = 128
-    """Inputs of down projections that share a scale; 0: all of a token's."""
+    """Inputs of down projections that share a scale; with 0 all of a token's inputs share one."""
     after: Share = 0.25
-    """heal: share of the tokens that heals factors as they are, before they become digits."""
+    """Share of the tokens that heals the factors before they become ternary (task heal)."""
 
 
 class Data(Section):
-    """The text."""
+    """The text to train on, and to validate on."""
 
-    source: Text | None = None
-    """hub:REPO:CONFIG:SPLIT:COLUMN, a txt / jsonl / parquet file or glob, stdlib; chat data for sft."""
-    validation: Text | None = None
-    """Default: one document in five of the source, by a hash of its text, which is then not trained on."""
-    sequence_length: Positive = 1024
+    source: Annotated[Text | None, Option("--data", metavar="SOURCE")] = None
+    """Text to train on: hub:REPO:CONFIG:SPLIT:COLUMN, a txt, jsonl or parquet file or glob, or stdlib; with task sft a
+    file of chats, which must be named. Default: WikiText-2 for causal LMs, stdlib for encoders."""
+    validation: Annotated[Text | None, Option(metavar="SOURCE")] = None
+    """Text to validate on, named in the same way. Default: one document in five of `source`, chosen by a hash of its
+    text, and not trained on."""
+    sequence_length: Annotated[Positive, Option()] = 1024
+    """Tokens per sequence."""
     respect_documents: Switch = False
-    """Documents that share a sequence do not see each other."""
-    chat_template: Text | None = None
-    """File with a Jinja template, for a tokenizer that has none (sft)."""
+    """Keep documents that share a sequence from attending to each other."""
+    chat_template: Annotated[Text | None, Option(metavar="FILE")] = None
+    """File with a Jinja chat template, for a tokenizer that has none (task sft). Default: the tokenizer's template."""
     streaming: Switch = False
     """Tokenise while training, for sources that are too large to store."""
     validation_sequences: Positive = 64
-    """Sequences of the fixed slice that is judged by."""
+    """Sequences of the fixed slice of the validation text that is evaluated."""
 
 
 class Optimizer(Section):
-    """How parameters move."""
+    """Optimiser and learning rates."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: matrices and primitives by orthogonalised momentum, the rest by AdamW."""
-    learning_rate: Above = 1e-3
-    """Default for healing: 1e-2, relative; encoders want less, 3e-3."""
+    """Optimiser: adamw, or muon (orthogonalised momentum for matrices and primitives, AdamW for the rest)."""
+    learning_rate: Annotated[Above, Option()] = 1e-3
+    """Highest learning rate of the schedule. Healing takes 1e-2 unless told otherwise, relative to each tensor's root
+    mean square; encoders want less, 3e-3."""
     relative: Switch = False
-    """Learning rates of AdamW count in shares of each tensor's root mean square. Healing does so unless told not to."""
+    """Count learning rates of AdamW in shares of each tensor's root mean square. Healing does so by default."""
     muon_learning_rate: Above = 5e-3
-    """Muon's steps are as large as AdamW's at the same rate. Thin factors fail at 2e-2 (docs/log.md)."""
+    """Learning rate of muon, whose steps are as large as AdamW's at the same rate. Thin factors fail at 2e-2
+    (docs/log.md)."""
     banks: Number = 1.0
     """Factor on the learning rate of banks."""
     compositions: Number = 1.0
+    """Factor on the learning rate of compositions."""
     embeddings: Number = 1.0
+    """Factor on the learning rate of embeddings."""
     weight_decay: Number = 0.1
-    """On matrices and banks only."""
+    """Weight decay of matrices and banks."""
     betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay rates of AdamW's first and second moment."""
     clip: Above | None = 1.0
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; longer ones are scaled down."""
     ema: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
-    """Decay of a moving average of the weights, which is then what is judged and saved."""
+    """Decay of a moving average of the weights, which is then evaluated and saved."""
 
 
 class Schedule(Section):
-    """How long, and how the learning rate moves."""
+    """Length of the training, and course of the learning rate."""
 
-    tokens: Positive | None = None
-    """Tokens to train on; default: one pass over the source."""
+    tokens: Annotated[Positive | None, Option()] = None
+    """Tokens to train on. Default: one pass over the text."""
     kind: Literal["wsd", "cosine", "constant"] = "wsd"
-    """wsd: warm-up, stable, linear decay."""
+    """Course of the learning rate: wsd (warm-up, stable, linear decay), cosine or constant."""
     warmup: Share = 0.02
+    """Share of the training that the warm-up takes."""
     decay: Share = 0.3
     """Share of the training that the decay of wsd takes."""
     floor: Share = 0.0
-    """Learning rate at the end, of the highest."""
+    """Learning rate at the end, as a share of the highest."""
 
 
 class Distill(Section):
-    """What a healing model learns from its teacher. Weights of the terms; 0 leaves one out."""
+    """Loss of a healing model against its teacher: weights of the terms, of which 0 leaves one out."""
 
     kl: Number = 1.0
-    """KL(teacher ‖ student), the mean over tokens, times the square of the temperature."""
-    temperature: Above = 1.0
+    """Weight of KL(teacher ‖ student), the mean over tokens times the square of the temperature."""
+    temperature: Annotated[Above, Option()] = 1.0
+    """Distillation temperature."""
     next_token: Number = 0.0
-    """Cross-entropy of the text itself."""
+    """Weight of the cross-entropy of the text itself."""
     hidden: Number | None = None
-    """Squared error of every layer's states over the teacher's variance. Default: 0; 1 for encoders."""
+    """Weight of the squared error of every layer's states over the teacher's variance. Default: 0, or 1 for
+    encoders."""
     ffn: Number = 0.0
-    """The same of what the feed-forward blocks put out."""
+    """Weight of the squared error of the feed-forward blocks' outputs over the teacher's variance."""
     pooled: Number = 1.0
-    """Encoders: 1 - cosine of the pooled embeddings."""
+    """Weight of 1 - cosine of the pooled embeddings (encoders)."""
     match_until: Share = 1.0
-    """Share of the training after which hidden and ffn have faded to nothing."""
+    """Share of the training after which the weights of `hidden` and `ffn` have fallen to 0."""
     layerwise: Share = 0.0
     """Share of the training that fits layer by layer, before the model as a whole."""
-    cache_teacher: Count = 0
-    """Largest logits of the teacher that are kept on disk for each token, so that it runs once; 0: no cache."""
+    cache_teacher: Annotated[Count, Option()] = 0
+    """Cache this many of the teacher's largest log-probabilities per token on disk, so that it runs once; 0: no
+    cache."""
     keep_best: Switch = True
-    """End with the weights that were best on the validation text."""
+    """End with the weights that were best on the validation text, not with the last ones."""
 
 
 class Run(Section):
-    """How the work is done."""
+    """Batches, precision, processes, checkpoints and metrics."""
 
-    batch_size: Positive = 32
-    """Sequences per optimiser step, all processes together."""
+    batch_size: Annotated[Positive, Option()] = 32
+    """Sequences per optimiser step, over all processes."""
     micro_batch_size: Positive | None = None
-    """Sequences per forward pass and process; default: as many as are a process's share."""
-    train: Literal["all", "ffn", "compositions"] = "all"
-    """Which parameters learn."""
+    """Sequences per forward pass and process. Default: all of a process's share."""
+    train: Annotated[Literal["all", "ffn", "compositions"], Option("--learn", panel=WHAT)] = "all"
+    """Parameters that learn: all, those of the feed-forward blocks (ffn), or compositions alone."""
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
-    """auto: bfloat16 on GPUs."""
+    """Precision of the computation: bfloat16 or none; auto takes bfloat16 on GPUs."""
     compile: Switch = False
+    """Compile the model with torch.compile."""
     gradient_checkpointing: Switch = False
+    """Recompute activations in the backward pass, to save memory."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """With several processes (torchrun). auto: ddp."""
+    """Data parallelism of several processes (torchrun): ddp, or fsdp, which shards the weights; auto takes ddp."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every: Positive | None = None
-    """Steps; default: twenty times in all."""
+    """Steps between evaluations. Default: twenty evaluations in all."""
     checkpoint_every: Above = 600
-    """Seconds, at least, between checkpoints."""
+    """Shortest time between checkpoints, in seconds."""
     keep: Positive = 2
     """Checkpoints to keep."""
     sample: Text | None = None
-    """Prompt for a sample of text at every evaluation."""
+    """Prompt that the model continues at every evaluation. Default: none."""
     spike: Above | None = 3.0
-    """Stop where the loss exceeds its running mean by so many nats, or is not finite."""
+    """Abort if the loss exceeds its running mean by more than this (nats), or is not finite."""
     track: list[Literal["tensorboard", "trackio", "wandb"]] = []
-    """Where metrics go besides metrics.jsonl."""
+    """Trackers that metrics go to besides metrics.jsonl."""
 
 
 HEALING: dict[str, dict[str, Any]] = {
     "optimizer": {"relative": True, "learning_rate": 1e-2, "weight_decay": 0.0, "betas": [0.9, 0.99]},
     "schedule": {"kind": "cosine"},
 }
-"""What healing takes for granted where nothing is said (docs/results/training.md has what was tried)."""
+"""Defaults of healing, where they differ (docs/results/training.md has what was tried)."""
 
 
 class TrainRecipe(Section):
@@ -210,27 +239,34 @@ class TrainRecipe(Section):
     }
 
     task: Task
-    """pretrain: from scratch. heal: a converted model learns from its dense teacher. sft: chat data."""
-    start: Text | None = None
-    """The model to heal or fine-tune: PILON or dense."""
-    teacher: Text | None = None
-    """The dense model that is followed; default: the one that `start` was converted from."""
-    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
-    shrink: Parts = []
-    """heal: convert `start`, a dense model, to the first of these ratios of stored FFN parameters, heal it, convert
-    what came of it to the next, and so on; the tokens are shared out evenly."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the saved weights; auto: as `start`, or float32. Ternary ones are float32: rounding would move digits, and
-    `export` can narrow the rest."""
-    device: Text = "auto"
+    """Task: pretrain (from scratch), heal (a converted model learns from its dense teacher) or sft (fine-tuning on
+    chats)."""
+    start: Annotated[
+        Text | None,
+        Option("--heal", WHAT, "MODEL", help=HEAL, also={"task": "heal"}),
+        Option("--sft", WHAT, "MODEL", help=SFT, also={"task": "sft"}),
+    ] = None
+    """Model to heal or fine-tune, PILON or dense. Default: none, for task pretrain."""
+    teacher: Annotated[Text | None, Option(panel=WHAT, metavar="MODEL")] = None
+    """Dense model that the healing model learns from. Default: the one that it was converted from."""
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True), Option(panel=RUNNING)] = 0
+    """Seed of initial weights, and of the order of the text."""
+    shrink: Annotated[Parts, Option(panel=WHAT, metavar="RATIO")] = []
+    """Ratios of stored FFN parameters, in falling order with commas between them: the dense model to heal is converted
+    to the first and healed, the result converted to the next, and so on, with equal shares of the tokens. Default:
+    none."""
+    dtype: DType = "auto"
+    """Number type of the saved weights; auto keeps that of `start`, or takes float32. Ternary models are saved in
+    float32, since rounding would move their weights; `export` can narrow the rest."""
+    device: Device = "auto"
     host: Host = Host()
-    ffn: Ffn = Ffn()
-    ternary: Ternary = Ternary()
-    data: Data = Data()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    distill: Distill = Distill()
-    run: Run = Run()
+    ffn: Annotated[Ffn, Options(WHAT)] = Ffn()
+    ternary: Annotated[Ternary, Options(WHAT)] = Ternary()
+    data: Annotated[Data, Options("Text")] = Data()
+    optimizer: Annotated[Optimizer, Options(RUNNING)] = Optimizer()
+    schedule: Annotated[Schedule, Options(RUNNING)] = Schedule()
+    distill: Annotated[Distill, Options(WHAT)] = Distill()
+    run: Annotated[Run, Options(RUNNING)] = Run()
     research: Research = Research()
     """Research modules by name, with their own fields: `original` (the original PILON's training), `bitnet`."""
 
@@ -260,29 +296,34 @@ class TrainRecipe(Section):
         return self.task == "pretrain" and asked.kind == "pilon" and not asked.matrices and asked.dense_until > 0
 
     @model_validator(mode="after")
-    def _start_fits_task(self) -> "TrainRecipe":
-        if self.task != "pretrain" and self.start is None:
-            raise ValueError(f"task {self.task} needs `start`, the model to begin with")
-        if self.task == "pretrain" and self.start is not None:
-            raise ValueError("task pretrain begins from scratch: leave `start` out, or heal or sft that model")
-        if self.warm and (self.schedule.tokens is None or self.schedule.kind == "cosine"):
-            raise ValueError("ffn.dense_until needs schedule.tokens, and a schedule that is wsd or constant")
-        if self.shrink and (self.task != "heal" or self.shrink != sorted(set(self.shrink), reverse=True)):
-            raise ValueError("shrink is for task heal, and its ratios must fall")
-        asked = self.distill
-        if asked.cache_teacher and (asked.hidden or asked.ffn or asked.layerwise):
-            raise ValueError("cache_teacher keeps predictions only: leave it out, or hidden, ffn and layerwise at 0")
-        if asked.cache_teacher and self.data.streaming:
-            raise ValueError("distill.cache_teacher needs text that is stored: leave data.streaming out")
-        if asked.layerwise and self.run.compile or asked.ffn and self.run.compile:
-            raise ValueError("run.compile does not go with distill.ffn or layerwise, which look into blocks")
-        if self.task == "sft" and self.ternary.enabled:
-            raise ValueError("ternary.enabled is for pretrain and heal: a ternary model is taught chats as it is")
+    def _every_option_counts(self) -> "TrainRecipe":
+        refuse_conflicts(self, self._conflicts())
         self.research.check(self)
         return self
 
+    def _conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yield (dotted field, what is wrong) for every field that does not go with another."""
+        if self.task != "pretrain" and self.start is None:
+            yield "start", f"is needed with task {self.task}: name the model to begin with"
+        if self.task == "pretrain" and self.start is not None:
+            yield "start", "has no effect with task pretrain, which begins from scratch: leave out one of the two"
+        if self.warm and (self.schedule.tokens is None or self.schedule.kind == "cosine"):
+            yield "ffn.dense_until", "needs schedule.tokens, and a schedule.kind that is wsd or constant"
+        if self.shrink and (self.task != "heal" or self.shrink != sorted(set(self.shrink), reverse=True)):
+            yield "shrink", "is for task heal, and its ratios must fall"
+        asked = self.distill
+        if asked.cache_teacher and (asked.hidden or asked.ffn or asked.layerwise):
+            told = "keeps predictions only: leave it out, or distill.hidden, distill.ffn and distill.layerwise at 0"
+            yield "distill.cache_teacher", told
+        if asked.cache_teacher and self.data.streaming:
+            yield "distill.cache_teacher", "needs text that is stored: leave out one of the two, this or data.streaming"
+        if self.run.compile and (asked.layerwise or asked.ffn):
+            yield "run.compile", "does not go with distill.ffn or distill.layerwise, which look into blocks"
+        if self.task == "sft" and self.ternary.enabled:
+            yield "ternary.enabled", "is for pretrain and heal: a ternary model is taught chats as it is"
 
-def load(name_or_path: str, overrides: Sequence[str] = ()) -> TrainRecipe:
+
+def load(name_or_path: str, overrides: Sequence[str | Override] = ()) -> TrainRecipe:
     """Read the bundled recipe of that name, else the YAML file at that path, and apply `overrides`, each "a.b=value".
 
     Raises BadInput as `pilon_compress.config.conversion.load` does.
@@ -290,7 +331,9 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> TrainRecipe:
     return reading.load(TrainRecipe, name_or_path, overrides, "convert")
 
 
-def build(data: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "command line") -> TrainRecipe:
+def build(
+    data: Mapping[str, Any], overrides: Sequence[str | Override] = (), origin: str = "command line"
+) -> TrainRecipe:
     """A recipe from nested dictionaries and `overrides`. `origin` begins the messages of BadInput."""
     return reading.checked(TrainRecipe, Document(origin, data), overrides)
 
