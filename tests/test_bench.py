@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from pilon_compress.bench import block_variants
-from pilon_compress.bench.model_variants import FORMS
+from pilon_compress.bench.model_variants import VARIANTS
 from pilon_compress.bench.timing import Times
 from pilon_compress.errors import BadInput
 from pilon_compress.export.save import save_model
@@ -77,22 +77,22 @@ def test_a_model_is_timed_reading_and_decoding(cli, folder):
     result = json.loads(cli("bench", folder, "--context", 12, "--rounds", 2, "--threads", 1, "--json").stdout)
     assert result["skipped"] == {}
     for part in ("prefill", "decode"):
-        assert result[part].keys() == FORMS.keys()
+        assert result[part].keys() == VARIANTS.keys()
         hang_together(result[part])
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("", "one of the two"),
-        ("{folder} --ffn 64x128", "one of the two"),
+        ("", "either a PILON folder"),
+        ("{folder} --ffn 64x128", "either a PILON folder"),
         ("--ffn 64", "--ffn: must be WIDTHxHIDDEN, as in 768x3072"),
         ("--ffn 64x128 --active-rank 20", "--active-rank: must be a multiple of --rank 16"),
         ("--ffn 64x128 --active-rank 48 --top-k 2", "--top-k: of --rank 16 makes 32 components, not --active-rank"),
         ("--ffn 64x128 --activation tanh", "--activation: must be 'relu2', 'relu'"),
-        ("--ffn 64x128 --variants fastest", "no variant; there are dense_fp32"),
-        ("--ffn 64x128 --plot speed.png", "does not end in .svg"),
-        ("{folder} --context 256", "between 1 and 255"),
+        ("--ffn 64x128 --variants fastest", "no variant 'fastest'; there are dense_fp32"),
+        ("--ffn 64x128 --plot speed.png", "must end in .svg"),
+        ("{folder} --context 256", "must be from 1 to 255"),
         ("{dense}", "a dense model"),
     ],
 )
@@ -120,10 +120,10 @@ def test_folded_and_loaded_forms_compute_what_the_model_computes(folder):
     ids = torch.arange(5, 25).reshape(2, 10)
     with torch.no_grad():
         expected = pilon(ids).logits
-        assert torch.equal(FORMS["pilon_loaded"](pilon)(ids).logits, expected)
-        assert torch.allclose(FORMS["pilon_fp32"](pilon)(ids).logits, expected, atol=1e-4)
+        assert torch.equal(VARIANTS["pilon_loaded"](pilon)(ids).logits, expected)
+        assert torch.allclose(VARIANTS["pilon_fp32"](pilon)(ids).logits, expected, atol=1e-4)
         for name in ("dense_ternary", "pilon_ternary", "pilon_ternary_int8"):
-            assert FORMS[name](pilon)(ids).logits.shape == expected.shape
+            assert VARIANTS[name](pilon)(ids).logits.shape == expected.shape
     assert len(list(projections(pilon))) == 5, "forms are copies"
 
 
@@ -148,18 +148,18 @@ def test_on_a_gpu_ternary_contenders_run_its_kernels_and_compute_the_same(name, 
     for triton_on in ({"cuda"}, {"cpu"}):
         monkeypatch.setattr(dispatch, "TRITON", triton_on)  # as if this were a GPU: in the interpreter (conftest.py)
         torch.manual_seed(0)
-        blocks.append(block_variants.CONTENDERS[name](shape, torch.device("cpu")))
+        blocks.append(block_variants.VARIANTS[name](shape, torch.device("cpu")))
     here, there = blocks
     assert torch.equal(there.run(x), here.run(x))
     assert there.dtype == torch.bfloat16 and there.run(x.bfloat16()).dtype == torch.bfloat16
     assert 0.9 < there.bytes / here.bytes < 1.1
     monkeypatch.setattr(dispatch, "_works", lambda device: False)
     with pytest.raises(block_variants.NotHere, match="Triton kernels do not run here"):
-        block_variants.CONTENDERS[name](shape, torch.device("cpu"))
+        block_variants.VARIANTS[name](shape, torch.device("cpu"))
 
 
 def test_what_a_device_lacks_is_left_out_and_said(monkeypatch):
     monkeypatch.setattr(cpu, "_loaded", False)
     shape = block_variants.Shape(64, 128, 32, 16, False, "relu2", 1)
-    with pytest.raises(block_variants.NotHere, match="could not be had"):
+    with pytest.raises(block_variants.NotHere, match="unavailable"):
         block_variants.pilon_ternary(shape, torch.device("cpu"))

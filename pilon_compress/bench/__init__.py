@@ -1,1 +1,1 @@
-"""Times blocks and whole models against dense and quantised ones."""
+"""Time feed-forward blocks and complete models against dense and quantised variants."""

@@ -1,6 +1,6 @@
-"""The contenders of the benchmark: one feed-forward block in every form, of random weights. Speed asks no more of them.
+"""Build one feed-forward block with random weights in every variant of the benchmark.
 
-To add one, write a function from `Shape` and device to `Block` and put it into `CONTENDERS`.
+To add one, write a function from `Shape` and device to `Block` and put it into `VARIANTS`.
 """
 
 import warnings
@@ -23,12 +23,12 @@ BASELINE = "dense_fp32"
 
 
 class NotHere(Exception):
-    """Why a contender does not run on this device, in a few words."""
+    """Raised where a variant does not run on this device; the message says why in a few words."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A block of width `d` and `hidden`; PILON ones read `active` (= k·r) components, in primitives of `rank`."""
+    """Sizes of a block: width `d`, hidden width, and for PILON `active` (= k·r) components in primitives of `rank`."""
 
     d: int
     hidden: int
@@ -40,14 +40,14 @@ class Shape:
 
     @property
     def projections(self) -> list[tuple[int, int]]:
-        """(d_in, d_out) of up, gate if there is one, and down."""
+        """Return (d_in, d_out) of up, gate if there is one, and down."""
         wide = (self.d, self.hidden)
         return [wide, *([wide] if self.gated else []), (self.hidden, self.d)]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block to run on inputs of `dtype`, and the bytes of weights that it reads in a pass."""
+    """A function of inputs (batch, d) of `dtype`, and the bytes of weights that it reads in a pass."""
 
     run: Linear
     bytes: int
@@ -55,19 +55,23 @@ class Block:
 
 
 def dense_fp32(shape: Shape, device: torch.device) -> Block:
+    """Return dense matrices in float32, the baseline."""
     return _dense(shape, device, torch.float32)
 
 
 def dense_bf16(shape: Shape, device: torch.device) -> Block:
+    """Return dense matrices in bfloat16."""
     return _dense(shape, device, torch.bfloat16)
 
 
 def dense_int8(shape: Shape, device: torch.device) -> Block:
+    """Return dense matrices in int8, by torch's faster product. Raises NotHere without one."""
     parts = [[_weight(d_in, d_out, device)] for d_in, d_out in shape.projections]
     return _int8(shape, parts, device)
 
 
 def dense_ternary(shape: Shape, device: torch.device) -> Block:
+    """Return dense ternary matrices, by this package's kernels. Raises NotHere where they do not run."""
     if device.type in dispatch.TRITON:
         return _ternary_matrices_on_gpu(shape, device)
     needs_kernel(device)
@@ -75,18 +79,22 @@ def dense_ternary(shape: Shape, device: torch.device) -> Block:
 
 
 def pilon_fp32(shape: Shape, device: torch.device) -> Block:
+    """Return two factors per projection in float32."""
     return _pilon(shape, device, torch.float32)
 
 
 def pilon_bf16(shape: Shape, device: torch.device) -> Block:
+    """Return two factors per projection in bfloat16."""
     return _pilon(shape, device, torch.bfloat16)
 
 
 def pilon_int8(shape: Shape, device: torch.device) -> Block:
+    """Return two factors per projection in int8, by torch's faster product. Raises NotHere without one."""
     return _int8(shape, _factors(shape, device), device)
 
 
 def pilon_ternary(shape: Shape, device: torch.device) -> Block:
+    """Return a ternary bank per projection, by this package's kernels. Raises NotHere where they do not run."""
     if shape.rank % 16:
         raise NotHere("ranks must be multiples of 16")
     if device.type in dispatch.TRITON:
@@ -95,7 +103,7 @@ def pilon_ternary(shape: Shape, device: torch.device) -> Block:
     return _ternary(shape, [ternary_bank(*sizes, shape.active, shape.rank) for sizes in shape.projections])
 
 
-CONTENDERS: dict[str, Callable[[Shape, torch.device], Block]] = {
+VARIANTS: dict[str, Callable[[Shape, torch.device], Block]] = {
     function.__name__: function
     for function in (
         *(dense_fp32, dense_bf16, dense_int8, dense_ternary),
@@ -109,7 +117,7 @@ def _weight(d_in: int, d_out: int, device: torch.device) -> Tensor:
 
 
 def _factors(shape: Shape, device: torch.device) -> list[list[Tensor]]:
-    """A and B of every projection, with the composition folded in: two plain matrices."""
+    """Return A (k·r, d_in) and B (d_out, k·r) of every projection, with the composition folded in."""
     sizes = shape.projections
     return [[_weight(i, shape.active, device), _weight(shape.active, o, device)] for i, o in sizes]
 
@@ -136,19 +144,19 @@ def _int8(shape: Shape, parts: list[list[Tensor]], device: torch.device) -> Bloc
 
 @cache
 def _faster_int8(shape: Shape, factors: int, device: torch.device) -> tuple[Callable[[Tensor], Linear], torch.dtype]:
-    """torch has two int8 products, of which now one is faster, now the other: the faster one here, and its inputs."""
+    """Return the faster of torch's two int8 products for this shape, and the dtype of its inputs. Raises NotHere."""
     parts = [[_weight(*sizes, device)] for sizes in shape.projections] if factors == 1 else _factors(shape, device)
-    found, reason = [], ""
+    products, reason = [], ""
     for make, dtype in ((weight_only_int8, torch.bfloat16), (dynamic_int8, torch.float32)):
         x = torch.randn(shape.batch, shape.d, device=device, dtype=dtype)
         try:
             run = _block(shape, [_chain([make(w) for w in part]) for part in parts])
-            found.append((min(once(partial(run, x), device) for _ in range(8)), make, dtype))
-        except RuntimeError as error:  # what torch raises where a device or a build lacks the operator
+            products.append((min(once(partial(run, x), device) for _ in range(8)), make, dtype))
+        except RuntimeError as error:  # raised where a device or a build of torch lacks the operator
             reason = str(error).splitlines()[0]
-    if not found:
+    if not products:
         raise NotHere(f"torch has no int8 product here: {reason}")
-    return min(found, key=lambda one: one[0])[1:]
+    return min(products, key=lambda product: product[0])[1:]
 
 
 def _ternary(shape: Shape, projections: list[cpu.CpuProjection]) -> Block:
@@ -161,7 +169,7 @@ def _ternary(shape: Shape, projections: list[cpu.CpuProjection]) -> Block:
 def _ternary_matrices_on_gpu(shape: Shape, device: torch.device) -> Block:
     runs, stored = [], []
     for d_in, d_out in shape.projections:
-        matrix = dispatch.matrix(_digits(d_in, d_out).to(device), _group(d_in, d_out))
+        matrix = dispatch.matrix(_ternary_weights(d_in, d_out).to(device), _group(d_in, d_out))
         if not isinstance(matrix, MatrixWords):
             raise NotHere("the Triton kernels do not run here, or take no such shape")
         scale = torch.rand(d_out, device=device)
@@ -175,53 +183,55 @@ def _ternary_banks_on_gpu(shape: Shape, device: torch.device) -> Block:
         raise NotHere("the Triton kernels do not run here")
     from pilon_compress.kernels import gpu
 
-    made, k = [], shape.active // shape.rank
+    projections, k = [], shape.active // shape.rank
     for d_in, d_out in shape.projections:
-        words = gpu.words(*(_digits(k, *sizes).to(device) for sizes in ((d_in, shape.rank), (shape.rank, d_out))))
+        factors = (_ternary_weights(k, *sizes).to(device) for sizes in ((d_in, shape.rank), (shape.rank, d_out)))
+        words = gpu.words(*factors)
         scale = torch.rand(shape.active, device=device)
-        made.append(gpu.GpuProjection(words, torch.randperm(k, device=device), scale))
-    up, *gate, down = made
+        projections.append(gpu.GpuProjection(words, torch.randperm(k, device=device), scale))
+    up, *gate, down = projections
     run = partial(gpu.ffn, up=up, down=down, gate=gate[0] if gate else None, activation=shape.activation)
-    return Block(run, _bytes([[p.words.A, p.words.B, p.selected, p.scale] for p in made]), torch.bfloat16)
+    return Block(run, _bytes([[p.words.A, p.words.B, p.selected, p.scale] for p in projections]), torch.bfloat16)
 
 
 def ternary_matrix(d_in: int, d_out: int) -> cpu.CpuProjection:
-    """Random digits and scales."""
-    return cpu.CpuProjection(cpu.matrix_tiles(_digits(d_in, d_out)), torch.rand(d_out), group=_group(d_in, d_out))
+    """Return a dense projection of random ternary weights and scales."""
+    tiles = cpu.matrix_tiles(_ternary_weights(d_in, d_out))
+    return cpu.CpuProjection(tiles, torch.rand(d_out), group=_group(d_in, d_out))
 
 
 def ternary_bank(d_in: int, d_out: int, active: int, rank: int, n_primitives: int | None = None) -> cpu.CpuProjection:
-    """Random digits and scales of a bank, `active` components of which are selected."""
+    """Return a projection through a bank of random ternary weights and scales, with `active` components selected."""
     k = active // rank
     n = n_primitives or k
-    tiles = cpu.tiles(_digits(n, d_in, rank), _digits(n, rank, d_out))
+    tiles = cpu.tiles(_ternary_weights(n, d_in, rank), _ternary_weights(n, rank, d_out))
     return cpu.CpuProjection(tiles, torch.rand(active), torch.randperm(n)[:k], group=_group(d_in, d_out))
 
 
 def _group(d_in: int, d_out: int) -> int:
-    """Only the hidden values that enter a down projection are quantised in groups."""
+    """Return the group size of the inputs: GROUP for the hidden values of a down projection, else 0."""
     return GROUP if d_in > d_out else 0
 
 
-def _digits(*sizes: int) -> Tensor:
+def _ternary_weights(*sizes: int) -> Tensor:
     return torch.randint(-1, 2, sizes, dtype=torch.int8)
 
 
 def weight_only_int8(weight: Tensor) -> Linear:
-    """Weights (d_out, d_in) in int8, activations in bfloat16."""
+    """Return a linear of int8 weights, from `weight` (d_out, d_in), and bfloat16 activations."""
     rows, scale = cpu.int8_rows(weight)
     scale = scale.bfloat16()
     return lambda x: torch._weight_int8pack_mm(x, rows, scale)
 
 
 def dynamic_int8(weight: Tensor) -> Linear:
-    """Weights (d_out, d_in) and activations in int8."""
+    """Return a linear of int8 weights, from `weight` (d_out, d_in), and int8 activations."""
     scale = cpu.int8_rows(weight)[1]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch means to replace these types, but nothing else it has is as fast
+        warnings.simplefilter("ignore")  # torch deprecates these dtypes, but has nothing else as fast
         quantised = torch.quantize_per_channel(weight, scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(quantised, None)
-    # activations of 7 bits, as torch's own layer asks for: without VNNI sums of 8-bit products saturate
+    # activations of 7 bits, as in torch's own layer: without VNNI, sums of 8-bit products saturate
     return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
 
 
@@ -250,8 +260,8 @@ def _bytes(parts: list[list[Tensor]]) -> int:
 
 
 def needs_kernel(device: torch.device) -> None:
-    """Raises NotHere where the CPU's ternary kernel does not run."""
+    """Raise NotHere where the CPU's ternary kernel does not run."""
     if device.type != "cpu":
-        raise NotHere("the ternary kernel is for CPUs")
+        raise NotHere("the ternary kernel runs on CPUs only")
     if not cpu.available():
-        raise NotHere("the ternary kernel could not be had")
+        raise NotHere("the ternary kernel is unavailable (see the warning above)")

@@ -1,8 +1,8 @@
-"""The forms in which the benchmark runs a whole model.
+"""Build a complete model in every variant of the benchmark.
 
-Dense ones have random weights and ternary ones random digits, of the model's own shapes: they take the same time.
+Dense and ternary variants have random weights of the model's shapes, since time does not depend on values.
 
-To add one, write a function from the loaded PILON model to a model and put it into `FORMS`.
+To add one, write a function from the loaded PILON model to a model and put it into `VARIANTS`.
 """
 
 import copy
@@ -23,49 +23,53 @@ from pilon_compress.nn.layout import BANKS, kept_matrices, projections
 
 
 class TernaryProjection(nn.Module):
-    """A projection of random digits."""
+    """A module around a prepared ternary projection."""
 
     def __init__(self, projection: cpu.CpuProjection) -> None:
         super().__init__()
         self.project = cpu.prepared(projection)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute (..., d_in) -> (..., d_out)."""
         return self.project(x)
 
 
 class Int8Projection(nn.Module):
-    """A dense layer in int8: torch's own product, or with `whole` this package's, which takes 8-bit activations too."""
+    """A linear of int8 weights, by torch's product; with `int8_inputs` by this package's, on int8 activations."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, whole: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, int8_inputs: bool) -> None:
         super().__init__()
-        self.bias, self.whole = bias, whole
-        if whole:
+        self.bias, self.int8_inputs = bias, int8_inputs
+        if int8_inputs:
             self.rows, self.scale = cpu.int8_rows(weight)
         else:
             self.product = weight_only_int8(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.whole:
+        """Compute (..., d_in) -> (..., d_out)."""
+        if self.int8_inputs:
             return cpu.int8_linear(x, self.rows, self.scale, self.bias)
         y = self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
 
 def dense_fp32(pilon: PreTrainedModel) -> PreTrainedModel:
+    """Return the dense architecture in float32, the baseline."""
     return checkpoint.build(pilon.config).to(pilon.device, torch.float32).eval()
 
 
 def dense_bf16(pilon: PreTrainedModel) -> PreTrainedModel:
+    """Return the dense architecture in bfloat16."""
     return dense_fp32(pilon).to(torch.bfloat16)
 
 
 def dense_int8(pilon: PreTrainedModel) -> PreTrainedModel:
-    """Weights of all layers in int8, activations in bfloat16."""
-    return _in_int8(dense_fp32(pilon), whole=False).to(torch.bfloat16)
+    """Return the dense architecture with int8 weights in all linears and bfloat16 activations."""
+    return _in_int8(dense_fp32(pilon), int8_inputs=False).to(torch.bfloat16)
 
 
 def dense_ternary(pilon: PreTrainedModel) -> PreTrainedModel:
-    """Feed-forward matrices ternary, the rest in float32."""
+    """Return the dense architecture with ternary feed-forward matrices, the rest in float32. Raises NotHere."""
     needs_kernel(pilon.device)
     model = dense_fp32(pilon)
     for site in find_sites(model):
@@ -74,12 +78,12 @@ def dense_ternary(pilon: PreTrainedModel) -> PreTrainedModel:
 
 
 def pilon_loaded(pilon: PreTrainedModel) -> PreTrainedModel:
-    """As `from_pretrained` gives it."""
+    """Return a copy of the loaded model."""
     return copy.deepcopy(pilon)
 
 
 def pilon_fp32(pilon: PreTrainedModel) -> PreTrainedModel:
-    """Compositions folded into two plain matrices each."""
+    """Return the model with every composition folded into two dense matrices, in float32. Raises NotHere."""
     try:
         return fold(copy.deepcopy(pilon))
     except ValueError as reason:
@@ -87,37 +91,38 @@ def pilon_fp32(pilon: PreTrainedModel) -> PreTrainedModel:
 
 
 def pilon_bf16(pilon: PreTrainedModel) -> PreTrainedModel:
+    """Return the folded model in bfloat16. Raises NotHere."""
     return pilon_fp32(pilon).to(torch.bfloat16)
 
 
 def pilon_int8(pilon: PreTrainedModel) -> PreTrainedModel:
-    """Folded; weights of all layers in int8, activations in bfloat16."""
-    return _in_int8(pilon_fp32(pilon), whole=False).to(torch.bfloat16)
+    """Return the folded model with int8 weights in all linears and bfloat16 activations. Raises NotHere."""
+    return _in_int8(pilon_fp32(pilon), int8_inputs=False).to(torch.bfloat16)
 
 
 def pilon_ternary(pilon: PreTrainedModel) -> PreTrainedModel:
-    """Feed-forward banks ternary, the rest in float32."""
+    """Return the model with ternary feed-forward banks and matrices, the rest in float32. Raises NotHere."""
     needs_kernel(pilon.device)
     model = copy.deepcopy(pilon)
     for name, composed in list(projections(model)):
         bank, k = composed.bank, composed.top_k
         if bank.rank % 16:
             raise NotHere(f"there is a bank of rank {bank.rank}: the ternary kernel takes multiples of 16")
-        made = ternary_bank(bank.d_in, bank.d_out, k * bank.rank, bank.rank, bank.n_primitives)
-        model.base_model.set_submodule(name, carry(composed, TernaryProjection(_biased(made, composed.bias))))
-    for name, kept in list(kept_matrices(model)):
-        made = ternary_matrix(kept.in_features, kept.out_features)
-        model.base_model.set_submodule(name, carry(kept, TernaryProjection(_biased(made, kept.bias))))
+        projection = ternary_bank(bank.d_in, bank.d_out, k * bank.rank, bank.rank, bank.n_primitives)
+        model.base_model.set_submodule(name, carry(composed, TernaryProjection(_biased(projection, composed.bias))))
+    for name, dense in list(kept_matrices(model)):
+        projection = ternary_matrix(dense.in_features, dense.out_features)
+        model.base_model.set_submodule(name, carry(dense, TernaryProjection(_biased(projection, dense.bias))))
     delattr(model.base_model, BANKS)
     return model
 
 
 def pilon_ternary_int8(pilon: PreTrainedModel) -> PreTrainedModel:
-    """Feed-forward banks ternary; attention and head in int8, activations too."""
-    return _in_int8(pilon_ternary(pilon), whole=True)
+    """Return the model with ternary feed-forward banks; attention and head in int8 with int8 activations."""
+    return _in_int8(pilon_ternary(pilon), int8_inputs=True)
 
 
-FORMS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
+VARIANTS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
     function.__name__: function
     for function in (
         *(dense_fp32, dense_bf16, dense_int8, dense_ternary),
@@ -126,16 +131,16 @@ FORMS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
 }
 
 
-def _in_int8(model: PreTrainedModel, whole: bool) -> PreTrainedModel:
-    """Every plain linear layer, the head too."""
+def _in_int8(model: PreTrainedModel, int8_inputs: bool) -> PreTrainedModel:
+    """Replace every linear of the model, including the head, by an int8 one."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear | Conv1D):
             weight = layer.weight.detach()
             weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
-            model.set_submodule(name, carry(layer, Int8Projection(weight, layer.bias, whole)))
+            model.set_submodule(name, carry(layer, Int8Projection(weight, layer.bias, int8_inputs)))
     return model
 
 
-def _biased(made: cpu.CpuProjection, bias: Tensor | None) -> cpu.CpuProjection:
-    made.bias = None if bias is None else bias.detach().float()
-    return made
+def _biased(projection: cpu.CpuProjection, bias: Tensor | None) -> cpu.CpuProjection:
+    projection.bias = None if bias is None else bias.detach().float()
+    return projection

@@ -1,4 +1,4 @@
-"""A benchmark as it is asked for: of one block or of a model, with its plot."""
+"""Run a benchmark of one block or of a model, and draw its speedups."""
 
 from pathlib import Path
 from typing import Any
@@ -11,26 +11,26 @@ from pilon_compress.io.output_paths import check_file
 from pilon_compress.report.plots import speedups
 
 
-def benchmark(asked: BenchConfig, plot: str | Path | None = None) -> dict[str, Any]:
+def benchmark(config: BenchConfig, plot: str | Path | None = None) -> dict[str, Any]:
     """Return the figures of `bench_block` or `bench_model`; draw the speedups into the SVG file `plot`.
 
-    Raises BadInput where not exactly one of `asked.model` and `asked.ffn` is given, and for a file that cannot be
+    Raises BadInput where not exactly one of `config.model` and `config.ffn` is given, and for a file that cannot be
     written.
     """
-    if (asked.model is None) == (asked.ffn is None):
-        raise BadInput("name a PILON folder, or one block with --ffn 768x3072: one of the two")
+    if (config.model is None) == (config.ffn is None):
+        raise BadInput("name either a PILON folder or one block with --ffn 768x3072")
     if plot is not None:
         if Path(plot).suffix != ".svg":
-            raise BadInput(f"--plot {plot} does not end in .svg")
+            raise BadInput(f"--plot {plot} must end in .svg")
         plot = check_file(plot)
-    result = bench_model(asked) if asked.ffn is None else bench_block(asked)
+    result = bench_model(config) if config.ffn is None else bench_block(config)
     if plot is not None:
         Path(plot).write_text(speedups(parts(result)))
     return result
 
 
 def parts(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the variants that were timed, by a title of what they computed."""
+    """Return the timed variants by the title of their table."""
     if "ffn" in result:
         s = result["ffn"]
         gate = " gated" if s["gated"] else ""
