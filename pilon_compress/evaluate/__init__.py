@@ -1,1 +1,1 @@
-"""Judges a model: perplexity, embeddings, generation, what it consists of."""
+"""Evaluate models: perplexity, embeddings, generation, composition from the config."""

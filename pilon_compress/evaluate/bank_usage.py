@@ -1,4 +1,4 @@
-"""How the layers use a bank: entropy, Gini coefficient, and how widely each primitive is selected."""
+"""Compute how evenly layers use a bank: entropy, Gini coefficient, and the layers that select each primitive."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def describe(energy: Tensor, selected: Tensor) -> dict[str, Any]:
-    """Statistics of one bank from `energy` (L, n), power per primitive and layer, and `selected` (L, k).
+    """Return statistics of one bank from `energy` (L, n), power per primitive and layer, and `selected` (L, k).
 
-    energy: each layer's shares, summing to 1. entropy: 0 (one primitive does all) to 1 (all alike). gini: 0 (all
-    alike) to nearly 1. selected_share: part of the layers that select each primitive. utilisation: primitives that
-    any layer selects.
+    energy: shares of each layer, summing to 1. entropy: from 0 (one primitive has all energy) to 1 (all equal). gini:
+    from 0 (all equal) to nearly 1. selected_share: share of the layers that select each primitive. utilisation: share
+    of the primitives that any layer selects.
     """
     layers, n = energy.shape
     share = (energy / energy.sum(1, keepdim=True).clamp_min(1e-30)).double().cpu()

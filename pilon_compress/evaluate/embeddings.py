@@ -1,4 +1,4 @@
-"""Fidelity of an encoder: do its text embeddings point where the dense model's do, and have the same neighbours?"""
+"""Measure an encoder's fidelity: cosine and shared nearest neighbours of its embeddings and the dense model's."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from pilon_compress.models.forward import embeddings
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
 
-NEIGHBORS = 10
+NEIGHBORS = 10  # nearest texts that are compared
 
 
 @torch.no_grad()
@@ -27,19 +27,22 @@ def embed(
     batch_size: int = 16,
     max_length: int = 256,
 ) -> Tensor:
-    """(N, d) float32: the mean of the last hidden states over the tokens of each text, padding left out."""
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # alike lengths together: little padding
+    """Return embeddings (N, d), float32: means of the last hidden states over each text's tokens, without padding.
+
+    Texts are truncated to `max_length` tokens. Raises BadInput if an embedding is NaN or infinite.
+    """
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # similar lengths together need little padding
     rows: list[Tensor] = [torch.empty(0)] * len(texts)
     starts = range(0, len(order), batch_size)
     limit = min(max_length, longest_input(model) or max_length)
     for start in track(starts, "embedding", total=len(starts)):
-        chosen = order[start : start + batch_size]
+        indices = order[start : start + batch_size]
         batch = tokenizer(
-            [texts[i] for i in chosen], padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            [texts[i] for i in indices], padding=True, truncation=True, max_length=limit, return_tensors="pt"
         ).to(model.device)
         check_ids(tokenizer, int(batch["input_ids"].max()), vocabulary(model.config))
         pooled = embeddings(model, Batch(batch["input_ids"], batch["attention_mask"]))
-        for index, row in zip(chosen, pooled.cpu(), strict=True):
+        for index, row in zip(indices, pooled.cpu(), strict=True):
             rows[index] = row
     result = torch.stack(rows)
     if not bool(torch.isfinite(result).all()):
@@ -59,33 +62,32 @@ def measure(
     """Compare the embeddings of `texts` by both models.
 
     cosine: mean cosine between a text's two embeddings. neighbors10: mean share of a text's ten nearest texts (by
-    cosine, itself left out) that both models agree on. texts: how many there were. Raises BadInput for fewer than
-    eleven.
+    cosine, without itself) that both models agree on. texts: their number. Raises BadInput for fewer than eleven.
     """
     check(texts)
-    ours, theirs = (
+    converted, original = (
         torch.nn.functional.normalize(embed(m, tokenizer, texts, batch_size=batch_size, max_length=max_length), dim=1)
         for m in (model, dense)
     )
     return {
-        "cosine": float((ours * theirs).sum(1).mean()),
-        "neighbors10": shared_neighbours(ours, theirs),
+        "cosine": float((converted * original).sum(1).mean()),
+        "neighbors10": shared_neighbours(converted, original),
         "texts": len(texts),
     }
 
 
 def check(texts: Sequence[str]) -> None:
-    """Raise BadInput if there are too few texts for each to have ten neighbours."""
+    """Raise BadInput if there are too few texts for ten neighbours each."""
     if len(texts) <= NEIGHBORS:
         raise BadInput(
             f"{len(texts)} paragraphs are too few to compare {NEIGHBORS} neighbours: give at least {NEIGHBORS + 1}"
         )
 
 
-def shared_neighbours(ours: Tensor, theirs: Tensor) -> float:
-    """Mean share of a text's ten nearest texts that both embeddings (N, d) agree on, for N above ten."""
-    ours, theirs = (torch.nn.functional.normalize(embeddings, dim=1) for embeddings in (ours, theirs))
-    return float((_nearest(ours)[:, :, None] == _nearest(theirs)[:, None, :]).any(2).float().mean())
+def shared_neighbours(a: Tensor, b: Tensor) -> float:
+    """Return the mean share of a text's ten nearest texts that embeddings `a` and `b` (N, d) agree on, for N > 10."""
+    a, b = (torch.nn.functional.normalize(embeddings, dim=1) for embeddings in (a, b))
+    return float((_nearest(a)[:, :, None] == _nearest(b)[:, None, :]).any(2).float().mean())
 
 
 def _nearest(embeddings: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Judging a model: the right figures for its kind, on text that it was not calibrated on."""
+"""Evaluate a model by the metrics of its kind, on text that it was not calibrated on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +13,8 @@ from pilon_compress.evaluate import embeddings, perplexity
 from pilon_compress.models import checkpoint
 from pilon_compress.models.provenance import lineage
 
-ENCODER_TEXTS = 500
-EVALUATED = 2**14  # tokens scored by the evaluation that ends a conversion; `eval` scores all of the text
+ENCODER_TEXTS = 500  # paragraphs that an encoder is evaluated on
+EVALUATED = 2**14  # tokens scored by the evaluation after a conversion; `eval` scores all of the text
 
 
 def measure(
@@ -26,7 +26,10 @@ def measure(
     settings: conversion.Evaluation,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Perplexity and its kin for a causal LM, fidelity to `against` for an encoder; `kind` says which."""
+    """Return perplexity and related metrics of a causal LM, or an encoder's fidelity to `against`; `kind` says which.
+
+    Raises BadInput for an encoder without `against`, and for settings that do not apply to the kind.
+    """
     settings.check_kind(checkpoint.is_causal(model.config))
     if checkpoint.is_causal(model.config):
         figures = perplexity.measure(
@@ -41,7 +44,7 @@ def measure(
         )
         return {"kind": "causal", **figures}
     if against is None:
-        raise BadInput("an encoder is judged by its fidelity to the dense model: name it with --against")
+        raise BadInput("an encoder is evaluated by its fidelity to the dense model: name that model with --against")
     texts = text.sample(text.paragraphs(documents), settings.samples or ENCODER_TEXTS, seed)
     return {
         "kind": "encoder",
@@ -50,7 +53,7 @@ def measure(
 
 
 def affordable(settings: conversion.Evaluation, model: PreTrainedModel) -> conversion.Evaluation:
-    """Return `settings` with the windows of a language model limited to EVALUATED tokens, unless they say how many."""
+    """Return `settings` with windows for at most EVALUATED tokens of a language model, unless they set `samples`."""
     if settings.samples is not None or not checkpoint.is_causal(model.config):
         return settings
     window = settings.window or perplexity.default_window(model)
@@ -58,7 +61,7 @@ def affordable(settings: conversion.Evaluation, model: PreTrainedModel) -> conve
 
 
 def check(documents: Sequence[str], causal: bool) -> None:
-    """Raise BadInput if the text is too short to judge by."""
+    """Raise BadInput if the text is too short for an evaluation."""
     if not causal:
         embeddings.check(list(text.paragraphs(documents)))
 
@@ -72,18 +75,18 @@ def evaluate(
     device: str = "auto",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate the model at `model` (PILON or dense), against the dense one it came from where that is known.
+    """Evaluate the model at `model` (PILON or dense), and compare it with a dense model where one is known.
 
-    `against` defaults to the dense model that the folder's recipe.yaml leads to. `data` is a text source; by default
-    the one that the recipe evaluates on or else calibrates on, and without a recipe WikiText-2 (encoders: stdlib).
-    Where it overlaps a source of calibration or training, only the part that these leave out is used, and the figures
-    say so.
+    `against` defaults to the dense model in the folder's recipe.yaml. `data` is a text source; the default is the
+    recipe's evaluation or calibration source, and without a recipe WikiText-2 (encoders: stdlib). Where it overlaps a
+    source of calibration or training, only the held-out part is used, and the result says so. Raises BadInput for
+    models and text that cannot be read, and for an encoder whose dense model is unknown.
     """
     origin = lineage(checkpoint.resolve(model))
     against = against or origin.dense
     causal = checkpoint.is_causal(checkpoint.load_config(model))
-    if not causal and against is None:  # before anything is loaded
-        raise BadInput(f"{model} is an encoder, judged by its fidelity to the dense model: name that with --against")
+    if not causal and against is None:  # before the models are loaded
+        raise BadInput(f"{model} is an encoder, evaluated by its fidelity to a dense model: name that with --against")
     data = data or origin.evaluation or (EVALUATION_LM if causal else DEFAULT_ENCODER)
     seen = any(_overlap(data, source) for source in origin.texts)
     documents = list(text.open_text(data, part="held-out" if seen else "all"))
@@ -101,7 +104,7 @@ def evaluate(
 
 
 def _overlap(data: str, source: str) -> bool:
-    """True if two sources may share documents: the same one, or `stdlib` and one of its halves."""
+    """Return True if two sources may share documents: equal ones, or `stdlib` and one of its halves."""
     return data == source or (
         {data, source} & {"stdlib"} != set() and data.startswith("stdlib") and source.startswith("stdlib")
     )

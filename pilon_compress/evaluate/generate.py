@@ -1,4 +1,4 @@
-"""Text from a causal LM: what it adds to a prompt, or answers to it."""
+"""Generate text with a causal LM: continue a prompt, or answer it by the chat template."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +19,15 @@ from pilon_compress.nn.fold import fold, foldable
 from pilon_compress.nn.layout import BANKS
 
 GREEDY: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}  # arguments of `generate`
-ANSWER = "ANSWER"  # what an assistant says, where the end of a turn is looked for in a chat template
+ANSWER = "ANSWER"  # a sample answer, to find the end of a turn in a chat template
 
 
 @dataclass(frozen=True)
 class Completion:
-    """`text` without prompt and special tokens; `tokens` that were generated, the one that stops among them.
+    """Generated `text` without prompt and special tokens, and the number of `tokens`, including the one that stops.
 
-    `stop`: "eos", "length" (of max_new_tokens) or "context" (no positions are left). `chat`: by the chat template.
+    `stop`: "eos", "length" (of max_new_tokens) or "context" (no positions left). `chat`: True if the chat template was
+    used.
     """
 
     text: str
@@ -36,44 +37,45 @@ class Completion:
 
 
 @torch.no_grad()
-def complete(asked: GenerateConfig, prompt: str, stream: Callable[[str], None] | None = None) -> Completion:
-    """Let the causal LM `asked.model` answer `prompt` by its chat template or, without one or if `raw`, continue it.
+def complete(settings: GenerateConfig, prompt: str, stream: Callable[[str], None] | None = None) -> Completion:
+    """Answer `prompt` with the causal LM `settings.model` by its chat template; without one, or if `raw`, continue it.
 
-    Decoding is greedy unless there is a temperature; `top_k` or `top_p` alone imply temperature 1. The sampling options
-    of the model's generation_config are not used, its EOS tokens are. `stream` is called with the prompt, where it is
-    continued, and with every piece of text behind it.
-    Raises BadInput for an encoder, and for a prompt that is empty or does not fit.
+    Decoding is greedy without temperature; `top_k` or `top_p` alone imply temperature 1. Sampling options of the
+    model's generation_config are ignored, but its EOS tokens are used. `stream` is called with every piece of text, and
+    first with the prompt if that is continued. Raises BadInput for an encoder, and for a prompt that is empty or does
+    not fit.
     """
     if not prompt:
         raise BadInput("the prompt is empty")
-    model, raw, system, device = asked.model, asked.raw, asked.system, asked.device
-    config = checkpoint.load_config(model)
+    config = checkpoint.load_config(settings.model)
     if not checkpoint.is_causal(config):
-        raise BadInput(f"{model} is a {config.model_type} encoder: it does not generate text")
-    tokenizer = checkpoint.load_tokenizer(model)
-    chat = bool(tokenizer.chat_template) and not raw
-    if system is not None and not chat:
-        raise BadInput("--system needs a chat template: " + ("leave out --raw" if raw else f"{model} has none"))
-    ids = chat_ids(tokenizer, prompt, system) if chat else prompt_ids(tokenizer, prompt)
-    where = checkpoint.find_device(device)
-    network = checkpoint.load_model(model, dtype="float32" if where.type == "cpu" else "auto", device=str(where))
+        raise BadInput(f"{settings.model} is a {config.model_type} encoder: it does not generate text")
+    tokenizer = checkpoint.load_tokenizer(settings.model)
+    chat = bool(tokenizer.chat_template) and not settings.raw
+    if settings.system is not None and not chat:
+        reason = "leave out --raw" if settings.raw else f"{settings.model} has none"
+        raise BadInput(f"--system needs a chat template: {reason}")
+    ids = chat_ids(tokenizer, prompt, settings.system) if chat else prompt_ids(tokenizer, prompt)
+    device = checkpoint.find_device(settings.device)
+    dtype = "float32" if device.type == "cpu" else "auto"
+    network = checkpoint.load_model(settings.model, dtype=dtype, device=str(device))
     check_ids(tokenizer, max(ids), vocabulary(config))
     room = _room(network, len(ids))
     if hasattr(network.base_model, BANKS) and foldable(network):
         fold(network)
-    torch.manual_seed(asked.seed)
+    torch.manual_seed(settings.seed)
     stops = stop_tokens(network, tokenizer)
     writer = Writer(tokenizer, stops, stream or (lambda piece: None))
     if stream is not None and not chat:
         stream(prompt)
-    added = _generate(network, tokenizer, ids, min(asked.max_new_tokens, room), stops, writer, sampling(asked))
-    full = "context" if room < asked.max_new_tokens else "length"
+    added = _generate(network, tokenizer, ids, min(settings.max_new_tokens, room), stops, writer, sampling(settings))
+    full = "context" if room < settings.max_new_tokens else "length"
     return Completion(writer.text, len(added), "eos" if added and added[-1] in stops else full, chat)
 
 
 @torch.no_grad()
 def continued(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
-    """Return what a causal LM adds to `prompt`, greedily."""
+    """Return the greedy continuation of `prompt` by a causal LM, without the prompt."""
     stops = stop_tokens(network, tokenizer)
     writer = Writer(tokenizer, stops, lambda piece: None)
     ids = prompt_ids(tokenizer, prompt)
@@ -81,25 +83,25 @@ def continued(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     return writer.text
 
 
-def sampling(asked: GenerateConfig) -> dict[str, Any]:
+def sampling(settings: GenerateConfig) -> dict[str, Any]:
     """Return the arguments of `generate` that choose tokens."""
-    temperature = asked.temperature if asked.temperature is not None else 1.0 if asked.narrowed else 0.0
-    options = {"do_sample": temperature > 0, "repetition_penalty": float(asked.repetition_penalty)}
+    temperature = settings.temperature if settings.temperature is not None else 1.0 if settings.narrowed else 0.0
+    options = {"do_sample": temperature > 0, "repetition_penalty": float(settings.repetition_penalty)}
     if temperature == 0:
         return options
-    return options | {"temperature": temperature, "top_k": asked.top_k or 0, "top_p": asked.top_p or 1.0}
+    return options | {"temperature": temperature, "top_k": settings.top_k or 0, "top_p": settings.top_p or 1.0}
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the ids of a text to continue: begun as the tokenizer begins sequences, ended by nothing."""
+    """Return the ids of a text to continue: prefix, no end. Raises BadInput for no tokens."""
     _check_unicode(prompt)
     plain = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer(prompt)["input_ids"])
+    framed = list(tokenizer(prompt)["input_ids"])
     if not plain:
         raise BadInput("the prompt has no token that the tokenizer knows")
-    extra = len(whole) - len(plain)
-    begins = next((at for at in range(extra + 1) if whole[at : at + len(plain)] == plain), 0)
-    before = whole[:begins]
+    extra = len(framed) - len(plain)
+    begins = next((at for at in range(extra + 1) if framed[at : at + len(plain)] == plain), 0)
+    before = framed[:begins]
     return plain if before == plain[:begins] else before + plain
 
 
@@ -112,21 +114,21 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"the chat template refuses the prompt ({reason}): --raw continues it as it stands") from None
+        raise BadInput(f"the chat template refuses the prompt ({reason}): use --raw to continue the prompt") from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes BOS itself
 
 
 def stop_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return every token that ends a text: EOS of generation_config, config and tokenizer, end of an assistant turn."""
-    found: set[int] = set()
+    """Return the tokens that end a text: EOS of generation_config, config and tokenizer, end of an assistant's turn."""
+    stops: set[int] = set()
     configs = (network.generation_config, network.config, network.config.get_text_config(), tokenizer)
     for value in (getattr(config, "eos_token_id", None) for config in configs):
-        found |= set(value) if isinstance(value, list | tuple) else set() if value is None else {value}
-    return found | _turn_end(tokenizer)
+        stops |= set(value) if isinstance(value, list | tuple) else set() if value is None else {value}
+    return stops | _turn_end(tokenizer)
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The first special token that the chat template puts behind what an assistant says."""
+    """Return the first special token that the chat template puts after an answer, as a set; empty without one."""
     if not tokenizer.chat_template:
         return set()
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
@@ -134,13 +136,13 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except (TemplateError, TypeError, ValueError):
         return set()
-    behind = tokenizer(text.rpartition(ANSWER)[2], add_special_tokens=False)["input_ids"]
+    after = tokenizer(text.rpartition(ANSWER)[2], add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.bos_token_id}
-    return set([token for token in behind if token in special][:1])
+    return set([token for token in after if token in special][:1])
 
 
 class Writer(BaseStreamer):
-    """Decodes tokens as `generate` chooses them; `write` gets every piece of text once it no longer changes."""
+    """Decodes tokens while `generate` chooses them, and calls `write` with every piece of text that is final."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: set[int], write: Callable[[str], None]) -> None:
         self.tokenizer, self.stops, self.write = tokenizer, stops, write
@@ -149,15 +151,17 @@ class Writer(BaseStreamer):
         self.begun = False
 
     def put(self, value: torch.Tensor) -> None:
-        if not self.begun:  # the prompt
+        """Add chosen tokens; the first call has the prompt, which is skipped."""
+        if not self.begun:
             self.begun = True
             return
         self.ids += [int(token) for token in value.flatten() if int(token) not in self.stops]
         self._decode()
-        if not self.text.endswith("\ufffd"):  # half a character
+        if not self.text.endswith("\ufffd"):  # an incomplete character
             self._flush()
 
     def end(self) -> None:
+        """Write the rest of the text."""
         self._decode()
         self._flush()
 
@@ -179,7 +183,7 @@ def _generate(
     writer: Writer,
     options: dict[str, Any],
 ) -> list[int]:
-    """Return the ids behind `ids`. Options that generation_config may hold are set, so that it switches nothing on."""
+    """Return the ids generated after `ids`. All options that generation_config might set are given explicitly."""
     stop = sorted(stops)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop or [0])[0]
     inputs = torch.tensor([ids], device=network.device)
@@ -199,12 +203,14 @@ def _generate(
 
 
 def _room(network: PreTrainedModel, used: int) -> int:
-    """Positions behind the prompt. Raises BadInput if there are none."""
+    """Return the number of positions after the prompt. Raises BadInput if there are none."""
     longest = longest_input(network)
     if not longest:
         return 2**31
     if used >= longest:
-        raise BadInput(f"the prompt has {used} tokens, the model has {longest} positions for prompt and answer")
+        raise BadInput(
+            f"the prompt has {used} tokens, but the model has {longest} positions for prompt and answer: shorten it"
+        )
     return int(longest) - used
 
 

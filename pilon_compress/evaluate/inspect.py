@@ -1,4 +1,4 @@
-"""What a model consists of, read from its config alone: shapes on the meta device, no weights."""
+"""Describe a model's projections, sizes and costs from its config alone: shapes on the meta device, no weights."""
 
 import json
 from collections.abc import Sequence
@@ -18,35 +18,22 @@ from pilon_compress.report.parts import layout_parts
 
 
 def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> dict[str, Any]:
-    """The projections that a conversion of `model` would replace, or has replaced, and what they cost.
+    """Return the projections that a conversion of `model` would replace, or has replaced, with sizes and costs.
 
     `projections`: one entry per projection (name, layer, role, d_in, d_out, parameters, bytes, macs, bank), all of the
-    dense projection, bytes in the dtype of the model's file. `untouched`: the experts and routers that stay as they are
-    (name, parameters, share); `notes`: the same in words. A PILON model has besides `parts`, see
-    `report.parts.layout_parts`, the ratios `ffn` and `model_size`, the `evaluation` of its report (None without one),
-    and in each projection what is stored: `neurons`, rank, n_primitives, top_k, quantization, bits.
+    dense projection, bytes in the dtype of the model's file. `untouched`: experts and routers that do not change (name,
+    parameters, share); `notes`: sentences about them. A PILON model also has `parts` (see
+    `report.parts.layout_parts`), the ratios `ffn` and `model_size`, the `evaluation` of its report (None without one),
+    and in each projection the stored form: `neurons`, rank, n_primitives, top_k, quantization, bits. Raises BadInput
+    for a model that cannot be read, and for targets that match nothing.
     """
     config = checkpoint.load_config(model)
     empty = checkpoint.empty_model(config)
     layout = stored_layout(config)
     if layout and not targets:
-        targets = [*layout.projections, *layout.kept]  # what was replaced, which --targets may have chosen
+        targets = [*layout.projections, *layout.kept]  # the replaced projections, which --targets may have chosen
     sites = find_sites(empty, targets, ignore)
     dtype = stored_dtype(config)
-    entries = [
-        {
-            "name": site.name,
-            "layer": site.layer,
-            "role": site.role,
-            "d_in": site.d_in,
-            "d_out": site.d_out,
-            "parameters": site.parameters,
-            "bytes": site.parameters * dtype.itemsize,
-            "macs": site.d_in * site.d_out,
-            "bank": _home(layout, site.name),
-        }
-        for site in sites
-    ]
     result: dict[str, Any] = {
         "model": model,
         "architecture": type(empty).__name__,
@@ -56,7 +43,7 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
         "macs": linear_macs(empty),
         "replaced": sum(site.parameters for site in sites),
         "replaced_macs": sum(site.d_in * site.d_out for site in sites),
-        "projections": entries,
+        "projections": [_entry(site, layout, dtype.itemsize) for site in sites],
         "untouched": untouched(empty, sites),
         "notes": notes(empty, sites),
     }
@@ -72,12 +59,28 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
-    """The dtype of the model's file, as its config says; float32 where it does not."""
-    found = getattr(config, "dtype", None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    """Return the dtype of the model's file in its config; float32 where it names none."""
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _entry(site: Site, layout: Layout | None, itemsize: int) -> dict[str, Any]:
+    """Return the dense sizes of one projection, and the bank or matrix that replaced it."""
+    return {
+        "name": site.name,
+        "layer": site.layer,
+        "role": site.role,
+        "d_in": site.d_in,
+        "d_out": site.d_out,
+        "parameters": site.parameters,
+        "bytes": site.parameters * itemsize,
+        "macs": site.d_in * site.d_out,
+        "bank": _storage(layout, site.name),
+    }
 
 
 def _add_form(result: dict[str, Any], layout: Layout, sites: Sequence[Site], itemsize: int) -> None:
+    """Add the parts and banks of a PILON model to `result`, and the stored form to its projections."""
     result["parts"] = parts = layout_parts(layout, sites, itemsize)
     result["banks"] = {
         name: {**vars(spec), **bank_size(layout, name, itemsize).to_dict()} for name, spec in layout.banks.items()
@@ -92,16 +95,16 @@ def _add_form(result: dict[str, Any], layout: Layout, sites: Sequence[Site], ite
 
 
 def _report(model: str) -> dict[str, Any]:
-    """The report.json beside the weights; empty where there is none, or none that can be read."""
+    """Return the report.json beside the weights; {} where it is missing or cannot be read."""
     try:
-        found = json.loads((Path(checkpoint.resolve(model)) / "report.json").read_text("utf-8"))
+        report = json.loads((Path(checkpoint.resolve(model)) / "report.json").read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("evaluation"), dict | None) else {}
+    return report if isinstance(report, dict) and isinstance(report.get("evaluation"), dict | None) else {}
 
 
-def _home(layout: Layout | None, name: str) -> str | None:
-    """Where a converted projection is kept: its bank, or a matrix of its own. None for one that was not converted."""
+def _storage(layout: Layout | None, name: str) -> str | None:
+    """Return the bank of a converted projection, or its matrix's shape; None for one that was not converted."""
     if layout is None or name not in {**layout.projections, **layout.kept}:
         return None
     if name in layout.projections:

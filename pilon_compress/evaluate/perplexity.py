@@ -1,10 +1,10 @@
-"""Perplexity and its kin for causal LMs, as the field computes them.
+"""Measure perplexity, bits per byte and agreement with the dense model of causal LMs, in windows of a text.
 
-    PREFIX |--- window ---|                  every window begins as the tokenizer begins a text (`data.sequences`)
-             stride PREFIX |--- window ---|  each scores the tokens that no earlier one did and that have a context
+    PREFIX |--- window ---|                  every window begins with the tokenizer's prefix (`data.sequences`)
+             stride PREFIX |--- window ---|  a window scores the tokens that no earlier one scored and that have context
 
-With a stride as long as the window this is the mean of `model(ids, labels=ids).loss` over windows, each weighed by its
-tokens; with a shorter one it is the strided evaluation of transformers' documentation.
+With a stride as long as the window this is the mean of `model(ids, labels=ids).loss` over windows, weighted by tokens;
+with a shorter one it is the strided evaluation of transformers' documentation.
 """
 
 import math
@@ -25,8 +25,8 @@ from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.functional import kl_divergence, rows_at_once
 
 LONGEST_WINDOW = 1024
-COPIES = 2  # of logits that exist at once: those of both models
-WORKING = 8  # copies in float32 while predictions are compared
+COPIES = 2  # of logits in memory at once: those of both models
+WORKING = 8  # float32 copies while predictions are compared
 
 
 def default_window(model: PreTrainedModel) -> int:
@@ -46,17 +46,17 @@ def measure(
     batch_size: int = 8,
     max_windows: int | None = None,
 ) -> dict[str, Any]:
-    """Score `documents`, joined by EOS, in windows and, with `against` (the dense model), compare both predictions.
+    """Score `documents`, joined by EOS, in windows, and compare the predictions with those of `against` (dense).
 
-    window       tokens of one input, prefix included; stride: by which windows advance (default: no overlap)
-    max_windows  score so many windows at most (default: all of the text)
+    window       tokens of one input, including the prefix (default: `default_window`)
+    stride       tokens by which windows advance (default: no overlap)
+    max_windows  most windows to score (default: all of the text)
 
-    Returns perplexity, bits_per_byte, tokens (scored), bytes (of UTF-8 that these stand for), window, stride,
-    begins_with (tokens before every window, None for none), eos (True if it stands between documents and is scored);
-    with `against` also dense_perplexity, dense_bits_per_byte, perplexity_ratio, kl (mean nats per token,
-    KL(dense ‖ model)) and top1_agreement. Log-softmax in float32, sums in float64. Raises BadInput if the text is
-    shorter than two tokens, the window does not fit the model, ids lie beyond the embedding, the two models differ in
-    vocabulary, or a prediction is not finite.
+    Returns perplexity, bits_per_byte, tokens (scored), bytes (their UTF-8 text), window, stride, begins_with (prefix as
+    text, or None), eos (True if EOS between documents is scored); with `against` also dense_perplexity,
+    dense_bits_per_byte, perplexity_ratio, kl (mean nats per token, KL(dense ‖ model)) and top1_agreement. Log-softmax
+    in float32, sums in float64. Raises BadInput if the text is shorter than two tokens, the window does not fit the
+    model, ids lie beyond the embedding, the vocabularies differ, or a prediction is not finite.
     """
     window = window or default_window(model)
     before = sequences.prefix(tokenizer)
@@ -67,40 +67,41 @@ def measure(
     ids, bytes_per_token = sequences.stream(tokenizer, documents, limit)
     if not ids or min(len(ids), room) + len(before) < 2:
         raise BadInput("the evaluation text, or the window, is shorter than two tokens")
-    sequences.check_ids(tokenizer, max(ids), vocabulary(model.config))
-    check_causal(model, torch.tensor([before + ids], device=model.device))
+    _check_ids(model, tokenizer, before + ids)
     rows = min(batch_size, rows_at_once(window * vocabulary(model.config), COPIES))
-    sums = torch.zeros(4, dtype=torch.float64)
-    tokens = 0
-    for batch in track(list(_batches(_windows(ids, before, room, stride), rows)), "evaluating"):
-        sums += _scores(model, against, batch)
-        tokens += batch.scored
+    batches = list(_batches(_windows(ids, before, room, stride), rows))
+    sums = sum((_scores(model, against, batch) for batch in track(batches, "evaluating")), torch.zeros(4).double())
+    tokens = sum(batch.scored for batch in batches)
+    begin, separator = sequences.begins_with(tokenizer), sequences.separator(tokenizer)
+    metrics = _metrics(sums, tokens, bytes_per_token, against is not None)
+    return metrics | {"window": window, "stride": stride, "begins_with": begin, "eos": bool(separator)}
+
+
+def _metrics(sums: Tensor, tokens: int, bytes_per_token: float, compared: bool) -> dict[str, Any]:
+    """Return the metrics of `measure` from the sums (4,) of `_scores`. Raises BadInput where a sum is not finite."""
     if not bool(torch.isfinite(sums).all()):
-        raise BadInput("the predictions on the evaluation text are NaN or infinite: no perplexity can be taken")
-    nats = float(sums[0]) / tokens
-    figures: dict[str, Any] = {
-        "perplexity": math.exp(min(700.0, nats)),
+        raise BadInput("the predictions on the evaluation text are NaN or infinite: they have no perplexity")
+    nats, dense_nats, kl, agreements = (float(total) / tokens for total in sums)
+    perplexity, dense_perplexity = math.exp(min(700.0, nats)), math.exp(min(700.0, dense_nats))
+    metrics: dict[str, Any] = {
+        "perplexity": perplexity,
         "bits_per_byte": nats / math.log(2) / bytes_per_token,
         "tokens": tokens,
         "bytes": round(tokens * bytes_per_token),
-        "window": window,
-        "stride": stride,
-        "begins_with": sequences.begins_with(tokenizer),
-        "eos": bool(sequences.separator(tokenizer)),
     }
-    if against is not None:
-        dense = math.exp(min(700.0, float(sums[1]) / tokens))
-        figures |= {
-            "dense_perplexity": dense,
-            "dense_bits_per_byte": float(sums[1]) / tokens / math.log(2) / bytes_per_token,
-            "perplexity_ratio": figures["perplexity"] / dense,
-            "kl": max(0.0, float(sums[2]) / tokens),
-            "top1_agreement": float(sums[3]) / tokens,
+    if compared:
+        metrics |= {
+            "dense_perplexity": dense_perplexity,
+            "dense_bits_per_byte": dense_nats / math.log(2) / bytes_per_token,
+            "perplexity_ratio": perplexity / dense_perplexity,
+            "kl": max(0.0, kl),
+            "top1_agreement": agreements,
         }
-    return figures
+    return metrics
 
 
 def _check(model: PreTrainedModel, against: PreTrainedModel | None, window: int, stride: int | None) -> None:
+    """Raise BadInput for windows, strides and pairs of models that `measure` cannot use."""
     for one in (model, against):
         if one is not None:
             check_length(one, window, "a window")
@@ -108,16 +109,22 @@ def _check(model: PreTrainedModel, against: PreTrainedModel | None, window: int,
         raise BadInput(f"stride {stride} exceeds the window of {window}: tokens would be skipped")
     if against is not None and vocabulary(against.config) != vocabulary(model.config):
         sizes = f"{vocabulary(model.config)} and {vocabulary(against.config)}"
-        raise BadInput(f"vocabularies of {sizes} tokens: these models' predictions cannot be compared")
+        raise BadInput(f"the models' vocabularies have {sizes} tokens, so their predictions cannot be compared")
+
+
+def _check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
+    """Raise BadInput for ids beyond the model's embedding, and for a model that looks ahead on them."""
+    sequences.check_ids(tokenizer, max(ids), vocabulary(model.config))
+    check_causal(model, torch.tensor([ids], device=model.device))
 
 
 def _windows(ids: Sequence[int], before: list[int], room: int, stride: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield (inputs, labels) of equal length: the token after each input, or -100 where it is scored elsewhere."""
+    """Yield (inputs, labels) of equal length; a label is the next token, or -100 where another window scores it."""
     done = 0  # tokens of the stream that earlier windows covered
     for begin in range(0, len(ids), stride):
-        whole = before + list(ids[begin : begin + room])
+        tokens = before + list(ids[begin : begin + room])
         end = min(begin + room, len(ids))
-        inputs, labels = whole[:-1], whole[1:]
+        inputs, labels = tokens[:-1], tokens[1:]
         fresh = min(end - done, len(labels))
         if fresh:
             yield inputs, [IGNORED] * (len(labels) - fresh) + labels[-fresh:]
@@ -127,7 +134,7 @@ def _windows(ids: Sequence[int], before: list[int], room: int, stride: int) -> I
 
 
 def _batches(rows: Iterable[tuple[list[int], list[int]]], batch_size: int) -> Iterator[Batch]:
-    """Yield batches (B, T), padded at the right end, which causal models do not look at."""
+    """Yield batches (B, T), padded on the right, which does not affect causal models."""
     rows = list(rows)
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
@@ -137,28 +144,28 @@ def _batches(rows: Iterable[tuple[list[int], list[int]]], batch_size: int) -> It
 
 
 def _scores(model: PreTrainedModel, against: PreTrainedModel | None, batch: Batch) -> Tensor:
-    """Sums over the scored tokens: nll, dense nll, KL(dense ‖ model), agreements. float64, (4,)."""
-    kept = batch.targets.reshape(-1) != IGNORED
-    wanted = batch.targets.reshape(-1)[kept]
-    logits = [_logits(one, batch.input_ids, kept) for one in (model, against) if one is not None]
+    """Return sums over the scored tokens, (4,) float64: NLL, dense NLL, KL(dense ‖ model), top-1 agreements."""
+    scored = batch.targets.reshape(-1) != IGNORED
+    targets = batch.targets.reshape(-1)[scored]
+    logits = [_logits(one, batch.input_ids, scored) for one in (model, against) if one is not None]
     sums = torch.zeros(4, dtype=torch.float64)
     rows = rows_at_once(logits[0].shape[-1], WORKING)
-    for start in range(0, len(wanted), rows):
+    for start in range(0, len(targets), rows):
         span = slice(start, start + rows)
-        target = wanted[span, None].to(logits[0].device)
-        ours = logits[0][span].float().log_softmax(-1)
-        sums[0] -= ours.gather(1, target).double().sum().cpu()
+        target = targets[span, None].to(logits[0].device)
+        log_p = logits[0][span].float().log_softmax(-1)
+        sums[0] -= log_p.gather(1, target).double().sum().cpu()
         if against is None:
             continue
-        theirs = logits[1][span].float().log_softmax(-1)
-        sums[1] -= theirs.gather(1, target).double().sum().cpu()
-        sums[2] += kl_divergence(theirs, ours).double().sum().cpu()
-        sums[3] += (ours.argmax(-1) == theirs.argmax(-1)).double().sum().cpu()
+        dense_log_p = logits[1][span].float().log_softmax(-1)
+        sums[1] -= dense_log_p.gather(1, target).double().sum().cpu()
+        sums[2] += kl_divergence(dense_log_p, log_p).double().sum().cpu()
+        sums[3] += (log_p.argmax(-1) == dense_log_p.argmax(-1)).double().sum().cpu()
     return sums
 
 
-def _logits(model: PreTrainedModel, inputs: Tensor, kept: Tensor) -> Tensor:
-    """Predictions (N, V) at the positions that are `kept` (B · T,)."""
+def _logits(model: PreTrainedModel, inputs: Tensor, scored: Tensor) -> Tensor:
+    """Return the logits (N, V) at the positions where `scored` (B · T,) is True."""
     out = model(input_ids=inputs.to(model.device), use_cache=False).logits
     rows = out.reshape(-1, out.shape[-1])
-    return rows if bool(kept.all()) else rows[kept.to(out.device)]
+    return rows if bool(scored.all()) else rows[scored.to(out.device)]

@@ -1,4 +1,4 @@
-"""Experts and routers that a conversion leaves as they are."""
+"""Find the experts and routers of a model that a conversion does not change."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from pilon_compress.models.blocks import blocks
 from pilon_compress.models.families import Site
 from pilon_compress.report.formatting import number
 
-SMALL = 0.05  # share of a model's parameters below which replacing them is hardly worth it
+SMALL = 0.05  # share of parameters in projections to replace below which users are warned
 
 
 def untouched(model: PreTrainedModel, sites: Sequence[Site]) -> list[dict[str, Any]]:
-    """Return the parameters of expert layers that replacing `sites` leaves alone, largest first; [] without experts.
+    """Return the parts of expert layers that replacing `sites` does not change, largest first; [] without experts.
 
-    One entry for each part of the expert layers, summed over the blocks: `name` below the base model with `*` for the
-    block, `parameters`, `share` of all parameters of the model.
+    Each entry is one part, summed over the blocks: `name` below the base model with `*` for the block, `parameters`,
+    and their `share` of the model.
     """
     replaced = {site.name for site in sites}
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -34,12 +34,12 @@ def untouched(model: PreTrainedModel, sites: Sequence[Site]) -> list[dict[str, A
 
 
 def notes(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
-    """Return the lines that tell a user what a conversion of `sites` leaves alone, and how little it may reach."""
+    """Return sentences about expert layers that a conversion of `sites` does not change, and about a small reach."""
     total = sum(parameter.numel() for parameter in model.parameters())
     lines = []
-    if left := untouched(model, sites):
-        names = ", ".join(entry["name"] for entry in left[:3]) + (", ..." if len(left) > 3 else "")
-        share = sum(entry["share"] for entry in left)
+    if parts := untouched(model, sites):
+        names = ", ".join(entry["name"] for entry in parts[:3]) + (", ..." if len(parts) > 3 else "")
+        share = sum(entry["share"] for entry in parts)
         lines.append(f"mixture of experts: {number(100 * share)} % of the parameters are not touched ({names})")
     reached = sum(site.parameters for site in sites) / total
     if reached < SMALL:
@@ -48,8 +48,7 @@ def notes(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
 
 
 def _expert_parts(block: nn.Module) -> list[str]:
-    """Paths in a block of everything that belongs to an expert layer: its members, or, where experts stand in the block
-    itself, they and their routers."""
+    """Return the paths in a block of the members of expert layers, and of experts and routers in the block itself."""
     parts: list[str] = []
     for path, module in block.named_modules():
         if path.startswith(tuple(f"{part}." for part in parts)):
