@@ -13,7 +13,7 @@ from .output import print_json
 from .parameters import Json
 
 Prompt = Annotated[
-    str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to answer or continue; - reads it from stdin.")
+    str, typer.Option("--prompt", "-p", metavar="PROMPT", help="Text to answer or continue; - reads it from stdin.")
 ]
 
 

@@ -21,17 +21,24 @@ from pilon_compress.errors import BadInput
 
 Config = TypeVar("Config", bound=Section)
 
-RECIPE = typer.Option(
-    "--recipe", metavar="RECIPE", help="Recipe to start from: a bundled one (see `recipes list`) or a YAML file."
-)
-SET = typer.Option(
-    "--set",
-    metavar="FIELD=VALUE",
-    help="Override a recipe field, as in budget.rank=8; the last one counts. Options and --set take the place of what "
-    "the recipe says; where they disagree with each other they are refused. May be repeated.",
-)
-
-
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="RECIPE",
+        help="Recipe to start from: a bundled one (see `recipes list`) or a YAML file. Options and --set take the "
+        "place of what it says; an option and a --set that disagree are refused. Default: none.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Override a field of the recipe, as in seed=7; of two for the same field the last one counts. May be "
+        "repeated. Default: none.",
+    ),
+]
 _EMPTY = inspect.Parameter.empty
 
 
@@ -55,7 +62,7 @@ class Configured(Generic[Config]):
         self.__name__, self.__doc__ = function.__name__, function.__doc__
         own = list(inspect.signature(function).parameters.values())[1:]
         if recipes is not None:
-            own += [_parameter("recipe", str | None, RECIPE, None), _parameter("set_", list[str] | None, SET, None)]
+            own += [_parameter("recipe", Recipe, None), _parameter("set_", Set, None)]
         made = [_generated(flag, self.flags, recipes is not None) for flag in self.flags]
         plain, panelled = ([one for one in own if (_order(one) > 1) is behind] for behind in (False, True))
         ordered = sorted([*plain, *made, *panelled], key=_order)
@@ -99,13 +106,14 @@ def _generated(flag: Flag, known: Sequence[Flag], recipes: bool) -> inspect.Para
         metavar, panel = flag.metavar or None, flag.panel or None
         info = typer.Option(flag.name, help=words, metavar=metavar, show_default=False, rich_help_panel=panel)
     if flag.is_switch:
-        return _parameter(_name(flag), bool, info, False)
+        return _parameter(_name(flag), Annotated[bool, info], False)
     kind: Any = list[str] if flag.is_list else str
-    return _parameter(_name(flag), kind if required else kind | None, info, _EMPTY if required else None)
+    kind = kind if required else kind | None
+    return _parameter(_name(flag), Annotated[kind, info], _EMPTY if required else None)
 
 
-def _parameter(name: str, kind: Any, info: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _order(parameter: inspect.Parameter) -> int:
@@ -123,9 +131,9 @@ def _name(flag: Flag) -> str:
 
 def _overrides(flag: Flag, text: Any) -> list[Override]:
     """Return what a flag says, and what it sets besides; nothing where it was not given."""
-    if text is None or text is False or text == []:
+    if text is None or text is False or (flag.is_list and not text):
         return []
-    value = text if flag.is_text or flag.is_switch else _scalar(flag, text)
+    value = list(text) if flag.is_list else text if flag.is_text or flag.is_switch else _scalar(flag, text)
     also = [Override(field, other, flag.name, beside=True) for field, other in flag.mark.also.items()]
     return [Override(flag.path, value, flag.name), *also]
 

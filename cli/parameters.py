@@ -9,7 +9,12 @@ from pilon_compress.errors import BadInput
 
 Output = Annotated[
     str | None,
-    typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write. It must be new or empty."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FOLDER",
+        help="Folder to write; it must be new or empty. Default: none, it must be named but for a dry run.",
+    ),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output in the folder.", rich_help_panel=RUNNING)

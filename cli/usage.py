@@ -66,7 +66,7 @@ class _Spaced:
                     formatter.write(f"  {part}\n")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        panels: dict[str, list[tuple[str, str]]] = {}
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for parameter in self.get_params(ctx):  # type: ignore[attr-defined]
             record = parameter.get_help_record(ctx)
             if record is not None:
@@ -75,8 +75,9 @@ class _Spaced:
                 panel = getattr(parameter, "rich_help_panel", None) or ("Arguments" if argument else "Options")
                 panels.setdefault(panel, []).append(record)
         for panel, records in panels.items():
-            with formatter.section(panel):
-                _write(formatter, records)
+            if records:
+                with formatter.section(panel):
+                    _write(formatter, records)
         if hasattr(self, "format_commands"):
             self.format_commands(ctx, formatter)
 

@@ -67,7 +67,7 @@ def test_version(cli):
         (["compres"], "no such command: compres; did you mean compare?"),
         (["recipes", "shwo"], "no such command: shwo; did you mean show?"),
         (["recipes", "list", "--nope"], "no such option: --nope"),
-        (["recipes", "show"], "missing argument 'name'"),
+        (["recipes", "show"], "missing argument 'RECIPE'"),
         (["convert", "m", "--ffn-ration", "0.5"], "no such option: --ffn-ration; did you mean --ffn-ratio?"),
         (["convert", "m", "--rank", "many"], "--rank: must be an integer (got 'many')"),
         (["inspect", "m", "n"], "got unexpected extra argument(s) (n)"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress.config import conversion, training
+from pilon_compress.config import conversion, recipes, training
 from pilon_compress.config.ratio import PRESETS
 from pilon_compress.errors import BadInput
 
@@ -35,11 +35,11 @@ def complaint(call, *arguments) -> str:
 
 
 def test_every_bundled_recipe_is_valid_and_shows_its_own_command():
-    known = conversion.names()
+    known = recipes.names()
     assert {name for name, _ in known} >= {"quickstart", "gpt2-half", "llama-half", "bert-half", "smoke", "tiny"}
     for name, description in known:
         assert description.endswith(".") and len(description) > 20
-        lines, kind = conversion.source(name).splitlines(), conversion.kind(name)
+        lines, kind = recipes.source(name).splitlines(), recipes.kind(name)
         schema = "train" if kind == "train" else "recipe"
         assert lines[1] == f"# yaml-language-server: $schema=./{schema}.schema.json"
         assert any(f"pilon-compress {kind} --recipe {name} -o out/" in line for line in lines)
@@ -56,7 +56,7 @@ def test_a_recipe_of_the_other_kind_is_told_in_one_line_that_names_its_command(w
     assert told == "quickstart.yaml converts a model: pilon-compress convert --recipe quickstart"
     path = write("task: pretrain\nbudget: {ffn_ratio: 0.5}\n")
     assert f"pilon-compress train --recipe {path}" in complaint(conversion.load, path, ["seed=1"])
-    assert (conversion.kind("tiny"), conversion.kind("quickstart"), conversion.kind(path)) == (
+    assert (recipes.kind("tiny"), recipes.kind("quickstart"), recipes.kind(path)) == (
         "train",
         "convert",
         "train",
@@ -248,7 +248,7 @@ budgets = st.fixed_dictionaries(
         st.sampled_from(sorted(PRESETS)).map(lambda preset: {**rest, "ffn_ratio": preset}),
     )
 )
-recipes = st.fixed_dictionaries(
+conversions = st.fixed_dictionaries(
     {"model": words, "budget": budgets},
     optional={
         "method": st.sampled_from(["pilon", "svd"]),
@@ -261,7 +261,7 @@ recipes = st.fixed_dictionaries(
 
 
 @settings(derandomize=True, database=None, deadline=None)
-@given(recipes)
+@given(conversions)
 def test_dump_reads_back_as_the_same_recipe(tmp_path_factory, data):
     if data.get("method") == "svd":  # which takes no other shape than a rank
         data["budget"] = {key: value for key, value in data["budget"].items() if key not in ("bands", "n_primitives")}

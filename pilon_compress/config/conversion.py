@@ -251,22 +251,6 @@ def dump(recipe: Recipe) -> str:
     return strict_yaml.dump({field: shown[field] for field in Recipe.model_fields if field in shown})
 
 
-def names() -> list[tuple[str, str]]:
-    """The bundled recipes: (name, one-line description from the file's first comment)."""
-    return [(name, source(name).partition("\n")[0].lstrip("# ")) for name in reading.bundled()]
-
-
-def kind(name_or_path: str) -> str:
-    """Which command a recipe is for: `train` or `convert`. Raises BadInput for a file that cannot be read."""
-    origin, text = reading.find(name_or_path)
-    return reading.kind(strict_yaml.parse(text, origin)) or "convert"
-
-
-def source(name_or_path: str) -> str:
-    """The recipe's YAML as written, comments included. Raises BadInput when there is none of that name."""
-    return reading.find(name_or_path)[1]
-
-
 def schema() -> dict[str, Any]:
     """JSON schema of a recipe file, for editors: the contents of recipes/recipe.schema.json."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

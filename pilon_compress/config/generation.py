@@ -30,7 +30,7 @@ class GenerateConfig(Section):
     """Divisor of the logits of tokens that the text has already."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64, strict=True), Option()] = 0
     """Seed of sampling."""
-    system: Annotated[Text | None, Option(metavar="TEXT")] = None
+    system: Annotated[Text | None, Option(metavar="MESSAGE")] = None
     """System message before the prompt, for models with a chat template. Default: none."""
     raw: Annotated[Switch, Option()] = False
     """Continue the prompt as it stands, even if the model has a chat template."""
