@@ -1,10 +1,7 @@
 """Refinement of a freshly converted model on unlabelled text: it learns to do what the dense model does.
 
-    bands     for each band of layers that share banks: block outputs match the dense ones', normalised by their
-              variance; inputs come from the model's own refined prefix, so that errors are mended, not piled up
-              (block refinement as in AA-SVD and SVD-LLM v2)
-    whole     encoders: every layer's states, and the direction of the pooled embeddings
-              causal LMs: KL(dense ‖ PILON) of every prediction, and the states (Minitron's logit distillation)
+    encoders      every layer's states, and the direction of the pooled embeddings
+    causal LMs    KL(dense ‖ PILON) of every prediction, and the states (Minitron's logit distillation)
 
 Only banks, compositions, kept matrices and the projections' biases move.
 """
@@ -36,7 +33,6 @@ from pilon_compress.nn.layout import banks, kept_matrices, projections
 
 STEPS = 600
 RATE = 3e-3  # short searches settle on too small a rate for a longer run
-BAND_SHARE = 0.0  # of steps and time that goes to the bands, the rest to the whole model: no gain seen from bands yet
 HELD_OUT = 10  # one batch in so many
 CACHED = 2**31  # bytes of dense states that are remembered; beyond that the dense model runs at every step
 COSINE, STATES = 1.0, 0.1  # weights beside the main term of each loss
@@ -66,36 +62,27 @@ def refine(
     minutes: float | None = None,
     steps: int = STEPS,
     seed: int = 0,
-    rate: float | None = RATE,
-    band_share: float = BAND_SHARE,
+    rate: float = RATE,
 ) -> Refinement:
     """Refine the PILON `model` in place so that it follows `dense` on `batches`, in at most `steps` optimiser steps.
 
-    `held_out` (default: every tenth batch, which is then not trained on) decides which state is
-    kept, and whether a stage is: the model never ends worse on it than it began. Equal seeds give equal weights on a
-    CPU, unless `minutes` (wall time for all of it) ends the run. `rate` is relative (see `descent.descend`), None
-    searches for one; `band_share` is the part of the steps that goes to single bands. Weights must be float32.
-    Raises BadInput if there is too little text to hold any out.
+    `held_out` (default: every tenth batch, which is then not trained on) decides which state is kept: the model never
+    ends worse on it than it began. Equal seeds give equal weights on a
+    CPU, unless `minutes` (wall time for all of it) ends the run. `rate` is relative, see `refine_loop.descend`. Weights
+    must be float32. Raises BadInput if there is too little text to hold any out.
     """
     started = time.perf_counter()
     train, held = (list(batches), list(held_out)) if held_out else split(batches)
-    seconds = None if minutes is None else 60 * minutes
     with _only_composed(model, dense) as parameters:
         original = snapshot(parameters)
         balance(model)
         whole = _Whole(model, dense, train, held)
         before = whole.held_out()
-        stages = _bands(model, dense, train, held, round(band_share * steps), seconds, band_share, seed, rate)
-        if stages and not whole.held_out() <= before:
-            restore(parameters, original)
-            balance(model)
-            for stage in stages:
-                stage.kept = False
-        left = None if seconds is None else seconds - (time.perf_counter() - started)
-        rest = max(0, steps - round(band_share * steps))
-        if rest and (left is None or left > 0):
+        stages = []
+        left = None if minutes is None else 60 * minutes - (time.perf_counter() - started)
+        if left is None or left > 0:
             objective = Objective(len(train), whole.train, whole.held_out)
-            stages.append(descend("whole", parameters, objective, steps=rest, seconds=left, seed=seed, rate=rate))
+            stages.append(descend("whole", parameters, objective, steps=steps, seconds=left, seed=seed, rate=rate))
         balance(model)
         after = whole.held_out()
         kept = after < before
@@ -150,17 +137,13 @@ def _only_composed(model: PreTrainedModel, dense: PreTrainedModel) -> Iterator[l
             module.training = mode
 
 
-def trained(model: PreTrainedModel, inside: Sequence[str] = ("",)) -> list[nn.Parameter]:
-    """Parameters that refinement moves: of the projections whose names start with one of `inside`, and their banks."""
-    found: dict[int, nn.Parameter] = {}
-    for name, composed in projections(model):
-        if any(name.startswith(prefix) for prefix in inside):
-            for p in (*composed.bank.parameters(), *composed.parameters()):
-                found[id(p)] = p
-    for name, kept in kept_matrices(model):
-        if any(name.startswith(prefix) for prefix in inside):
-            found |= {id(p): p for p in kept.parameters()}
-    return list(found.values())
+def trained(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the parameters that refinement moves: those of banks, compositions and dense matrices, each once."""
+    modules: list[nn.Module] = []
+    for _, composed in projections(model):
+        modules += [composed.bank, composed]
+    modules += [kept for _, kept in kept_matrices(model)]
+    return list({id(p): p for module in modules for p in module.parameters()}.values())
 
 
 @torch.no_grad()
@@ -199,99 +182,8 @@ def _absorb(bank: PrimitiveBank, layers: Sequence[ComposedLinear]) -> None:
     bank.A.mul_(size[:, None, :])
 
 
-def _band_ranges(model: PreTrainedModel, names: Sequence[str]) -> list[range]:
-    """Runs of blocks that must be trained together because they share banks, first to last."""
-    index = {name: i for i, name in enumerate(names)}
-    spans: dict[int, list[int]] = {}
-    shared = [(name, id(composed.bank)) for name, composed in projections(model)]
-    for name, owner in [*shared, *((name, id(kept)) for name, kept in kept_matrices(model))]:
-        block = next((i for prefix, i in index.items() if name.startswith(prefix + ".")), None)
-        if block is not None:
-            spans.setdefault(owner, []).append(block)
-    merged: list[range] = []
-    for low, high in sorted((min(span), max(span)) for span in spans.values()):
-        if merged and low < merged[-1].stop:
-            merged[-1] = range(merged[-1].start, max(merged[-1].stop, high + 1))
-        else:
-            merged.append(range(low, high + 1))
-    return merged
-
-
-def _bands(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    train: Sequence[Batch],
-    held: Sequence[Batch],
-    steps: int,
-    seconds: float | None,
-    share: float,
-    seed: int,
-    rate: float | None,
-) -> list[Stage]:
-    """Stage 1: one descent per band, in order."""
-    stages: list[Stage] = []
-    if not steps:
-        return stages
-    names = list(blocks(model))
-    ranges = _band_ranges(model, names)
-    target = Stream(Source(dense), [*train, *held])
-    ours = target.fork()
-    mine, theirs = list(blocks(model).values()), list(blocks(dense).values())
-    for band in ranges:
-        while ours.position < band.start:
-            ours.advance(mine[ours.position])
-            target.advance(theirs[target.position])
-        objective = _Band(ours, target, [mine[i] for i in band], [theirs[i] for i in band], len(train))
-        part = len(band) / sum(len(r) for r in ranges)
-        stages.append(
-            descend(
-                f"layers {band.start}-{band.stop - 1}",
-                trained(model, [names[i] + "." for i in band]),
-                Objective(len(train), objective.train, objective.held_out),
-                steps=steps,
-                seconds=None if seconds is None else seconds * share * part,
-                seed=seed,
-                rate=rate,
-            )
-        )
-        for block in (mine[i] for i in band):
-            ours.advance(block)
-    return stages
-
-
-class _Band:
-    """Stage 1's loss: mean over the band's blocks of squared error of their outputs ÷ variance of the dense ones."""
-
-    def __init__(
-        self, ours: Stream, target: Stream, mine: list[nn.Module], theirs: list[nn.Module], training: int
-    ) -> None:
-        self.stream, self.blocks, self.training = ours, mine, training
-        self.targets: list[list[Tensor]] = []
-        for block in theirs:  # leaves the dense stream behind the band
-            target.advance(block)
-            self.targets.append(list(target.hidden))  # the stream replaces them in place
-        self.variances = [_variance(states, ours.masks) for states in self.targets]
-
-    def loss(self, index: int) -> Tensor:
-        hidden, mask, errors = self.stream.hidden[index], self.stream.masks[index], []
-        for offset, block in enumerate(self.blocks):
-            hidden = self.stream.call(block, index, hidden, self.stream.position + offset)
-            errors.append(_error(hidden, self.targets[offset][index], mask) / self.variances[offset])
-        return torch.stack(errors).mean()
-
-    def train(self, index: int) -> float:
-        loss = self.loss(index)
-        loss.backward()
-        return float(loss.detach())
-
-    @torch.no_grad()
-    def held_out(self) -> float:
-        held = range(self.training, len(self.stream.hidden))
-        return sum(float(self.loss(index)) for index in held) / len(held)
-
-
 class _Whole:
-    """Stage 2's loss, over whole batches; held-out text follows the training text in the numbering."""
+    """The loss, over whole batches; held-out text follows the training text in the numbering."""
 
     def __init__(
         self, model: PreTrainedModel, dense: PreTrainedModel, train: Sequence[Batch], held: Sequence[Batch]

@@ -1,4 +1,4 @@
-"""Gradient descent that cannot do harm: rates found by probes, the best state on held-out text kept, NaN survived."""
+"""Adam with the best state on held-out text kept: it never ends worse, and halves its rate where a loss diverges."""
 
 import math
 import random
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from pilon_compress.io.progress import track
 
-RATES = (1e-2, 3e-3, 1e-3)  # relative: an Adam step moves a number by this share of its tensor's root mean square
-PROBE_SHARE = 0.04  # of the steps and the time, for each rate
 CHECKS = 12  # looks at the held-out text per descent
 WARM_UP = 0.05
 HALVINGS = 3
@@ -71,20 +69,18 @@ def descend(
     steps: int,
     seconds: float | None = None,
     seed: int = 0,
-    rate: float | None = None,
+    rate: float,
 ) -> Stage:
     """Minimise `objective` by Adam from where `parameters` are; they end at the best state seen on the held-out text.
 
-    `rate` is relative to each tensor's root mean square, so that it means the same for every model; without it, each of
-    RATES is tried for a few steps and the best is taken. Warm-up, then cosine decay. If a loss is not finite or the
+    `rate` is relative: an Adam step moves a number by this share of its tensor's root mean square, so that it means the
+    same for every model. Warm-up, then cosine decay. If a loss is not finite or the
     held-out loss grows DIVERGED-fold, the best state is restored and the rate halved, HALVINGS times at most. With
     `seconds`, the schedule follows the clock and results differ from run to run; with `steps` alone they do not.
     """
     run = _Descent(parameters, objective, seed)
     budget = Budget(steps, seconds)
     before = run.best_loss
-    if rate is None:
-        rate = run.probe(budget)
     halvings, history = 0, [(0, before)]
     bar = iter(track(range(steps), f"refining {name}"))
     while budget.spent() < 1:
@@ -145,23 +141,6 @@ class _Descent:
             group["lr"] = rate * group["size"]
         optimizer.step()
         return True
-
-    def probe(self, budget: Budget) -> float:
-        """The rate whose few steps, decayed to nothing, end lowest on the held-out text. The state is put back."""
-        results = []
-        for rate in RATES:
-            self.restore()
-            optimizer, sound = self.optimizer(), True
-            seconds = None if budget.seconds is None else PROBE_SHARE * budget.seconds
-            trial = Budget(max(2, round(PROBE_SHARE * budget.steps)), seconds)
-            while sound and trial.spent() < 1:
-                sound = self.step(optimizer, rate * schedule(trial.spent()))
-                trial.done += 1
-            budget.done += trial.done
-            loss = self.objective.held_out() if sound else math.inf
-            results.append((loss if math.isfinite(loss) else math.inf, rate))
-        self.restore()
-        return min(results)[1]
 
     def follow(self, budget: Budget, rate: float, history: list[tuple[int, float]], bar: Any) -> bool:
         """Descend until the budget is spent; False if the loss ran away. The schedule starts where this call does."""
