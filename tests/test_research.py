@@ -64,7 +64,7 @@ def test_a_field_that_has_moved_says_where_to(complaint, field):
 
 def test_a_section_that_does_not_go_with_the_task_is_refused_at_its_line(complaint):
     text = "task: heal\nstart: x\nresearch:\n  original:\n    selection: {explore: noise}\n"
-    assert complaint(text).startswith(":4: research.original: selection.explore is for models from scratch")
+    assert complaint(text).startswith(":5: research.original.selection.explore: is for models from scratch")
 
 
 def test_a_recipe_with_research_is_written_and_read_back(tmp_path):

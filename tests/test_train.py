@@ -116,8 +116,8 @@ def test_baselines_are_one_flag_away(tmp_path, kind):
     assert hasattr(model.model, "pilon_banks") == (kind == "lowrank")
 
 
-def test_micro_batches_moving_averages_muon_and_gated_hosts(tmp_path):
-    options = ("run.micro_batch_size=4", "optimizer.ema=0.9", "optimizer.name=muon", "host.family=llama")
+def test_micro_batches_muon_and_gated_hosts(tmp_path):
+    options = ("run.micro_batch_size=4", "optimizer.name=muon", "host.family=llama")
     result = quick(tmp_path, *options, "run.gradient_checkpointing=true")
     assert result["val_perplexity"] < 500
     state = load_file(tmp_path / "out/model.safetensors")

@@ -62,8 +62,6 @@ def healing(folder, steps=25, **changes):
     [
         {},
         {"distill.hidden": 0.0},
-        {"distill.ffn": 0.5},
-        {"distill.layerwise": 0.4},
         {"run.micro_batch_size": 3, "distill.match_until": 0.5},
     ],
 )
@@ -89,14 +87,14 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(home, tmp_path):
 
 def test_padding_changes_nothing_and_texts_count_alike(home, tiny):
     rows = tokenise_paragraphs(str(home / "text.jsonl"), checkpoint.load_tokenizer(str(home / "dense")), "all", 64)
-    teacher = Teacher(checkpoint.load_model(str(home / "dense")), ("hidden",))
+    teacher = Teacher(checkpoint.load_model(str(home / "dense")), hidden=True)
     student = checkpoint.load_model(str(home / "pilon"))
     sizes = rows.sizes.argsort()
     picked = [int(sizes[0]), int(sizes[-1])]
     batch = rows.rows(picked)
     assert batch.input_ids.shape[1] == rows.sizes[picked[1]] and batch.attention_mask[0].sum() == rows.sizes[picked[0]]
-    trainee = FollowingEmbeddings(student, variances=teacher.variances(batch, False), places=()).eval()
-    terms = torch.ones(5)
+    trainee = FollowingEmbeddings(student, variances=teacher.variances(batch)).eval()
+    terms = torch.ones(4)
 
     def loss(indices):
         one = rows.rows(indices)

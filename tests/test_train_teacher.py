@@ -160,18 +160,18 @@ def test_the_shares_of_several_processes_are_the_whole(asked, tmp_path):
 def test_terms_whose_weights_change_are_compiled_once(tiny):
     dense = tiny.tiny_model("llama")
     dense.config.architectures = ["LlamaForCausalLM"]
-    teacher, student = Teacher(dense, ("hidden",)), tiny.tiny_model("llama", seed=1)
+    teacher, student = Teacher(dense, hidden=True), tiny.tiny_model("llama", seed=1)
     student.config.use_cache = False
 
     def batch(seed):
         ids = torch.randint(5, 200, (2, 16), generator=torch.Generator().manual_seed(seed))
         return Batch(ids, labels=ids.roll(-1, 1))
 
-    trainee = Following(student, 1.0, True, (), teacher.variances(batch(0), False)).eval()
+    trainee = Following(student, 1.0, True, teacher.variances(batch(0))).eval()
     compiled = torch.compile(trainee, dynamic=False, backend="eager")
     graphs = []
     for step in range(3):
-        one, terms = batch(step), torch.tensor([1.0, 0.5, 1 - 0.3 * step, 0.0, 0.0])
+        one, terms = batch(step), torch.tensor([1.0, 0.5, 1 - 0.3 * step, 0.0])
         wanted = teacher.wanted(one)
         found = compiled(one.inputs(), one.labels, wanted, terms)
         assert found.item() == pytest.approx(trainee(one.inputs(), one.labels, wanted, terms).item(), rel=1e-5)

@@ -6,7 +6,7 @@
 Nothing of the core imports research: a module of it is loaded when a recipe or a saved layout names it, and here alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema, InitErrorDetails
 
 from pilon_compress.config.reading import Section
 
@@ -27,8 +27,9 @@ PACKAGE = "pilon_compress.research"
 class ResearchSection(Section):
     """Fields that one research module adds to a training recipe."""
 
-    def check(self, recipe: "TrainRecipe") -> None:
-        """Raise ValueError, in one line, where the section does not go with the rest of the recipe."""
+    def conflicts(self, recipe: "TrainRecipe") -> Iterator[tuple[str, str]]:
+        """Yield (dotted field of the section, what is wrong) for every field that does not go with the recipe."""
+        yield from ()
 
     @property
     def weight_decay_ends(self) -> float | None:
@@ -64,19 +65,6 @@ class Research(Section):
     def sections(self) -> Mapping[str, ResearchSection]:
         """The sections that the recipe names, by module name."""
         return self.__pydantic_extra__ or {}
-
-    def check(self, recipe: "TrainRecipe") -> None:
-        """Raise pydantic's ValidationError at the sections that do not go with the rest of the recipe."""
-        errors = []
-        for name, section in self.sections.items():
-            try:
-                section.check(recipe)
-            except ValueError as error:
-                kind = PydanticCustomError("conflict", "{reason}", {"reason": str(error)})
-                given = section.model_dump(exclude_defaults=True)
-                errors.append(InitErrorDetails(type=kind, loc=("research", name), input=given))
-        if errors:
-            raise ValidationError.from_exception_data("TrainRecipe", errors)
 
     @classmethod
     def parts(cls) -> dict[str, Any]:

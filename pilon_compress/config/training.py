@@ -138,8 +138,6 @@ class Optimizer(Section):
     """Decay rates of AdamW's first and second moment."""
     clip: Above | None = 1.0
     """Largest norm of the gradient; longer ones are scaled down."""
-    ema: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
-    """Decay of a moving average of the weights, which is then evaluated and saved."""
 
 
 class Schedule(Section):
@@ -169,14 +167,10 @@ class Distill(Section):
     hidden: Number | None = None
     """Weight of the squared error of every layer's states over the teacher's variance. Default: 0, or 1 for
     encoders."""
-    ffn: Number = 0.0
-    """Weight of the squared error of the feed-forward blocks' outputs over the teacher's variance."""
     pooled: Number = 1.0
     """Weight of 1 - cosine of the pooled embeddings (encoders)."""
     match_until: Share = 1.0
-    """Share of the training after which the weights of `hidden` and `ffn` have fallen to 0."""
-    layerwise: Share = 0.0
-    """Share of the training that fits layer by layer, before the model as a whole."""
+    """Share of the training after which the weight of `hidden` has fallen to 0."""
     cache_teacher: Annotated[Count, Option()] = 0
     """Cache this many of the teacher's largest log-probabilities per token on disk, so that it runs once; 0: no
     cache."""
@@ -298,7 +292,6 @@ class TrainRecipe(Section):
     @model_validator(mode="after")
     def _every_option_counts(self) -> "TrainRecipe":
         refuse_conflicts(self, self._conflicts())
-        self.research.check(self)
         return self
 
     def _conflicts(self) -> Iterator[tuple[str, str]]:
@@ -312,15 +305,15 @@ class TrainRecipe(Section):
         if self.shrink and (self.task != "heal" or self.shrink != sorted(set(self.shrink), reverse=True)):
             yield "shrink", "is for task heal, and its ratios must fall"
         asked = self.distill
-        if asked.cache_teacher and (asked.hidden or asked.ffn or asked.layerwise):
-            told = "keeps predictions only: leave it out, or distill.hidden, distill.ffn and distill.layerwise at 0"
-            yield "distill.cache_teacher", told
+        if asked.cache_teacher and asked.hidden:
+            yield "distill.cache_teacher", "keeps predictions only: leave it out, or distill.hidden at 0"
         if asked.cache_teacher and self.data.streaming:
             yield "distill.cache_teacher", "needs text that is stored: leave out one of the two, this or data.streaming"
-        if self.run.compile and (asked.layerwise or asked.ffn):
-            yield "run.compile", "does not go with distill.ffn or distill.layerwise, which look into blocks"
         if self.task == "sft" and self.ternary.enabled:
             yield "ternary.enabled", "is for pretrain and heal: a ternary model is taught chats as it is"
+        for name, section in self.research.sections.items():
+            for field, message in section.conflicts(self):
+                yield f"research.{name}.{field}", message
 
 
 def load(name_or_path: str, overrides: Sequence[str | Override] = ()) -> TrainRecipe:

@@ -1,6 +1,5 @@
 """The model that is followed: it runs without gradient, and never changes."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 from pilon_compress.data.batch import Batch
 from pilon_compress.distill.kl import COPIES, Goal, largest
 from pilon_compress.distill.losses import next_token_sum
-from pilon_compress.distill.students import Wanted, captured, feed_forward_outputs
+from pilon_compress.distill.students import Wanted
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.blocks import blocks
@@ -18,34 +17,26 @@ from pilon_compress.nn.functional import mean_pooled, rows_at_once, soft_capped
 
 
 class Teacher:
-    """`model`, frozen. `match`: which of its states are wanted besides its predictions: hidden, ffn."""
+    """`model`, frozen. `hidden`: its states are wanted besides its predictions."""
 
-    def __init__(self, model: PreTrainedModel, match: Sequence[str] = ()) -> None:
+    def __init__(self, model: PreTrainedModel, hidden: bool = False) -> None:
         self.model = model.requires_grad_(False).eval()
         self.model.config.use_cache = False
-        self.causal, self.match = checkpoint.is_causal(model.config), tuple(match)
-        self.places = feed_forward_outputs(model) if "ffn" in match else []
+        self.causal, self.hidden = checkpoint.is_causal(model.config), hidden
 
     @torch.no_grad()
-    def wanted(self, batch: Batch, block_by_block: bool = False) -> Wanted:
-        """What a trainee is given beside `batch`: see `distill`."""
-        if block_by_block:
-            with captured(self.model, list(blocks(self.model))) as outputs:
-                self.model.base_model(**batch.inputs())
-            return {"blocks": outputs}
-        states = {"output_hidden_states": True} if "hidden" in self.match else {}
-        with captured(self.model, self.places) as outputs:
-            found = self.model.base_model(**batch.inputs(), **states)
+    def wanted(self, batch: Batch) -> Wanted:
+        """Return what a trainee is given beside `batch`: see `students`."""
+        states = {"output_hidden_states": True} if self.hidden else {}
+        found = self.model.base_model(**batch.inputs(), **states)
         last = found.last_hidden_state
         wanted: Wanted
         if self.causal:
             wanted = {"goal": self.goal(last.flatten(0, 1))}
         else:
             wanted = {"pooled": mean_pooled(last.float(), batch.mask)}
-        if "hidden" in self.match:
+        if self.hidden:
             wanted["hidden"] = list(found.hidden_states[1:])
-        if "ffn" in self.match:
-            wanted["ffn"] = outputs
         return wanted
 
     def goal(self, states: Tensor) -> Goal:
@@ -78,14 +69,9 @@ class Teacher:
         states = self.model.base_model(**batch.inputs()).last_hidden_state
         return float(next_token_sum(head, states.flatten(0, 1), batch.targets.flatten(), cap))
 
-    def variances(self, batch: Batch, block_by_block: bool) -> dict[str, Tensor]:
-        """(layers,) for each kind of states that is matched: the mean over dimensions of the variance over tokens."""
-        wanted = self.wanted(batch) | (self.wanted(batch, True) if block_by_block else {})
-        return {
-            name: torch.stack([_variance(states[batch.mask]) for states in wanted[name]]).clamp_min(1e-12)
-            for name in ("hidden", "ffn", "blocks")
-            if name in wanted
-        }
+    def variances(self, batch: Batch) -> Tensor:
+        """Return (layers,) variances of the hidden states over tokens, means over dimensions."""
+        return torch.stack([_variance(states[batch.mask]) for states in self.wanted(batch)["hidden"]]).clamp_min(1e-12)
 
 
 def _variance(rows: Tensor) -> Tensor:
@@ -100,9 +86,7 @@ def fingerprint(reference: str) -> str:
     return "\n".join([str(folder), *(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)])
 
 
-def open_teacher(
-    reference: str, student: PreTrainedModel, device: torch.device, match: Sequence[str], layerwise: bool = False
-) -> Teacher:
+def open_teacher(reference: str, student: PreTrainedModel, device: torch.device, hidden: bool = False) -> Teacher:
     """The teacher, on `device`, in bfloat16 on GPUs. Raises BadInput for one that the student cannot follow."""
     half = device.type == "cuda"
     model = checkpoint.load_model(reference, dtype=torch.bfloat16 if half else torch.float32, device=str(device))
@@ -115,6 +99,6 @@ def open_teacher(
         raise BadInput(
             f"{reference} has embeddings of {theirs.hidden_size} numbers, the model to heal {ours.hidden_size}"
         )
-    if (match or layerwise) and (len(blocks(model)), ours.hidden_size) != (len(blocks(student)), theirs.hidden_size):
-        raise BadInput(f"{reference} has other layers than the model to heal: set distill.hidden, ffn, layerwise to 0")
-    return Teacher(model, match)
+    if hidden and (len(blocks(model)), ours.hidden_size) != (len(blocks(student)), theirs.hidden_size):
+        raise BadInput(f"{reference} has other layers than the model to heal: set distill.hidden to 0")
+    return Teacher(model, hidden)

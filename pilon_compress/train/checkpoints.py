@@ -1,7 +1,7 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
     OUT/checkpoints/step-00001200/
-      *.safetensors    weights, moving averages and optimiser states; each process writes its own shards
+      *.safetensors    weights, the best of them and optimiser states; each process writes its own shards
       *.stream         each process's place in streamed text
       state.json       step, recipe, best validation so far; a folder without it is none
       manifest.json    checksums of all of these

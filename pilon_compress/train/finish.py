@@ -25,7 +25,7 @@ from pilon_compress.nn.layout import install, layout_of, projections
 from pilon_compress.nn.sharded import full
 from pilon_compress.report.card import training_card
 from pilon_compress.report.training_page import write_pages
-from pilon_compress.train.loop import Training, put, validation_loss, weights_in
+from pilon_compress.train.loop import Training, put, validation_loss
 from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.preflight import sized
 from pilon_compress.train.run import RESULT, Run
@@ -36,14 +36,12 @@ log = logging.getLogger(__name__)
 def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> dict[str, Any]:
     """Judge the final weights, write the model folder, and say what came of it."""
     if job.kept:
-        put(job.trainee, job.kept)  # moving averages included: they are what was judged
-        job.ema = {}
-    with weights_in(job):
-        for _, layer in projections(job.trainee.model):
-            layer.settle()
-        round_to(job.trainee, dtype_of(run.recipe))
-        loss = validation_loss(job)
-        model = gathered(job)
+        put(job.trainee, job.kept)
+    for _, layer in projections(job.trainee.model):
+        layer.settle()
+    round_to(job.trainee, dtype_of(run.recipe))
+    loss = validation_loss(job)
+    model = gathered(job)
     result: dict[str, Any] = {}
     if run.world.first:
         prune_unused(model)

@@ -1,7 +1,6 @@
 """Healing: a converted model follows its dense teacher.
 
-share of the training    0 ........ layerwise ........................ 1
-what is learnt           block by block    predictions or embeddings, and states, whose weight fades
+Causal LMs learn its predictions, encoders its embeddings; both may learn its states, whose weight fades.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pilon_compress.config.training import TrainRecipe
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.corpus import Corpus
 from pilon_compress.data.loader import Loader, Rows, in_order
-from pilon_compress.distill.students import Following, FollowingEmbeddings, Wanted, feed_forward_outputs
+from pilon_compress.distill.students import Following, FollowingEmbeddings, Wanted
 from pilon_compress.distill.teacher import Teacher, fingerprint, open_teacher
 from pilon_compress.distill.teacher_cache import Taught, Wish, predictions
 from pilon_compress.errors import BadInput
@@ -69,11 +68,10 @@ class Healing:
 
     def prepared(self, batch: Batch) -> tuple[Any, ...]:
         """What the trainee is called with, in training."""
-        kl, next_token, hidden, ffn, pooled = self.weights
+        kl, next_token, hidden, pooled = self.weights
         faded = schedule.fade(self.share, self.recipe.distill.match_until)
-        terms = torch.tensor([kl, next_token, hidden * faded, ffn * faded, pooled], device=self.world.device)
-        alone = self.figure is PERPLEXITY and not (kl or hidden * faded or ffn * faded)
-        if alone and self.share >= self.recipe.distill.layerwise:  # the text itself needs no teacher
+        terms = torch.tensor([kl, next_token, hidden * faded, pooled], device=self.world.device)
+        if self.figure is PERPLEXITY and not (kl or hidden * faded):  # the text itself needs no teacher
             return batch.inputs(), batch.labels
         return batch.inputs(), batch.labels, self._wanted(batch, faded), terms
 
@@ -81,10 +79,8 @@ class Healing:
         if batch.goal is not None:
             return {"goal": {name: tensor.flatten(0, 1) for name, tensor in batch.goal.items()}}
         assert self.teacher is not None
-        if self.share < self.recipe.distill.layerwise:
-            return self.teacher.wanted(batch, block_by_block=True)
         wanted = self.teacher.wanted(batch)
-        return wanted if faded else {name: one for name, one in wanted.items() if name not in ("hidden", "ffn")}
+        return wanted if faded else {name: one for name, one in wanted.items() if name != "hidden"}
 
     def judge(self, wrapped: nn.Module) -> tuple[float, int]:
         """(loss, tokens or texts) of this process's share of the validation slice."""
@@ -147,13 +143,12 @@ def open_healing(recipe: TrainRecipe, world: World, model: PreTrainedModel, corp
     """Load the teacher, or have its predictions on disk, and make the trainee. Raises BadInput for what cannot be."""
     asked, causal = recipe.distill, checkpoint.is_causal(model.config)
     hidden = asked.hidden if asked.hidden is not None else 0.0 if causal else 1.0
-    match = tuple(name for name, weight in (("hidden", hidden), ("ffn", asked.ffn)) if weight)
     reference = teacher_of(recipe)
     teacher: Teacher | None = None
 
     def opened() -> Teacher:
         nonlocal teacher
-        teacher = teacher or open_teacher(reference, model, world.device, match, asked.layerwise > 0)
+        teacher = teacher or open_teacher(reference, model, world.device, hidden > 0)
         return teacher
 
     kept: Path | None = None
@@ -161,17 +156,16 @@ def open_healing(recipe: TrainRecipe, world: World, model: PreTrainedModel, corp
         taught, kept = remembered(recipe, world, model, corpus, reference, opened, quiet)
         corpus = replace(corpus, batches=taught)
     of_teacher = judged(corpus.validation, recipe, world, opened, kept) if causal else 0.0
-    variances: dict[str, Tensor] = {}
-    if match or asked.layerwise:
+    variances: Tensor | None = None
+    if hidden:
         first = corpus.validation.rows(range(min(MEASURED, len(corpus.validation))))
-        variances = opened().variances(first.to(world.device), asked.layerwise > 0)
-    places = feed_forward_outputs(model) if asked.ffn else []
+        variances = opened().variances(first.to(world.device))
     trainee: nn.Module
     if causal:
-        trainee = Following(model, asked.temperature, asked.next_token != 0, places, variances)
+        trainee = Following(model, asked.temperature, asked.next_token != 0, variances)
     else:
         freeze_unused(model)
-        trainee = FollowingEmbeddings(model, places, variances)
+        trainee = FollowingEmbeddings(model, variances)
     if not recipe.run.gradient_checkpointing:
         trainee.eval()  # no dropout: the teacher has none
     return Healing(
@@ -182,7 +176,7 @@ def open_healing(recipe: TrainRecipe, world: World, model: PreTrainedModel, corp
         figure=PERPLEXITY if causal else COSINE,
         reference=reference,
         teacher=None if kept is not None else opened(),
-        weights=(asked.kl, asked.next_token, hidden, asked.ffn, asked.pooled),
+        weights=(asked.kl, asked.next_token, hidden, asked.pooled),
         of_teacher=of_teacher,
     )
 

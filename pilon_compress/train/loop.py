@@ -1,13 +1,13 @@
 """The training loop: one for every task, on one process or many.
 
-for each step:  rates for this share of the training -> micro batches -> clip -> optimisers -> moving average
+for each step:  rates for this share of the training -> micro batches -> clip -> optimisers
                 -> now and then: metrics, validation, a checkpoint
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -93,7 +93,6 @@ class Training:
     tokens: int = 0
     seconds: float = 0.0
     best: float = math.inf
-    ema: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -102,8 +101,6 @@ def train(job: Training, monitor: Monitor) -> None:
     the loss runs away."""
     recipe, every = job.recipe, job.recipe.run.evaluate_every or max(1, job.steps // 20)
     clock, saved, mean = Clock(), time.monotonic(), math.nan
-    if job.recipe.optimizer.ema and not job.ema:
-        job.ema = _weights(job)
     if job.step == 0 and (job.keep_best or recipe.task == "heal"):
         job.before = _judge(job, monitor)
     with signals.watched() as asked:
@@ -169,8 +166,6 @@ def _step(job: Training, share: float) -> tuple[tuple[float, int], dict[str, flo
             optimizer.step()
     for optimizer in job.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    if job.ema:
-        _average(job)
     return (world.total(total)[0], tokens), norms
 
 
@@ -190,15 +185,6 @@ def _clip(job: Training) -> dict[str, float]:
     if limit is not None:
         norms["gradient_norm"] = float(full(clip_grad_norm_([p for group in groups.values() for p in group], limit)))
     return norms
-
-
-@torch.no_grad()
-def _average(job: Training) -> None:
-    decay = job.recipe.optimizer.ema or 0.0
-    warm = min(decay, (1 + job.step) / (10 + job.step))  # the first weights are random: forget them soon
-    for name, parameter in job.trainee.named_parameters():
-        if name in job.ema:
-            job.ema[name].lerp_(parameter.detach(), 1 - warm)
 
 
 def _check(loss: float, mean: float, job: Training) -> float:
@@ -240,17 +226,16 @@ def _flush(job: Training, clock: Clock) -> tuple[float, int]:
 
 def _judge(job: Training, monitor: Monitor) -> float:
     """The mean loss on the fixed slice; remembers the weights if they are the best and that matters."""
-    with weights_in(job):
-        loss = validation_loss(job)
-        value = job.figure.of(loss)
-        if job.keep_best and (loss < job.best or not job.kept):
-            job.kept = _weights(job)
-        job.best = min(job.best, loss)
-        figures: dict[str, Any] = {job.figure.name: value, "tokens": job.tokens}
-        if job.health is not None:
-            figures |= job.health()
-        if job.sample is not None:
-            figures["sample"] = job.sample()
+    loss = validation_loss(job)
+    value = job.figure.of(loss)
+    if job.keep_best and (loss < job.best or not job.kept):
+        job.kept = _weights(job)
+    job.best = min(job.best, loss)
+    figures: dict[str, Any] = {job.figure.name: value, "tokens": job.tokens}
+    if job.health is not None:
+        figures |= job.health()
+    if job.sample is not None:
+        figures["sample"] = job.sample()
     if job.world.first:
         monitor.log(job.step, figures)
         monitor.say(f"step {job.step}/{job.steps}  {job.figure.words} {value:.4g}")
@@ -270,20 +255,6 @@ def validation_loss(job: Training) -> float:
     return loss / max(1.0, tokens)
 
 
-@contextmanager
-def weights_in(job: Training) -> Iterator[None]:
-    """The moving averages in the place of the weights, where there are any."""
-    if not job.ema:
-        yield
-        return
-    own = {name: p.detach().clone() for name, p in job.trainee.named_parameters() if name in job.ema}
-    put(job.trainee, job.ema)
-    try:
-        yield
-    finally:
-        put(job.trainee, own)
-
-
 @torch.no_grad()
 def put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy tensors into the parameters of those names."""
@@ -298,9 +269,7 @@ def _weights(job: Training) -> dict[str, Tensor]:
 
 
 def _tensors(job: Training) -> dict[str, Tensor]:
-    found = tensors_of(job.trainee, job.optimizers)
-    found |= {f"ema.{name}": tensor for name, tensor in job.ema.items()}
-    return found | {f"best.{name}": tensor for name, tensor in job.kept.items()}
+    return tensors_of(job.trainee, job.optimizers) | {f"best.{name}": tensor for name, tensor in job.kept.items()}
 
 
 def save(job: Training) -> None:
@@ -318,8 +287,6 @@ def save(job: Training) -> None:
 def restore(job: Training, step: int) -> None:
     """Continue from the checkpoint of `step`."""
     plain = job.checkpoints.plain(step)
-    if job.recipe.optimizer.ema:
-        job.ema = _weights(job)
     if job.keep_best:
         job.kept = _weights(job)
     job.checkpoints.load(step, _tensors(job))

@@ -1,5 +1,7 @@
 """Fields of `research.bitnet` in a training recipe; all off by default (figures: docs/results/ternary.md)."""
 
+from collections.abc import Iterator
+
 from pilon_compress.config.reading import Number, Share, Switch
 from pilon_compress.config.research import ResearchSection
 from pilon_compress.config.training import WEIGHT_DECAY_ENDS, TrainRecipe
@@ -21,6 +23,6 @@ class Settings(ResearchSection):
     def weight_decay_ends(self) -> float:
         return self.second
 
-    def check(self, recipe: TrainRecipe) -> None:
+    def conflicts(self, recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
         if self.sub_norm and (recipe.task != "pretrain" or recipe.warm):
-            raise ValueError("sub_norm is for models from scratch, with ffn.dense_until 0: no conversion has it")
+            yield "sub_norm", "is for models from scratch, with ffn.dense_until 0: no conversion has it"

@@ -1,5 +1,6 @@
 """Fields of `research.original` in a training recipe; all off by default (docs/log.md has what each costs or gains)."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import model_validator
@@ -69,11 +70,13 @@ class Settings(ResearchSection):
     staged: Staged = Staged()
     selection: Selection = Selection()
 
-    def check(self, recipe: TrainRecipe) -> None:
-        explores = "selection.explore" if self.selection.explore != "none" else None
-        latent = "latent_scale" if self.latent_scale else "latent_bias" if self.latent_bias else None
-        if recipe.task != "pretrain" and (field := explores or latent):
-            raise ValueError(f"{field} is for models from scratch (task pretrain)")
+    def conflicts(self, recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
+        asked = {"selection.explore": self.selection.explore != "none"}
+        asked |= {"latent_scale": self.latent_scale, "latent_bias": self.latent_bias}
+        if recipe.task != "pretrain":
+            yield from (
+                (field, "is for models from scratch (task pretrain)") for field, given in asked.items() if given
+            )
 
     def marks(self) -> list[tuple[float, str]]:
         found = [(end, f"phase {index + 2}") for index, end in enumerate(self.staged.phases[:-1])]
