@@ -64,7 +64,7 @@ def compare(
 
 
 def print_plan(result: dict[str, Any]) -> None:
-    """What each method would store at each ratio."""
+    """Print the numbers and bytes that each method would store at each ratio."""
     from pilon_compress.report.formatting import number, short_count
     from pilon_compress.report.methods import method_of
 
@@ -72,7 +72,7 @@ def print_plan(result: dict[str, Any]) -> None:
     for one in result["planned"]:
         counts = [short_count(one["stored"]), number(one["stored_ratio"]), number(one["bytes_ratio"])]
         rows.append([method_of(one["method"]).title, f"{one['ratio']:g}", *counts])
-    headings = ["method", "asked FFN ratio", "stored", "stored ÷ dense", "bytes ÷ dense"]
+    headings = ["method", "FFN ratio asked for", "stored", "stored ÷ dense", "bytes ÷ dense"]
     print_table(result["source"], headings, rows)
     calibration = result["calibration"]
     say(
@@ -82,7 +82,7 @@ def print_plan(result: dict[str, Any]) -> None:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """One table per ratio, best first, and where to look."""
+    """Print one table per ratio, best method first, and the files that were written."""
     from pilon_compress.report.comparison_page import terminal_table
     from pilon_compress.report.formatting import number
 

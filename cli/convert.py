@@ -52,12 +52,12 @@ def print_estimate(ratio: float, final: bool, expected: dict[str, float]) -> Non
     sizes = "the plan follows" if final else "sizes per layer follow after calibration"
     say(
         f"FFN to at most {number(ratio)} of its dense parameters; {sizes}; "
-        f"about {number(expected['seconds'])} s and {number(expected['peak_gib'])} GiB here\n"
+        f"about {number(expected['seconds'])} s and {number(expected['peak_gib'])} GiB on this machine\n"
     )
 
 
 def print_plan(result: dict[str, Any], verbose: bool = False) -> None:
-    """The plan that will be made; sizes alone where it is not final."""
+    """Print the plan with its sizes; the sizes alone while it is not final."""
     from pilon_compress.report.formatting import mib, number
 
     final = result.get("final", True)
@@ -73,13 +73,13 @@ def print_plan(result: dict[str, Any], verbose: bool = False) -> None:
     if result["source_dtype"] != "bfloat16":
         text += f", {number(whole['bytes_ratio_to_bf16'])} of the dense model in bfloat16"
     if expected:
-        text += f"; about {number(expected['seconds'])} s and {number(expected['peak_gib'])} GiB here"
+        text += f"; about {number(expected['seconds'])} s and {number(expected['peak_gib'])} GiB on this machine"
     for line in (*result["notes"], f"{text}\n"):
         say(line)
 
 
 def print_result(report: dict[str, Any]) -> None:
-    """The measured sizes, errors and quality, and where the model is."""
+    """Print the measured sizes, errors and quality, and the folder of the model."""
     from pilon_compress.report.formatting import method_name, number, quality, ratios
 
     rows = [[ratio.label, ratio.part, number(ratio.value), ratio.detail] for ratio in ratios(report)]

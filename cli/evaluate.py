@@ -26,5 +26,7 @@ def evaluate(settings: EvaluateConfig, as_json: Json = False) -> None:
         print_json(result)
         return
     rows = [[figure.label, figure.value, figure.dense, figure.meaning] for figure in quality(result)]
-    print_table(f"{asked.model} against {result['against'] or 'nothing'}", ["", "PILON", "dense", "what it is"], rows)
+    print_table(
+        f"{asked.model} against {result['against'] or 'no dense model'}", ["", "PILON", "dense", "meaning"], rows
+    )
     say("; ".join(f"{label}: {value}" for label, value in circumstances(result) if label not in ("model", "against")))

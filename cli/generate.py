@@ -35,6 +35,7 @@ def generate(settings: GenerateConfig, prompt: Prompt, as_json: Json = False) ->
 
 
 def _print_piece(piece: str) -> None:
+    """Print a piece of the completion as soon as it is there."""
     print(piece, end="", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""`pilon-compress inspect`: what is inside a model, and what a conversion would replace. Loads no weights."""
+"""`pilon-compress inspect`: the projections of a model, dense or converted. Loads no weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def inspect(settings: InspectConfig, verbose: Verbose = False, as_json: Json = F
 
 
 def print_dense(result: dict[str, Any], verbose: bool = False) -> None:
-    """The projections that a conversion would replace, in the dtype of the model's file."""
+    """Print the projections that a conversion would replace, in the dtype of the model's file."""
     from pilon_compress.report.formatting import mib, number, short_count
 
     parts = [
@@ -58,7 +58,7 @@ def print_dense(result: dict[str, Any], verbose: bool = False) -> None:
 
 
 def print_converted(result: dict[str, Any], verbose: bool = False) -> None:
-    """The banks and matrices of a PILON model as they are stored, its ratios, and how it was judged."""
+    """Print the banks and matrices of a PILON model as they are stored, its ratios, and its evaluation."""
     from pilon_compress.report.formatting import circumstances, number, quality
 
     title = f"{result['model']}  {result['architecture']}"
@@ -81,4 +81,4 @@ def print_converted(result: dict[str, Any], verbose: bool = False) -> None:
         print()
         print_table(f"Quality on {data}, from its report", ["", "PILON", "dense"], rows)
     else:
-        say("quality: no evaluation is beside the weights; `pilon-compress eval` measures it")
+        say("Quality: not evaluated yet; `pilon-compress eval` measures it.")

@@ -1,4 +1,4 @@
-"""The `pilon-compress` command: its sub-commands, and what every failure looks like.
+"""The `pilon-compress` command: its sub-commands, and one line with an exit code for every failure.
 
 Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr says what to change); 128 + the signal's number where a
 signal ended it: 129 hang-up, 130 interrupted, 141 nobody reads the output any more, 143 terminated.
@@ -53,6 +53,7 @@ app.add_typer(recipes.app, name="recipes")
 
 
 def _version(asked: bool) -> None:
+    """Print the version and leave, where `--version` is given."""
     if asked:
         print(f"pilon-compress {__version__}")
         raise typer.Exit
@@ -68,7 +69,7 @@ def root(
 
 
 def main() -> NoReturn:
-    """Run the command line and leave with its exit code. PILON_DEBUG=1 lets exceptions through, tracebacks and all."""
+    """Run the command line and exit with its code. PILON_DEBUG=1 lets exceptions through, with their tracebacks."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     progress.switch_on()
@@ -134,7 +135,7 @@ class _Unfailing(io.TextIOWrapper):
 
 
 def _flush() -> None:
-    """Write out what is buffered: whether stdout takes it decides the exit code."""
+    """Write out what is buffered; exit with an error if stdout does not take it."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -144,12 +145,13 @@ def _flush() -> None:
 
 
 def _unread() -> NoReturn:
-    """End as a command whose reader has gone away: quietly."""
+    """Exit quietly, as a command whose output nobody reads any more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os._exit(128 + 13)  # SIGPIPE
 
 
 def _leave(code: int, message: str) -> NoReturn:
+    """Write `message` as one line on stderr, behind what stdout still holds, and exit with `code`."""
     try:
         sys.stdout.flush()
     except OSError:  # what cannot be written must not fail once more at the end

@@ -1,4 +1,4 @@
-"""How results reach the terminal: tables and sentences that fit its width, or one JSON object, on stdout."""
+"""Results on stdout: tables and sentences that fit the width of the terminal, or one JSON object."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def wait_passively() -> None:
     """Let OpenMP threads sleep while they wait, unless the user says otherwise. To be called before torch is imported.
 
     By default they spin, which on cores that others use makes small decompositions seven times as slow
-    (docs/results/real-models.md). Kernels of microseconds want the spinning, so this is for conversions only.
+    (docs/results/real-models.md). Benchmarks of kernels need the spinning, so they do not call this.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -30,12 +30,12 @@ def command_line() -> str:
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """One JSON object on stdout, and nothing else."""
+    """Print `result` as one JSON object, and nothing else."""
     print(json.dumps(result, indent=2))
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal behind stdout; None for a pipe or a file."""
+    """Return the columns of the terminal behind stdout; None for a pipe or a file."""
     return shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else None
 
 
@@ -53,7 +53,7 @@ def print_table(
     totals: Sequence[Sequence[str]] = (),
     optional: Sequence[str] = (),
 ) -> None:
-    """A table on stdout: the first column is text, the others are right-aligned figures; `totals` end it.
+    """Print a table: the first column is text, the others are right-aligned figures; `totals` end it.
 
     Empty columns are left out. Headings wrap at spaces. Where the terminal is too narrow the `optional` columns go, in
     that order, then others from the right, and a line says which.
@@ -83,7 +83,7 @@ def print_table(
 def _fitting(
     columns: Sequence[str], rows: Sequence[Sequence[str]], used: list[int], optional: Sequence[str], width: int
 ) -> list[int]:
-    """The columns that stay, so that their least widths fit into `width`."""
+    """Return the columns that stay, so that their least widths fit into `width`."""
     going = [columns.index(name) for name in optional if columns.index(name) in used]
     going += [index for index in reversed(used[1:]) if index not in going]
     shown = list(used)
@@ -96,7 +96,7 @@ def _fitting(
 
 
 def _least(columns: Sequence[str], rows: Sequence[Sequence[str]], index: int, name: bool) -> int:
-    """The least width of a column: of its figures, and of its longest word where it wraps."""
+    """Return the least width of a column: that of its figures, or of its longest word where it wraps."""
     cells = [row[index] for row in rows]
     heading = max(map(len, columns[index].split()), default=0)
     if not name and _is_prose(cells):
@@ -106,7 +106,7 @@ def _least(columns: Sequence[str], rows: Sequence[Sequence[str]], index: int, na
 
 
 def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], shown: list[int], width: int | None) -> list[int]:
-    """Least widths, and what is left of `width` to the names, to the sentences, and then to the headings."""
+    """Return the widths of columns: the least ones, then the rest of `width` to names, sentences and headings."""
     cells = [max(map(len, [row[index] for row in rows]), default=0) for index in shown]
     least = [_least(columns, rows, index, place == 0) for place, index in enumerate(shown)]
     found = least if width is not None else [max(pair) for pair in zip(least, cells, strict=True)]
@@ -122,7 +122,7 @@ def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], shown: list[i
 
 
 def _lines(cells: Sequence[str], widths: Sequence[int], prose: Sequence[bool], bottom: bool = False) -> list[str]:
-    """A row as lines of text: sentences and headings wrap, a name that is too long loses its beginning."""
+    """Return a row as lines of text: sentences and headings wrap, a name that is too long loses its beginning."""
     wrapped = []
     for place, (cell, width) in enumerate(zip(cells, widths, strict=True)):
         if bottom or prose[place]:
@@ -143,7 +143,7 @@ def _lines(cells: Sequence[str], widths: Sequence[int], prose: Sequence[bool], b
 
 
 def _shortened(name: str, width: int) -> str:
-    """The end of a dotted name that fits into `width`, from a dot on if there is one."""
+    """Return the end of a dotted name that fits into `width`, from a dot on if there is one."""
     if len(name) <= width:
         return name
     end = name[len(name) - width + 1 :]
@@ -151,13 +151,15 @@ def _shortened(name: str, width: int) -> str:
 
 
 def _prose(rows: Sequence[Sequence[str]], shown: Sequence[int]) -> list[bool]:
-    """True for the columns of sentences; never for the first, which names the rows."""
+    """Return True for columns of sentences; never for the first, which names the rows."""
     return [place > 0 and _is_prose([row[index] for row in rows]) for place, index in enumerate(shown)]
 
 
 def _is_prose(cells: Sequence[str]) -> bool:
+    """Return True if a cell is a sentence, which wraps."""
     return any(len(cell) > TEXT and " " in cell for cell in cells)
 
 
 def _wrapped(text: str, width: int) -> str:
+    """Return `text` in lines of at most `width` columns, broken at spaces alone."""
     return "\n".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)) or text

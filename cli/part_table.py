@@ -29,7 +29,7 @@ Label = Callable[[Sequence[Part]], str]
 
 
 def print_parts(title: str, parts: Sequence[Part], dtype: str, *, names: bool = False, verbose: bool = False) -> None:
-    """The table of `parts`, labelled by role and layers or by module `names`; `verbose`: one row per part."""
+    """Print the table of `parts`, labelled by role and layers or by module `names`; `verbose`: one row per part."""
     label: Label = name_label if names else role_label
     columns = ("projection" if names else COLUMNS[0], *COLUMNS[1:])
     groups = [[part] for part in parts]
@@ -45,7 +45,7 @@ def print_parts(title: str, parts: Sequence[Part], dtype: str, *, names: bool = 
 
 
 def join_equal(parts: Sequence[Part]) -> list[list[Part]]:
-    """Neighbouring layers whose parts of a role have equal sizes, joined; by first layer, then in the parts' order."""
+    """Join neighbouring layers whose parts of a role have equal sizes; by first layer, then in the parts' order."""
     keys = ("d_in", "d_out", "n_primitives", "rank", "top_k", "quantization", "stored", "dense_stored")
     found: list[list[Part]] = []
     last: dict[str, list[Part]] = {}
@@ -60,14 +60,14 @@ def join_equal(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 def role_label(group: Sequence[Part]) -> str:
-    """Role and layers, as in `up 0–2`."""
+    """Return role and layers, as in `up 0–2`."""
     from pilon_compress.report.formatting import layer_list
 
     return f"{group[0]['role']} {layer_list([layer for part in group for layer in part['layers']])}"
 
 
 def name_label(group: Sequence[Part]) -> str:
-    """Module name with the range of its layers, as in `layers.0–29.mlp.up_proj`."""
+    """Return the module name with the range of its layers, as in `layers.0–29.mlp.up_proj`."""
     from pilon_compress.report.formatting import layer_list
 
     layers = [layer for part in group for layer in part["layers"]]

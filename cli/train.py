@@ -50,14 +50,14 @@ def train(
             settings, folder, resume=resume, overwrite=overwrite, command=command_line(), quiet=as_json
         )
     except Stopped as stopped:
-        print(f"stopped, and saved: --resume goes on with {folder}", file=sys.stderr)
+        print(f"stopped after saving a checkpoint: --resume goes on with {folder}", file=sys.stderr)
         raise SystemExit(stopped.code) from None
     if result:  # on the first process
         print_json(result) if as_json else print_result(result)
 
 
 def print_plan(planned: dict[str, Any]) -> None:
-    """What would be trained."""
+    """Print the size of the model that would be trained, and the length of its training."""
     from pilon_compress.report.formatting import number, short_count
 
     rows = [
@@ -71,13 +71,13 @@ def print_plan(planned: dict[str, Any]) -> None:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """What came of it, and where it is."""
+    """Print validation figures, speed and sizes, and the files that were written."""
     from pilon_compress.report.formatting import number, short_count
 
     judged = next(name for name in ("val_perplexity", "val_cosine") if name in result)
     rows = [[judged.replace("val_", "validation "), number(result[judged])]]
     if "before" in result:
-        rows += [["before healing", number(result["before"])], ["the teacher's", number(result["teacher"])]]
+        rows += [["before healing", number(result["before"])], ["teacher", number(result["teacher"])]]
     rows += [
         ["tokens", short_count(result["tokens"])],
         ["tokens per second", number(round(result["tokens_per_second"]))],

@@ -1,4 +1,4 @@
-"""Mistakes on the command line as one line, and help texts that break at spaces alone."""
+"""Usage errors in one line, and help in plain text that breaks at spaces alone."""
 
 import difflib
 import re
@@ -13,9 +13,9 @@ WIDEST_OPTION = 30  # columns for an option and its value; longer ones take a li
 
 
 def usage_line(error: Exception) -> str | None:
-    """The one line for a mistake that the parser of the command line found; None for any other exception.
+    """Return the one line for an error of the command line's parser; None for any other exception.
 
-    The parser's exceptions are told by their methods: typer brings a parser of its own, whose classes are private.
+    Its exceptions are recognised by their methods: typer brings a parser of its own, whose classes are private.
     """
     words = getattr(error, "format_message", None)
     if not callable(words):
@@ -36,7 +36,7 @@ def _article(noun: str) -> str:
 
 
 def _wrong(error: Exception) -> str:
-    """The unknown option or command; empty where something else is wrong."""
+    """Return the unknown option or command; empty where something else is wrong."""
     if hasattr(error, "possibilities"):
         return str(getattr(error, "option_name", ""))
     message = str(getattr(error, "message", ""))
@@ -44,7 +44,7 @@ def _wrong(error: Exception) -> str:
 
 
 def _known(context: Any) -> list[str]:
-    """Options and sub-commands of the command that was called."""
+    """Return the options and sub-commands of the command that was called."""
     if context is None:
         return []
     options = [name for parameter in context.command.params for name in getattr(parameter, "opts", [])]
@@ -93,7 +93,7 @@ def _wrap(text: str, width: int, **options: Any) -> list[str]:
 
 
 def _write(formatter: Any, records: list[tuple[str, str]]) -> None:
-    """Two columns; what is long in the first takes a line of its own."""
+    """Write two columns; a long name takes a line of its own."""
     indent = " " * formatter.current_indent
     first = min(max(len(name) for name, _ in records), WIDEST_OPTION, formatter.width // 3)
     width = max(20, formatter.width - formatter.current_indent - first - 2)
@@ -107,11 +107,11 @@ def _write(formatter: Any, records: list[tuple[str, str]]) -> None:
 
 
 class Command(_Spaced, TyperCommand):
-    """A command with such a help text."""
+    """A command whose help is plain text."""
 
 
 class Group(_Spaced, TyperGroup):
-    """A group of commands with such a help text, which it prints where no command is named (exit code 2)."""
+    """A group of commands that prints its help, in plain text, where no command is named (exit code 2)."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args:
@@ -121,7 +121,7 @@ class Group(_Spaced, TyperGroup):
 
 
 def application(**options: Any) -> typer.Typer:
-    """A typer application whose help and errors are plain text."""
+    """Return a typer application whose help and errors are plain text."""
     return typer.Typer(
         cls=Group, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, **options
     )

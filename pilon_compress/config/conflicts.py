@@ -1,4 +1,4 @@
-"""Options that another option switches off: a recipe that sets one of them is refused, whichever way it was given."""
+"""Fields that another field switches off: a recipe that sets one of them is refused, whichever way it was set."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,14 +13,14 @@ SHAPE = ("bands", "n_primitives", "rank", "top_k")
 
 
 class Context(NamedTuple):
-    """A setting that switches others off: where it holds, and how messages call it."""
+    """A setting that switches fields off: a test of the recipe, and its name in messages."""
 
     holds: Callable[["Recipe"], bool]
     words: Callable[["Recipe"], str]
 
 
 def fixed_shape(recipe: "Recipe") -> list[str]:
-    """Names of the budget's fields that fix the shape of banks."""
+    """Return the fields of the budget that fix the shape of banks."""
     return [name for name in SHAPE if getattr(recipe.budget, name) is not None]
 
 
@@ -65,7 +65,7 @@ EXPLICIT = {"budget.neurons"}  # its default asks for something: refused also wh
 
 
 def conflicts(recipe: "Recipe") -> Iterator[tuple[str, str]]:
-    """(dotted field, what is wrong) for every field that is set and has no effect."""
+    """Yield (dotted field, what is wrong) for every field that is set and has no effect."""
     for path, contexts in TABLE.items():
         if _is_set(recipe, path):
             for context in contexts:

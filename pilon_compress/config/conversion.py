@@ -1,4 +1,4 @@
-"""A recipe: everything that decides a conversion, checked on reading, with the file and line of what is wrong.
+"""Recipes of a conversion: their fields, checks that need several fields, reading and writing.
 
 Recipes are YAML files with the fields of `Recipe` below.
 """
@@ -238,12 +238,12 @@ def load(name_or_path: str, overrides: Sequence[str | Override] = ()) -> Recipe:
 
 
 def build(data: Mapping[str, Any], overrides: Sequence[str | Override] = (), origin: str = "command line") -> Recipe:
-    """A recipe from nested dictionaries and `overrides`. `origin` begins the messages of BadInput."""
+    """Return the recipe of nested dictionaries and `overrides`. `origin` begins the messages of BadInput."""
     return reading.checked(Recipe, Document(origin, data), overrides)
 
 
 def dump(recipe: Recipe) -> str:
-    """YAML that `load` turns back into an equal recipe: what differs from the defaults, and the main settings."""
+    """Return YAML that `load` reads as an equal recipe: what differs from the defaults, and the main settings."""
     shown = {"model": recipe.model, "method": recipe.method, "seed": recipe.seed}
     shown |= recipe.model_dump(exclude_defaults=True)
     shown["budget"] = recipe.budget.model_dump(exclude_defaults=True)
@@ -252,7 +252,7 @@ def dump(recipe: Recipe) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a recipe file, for editors: the contents of recipes/recipe.schema.json."""
+    """Return the JSON schema of a recipe file, for editors: the contents of recipes/recipe.schema.json."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 

@@ -1,4 +1,4 @@
-"""What `effort` buys: calibration text, sweeps, and layers that follow the converted ones before them."""
+"""Levels of `effort`: calibration text, sweeps of joint fits, and the order of the layers' fits."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Effort:
-    """What a conversion spends.
+    """Text and time that a conversion spends.
 
     sequential   layers are fitted behind the converted ones before them
     sweeps       of a joint fit

@@ -79,7 +79,7 @@ class Override(NamedTuple):
 
 
 class Section(BaseModel):
-    """A set of fields of a recipe: unknown ones are refused, none changes afterwards."""
+    """Base class of sections and configs: unknown fields are refused, none changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -93,13 +93,13 @@ class Section(BaseModel):
 
 
 def bundled() -> list[str]:
-    """Names of the recipes that ship with the package."""
+    """Return the names of the recipes that ship with the package."""
     entries = _home().iterdir()
     return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
 
 
 def _home() -> Any:
-    """Where recipes are: installed below the package, or beside it in a checkout that is not installed."""
+    """Return the folder of recipes: below the package, or beside it in a checkout that is not installed."""
     try:
         return files("pilon_compress.recipes")
     except ModuleNotFoundError:
@@ -107,7 +107,7 @@ def _home() -> Any:
 
 
 def find(name_or_path: str) -> tuple[str, str]:
-    """The bundled recipe of that name, else the file: (what messages call it, its text). Raises BadInput."""
+    """Return the bundled recipe of that name, else the file: (its name in messages, its text). Raises BadInput."""
     path = Path(name_or_path)
     with suppress(RuntimeError):  # no such user
         path = path.expanduser()
@@ -124,7 +124,7 @@ def find(name_or_path: str) -> tuple[str, str]:
 
 
 def kind(document: Document) -> Literal["train", "convert"] | None:
-    """Which command a recipe is for: a training has a `task`, a conversion a `model`; None where there is neither."""
+    """Return the command that a recipe is for: a training has a `task`, a conversion a `model`; None if neither."""
     if not isinstance(document.data, Mapping):
         return None
     return "train" if "task" in document.data else "convert" if "model" in document.data else None
@@ -146,7 +146,7 @@ def load(
     overrides: Sequence[str | Override],
     rival: Literal["train", "convert"],
 ) -> _Model:
-    """The recipe of that name or in that file, with `overrides`; `rival`: the command whose recipes it must not be."""
+    """Return the recipe of that name or in that file, with `overrides`; recipes of the command `rival` are refused."""
     origin, text = find(name_or_path)
     document = strict_yaml.parse(text, origin)
     refuse(document, name_or_path, rival)
@@ -234,7 +234,7 @@ def _at(data: Any, field: str) -> Any:
 
 
 def _known_part(location: tuple[int | str, ...], data: Any) -> list[int | str]:
-    """The part of pydantic's location that is a field or an item: it appends the branch of a union that failed."""
+    """Return the fields and items of pydantic's location, without the branch of a union that it appends."""
     path: list[int | str] = []
     for key in location:
         if isinstance(data, Mapping):

@@ -1,4 +1,4 @@
-"""What a training recipe may say. It is told from a conversion's recipe by its field `task`."""
+"""Recipes of a training. Their field `task` tells them from recipes of a conversion."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -267,7 +267,7 @@ class TrainRecipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _healing(cls, data: Any) -> Any:
-        """Healing has defaults of its own; they are written into recipes like anything else that is not a default."""
+        """Fill in the defaults of healing; recipes hold them like anything else that is not a default."""
         if not isinstance(data, dict) or data.get("task") != "heal":
             return data
         filled = dict(data)
@@ -285,7 +285,7 @@ class TrainRecipe(Section):
 
     @property
     def warm(self) -> bool:
-        """Whether training begins with a dense model."""
+        """True if training begins with a dense model."""
         asked = self.ffn
         return self.task == "pretrain" and asked.kind == "pilon" and not asked.matrices and asked.dense_until > 0
 
@@ -327,18 +327,18 @@ def load(name_or_path: str, overrides: Sequence[str | Override] = ()) -> TrainRe
 def build(
     data: Mapping[str, Any], overrides: Sequence[str | Override] = (), origin: str = "command line"
 ) -> TrainRecipe:
-    """A recipe from nested dictionaries and `overrides`. `origin` begins the messages of BadInput."""
+    """Return the recipe of nested dictionaries and `overrides`. `origin` begins the messages of BadInput."""
     return reading.checked(TrainRecipe, Document(origin, data), overrides)
 
 
 def dump(recipe: TrainRecipe) -> str:
-    """YAML that `load` turns back into an equal recipe: what differs from the defaults."""
+    """Return YAML that `load` reads as an equal recipe: what differs from the defaults."""
     shown = {"task": recipe.task, "seed": recipe.seed} | json.loads(recipe.model_dump_json(exclude_defaults=True))
     return strict_yaml.dump({field: shown[field] for field in TrainRecipe.model_fields if field in shown})
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a training recipe, for editors: the contents of recipes/train.schema.json."""
+    """Return the JSON schema of a training recipe, for editors: the contents of recipes/train.schema.json."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TrainRecipe.model_json_schema()}
 
 
