@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pilon_compress.config import recipes
+from pilon_compress.config import recipes, training
 
 from .options import Set
 from .output import print_json
@@ -41,5 +41,10 @@ def show(recipe: Recipe) -> None:
 @app.command(cls=Command)
 def check(recipe: Recipe, set_: Set = None) -> None:
     """Check a recipe with overrides applied, and print it with its main settings spelled out."""
-    sys.stdout.write(recipes.check(recipe, set_ or []))
+    written = recipes.check(recipe, set_ or [])
+    if recipes.kind(recipe) == "train":
+        from pilon_compress.models.architectures.registry import ARCHITECTURES
+
+        ARCHITECTURES[training.load(recipe, set_ or []).host.family]  # raises for a name that nobody registered
+    sys.stdout.write(written)
     print(f"{recipe}: ok")

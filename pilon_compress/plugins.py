@@ -27,6 +27,13 @@ GROUP = "pilon_compress.plugins"
 Entry = TypeVar("Entry")
 
 
+class UnknownName(BadInput, KeyError):
+    """A name that nobody registered."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would quote it
+
+
 class Registry(Mapping[str, Entry]):
     """Entries by name, in the order of registration. `noun` is what messages call one, `package` whose files add some.
 
@@ -45,16 +52,12 @@ class Registry(Mapping[str, Entry]):
         self._entries[name] = entry
         return entry
 
-    def find(self, name: str) -> Entry | None:
-        """Return the entry of that name, None where there is none."""
-        return self._all().get(name)
-
     def __getitem__(self, name: str) -> Entry:
         entries = self._all()
         if name not in entries:
             close = get_close_matches(str(name), entries, n=1, cutoff=0.7)
             meant = f"did you mean {close[0]}? " if close else ""
-            raise BadInput(f"no {self.noun} {name!r}; {meant}there are {', '.join(entries)}")
+            raise UnknownName(f"no {self.noun} {name!r}; {meant}there are {', '.join(entries)}")
         return entries[name]
 
     def __contains__(self, name: object) -> bool:

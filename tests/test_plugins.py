@@ -36,7 +36,7 @@ def test_an_unknown_name_is_told_which_there_are():
     registry.add("eight", 8)
     with pytest.raises(BadInput, match="no number 'sevn'; did you mean seven\\? there are seven, eight"):
         registry["sevn"]
-    assert registry.find("nine") is None and registry.get("seven") == 7
+    assert registry.get("nine") is None and registry.get("seven") == 7
 
 
 def test_the_files_of_a_package_register_before_a_registry_is_read(tmp_path, monkeypatch):
@@ -73,5 +73,5 @@ def test_a_plug_in_that_cannot_be_imported_is_named(tmp_path, named, code, refus
         file.write_text(code)
     named(str(file))
     with pytest.raises(BadInput, match=refused) as caught:
-        Registry[int]("number").find("any")
+        Registry[int]("number").get("any")
     assert "broken_plug_in.py" in str(caught.value)

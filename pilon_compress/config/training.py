@@ -25,8 +25,9 @@ WEIGHT_DECAY_ENDS = 0.5  # share of a ternary training, as in the second stage o
 class Host(Section):
     """The shape of a model that is trained from scratch, in the words of its transformers config."""
 
-    family: Literal["arcee", "llama"] = "arcee"
-    """Base architecture: arcee (RMSNorm, RoPE, ungated feed-forward) or llama (the same with a gated one, SwiGLU)."""
+    family: Text = "arcee"
+    """Base architecture: arcee (RMSNorm, RoPE, ungated feed-forward), llama (the same with a gated one, SwiGLU), or
+    another that is registered."""
     hidden_size: Positive = 512
     """Width of the hidden states."""
     num_hidden_layers: Positive = 8

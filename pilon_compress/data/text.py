@@ -76,7 +76,7 @@ def sample(texts: Iterable[T], count: int, seed: int, pool: int | None = None) -
 
 def source_of(spec: str) -> Source:
     """The reader of a source: the one that is registered for the scheme before its colon, else that of files."""
-    return SOURCES.find(spec.partition(":")[0]) or FILES
+    return SOURCES.get(spec.partition(":")[0]) or FILES
 
 
 def _clean(documents: Iterable[str], spec: str) -> Iterator[str]:

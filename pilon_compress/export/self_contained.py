@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 
@@ -65,6 +66,8 @@ def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
     kernels = any(isinstance(one, packed_ternary.PackedBank | packed_ternary.PackedLinear) for one in found)
     if kernels or layout.layout_of(model).rest:
         return "is packed: its kernels do not travel with it, it needs pilon-compress to load"
+    if not all(hasattr(transformers, name) for name in host_classes(model).values()):
+        return "is of an architecture that transformers does not have: its code does not travel with it"
     return None
 
 

@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import ArceeConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from pilon_compress.config.training import Ffn, Host, Ternary
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
+from pilon_compress.models.architectures.registry import ARCHITECTURES
 from pilon_compress.models.families import Site, find_sites
 from pilon_compress.nn.bands import split_bands
 from pilon_compress.nn.init import initialise
@@ -41,7 +42,8 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedToke
 def config_for(host: Host, sequence_length: int, eos: int | None) -> PretrainedConfig:
     """Return the config of a base architecture for sequences of `sequence_length` tokens; `eos` is also its BOS id.
 
-    Raises BadInput for a hidden size that the attention heads do not divide, or heads that the key-value heads do not.
+    Raises BadInput for an architecture that nobody registered, for a hidden size that the attention heads do not
+    divide, and for heads that the key-value heads do not.
     """
     if host.hidden_size % host.num_attention_heads:
         raise BadInput(
@@ -50,9 +52,9 @@ def config_for(host: Host, sequence_length: int, eos: int | None) -> PretrainedC
     heads = host.num_key_value_heads or host.num_attention_heads
     if host.num_attention_heads % heads:
         raise BadInput(f"num_attention_heads {host.num_attention_heads} is no multiple of num_key_value_heads {heads}")
-    kind = LlamaConfig if host.family == "llama" else ArceeConfig
+    architecture = ARCHITECTURES[host.family]
     act = {"hidden_act": host.hidden_act} if host.hidden_act else {}
-    config = kind(
+    config = architecture.config(
         hidden_size=host.hidden_size,
         num_hidden_layers=host.num_hidden_layers,
         num_attention_heads=host.num_attention_heads,
@@ -66,7 +68,7 @@ def config_for(host: Host, sequence_length: int, eos: int | None) -> PretrainedC
         pad_token_id=None,
         **act,
     )
-    config.architectures = ["LlamaForCausalLM" if host.family == "llama" else "ArceeForCausalLM"]
+    config.architectures = [architecture.class_name]
     return config
 
 

@@ -25,6 +25,7 @@ from pilon_compress.models.config_check import check_declared, check_shapes
 from pilon_compress.models.quiet import quiet_transformers
 from pilon_compress.models.references import resolve
 from pilon_compress.models.task import architecture, is_causal, text_config, vocabulary
+from pilon_compress.plugins import import_plugins
 
 __all__ = ["architecture", "is_causal", "resolve", "text_config", "vocabulary"]  # re-exported
 
@@ -38,6 +39,7 @@ def load_config(reference: str) -> PretrainedConfig:
     Raises BadInput if the config is missing, unreadable or of an unknown architecture, or if the weights are quantised
     by a method other than PILON.
     """
+    import_plugins()  # which may register its architecture
     folder = resolve(reference)
     if Path(folder).is_dir():
         files.check_readable(Path(folder))

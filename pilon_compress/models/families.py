@@ -12,6 +12,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.models.blocks import blocks
 from pilon_compress.models.task import text_config
 from pilon_compress.nn.layout import linear_shape
+from pilon_compress.plugins import Registry
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ HEADS = {"num_heads", "n_heads", "n_head", "num_attention_heads", "head_dim", "a
 GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 BERT = Family({"up": "intermediate.dense", "down": "output.dense"})
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: Registry[Family] = Registry("architecture")  # by model type of the config; others are detected by shape
+_ROWS = {
     "gpt2": Family({"up": "mlp.c_fc", "down": "mlp.c_proj"}),
     "llama": Family(GATED),
     "mistral": Family(GATED),
@@ -46,6 +48,8 @@ FAMILIES: dict[str, Family] = {
     "roberta": BERT,
     "distilbert": Family({"up": "ffn.lin1", "down": "ffn.lin2"}),
 }
+for _model_type, _family in _ROWS.items():
+    FAMILIES.add(_model_type, _family)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def architecture(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise BadInput(f"architectures of a {config.model_type} config must be class names, not {names!r}")
     for name in names:
-        kind = _class(name)
+        kind = _class(name) or _registered(name, config)
         if kind is not None:
             return kind
     if names:
@@ -66,7 +66,7 @@ def is_causal(config: PretrainedConfig) -> bool:
     if _names(MASKED, config) and not getattr(config, "is_decoder", False):
         return False
     known = {name for mapping in (CAUSAL, *MULTIMODAL) for entry in mapping.values() for name in _listed(entry)}
-    return kind.__name__ in known
+    return kind.__name__ in known or kind in _extra(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, config)
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -89,6 +89,18 @@ def vocabulary(config: PretrainedConfig) -> int:
 def _class(name: str) -> type[PreTrainedModel] | None:
     kind = getattr(transformers, name, None)
     return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+
+
+def _registered(name: str, config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the class of that name that `AutoModel...register` has added for configs of this type; or None."""
+    mappings = [value for key, value in vars(modeling_auto).items() if key.endswith("_MAPPING")]
+    added = [kind for mapping in mappings for kind in _extra(mapping, config)]
+    return next((kind for kind in added if kind.__name__ == name), None)
+
+
+def _extra(mapping: Any, config: PretrainedConfig) -> list[type[PreTrainedModel]]:
+    kind = getattr(mapping, "_extra_content", {}).get(type(config))
+    return [] if kind is None else [kind]
 
 
 def _spelled_otherwise(name: str, config: PretrainedConfig) -> type[PreTrainedModel] | None:

@@ -53,7 +53,7 @@ def method_of(name: str) -> Method:
     """Return what was registered under `name`; for any other name one that is titled so, without an explanation."""
     if name == "dense":
         return Method(name, name, Curve(name, name, "", DENSE))
-    return METHODS.find(name) or Method(name, name, Curve(name, name, "", reference(name)))
+    return METHODS.get(name) or Method(name, name, Curve(name, name, "", reference(name)))
 
 
 def reference(name: str) -> Look:

@@ -1,0 +1,1 @@
+"""Base architectures that are trained from scratch: one file each, which registers itself."""
