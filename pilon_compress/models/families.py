@@ -48,8 +48,8 @@ _ROWS = {
     "roberta": BERT,
     "distilbert": Family({"up": "ffn.lin1", "down": "ffn.lin2"}),
 }
-for _model_type, _family in _ROWS.items():
-    FAMILIES.add(_model_type, _family)
+for _model_type, _row in _ROWS.items():
+    FAMILIES.add(_model_type, _row)
 
 
 @dataclass(frozen=True)
