@@ -1,6 +1,6 @@
 """Tables of banks and matrices, in plans and in models: folded where there are many, with a line per role and a total.
 
-A part is a dictionary as `report.parts.layout_parts` makes it.
+A part is a dictionary as `report.layout_parts` makes it.
 """
 
 import re

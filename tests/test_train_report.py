@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from pilon_compress.config import training
-from pilon_compress.report import curves, formatting
+from pilon_compress.report import formatting, training_curves
 from pilon_compress.report.card import training_card as model_card
 from pilon_compress.report.training_page import PAGE, PICTURE, marks, page, samples, write_pages
 
@@ -106,19 +106,19 @@ def test_the_page_is_self_contained_and_shows_every_headline_number(kind):
 
 
 def test_the_curves_are_one_well_formed_drawing_with_a_panel_for_each_question():
-    whole = curves.svg(lines(), [(4000.0, "phase 2")])
+    whole = training_curves.svg(lines(), [(4000.0, "phase 2")])
     root = ET.fromstring(whole)
     panels = [one for one in root.iter() if re.fullmatch(r"curves-axes_\d+", one.get("id", ""))]
     assert len(panels) == 6
-    few = ET.fromstring(curves.svg([line for line in lines(health=False) if "loss" in line]))
-    assert "validation" not in curves.svg([]) and few is not None
+    few = ET.fromstring(training_curves.svg([line for line in lines(health=False) if "loss" in line]))
+    assert "validation" not in training_curves.svg([]) and few is not None
     drawn = [one for one in few.iter() if re.fullmatch(r"curves-axes_\d+", one.get("id", ""))]
     assert len(drawn) == 4
 
 
 def test_the_picture_is_a_png_as_wide_as_the_page_and_the_same_every_time():
-    found = curves.png(lines(), [(4000.0, "phase 2")])
-    assert found == curves.png(lines(), [(4000.0, "phase 2")])
+    found = training_curves.png(lines(), [(4000.0, "phase 2")])
+    assert found == training_curves.png(lines(), [(4000.0, "phase 2")])
     picture = matplotlib.image.imread(io.BytesIO(found))
     assert picture.shape[1] == 1560
     left, right = (picture[:, columns, :3] for columns in (slice(0, 3), slice(-3, None)))
@@ -127,19 +127,19 @@ def test_the_picture_is_a_png_as_wide_as_the_page_and_the_same_every_time():
 
 @pytest.mark.parametrize("count", [0, 1, 3, 900])
 def test_runs_of_any_length_are_drawn(count):
-    assert curves.png(lines(count)) and curves.svg(lines(count))
+    assert training_curves.png(lines(count)) and training_curves.svg(lines(count))
 
 
 def test_figures_that_are_not_finite_are_left_out():
     broken = lines()
     broken[3]["loss"], broken[4]["gradient_norm_banks"] = float("nan"), float("inf")
     broken[10]["val_perplexity"] = float("inf")
-    assert "nan" not in curves.svg(broken).lower()
+    assert "nan" not in training_curves.svg(broken).lower()
 
 
 def test_a_running_mean_has_the_ends_of_what_it_smooths():
-    assert curves.smoothed([0, 2, 4, 6, 20], 2) == pytest.approx([0, 2, 6.4, 10, 20])
-    assert curves.smoothed([5], 3) == [5]
+    assert training_curves.smoothed([0, 2, 4, 6, 20], 2) == pytest.approx([0, 2, 6.4, 10, 20])
+    assert training_curves.smoothed([5], 3) == [5]
 
 
 def test_changes_in_the_training_are_marked_where_they_happened():
@@ -219,7 +219,7 @@ def test_loading_code_compiles_and_a_dense_model_needs_no_package():
 def test_what_was_done_is_said_of_every_task():
     said = {
         "from random weights": settings(),
-        "learnt from acme/dense": training.build({"task": "heal", "start": "x", "teacher": "acme/dense"}),
+        "distilled from acme/dense": training.build({"task": "heal", "start": "x", "teacher": "acme/dense"}),
         "fine-tuned on conversations": training.build({"task": "sft", "start": "x"}),
     }
     for text, asked in said.items():

@@ -8,7 +8,7 @@ from pilon_compress.bench.model import bench_model
 from pilon_compress.config.benchmark import BenchConfig
 from pilon_compress.errors import BadInput
 from pilon_compress.io.output_paths import check_file
-from pilon_compress.report.plots import speedups
+from pilon_compress.report.speedup_plot import speedups
 
 
 def benchmark(config: BenchConfig, plot: str | Path | None = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pilon_compress.models.source import available
 from pilon_compress.models.stream_check import check_walk
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import ffn_size, model_size
-from pilon_compress.report.parts import layout_parts
+from pilon_compress.report.layout_parts import layout_parts
 
 ENCODER_LENGTH = 128
 CAUSAL_LENGTH = 512

@@ -14,7 +14,7 @@ from pilon_compress.models.families import Site, find_sites
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import bank_size, ffn_size, linear_macs, model_size
 from pilon_compress.nn.stored import stored_layout
-from pilon_compress.report.parts import layout_parts
+from pilon_compress.report.layout_parts import layout_parts
 
 
 def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -23,9 +23,9 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
     `projections`: one entry per projection (name, layer, role, d_in, d_out, parameters, bytes, macs, bank), all of the
     dense projection, bytes in the dtype of the model's file. `untouched`: experts and routers that do not change (name,
     parameters, share); `notes`: sentences about them. A PILON model also has `parts` (see
-    `report.parts.layout_parts`), the ratios `ffn` and `model_size`, the `evaluation` of its report (None without one),
-    and in each projection the stored form: `neurons`, rank, n_primitives, top_k, quantization, bits. Raises BadInput
-    for a model that cannot be read, and for targets that match nothing.
+    `report.layout_parts`), the ratios `ffn` and `model_size`, the `evaluation` of its report (None without one), and in
+    each projection the stored form: `neurons`, rank, n_primitives, top_k, quantization, bits. Raises BadInput for a
+    model that cannot be read, and for targets that match nothing.
     """
     config = checkpoint.load_config(model)
     empty = checkpoint.empty_model(config)

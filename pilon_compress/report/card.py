@@ -1,7 +1,7 @@
-"""The model card, README.md beside the saved weights, of models that are converted, trained or packed.
+"""Write the model card, README.md beside the weights, of converted, trained and packed models.
 
-Metadata is `huggingface_hub.ModelCardData`: what the hub reads, evaluation results included. Every figure comes from
-the report of the command that made the model, and what was not measured is said to be so.
+Metadata is `huggingface_hub.ModelCardData`, which the hub reads, including evaluation results. Every figure comes from
+the report of the command that made the model; the card states if quality was not measured.
 """
 
 import math
@@ -26,17 +26,17 @@ from pilon_compress.report.card_sections import (
     training_limits,
 )
 from pilon_compress.report.markdown import bullets, code, fence, table
-from pilon_compress.report.training_page import PAGE, PICTURE, title, what
+from pilon_compress.report.training_page import PAGE, PICTURE, description, title
 
 Report = Mapping[str, Any]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 TASKS = {"causal": "text-generation", "encoder": "feature-extraction"}
 CLASSES = {"causal": "AutoModelForCausalLM", "encoder": "AutoModel"}
 FORMATS = {
-    "ternary-base3": "ternary, five digits in a byte",
-    "ternary-2bit": "ternary, two bits a digit",
+    "ternary-base3": "ternary, five weights in a byte",
+    "ternary-2bit": "ternary, two bits per weight",
     **{
-        name: f"{name}, a scale " + (f"for {kind.group} numbers" if kind.group else "per column")
+        name: f"{name}, a scale " + (f"for {kind.group} weights" if kind.group else "per column")
         for name, kind in KINDS.items()
     },
 }
@@ -63,7 +63,7 @@ def conversion_card(report: Report) -> str:
         "## Load",
         "Any Auto class that fits the dense model works.",
         *_loading(report["output"], kind),
-        *_again(report, f"{formatting.number(report['seconds'])} s, at most {_gib(report)} GiB of memory"),
+        *_reproduction(report, f"{formatting.number(report['seconds'])} s, at most {_gib(report)} GiB of memory"),
         "## Limits",
         bullets(limits(report)),
     ]
@@ -73,7 +73,7 @@ def conversion_card(report: Report) -> str:
 def training_card(result: Report, recipe: TrainRecipe, causal: bool = True, dense: str | None = None) -> str:
     """Write the card of a trained model from its result (the contents of train.json).
 
-    `causal`: the model generates text. `dense`: the model that the one it started from was converted from.
+    `causal`: True for a language model. `dense`: the dense model behind the one that training started from.
     """
     kind, data = "causal" if causal else "encoder", recipe.data.validation or result["data"]
     measured = {key: result.get(f"val_{key}") for key in ("perplexity", "cosine")}
@@ -84,18 +84,18 @@ def training_card(result: Report, recipe: TrainRecipe, causal: bool = True, dens
         (recipe.start, dense),
         _results(measured, kind, data),
     )
-    figures, held = training_figures(result), recipe.data.validation
-    text = code(held) if held else "documents of the same source that were not trained on"
+    figures, validation = training_figures(result), recipe.data.validation
+    text = code(validation) if validation else "documents of the same source that were not trained on"
     sections = [
         f"# {title(recipe) if recipe.start is None else code(title(recipe)) + ', trained'}",
-        f"This model {what(recipe)}, on {code(result['data'])}. The full report is `{PAGE}`, its numbers are in "
+        f"This model {description(recipe)}, on {code(result['data'])}. The full report is `{PAGE}`, its numbers are in "
         "`train.json` and `metrics.jsonl`.",
         "## Measured",
-        f"{table(['', 'This model', ''], figures)}\n\nJudged on {text}.",
+        f"{table(['', 'This model', ''], figures)}\n\nEvaluated on {text}.",
         f"![Loss, perplexity and rates over the training]({PICTURE})",
         "## Load",
         *_loading(result["output"], kind, pilon="model" in result),
-        *_again(
+        *_reproduction(
             result,
             f"{formatting.number(result['seconds'])} s of training on {result['processes']} × {code(result['device'])}",
         ),
@@ -112,7 +112,7 @@ def packed_card(result: Report) -> str:
     `ffn` and `model` sizes, `max_logit_difference`, `rest_relative_error` where the rest is in int8, `pilon_compress`.
     """
     name = Path(result["source"]).name
-    rest = result.get("rest_relative_error")
+    int8_error = result.get("rest_relative_error")
     rows = [
         [part, *(formatting.number(result[key][f"{over}_ratio"]) for over in ("stored", "bytes", "mac"))]
         for key, part in (("ffn", "feed-forward"), ("model", "whole model"))
@@ -121,14 +121,14 @@ def packed_card(result: Report) -> str:
         f"# {code(name)}, packed",
         f"Feed-forward weights: {'; '.join(FORMATS[one] for one in result['formats'])}. Over the dense model in "
         "bfloat16:",
-        table(["", "stored numbers", "bytes", "MACs"], rows),
+        table(["", "stored parameters", "bytes", "MACs"], rows),
         f"Largest difference of outputs to the model before packing: {result['max_logit_difference']:.3g}.",
         *(
             []
-            if rest is None
+            if int8_error is None
             else [
-                "Attention, head and token embeddings are in int8; rounding them moved outputs by "
-                f"{rest:.3g} of their norm."
+                "Attention, head and token embeddings are in int8; rounding them changed the outputs by "
+                f"{int8_error:.3g} of their norm."
             ]
         ),
         "## Load",
@@ -147,27 +147,27 @@ def _written(metadata: ModelCardData, sections: Sequence[str]) -> str:
 def _metadata(
     output: str, kind: str | None, tags: list[str], bases: Sequence[str | None], results: list[EvalResult]
 ) -> ModelCardData:
-    """The card's metadata. `bases`: references of models that it comes from, the first hub id among them is stated.
+    """Return the card's metadata. `bases`: references of the models behind it; the first hub id is its base_model.
 
-    The hub refuses a `base_model` that is no id of its own.
+    The hub refuses a `base_model` that is not one of its ids.
     """
-    found: dict[str, Any] = {"library_name": "transformers", "tags": tags}
+    fields: dict[str, Any] = {"library_name": "transformers", "tags": tags}
     if kind in TASKS:
-        found["pipeline_tag"] = TASKS[kind]
+        fields["pipeline_tag"] = TASKS[kind]
     if hub_ids := [base for base in bases if base and is_hub_id(base)]:
-        found["base_model"] = hub_ids[0]
+        fields["base_model"] = hub_ids[0]
     if results:
-        found |= {"model_name": " ".join(Path(output).name.split()) or "model", "eval_results": results}
-    return ModelCardData(**found)
+        fields |= {"model_name": " ".join(Path(output).name.split()) or "model", "eval_results": results}
+    return ModelCardData(**fields)
 
 
 def is_hub_id(reference: str) -> bool:
-    """True for what may be the id of a model on the hub, and is no local folder."""
+    """Return True if `reference` may be the id of a model on the hub and is not a local folder."""
     return bool(HUB_ID.fullmatch(reference)) and not os.path.isdir(reference) and not reference.startswith(".")
 
 
 def _results(figures: Mapping[str, float | None], kind: str | None, data: str) -> list[EvalResult]:
-    """Evaluation results as the hub lists them: of a model of some kind, on the text source `data`."""
+    """Return evaluation results for the hub, of a model of `kind` on the text source `data`; [] for an unknown kind."""
     if kind not in TASKS:
         return []
     place: dict[str, Any] = {"dataset_type": "text", "dataset_name": data}
@@ -185,12 +185,12 @@ def _results(figures: Mapping[str, float | None], kind: str | None, data: str) -
 
 
 def _loading(output: str, kind: str | None, pilon: bool = True) -> list[str]:
-    """How to install what loads the folder `output`, and how to load it."""
+    """Return code blocks that install the libraries and load the folder `output`."""
     auto = CLASSES.get(kind or "", "AutoModel")
     lines = [
         *(["import pilon_compress  # registers the format with transformers"] if pilon else []),
         f"from transformers import {auto}, AutoTokenizer\n",
-        f"folder = {output!r}  # where it was written",
+        f"folder = {output!r}  # the path at which it was written",
         f"model = {auto}.from_pretrained(folder)",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
     ]
@@ -198,13 +198,13 @@ def _loading(output: str, kind: str | None, pilon: bool = True) -> list[str]:
     return [fence(install, "sh"), fence("\n".join(lines), "python")]
 
 
-def _again(report: Report, cost: str) -> list[str]:
-    """The command and the recipe that make the model again."""
+def _reproduction(report: Report, cost: str) -> list[str]:
+    """Return the section with the command and the recipe that make the model."""
     return [
-        "## Make it again",
+        "## Reproduce",
         f"pilon-compress {report['pilon_compress']}, {cost}:",
         *([fence(report["command"], "sh")] if report["command"] else []),
-        "The whole recipe:",
+        "The complete recipe:",
         fence(report["recipe"], "yaml"),
     ]
 

@@ -1,4 +1,4 @@
-"""Sections of model cards: sentences and tables about the figures of a report."""
+"""Write the sections of model cards: sentences and tables about the figures of a report."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from pilon_compress.config.training import TrainRecipe
 from pilon_compress.report import formatting
 from pilon_compress.report.markdown import cell, code, table
-from pilon_compress.report.training_page import judged
+from pilon_compress.report.training_page import main_metric
 
 Report = Mapping[str, Any]
 METHODS = {
-    "pilon": "by PILON: a block keeps the neurons that the others cannot make up for, and each projection is one "
+    "pilon": "by PILON: a block keeps the neurons that the others cannot replace, and each projection is one dense "
     "matrix, or a composition of low-rank primitives from a bank, its own or one that a band of layers shares",
     "whitened-svd": "by a low-rank product per layer, cut by SVD after whitening with the calibration inputs",
     "svd": "by a low-rank product per layer, cut by plain SVD of the weights",
@@ -24,20 +24,20 @@ OVER = {
 
 
 def introduction(report: Report) -> str:
-    """Say what was replaced in a converted model, and how."""
+    """Describe the replaced projections of a converted model and the method."""
     layers = {layer for bank in report["plan"]["banks"] for layer in bank["layers"]}
     roles = formatting.in_order((bank["role"] for bank in report["plan"]["banks"]), formatting.ROLE_ORDER)
     how = METHODS.get(report["method"], f"by {code(report['method'])}")
     where = f"({cell(', '.join(roles))}) of {len(layers)} layers"
     return (
         f"{code(report['source'])} with the FFN projections {where} replaced {how}. "
-        f"Everything else is the dense model's. Asked-for FFN ratio: {formatting.number(report['plan']['ffn_ratio'])}. "
+        f"Everything else is the dense model's. Requested FFN ratio: {formatting.number(report['plan']['ffn_ratio'])}. "
         "The full report is `report.html`, its numbers are in `report.json`."
     )
 
 
 def costs(report: Report) -> str:
-    """List stored numbers, bytes and MACs over the dense model's, of the FFN and of the whole model."""
+    """Return a table of stored parameters, bytes and MACs over the dense model's, of the FFN and the whole model."""
     ratios = formatting.ratios(report)
     rows = []
     for label in dict.fromkeys(ratio.label for ratio in ratios):
@@ -45,11 +45,11 @@ def costs(report: Report) -> str:
         cells = [f"**{formatting.number(ratio.value)}** ({ratio.detail})" for ratio in (ffn, model)]
         dtypes = {"dtype": report["dtype"], "source": report.get("source_dtype", "bfloat16")}
         rows.append([label, *cells, OVER[label].format(**dtypes)])
-    return table(["Compressed ÷ dense", "FFN", "Whole model", "What is over what"], rows)
+    return table(["Compressed ÷ dense", "FFN", "Whole model", "Meaning"], rows)
 
 
 def quality(report: Report) -> list[str]:
-    """List the measured quality beside the dense model's, and the text that it was measured on."""
+    """Return a table of the quality metrics beside the dense model's, and the circumstances of the evaluation."""
     figures = formatting.quality(report["evaluation"])
     if not figures:
         return ["Quality was **not measured**: this conversion ran without an evaluation."]
@@ -61,19 +61,19 @@ def quality(report: Report) -> list[str]:
 
 
 def facts(details: Mapping[str, Any] | None) -> str:
-    """Name the circumstances of a measurement in one line."""
+    """Return the circumstances of a measurement in one line."""
     rows = formatting.circumstances(details)
     return "; ".join(f"{label if label[:3].isupper() else label.lower()} {code(value)}" for label, value in rows)
 
 
 def losses(report: Report) -> list[str]:
-    """List the whitened loss of the method beside those of the baselines."""
+    """Return a table of the whitened loss of the method and of the baselines."""
     order = [report["method"], *formatting.METHOD_NAMES]
     rows = []
     for method in formatting.in_order(report["whitened_loss"], list(dict.fromkeys(order))):
         name, value = cell(formatting.method_name(method)), formatting.number(report["whitened_loss"][method])
-        ours = method == report["method"]
-        rows.append([f"{name} (this model)" if ours else name, f"**{value}**" if ours else value])
+        used = method == report["method"]
+        rows.append([f"{name} (this model)" if used else name, f"**{value}**" if used else value])
     return [
         table(["Method", "Whitened loss"], rows),
         f"Whitened loss: {formatting.WHITENED_LOSS} ({facts(report['calibration'])}); 0 is the dense model.",
@@ -81,13 +81,13 @@ def losses(report: Report) -> list[str]:
 
 
 def limits(report: Report) -> list[str]:
-    """List what the figures of a converted model do not say."""
+    """Return the limits of the figures of a converted model, a sentence each."""
     measured = bool(formatting.quality(report["evaluation"]))
     lines = [
         "The quality figures hold for the text named above; other languages, domains and tasks were not measured."
         if measured
         else "Quality was not measured: measure it on your own text before use.",
-        "Whitened loss is measured on the calibration text itself, and ranks methods; it is no quality figure.",
+        "Whitened loss is measured on the calibration text itself, and ranks methods; it does not measure quality.",
         "Loading needs the Python package `pilon_compress`.",
         "Licence, training data, biases and intended use are those of the dense model; see its own card.",
     ]
@@ -103,8 +103,8 @@ def limits(report: Report) -> list[str]:
 
 
 def training_figures(result: Report) -> list[list[str]]:
-    """Rows (name, value, meaning) of a training's figures."""
-    ffn, model, figure = result["ffn"], result.get("model", {}), judged(result)
+    """Return rows (name, value, meaning) of a training's figures."""
+    ffn, model, figure = result["ffn"], result.get("model", {}), main_metric(result)
     tokens, steps = formatting.short_count(result["tokens"]), formatting.number(result["steps"])
     rows = [
         [figure.label, f"**{figure.value}**", figure.meaning],
@@ -120,16 +120,16 @@ def training_figures(result: Report) -> list[list[str]]:
 
 
 def training_limits(result: Report, recipe: TrainRecipe) -> list[str]:
-    """List what the figures of a trained model do not say."""
+    """Return the limits of the figures of a trained model, a sentence each."""
     lines = [
         "The perplexity holds for the text named above; other languages, domains and tasks were not measured.",
-        "It has learnt from that text alone, or from that text besides what it began with, with all their errors and "
-        "biases.",
+        "It was trained on that text, in addition to the text of the model that it started from, with all their "
+        "errors and biases.",
     ]
     if recipe.ternary.enabled:
         lines.append(
-            "Stored are the numbers that its digits are made from, so the folder is as large as that of floats. What "
-            "counts in its feed-forward part is a digit -1, 0 or 1 for each, and a few scales."
+            "The folder stores the latent weights behind the ternary ones, so it is as large as a float model. Its "
+            "feed-forward part computes with a ternary weight -1, 0 or 1 for each, and a few scales."
         )
     if result["ffn"]["mac_ratio"] > 1:
         lines.append("Its FFN stores less than it computes: MACs per token are above dense.")

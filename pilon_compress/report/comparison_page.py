@@ -1,4 +1,4 @@
-"""A comparison of methods as people and programs read it: rows, compare.json, compare.html, compare.md."""
+"""Write a comparison of methods: rows with means and ranges, compare.json, compare.html and compare.md."""
 
 import json
 import math
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from pilon_compress.report import formatting, frontier
+from pilon_compress.report import formatting, frontier_plot
 from pilon_compress.report.methods import method_of
 
 Result = Mapping[str, Any]
 
-# What a row is sorted by, then what else it shows.
+# The metric that rows are sorted by, then the others.
 QUALITY = {"encoder": ("cosine", "neighbors10"), "causal": ("perplexity_ratio", "kl", "top1_agreement")}
 PLOTTED = {"encoder": ("cosine", "neighbors10"), "causal": ("perplexity_ratio", "top1_agreement")}
 LESS_IS_BETTER = ("perplexity_ratio", "kl")
@@ -29,15 +29,15 @@ LABELS = {
 
 
 class Column(NamedTuple):
-    """One figure of every row: its heading and how to find it in a cell."""
+    """A column of the tables: its heading, and the function that finds its value in a cell."""
 
     label: str
     of: Callable[[Mapping[str, Any]], float]
 
 
 def columns(kind: str) -> dict[str, Column]:
-    """The figures of a comparison of `kind` (encoder or causal) by key, in reading order."""
-    made = {
+    """Return the columns of a comparison of `kind` (encoder or causal) by key, in reading order."""
+    by_key = {
         "stored_ratio": Column("stored ÷ dense", lambda cell: cell["ffn"]["stored_ratio"]),
         "bytes_ratio": Column("bytes ÷ dense", lambda cell: cell["ffn"]["bytes_ratio"]),
         "mac_ratio": Column("MACs ÷ dense", lambda cell: cell["ffn"]["mac_ratio"]),
@@ -45,28 +45,28 @@ def columns(kind: str) -> dict[str, Column]:
         "whitened_loss": Column("whitened loss", lambda cell: cell["whitened_loss"]),
     }
     for key in QUALITY[kind]:
-        made[key] = Column(LABELS[key], lambda cell, key=key: cell["quality"][key])  # type: ignore[misc]
-    return made
+        by_key[key] = Column(LABELS[key], lambda cell, key=key: cell["quality"][key])  # type: ignore[misc]
+    return by_key
 
 
 def summarise(cells: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> dict[str, Any]:
-    """`kind`, `evaluation` (its circumstances), `dense`, and `rows`: one for each ratio and method.
+    """Return `kind`, `evaluation` (its circumstances), `dense`, and `rows`: one for each ratio and method.
 
-    A row's figures are the mean, low and high over the seeds; rows of one ratio are sorted best first.
+    A row holds mean, low and high over the seeds of every column; rows of one ratio are sorted best first.
     """
     kind = dense["quality"]["kind"]
-    made = columns(kind)
+    by_key = columns(kind)
     rows = []
     for ratio, method in dict.fromkeys((cell["ratio"], cell["method"]) for cell in cells):
         members = [cell for cell in cells if (cell["ratio"], cell["method"]) == (ratio, method)]
-        figures = {key: _over_seeds([column.of(cell) for cell in members]) for key, column in made.items()}
+        figures = {key: _over_seeds([column.of(cell) for cell in members]) for key, column in by_key.items()}
         rows.append({"ratio": ratio, "method": method, "seeds": len(members), **figures})
     main = QUALITY[kind][0]
     sign = 1 if main in LESS_IS_BETTER else -1
     rows.sort(key=lambda row: (-row["ratio"], sign * row[main]["mean"]))
     unmeasured = {*LABELS, "perplexity", "bits_per_byte"}
     evaluation = {key: value for key, value in dense["quality"].items() if key not in unmeasured}
-    figures = {key: _over_seeds([column.of(dense)]) for key, column in made.items()}
+    figures = {key: _over_seeds([column.of(dense)]) for key, column in by_key.items()}
     return {"kind": kind, "evaluation": evaluation, "dense": {**dense, "row": figures}, "rows": rows}
 
 
@@ -82,7 +82,7 @@ def write(result: Result, folder: Path) -> None:
 
 
 def table(result: Result, ratio: float, spread: bool = True) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of one ratio as text, best first, the dense model last; `spread` adds low–high over seeds."""
+    """Return headings and rows of one ratio as text, best first, dense last; `spread` adds low–high over seeds."""
     shown = {key: column for key, column in columns(result["kind"]).items() if key in _shown(result)}
     rows = [
         [method_of(row["method"]).title, *(figure(row[key], spread) for key in shown)]
@@ -100,18 +100,18 @@ def _shown(result: Result) -> tuple[str, ...]:
 
 
 def _differ_in_bits(result: Result) -> bool:
-    """Whether bytes say more than the numbers that are stored."""
+    """Return True if bytes differ from stored parameters, because methods use different numbers of bits."""
     return any(row["bytes_ratio"]["mean"] < 0.9 * row["stored_ratio"]["mean"] for row in result["rows"])
 
 
 def figure(values: Mapping[str, float], spread: bool = True) -> str:
-    """The mean over seeds, with the lowest and highest where they differ in print."""
+    """Format the mean over seeds; `spread` adds the lowest and highest where they differ in print."""
     mean, low, high = (formatting.number(values[key]) for key in ("mean", "low", "high"))
     return f"{mean} ({low}–{high})" if spread and low != high else mean
 
 
 def terminal_table(result: Result, ratio: float) -> tuple[list[str], list[list[str]]]:
-    """As `table`, narrower: only the figure that rows are sorted by is followed by its low–high over the draws."""
+    """Return `table` in a narrower form, with low–high over the draws in a column of its own for the main metric."""
     main = QUALITY[result["kind"]][0]
     headings, rows = table(result, ratio, spread=False)
     place = headings.index(LABELS[main]) + 1
@@ -122,7 +122,7 @@ def terminal_table(result: Result, ratio: float) -> tuple[list[str], list[list[s
 
 
 def markdown(result: Result) -> str:
-    """The tables as Markdown, with what they were measured on and the command that repeats them."""
+    """Return the tables as Markdown, with the circumstances and the command that reproduces them."""
     lines = [f"# {result['source']}, compared", "", _circumstances(result), ""]
     for ratio in result["ratios"]:
         headings, rows = table(result, ratio)
@@ -143,14 +143,14 @@ def _circumstances(result: Result) -> str:
     unit = "blocks" if result["kind"] == "causal" else "texts"
     return (
         f"Calibrated on {formatting.number(calibration['texts'])} {unit} of {calibration['data']} "
-        f"({formatting.number(calibration['tokens'])} tokens), judged on {amount} of {evaluation['data']}{drawn}. "
-        "No training. Ratios are of the FFN alone; stored numbers include biases, and each method is counted in the "
+        f"({formatting.number(calibration['tokens'])} tokens), evaluated on {amount} of {evaluation['data']}{drawn}. "
+        "No training. Ratios are of the FFN alone; stored parameters include biases, and each method is counted in the "
         f"form that it would store. Whitened loss: {formatting.WHITENED_LOSS}."
     )
 
 
 def page(result: Result) -> str:
-    """The comparison as one self-contained page: no script, nothing loaded from elsewhere."""
+    """Return the comparison as one self-contained page: no script, nothing loaded from elsewhere."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"colour": lambda name: method_of(name).curve.look.colour}
     source = (
@@ -171,27 +171,27 @@ def page(result: Result) -> str:
 
 
 def _plot(result: Result, key: str) -> Markup:
-    return Markup(frontier.frontier(result["rows"], key, LABELS[key], result["dense"]["row"][key]["mean"]))
+    return Markup(frontier_plot.frontier(result["rows"], key, LABELS[key], result["dense"]["row"][key]["mean"]))
 
 
 def _lead(result: Result) -> str:
-    """Who comes first, in one sentence per ratio; nobody does where the draws of the first two overlap."""
+    """Return a sentence per ratio on the best method, or on the first two if their draws overlap."""
     main, bits = QUALITY[result["kind"]][0], _differ_in_bits(result)
     cost, unit = ("bytes_ratio", "bytes") if bits else ("mac_ratio", "MACs")
 
-    def said(row: Mapping[str, Any]) -> str:
+    def described(row: Mapping[str, Any]) -> str:
         quality, spent = figure(row[main], spread=False), figure(row[cost], spread=False)
         return f"{method_of(row['method']).title} ({quality} at {spent} of the {unit})"
 
-    sentences = ["Numbers differ in their bits: bytes are what to compare by."] if bits else []
+    sentences = ["Methods differ in bits per parameter, so compare them by bytes."] if bits else []
     for ratio in result["ratios"]:
         best, *others = [row for row in result["rows"] if row["ratio"] == ratio]
         part = f"At {ratio:g}" if ratio < 1 else "With all"
-        text = f"{part} of the FFN’s numbers, by {LABELS[main]}: "
+        text = f"{part} of the FFN’s parameters, by {LABELS[main]}: "
         if others and best["seeds"] > 1 and _overlap(best[main], others[0][main]):
-            text += f"{said(best)} and {said(others[0])} are level over the calibration draws"
+            text += f"{described(best)} and {described(others[0])} are level over the calibration draws"
         else:
-            text += f"{said(best)} leads" + (f", then {said(others[0])}" if others else "")
+            text += f"{described(best)} leads" + (f", then {described(others[0])}" if others else "")
         sentences.append(text + ".")
     return " ".join(sentences)
 
@@ -201,7 +201,7 @@ def _overlap(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
 
 
 def _with_keys(result: Result, ratio: float) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The table of one ratio with each row's method key, for its colour."""
+    """Return the table of one ratio with each row's method key, which decides its colour."""
     headings, rows = table(result, ratio)
     keys = [row["method"] for row in result["rows"] if row["ratio"] == ratio]
     return headings, list(zip([*keys, "dense"], rows, strict=True))

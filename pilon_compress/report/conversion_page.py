@@ -1,4 +1,4 @@
-"""The report of a conversion: `report.json` for programs and `report.html`, one self-contained page, for people."""
+"""Write the report of a conversion: `report.json` for programs, `report.html`, one self-contained page, for people."""
 
 import json
 import math
@@ -11,18 +11,18 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from pilon_compress.report import formatting, plots
+from pilon_compress.report import formatting, plot_style, plots
 
 Report = Mapping[str, Any]
 Row = dict[str, str]
-_OPEN_TABLE = 12  # rows up to which a table of banks is shown as they are
+_OPEN_TABLE = 12  # banks up to which a table shows each of them
 
 
 def write_report(report: Report, folder: str | Path) -> None:
     """Write `report.json` and `report.html` into `folder` (made when missing).
 
-    `report` holds plain JSON types only. Figures that are infinite or undefined become null, which every JSON reader
-    understands. The same report gives the same bytes. Raises `OSError` where the folder cannot be written.
+    `report` holds plain JSON types only. Infinite and undefined numbers become null, which every JSON reader
+    understands. Equal reports give equal bytes. Raises OSError where the folder cannot be written.
     """
     folder = Path(folder)
     plain = _finite(report)
@@ -33,7 +33,7 @@ def write_report(report: Report, folder: str | Path) -> None:
 
 
 def render(report: Report) -> str:
-    """The page of a report: no script, nothing loaded from elsewhere, everything that comes from a model escaped."""
+    """Return the page of a report: no script, nothing loaded from elsewhere, all text from models escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "number": formatting.number,
@@ -41,7 +41,7 @@ def render(report: Report) -> str:
         "mib": formatting.mib,
         "layers": formatting.layer_list,
         "method": formatting.method_name,
-        "colour": plots.method_colour,
+        "colour": plot_style.method_colour,
     }
     source = (
         resources.files("pilon_compress.report").joinpath("templates/conversion.html.j2").read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ def render(report: Report) -> str:
 
 
 def _view(report: Report) -> dict[str, Any]:
-    """Everything the template shows, in the order and words it shows it."""
+    """Return the values of the template."""
     ratios = formatting.ratios(report)
     shared = any(len(bank["layers"]) > 1 for bank in report["plan"]["banks"])
     return {
@@ -71,7 +71,7 @@ def _view(report: Report) -> dict[str, Any]:
 
 
 def _drawings(report: Report) -> dict[str, Markup | None]:
-    """The plots, each `None` where the report has nothing to draw."""
+    """Return the plots, None where the report has nothing to draw."""
     projections = report["projections"]
     composed = _composed(report)
     errors = [p for p in projections if p["relative_error"]]
@@ -84,7 +84,7 @@ def _drawings(report: Report) -> dict[str, Markup | None]:
 
 
 def _losses(report: Report) -> list[dict[str, Any]]:
-    """Whitened loss per method, the converted one first, with the width of its bar in percent of the worst."""
+    """Return the whitened loss per method, the used one first, with the width of its bar in percent of the worst."""
     losses = report["whitened_loss"]
     worst = max((v for v in losses.values() if v is not None), default=0.0) or 1.0
     names = [report["method"], *formatting.METHOD_NAMES]
@@ -100,17 +100,17 @@ def _losses(report: Report) -> list[dict[str, Any]]:
 
 
 def _composed(report: Report) -> list[Report]:
-    """The banks that leave a layer a choice: more than one primitive."""
+    """Return the banks of more than one primitive."""
     return [bank for bank in report["banks"] if bank["energy"] and len(bank["energy"][0]) > 1]
 
 
 def _tables(banks: Sequence[Report], row: Callable[[Sequence[Report]], Row]) -> dict[str, list[Row]]:
-    """Few banks: one table of them. Many: one row per role on top, the banks folded away below."""
+    """Return one table of all banks if they are few, else a table of one row per role and a folded one of all banks."""
     roles = _by_role(banks)
-    every = [row([bank]) for members in roles for bank in members]
-    if len(every) <= _OPEN_TABLE:
-        return {"top": every, "folded": []}
-    return {"top": [row(members) for members in roles], "folded": every}
+    rows = [row([bank]) for members in roles for bank in members]
+    if len(rows) <= _OPEN_TABLE:
+        return {"top": rows, "folded": []}
+    return {"top": [row(members) for members in roles], "folded": rows}
 
 
 def _by_role(banks: Sequence[Report]) -> list[list[Report]]:
@@ -123,7 +123,7 @@ def _bank_label(banks: Sequence[Report]) -> str:
 
 
 def _plan_row(banks: Sequence[Report]) -> Row:
-    """One row of a plan table: one bank, or all banks of a role taken together."""
+    """Return a row of the plan table for one bank, or for all banks of a role together."""
 
     def total(key: str) -> float:
         return float(sum(bank[key] for bank in banks))
@@ -149,7 +149,7 @@ def _plan_row(banks: Sequence[Report]) -> Row:
 
 
 def _use_row(banks: Sequence[Report]) -> Row:
-    """One row of the table that says how evenly primitives are used."""
+    """Return a row of the table of bank diagnostics for one bank, or for all banks of a role together."""
 
     def every(key: str) -> list[Any]:
         return [value for bank in banks for value in bank[key]]
@@ -170,7 +170,7 @@ def _use_row(banks: Sequence[Report]) -> Row:
 
 
 def _anatomy(report: Report) -> dict[str, Any]:
-    """Where the parameters are, dense and compressed: the FFN in front, then everything that was kept as it was."""
+    """Return the parameters of the dense and the compressed model by part: the FFN, then all unchanged parts."""
     dense, stored = report["model"]["dense_stored"], report["model"]["stored"]
     kept = sorted(report["kept"], key=lambda part: -part["parameters"])
     full = max(dense, stored, 1)
@@ -190,11 +190,11 @@ def _anatomy(report: Report) -> dict[str, Any]:
         ("dense", dense, round(100 * report["ffn"]["dense_stored"] / full, 2)),
         ("compressed", stored, round(100 * report["ffn"]["stored"] / full, 2)),
     ]
-    return {"parts": parts, "bars": bars, "colour": plots.method_colour(report["method"])}
+    return {"parts": parts, "bars": bars, "colour": plot_style.method_colour(report["method"])}
 
 
 def _finite(value: Any) -> Any:
-    """The same JSON value with infinite and undefined numbers as null: JSON has no word for them."""
+    """Return a JSON value with null in place of infinite and undefined numbers, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -205,7 +205,7 @@ def _finite(value: Any) -> Any:
 
 
 def _json(report: Report) -> str:
-    """Indented JSON with lists of numbers on one line (a line break never occurs inside a JSON string)."""
-    join: Callable[[re.Match[str]], str] = lambda found: "[" + " ".join(found[1].split()) + "]"  # noqa: E731
+    """Return indented JSON with lists of numbers on one line (a line break never occurs inside a JSON string)."""
+    join: Callable[[re.Match[str]], str] = lambda match: "[" + " ".join(match[1].split()) + "]"  # noqa: E731
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     return re.sub(r"\[\n\s*([-+\d.eE,\s]+?)\n\s*\]", join, text) + "\n"

@@ -1,6 +1,6 @@
-"""Figures as a person reads them: three significant digits, thousands separators, MiB, and what is over what.
+"""Format figures for people: three significant digits, thousands separators, MiB; labels and meanings of metrics.
 
-The report page and the model card say the same things about one report; both take words and digits from here.
+Report pages, model cards and the command line use it, so that they agree.
 """
 
 import math
@@ -13,9 +13,10 @@ NONE = "–"
 
 
 def number(value: float | None) -> str:
-    """Three significant digits; thousands separators from 1,000 on; up to six decimals where three would round to 1.
+    """Format three significant digits, with thousands separators from 1,000 on.
 
-    `None` (not measured) is a dash, and an infinite or undefined figure says so.
+    Values close to 1 get up to six decimals where three would round to 1. None (not measured) is a dash; infinite and
+    undefined values are "not finite".
     """
     if value is None:
         return NONE
@@ -36,7 +37,7 @@ def number(value: float | None) -> str:
 
 
 def short_count(value: float) -> str:
-    """A count with its unit letter: 950, 12.3 K, 7.08 M, 1.24 B."""
+    """Format a count with its unit letter: 950, 12.3 K, 7.08 M, 1.24 B."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= unit:
             return f"{number(value / unit)} {letter}"
@@ -44,12 +45,12 @@ def short_count(value: float) -> str:
 
 
 def mib(n_bytes: float) -> str:
-    """A size in MiB (2**20 bytes)."""
+    """Format bytes in MiB (2**20 bytes)."""
     return f"{number(n_bytes / 2**20)} MiB"
 
 
 def spread(values: Iterable[float | None]) -> str:
-    """One figure when all are equal as printed, else `smallest–largest`."""
+    """Format `smallest–largest`, or one value if these are equal in print."""
     known = sorted(v for v in values if v is not None)
     if not known:
         return NONE
@@ -58,7 +59,7 @@ def spread(values: Iterable[float | None]) -> str:
 
 
 def layer_list(layers: Sequence[int]) -> str:
-    """Layer numbers with runs joined: `0–2, 5`."""
+    """Format layer numbers with runs joined: `0–2, 5`."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][-1] + 1:
@@ -69,24 +70,24 @@ def layer_list(layers: Sequence[int]) -> str:
 
 
 def in_order(names: Iterable[str], first: Sequence[str]) -> list[str]:
-    """The distinct `names`, those of `first` in that order, the others after them sorted."""
+    """Return the distinct `names`: those in `first` in that order, then the others sorted."""
     distinct = set(names)
     return [name for name in first if name in distinct] + sorted(distinct - set(first))
 
 
 WHITENED_LOSS = (
     "mean over the FFN projections of the squared error of their outputs ÷ their squared outputs, on the calibration "
-    "text, each output less its mean where a bias makes up for that"
+    "text, each output less its mean where a bias compensates for that"
 )
 
 
 def method_name(method: str) -> str:
-    """How a method is called in running text."""
+    """Return the name of a method in running text."""
     return METHOD_NAMES.get(method, method)
 
 
-class Figure(NamedTuple):
-    """One measured figure: what it is called, its printed value, what it is over what, and the dense model's value."""
+class Metric(NamedTuple):
+    """A measured value: label, printed value, meaning (with its denominator), and the dense model's printed value."""
 
     label: str
     value: str
@@ -95,7 +96,7 @@ class Figure(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """One cost ratio, compressed over dense, for one part of the model (`FFN` or `whole model`)."""
+    """A cost ratio, compressed over dense, of one part of the model (`FFN` or `whole model`)."""
 
     label: str
     part: str
@@ -108,46 +109,43 @@ STORED, BYTES, BYTES_BF16, MACS = "Stored parameters", "Bytes on disk", "Bytes, 
 
 
 def ratios(report: Mapping[str, Any]) -> list[Ratio]:
-    """The cost ratios of a report: stored, bytes and MACs, each for the FFN and for the whole model.
+    """Return the cost ratios of a report: stored parameters, bytes and MACs, each of the FFN and the whole model.
 
-    Bytes are over the dense file in its own dtype, and where that is another one, over bfloat16 as well.
+    Bytes are over the dense file in its own dtype, and also over bfloat16 where that is another dtype.
     """
-    source = report.get("source_dtype", "bfloat16")  # older reports count the dense model in bfloat16 alone
-    found = []
-    for key, part in (("ffn", "FFN"), ("model", "whole model")):
-        sizes = report[key]
-        found += [
-            Ratio(
-                STORED,
-                part,
-                sizes["stored_ratio"],
-                f"parameters kept ÷ parameters of the dense {part}",
-                f"{short_count(sizes['stored'])} of {short_count(sizes['dense_stored'])}",
-            ),
-            Ratio(
-                BYTES,
-                part,
-                sizes.get("bytes_ratio_to_source", sizes["bytes_ratio"]),
-                f"bytes saved to disk as {report['dtype']} ÷ bytes of the dense {part} in {source}",
-                f"{mib(sizes['bytes'])} of {mib(sizes.get('source_bytes', sizes['dense_bytes']))}",
-            ),
-            Ratio(
-                BYTES_BF16,
-                part,
-                sizes["bytes_ratio"],
-                f"bytes saved to disk as {report['dtype']} ÷ bytes of the dense {part} in bfloat16",
-                f"{mib(sizes['bytes'])} of {mib(sizes['dense_bytes'])}",
-            ),
-            Ratio(
-                MACS,
-                part,
-                sizes["mac_ratio"],
-                f"multiply-accumulates per token ÷ those of the dense {part}",
-                f"{short_count(sizes['macs'])} of {short_count(sizes['dense_macs'])}",
-            ),
-        ]
+    source = report.get("source_dtype", "bfloat16")  # reports before `source_dtype` count the dense model in bfloat16
     shown = [STORED, BYTES, MACS] if source == "bfloat16" else [STORED, BYTES, BYTES_BF16, MACS]
-    return sorted((ratio for ratio in found if ratio.label in shown), key=lambda ratio: shown.index(ratio.label))
+    by_part = [_part_ratios(report, key, part, source) for key, part in (("ffn", "FFN"), ("model", "whole model"))]
+    return [ratios_of_part[label] for label in shown for ratios_of_part in by_part]
+
+
+def _part_ratios(report: Mapping[str, Any], key: str, part: str, source: str) -> dict[str, Ratio]:
+    """Return the cost ratios of one part of the model by label; `source`: the dense file's dtype."""
+    sizes = report[key]
+    saved, dense = f"bytes saved to disk as {report['dtype']} ÷ bytes of the dense {part} in", mib(sizes["dense_bytes"])
+    source_bytes = mib(sizes.get("source_bytes", sizes["dense_bytes"]))
+    rows = (
+        (
+            STORED,
+            sizes["stored_ratio"],
+            f"parameters kept ÷ parameters of the dense {part}",
+            f"{short_count(sizes['stored'])} of {short_count(sizes['dense_stored'])}",
+        ),
+        (
+            BYTES,
+            sizes.get("bytes_ratio_to_source", sizes["bytes_ratio"]),
+            f"{saved} {source}",
+            f"{mib(sizes['bytes'])} of {source_bytes}",
+        ),
+        (BYTES_BF16, sizes["bytes_ratio"], f"{saved} bfloat16", f"{mib(sizes['bytes'])} of {dense}"),
+        (
+            MACS,
+            sizes["mac_ratio"],
+            f"multiply-accumulates per token ÷ those of the dense {part}",
+            f"{short_count(sizes['macs'])} of {short_count(sizes['dense_macs'])}",
+        ),
+    )
+    return {label: Ratio(label, part, value, meaning, detail) for label, value, meaning, detail in rows}
 
 
 # key -> (label, meaning, key of the dense model's figure)
@@ -174,19 +172,19 @@ _CIRCUMSTANCES = {
 _DENSE_KEYS = {dense for _, _, dense in QUALITY.values() if dense}
 
 
-def quality(evaluation: Mapping[str, Any] | None) -> list[Figure]:
-    """The quality figures that were measured, most telling first; none where there was no evaluation."""
+def quality(evaluation: Mapping[str, Any] | None) -> list[Metric]:
+    """Return the measured quality metrics, the most important first; [] without an evaluation."""
     measured = evaluation or {}
     figures = []
     for key, (label, meaning, dense_key) in QUALITY.items():
         if measured.get(key) is not None:
             dense = measured.get(dense_key)
-            figures.append(Figure(label, number(measured[key]), meaning, "" if dense is None else number(dense)))
+            figures.append(Metric(label, number(measured[key]), meaning, "" if dense is None else number(dense)))
     return figures
 
 
 def circumstances(details: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """On what calibration or evaluation ran: (label, value) for every entry that is not a quality figure."""
+    """Return (label, value) of every entry of a calibration or evaluation that is not a quality metric."""
     rows = []
     for key in in_order(details or {}, list(_CIRCUMSTANCES)):
         value = (details or {})[key]

@@ -1,4 +1,4 @@
-"""Markdown that text from models, files and command lines cannot break out of."""
+"""Render Markdown that text from models, files and command lines cannot break out of."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The methods of a comparison as readers meet them: title, explanation, and how each is drawn.
+"""Register the title, the explanation and the look of the methods of a comparison.
 
 `compare` registers one entry for every method; tables, plots and pages look names up here.
 """
@@ -12,14 +12,14 @@ OTHER_COLOURS = ("#009E73", "#56B4E9", "#D55E00")
 
 
 class Look(NamedTuple):
-    """How a method is drawn: colour (Okabe and Ito's set), marker and line style of matplotlib."""
+    """Look of a method in plots: colour (Okabe and Ito's set), marker and line style of matplotlib."""
 
     colour: str
     marker: str
     line: str = "-"
 
 
-REFERENCES = {  # what reports of a conversion draw, too
+REFERENCES = {  # the methods that reports of a conversion draw
     "pilon": Look("#0072B2", "o"),
     "whitened-svd": Look("#E69F00", "s"),
     "svd": Look("#CC79A7", "^"),
@@ -50,12 +50,12 @@ METHODS: Registry[Method] = Registry("method")
 
 
 def method_of(name: str) -> Method:
-    """Return what was registered under `name`; for any other name one that is titled so, without an explanation."""
+    """Return the method registered under `name`; for another name, a method of that title without explanation."""
     if name == "dense":
         return Method(name, name, Curve(name, name, "", DENSE))
     return METHODS.get(name) or Method(name, name, Curve(name, name, "", reference(name)))
 
 
 def reference(name: str) -> Look:
-    """Return how reports of a conversion draw a method: as in REFERENCES, else in a colour that its name decides."""
+    """Return the look of a method in reports of a conversion: from REFERENCES, or a colour chosen by its name."""
     return REFERENCES.get(name) or Look(OTHER_COLOURS[sum(name.encode()) % len(OTHER_COLOURS)], "D")

@@ -1,12 +1,6 @@
-"""The plots of the report as inline SVG: no display, no dates, the same bytes for the same report.
+"""Plot the error, the singular spectra and the compositions of a conversion as inline SVG."""
 
-One colour per method everywhere (Okabe and Ito's colour-blind-safe set), a marker of its own beside the colour, and
-fonts drawn as paths, so that the page looks the same on every machine.
-"""
-
-import io
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,52 +11,36 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap, LinearSegmentedColormap, ListedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from pilon_compress.report.formatting import METHOD_NAMES, ROLE_ORDER, in_order, layer_list, method_name, number
+from pilon_compress.report.formatting import METHOD_NAMES, ROLE_ORDER, in_order, layer_list, method_name
 from pilon_compress.report.methods import reference
+from pilon_compress.report.plot_style import (
+    INK,
+    QUIET,
+    RULE,
+    STYLE,
+    is_drawable,
+    log_axis,
+    method_colour,
+    panels,
+    svg,
+)
 
 Projection = Mapping[str, Any]
 Bank = Mapping[str, Any]
-_INK, _QUIET, _RULE = "#1f2937", "#6b7280", "#d1d5db"
-_WIDTH = 10.4  # inches: the text column of the page, so that a point of type is a point on screen
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "pilon-compress",
-    "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the same glyphs everywhere
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelcolor": _QUIET,
-    "axes.edgecolor": _RULE,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "text.color": _INK,
-    "text.parse_math": False,  # names come from models: a dollar sign is no formula
-    "xtick.color": _QUIET,
-    "ytick.color": _QUIET,
-    "legend.frameon": False,
-    "image.composite_image": False,
-}
-
-
-def method_colour(method: str) -> str:
-    """The colour that stands for a method in every plot and table."""
-    return reference(method).colour
 
 
 def error_by_layer(projections: Sequence[Projection]) -> str:
-    """Relative output error of every projection over its layer: one panel per role, one line per method."""
+    """Plot the relative output error of every projection over its layer: one panel per role, one line per method."""
     roles = in_order((p["role"] for p in projections), ROLE_ORDER)
     methods = in_order((m for p in projections for m in p["relative_error"]), list(METHOD_NAMES))
-    values = [v for p in projections for v in p["relative_error"].values() if _usable(v)]
+    values = [v for p in projections for v in p["relative_error"].values() if is_drawable(v)]
     crowded = len({p["layer"] for p in projections}) > 20  # then one panel per line of the page
     height, columns = (2.1 * len(roles) + 0.4, 1) if crowded else (3.3, len(roles))
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _panels(len(roles), height, columns, share_y=True)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = panels(len(roles), height, columns, share_y=True)
         for axis, role in zip(axes, roles, strict=True):
             members = sorted((p for p in projections if p["role"] == role), key=lambda p: p["layer"])
             _shade_bands(axis, members)
@@ -74,7 +52,7 @@ def error_by_layer(projections: Sequence[Projection]) -> str:
             axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
         positive = [v for v in values if v > 0]
         if positive and max(positive) > 50 * min(positive):
-            _log_axis(axes[0], max(min(positive), 1e-3 * max(positive)), max(positive))
+            log_axis(axes[0], max(min(positive), 1e-3 * max(positive)), max(positive))
         else:
             axes[0].set_ylim(0, 1.08 * max(positive, default=1.0))
         for axis in axes[::columns]:
@@ -83,12 +61,12 @@ def error_by_layer(projections: Sequence[Projection]) -> str:
             axis.set_xlabel("layer")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=max(1, len(labels)))
-        return _svg(figure, "error", "Relative output error of every layer, by role and method")
+        return svg(figure, "error", "Relative output error of every layer, by role and method")
 
 
 def _draw_errors(axis: Axes, members: Sequence[Projection], method: str) -> None:
     points = [(p["layer"], p["relative_error"].get(method)) for p in members]
-    known = [(layer, error) for layer, error in points if _usable(error)]
+    known = [(layer, error) for layer, error in points if is_drawable(error)]
     axis.plot(
         [layer for layer, _ in known],
         [error for _, error in known],
@@ -101,14 +79,14 @@ def _draw_errors(axis: Axes, members: Sequence[Projection], method: str) -> None
 
 
 def spectra(projections: Sequence[Projection]) -> str:
-    """Whitened singular spectra, one panel per role, one line per layer, a dot where the rank was cut."""
+    """Plot the whitened singular spectra: one panel per role, one line per layer, a dot where the rank was cut."""
     roles = in_order((p["role"] for p in projections), ROLE_ORDER)
     colours, norm = _layer_scale(sorted({p["layer"] for p in projections}))
-    energies = [e for p in projections for e in p["spectrum"]["energy"] if _usable(e) and e > 0]
+    energies = [e for p in projections for e in p["spectrum"]["energy"] if is_drawable(e) and e > 0]
     top = max(energies, default=1.0)
     few = len(projections) <= 12 * len(roles)
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _panels(len(roles), 3.5, len(roles), share_y=True)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = panels(len(roles), 3.5, len(roles), share_y=True)
         for axis, role in zip(axes, roles, strict=True):
             for p in (p for p in projections if p["role"] == role):
                 _draw_spectrum(axis, p, colours(norm(p["layer"])), dot_size=6.5 if few else 4.5)
@@ -117,15 +95,15 @@ def spectra(projections: Sequence[Projection]) -> str:
             axis.set_xlim(left=0)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             axis.grid(color="#eef0f3", linewidth=0.8)
-        _log_axis(axes[0], max(min(energies, default=top), top * 1e-7), top)
+        log_axis(axes[0], max(min(energies, default=top), top * 1e-7), top)
         axes[0].set_ylabel("share of the output energy")
         _layer_bar(figure, axes, colours, norm)
-        return _svg(figure, "spectra", "Singular spectra of the whitened weights, by role and layer")
+        return svg(figure, "spectra", "Singular spectra of the whitened weights, by role and layer")
 
 
 def _draw_spectrum(axis: Axes, projection: Projection, colour: Any, dot_size: float) -> None:
     points = zip(projection["spectrum"]["index"], projection["spectrum"]["energy"], strict=True)
-    known = [(index, energy) for index, energy in points if _usable(energy) and energy > 0]
+    known = [(index, energy) for index, energy in points if is_drawable(energy) and energy > 0]
     if not known:
         return
     index, energy = (np.asarray(column, dtype=float) for column in zip(*known, strict=True))
@@ -134,20 +112,11 @@ def _draw_spectrum(axis: Axes, projection: Projection, colour: Any, dot_size: fl
         cut = projection["cut"]
         height = math.exp(np.interp(cut, index, np.log(energy)))
         edge = 0.8 if dot_size > 5 else 0.5
-        axis.plot(cut, height, "o", color=colour, ms=dot_size, mec=_INK, mew=edge, zorder=5)
-
-
-def _log_axis(axis: Axes, low: float, high: float) -> None:
-    """A logarithmic y axis with plain numbers; ticks at 1, 2 and 5 where powers of ten alone would be too few."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-")))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.set_ylim(low / 1.5, high * 1.6)
+        axis.plot(cut, height, "o", color=colour, ms=dot_size, mec=INK, mew=edge, zorder=5)
 
 
 def composition(banks: Sequence[Bank]) -> str:
-    """How much of each layer's energy each primitive carries: one map per role, rows layers, columns primitives."""
+    """Plot each primitive's share of each layer's energy: one map per role, layers by primitives."""
     roles = in_order((b["role"] for b in banks), ROLE_ORDER)
     by_role = {role: sorted((b for b in banks if b["role"] == role), key=lambda b: b["band"]) for role in roles}
     rows = max(sum(len(b["layers"]) for b in members) for members in by_role.values())
@@ -155,9 +124,9 @@ def composition(banks: Sequence[Bank]) -> str:
     height = max(2.5, 0.9 + rows * (0.26 if rows <= 12 else min(0.15, 5 / rows)))
     maps = {role: _composition_map(members) for role, members in by_role.items()}
     colours, norm, beyond = _share_scale(maps.values())
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         columns = 1 if wide else len(roles)
-        figure, axes = _panels(len(roles), height * len(roles) / columns, columns)
+        figure, axes = panels(len(roles), height * len(roles) / columns, columns)
         for axis, role in zip(axes, roles, strict=True):
             _draw_map(axis, maps[role], by_role[role], colours, norm)
             axis.set_title(role)
@@ -168,14 +137,14 @@ def composition(banks: Sequence[Bank]) -> str:
         place: dict[str, Any] = {"shrink": shrink, "anchor": (0.0, 1.0), "pad": 0.015, "extend": beyond}
         bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, **place)
         bar.set_label("share of the layer's energy")
-        bar.outline.set_edgecolor(_RULE)
-        return _svg(figure, "composition", "Composition of every layer from the primitives of its band")
+        bar.outline.set_edgecolor(RULE)
+        return svg(figure, "composition", "Composition of every layer from the primitives of its band")
 
 
 def _share_scale(maps: Iterable[NDArray[np.float64]]) -> tuple[Colormap, Normalize, str]:
-    """White to dark blue for shares, and whether some lie beyond its end ("max") or none ("neither").
+    """Return a scale of white to dark blue for shares, and "max" if some lie beyond its end, else "neither".
 
-    It ends at the 99th percentile: a few layers that live on one primitive must not bleach all the others.
+    The scale ends at the 99th percentile, so that a few layers that use one primitive only do not bleach the others.
     """
     shares = np.concatenate([shares[shares > 0] for shares in maps])
     end = float(np.quantile(shares, 0.99)) if shares.size else 1.0
@@ -183,40 +152,8 @@ def _share_scale(maps: Iterable[NDArray[np.float64]]) -> tuple[Colormap, Normali
     return colours, PowerNorm(0.5, vmin=0, vmax=end), "max" if (shares > end).any() else "neither"
 
 
-def speedups(parts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Speedup over dense fp32 of every variant, with its spread: one panel per title of `parts`."""
-    count = max(len(entries) for entries in parts.values())
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _panels(len(parts), (0.34 * count + 0.9) * len(parts), 1)
-        for axis, (title, entries) in zip(axes, parts.items(), strict=True):
-            names, values = list(entries), [entry["speedup"] for entry in entries.values()]
-            low, high = zip(*(entry["spread"] for entry in entries.values()), strict=True)
-            errors = [np.subtract(values, low).clip(0), np.subtract(high, values).clip(0)]
-            colours = [method_colour("pilon") if name.startswith("pilon") else _RULE for name in names]
-            axis.barh(names, values, xerr=errors, color=colours, ecolor=_INK, capsize=3, height=0.7)
-            for row, (value, end) in enumerate(zip(values, high, strict=True)):
-                axis.text(max(value, end), row, f"  {number(value)}x", va="center")
-            axis.axvline(1, color=_QUIET, linewidth=0.8)
-            axis.invert_yaxis()
-            axis.set_title(title)
-            axis.margins(x=0.1)
-        axes[-1].set_xlabel("speedup over dense fp32 torch")
-        return _svg(figure, "speedups", "Speedup of every variant over the dense model in float32")
-
-
-def _usable(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _panels(count: int, height: float, columns: int, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure as wide as the page with `count` panels in `columns`; `height` in inches."""
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    grid = figure.subplots(math.ceil(count / columns), columns, squeeze=False, sharey=share_y)
-    return figure, list(grid.flat)
-
-
 def _shade_bands(axis: Axes, members: Sequence[Projection]) -> None:
-    """A grey ground under every second band, where bands join layers at all."""
+    """Draw a grey background under every second band, if bands have several layers."""
     if len({p["band"] for p in members}) < len(members):
         for p in members:
             if p["band"] % 2:
@@ -225,7 +162,7 @@ def _shade_bands(axis: Axes, members: Sequence[Projection]) -> None:
 
 
 def _layer_scale(layers: Sequence[int]) -> tuple[Colormap, Normalize]:
-    """Colours for layers: dark first, light last, without the yellow that vanishes on white."""
+    """Return colours for layers, dark to light, without the yellow that is invisible on white."""
     ramp = matplotlib.colormaps["viridis"]
     if len(layers) <= 12:
         edges = [layers[0] - 0.5, *((a + b) / 2 for a, b in pairwise(layers)), layers[-1] + 0.5]
@@ -244,12 +181,12 @@ def _layer_bar(figure: Figure, axes: Sequence[Axes], colours: Colormap, norm: No
     else:
         bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     bar.set_label("layer")
-    bar.outline.set_edgecolor(_RULE)
+    bar.outline.set_edgecolor(RULE)
     bar.ax.invert_yaxis()
 
 
 def _composition_map(members: Sequence[Bank]) -> NDArray[np.float64]:
-    """Shares (layers of all bands of one role, primitives), largest first; NaN past a bank's last primitive."""
+    """Return shares (layers of all bands of one role, primitives), largest first; NaN after a bank's last primitive."""
     width = max(len(row) for bank in members for row in bank["energy"])
     blocks = []
     for bank in members:
@@ -276,22 +213,7 @@ def _draw_map(
     if len(members) < len(layers):
         for start in starts[1:-1]:
             axis.axhline(start - 0.5, color="white", linewidth=4)
-            axis.axhline(start - 0.5, color=_QUIET, linewidth=0.8)
+            axis.axhline(start - 0.5, color=QUIET, linewidth=0.8)
     axis.tick_params(length=0)
     axis.set_xticks([0, shares.shape[1] - 1] if shares.shape[1] > 1 else [0])
     axis.set_xticklabels(["1", str(shares.shape[1])] if shares.shape[1] > 1 else ["1"])
-
-
-def _svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an `<svg>` element to paste into a page: scales with it, ids of its own, nothing loaded."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    # Two decimals of a point are below what a screen shows and halve the page.
-    return re.sub(r'\bd="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)

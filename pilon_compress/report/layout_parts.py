@@ -1,4 +1,4 @@
-"""The parts of a layout as plain data: every bank with its projections, and every matrix, with what each stores."""
+"""Describe the parts of a layout as plain data: every bank with its projections, every dense matrix, their sizes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +12,15 @@ BITS = {"ternary-2bit": 2.0, "ternary-base3": 1.6} | {name: float(kind.bits) for
 
 
 def layout_parts(layout: Layout, sites: Sequence[Site], itemsize: int) -> list[dict[str, Any]]:
-    """One entry per bank and per matrix, by first layer and then by role; `itemsize` in bytes per float.
+    """Return an entry for each bank and dense matrix, sorted by first layer and role; `itemsize` in bytes per float.
 
-    names, role, layers     of the projections that it makes
-    d_in, d_out             as stored, after neurons were dropped; dense_d_in, dense_d_out before
-    n_primitives, rank, top_k, composition     None for a matrix
+    names, role, layers     of its projections
+    d_in, d_out             as stored, after pruning of neurons; dense_d_in, dense_d_out before
+    n_primitives, rank, top_k, composition     None for a dense matrix
     quantization, bits      of its weights; bits of a float where quantization is none
     stored, bytes, macs, dense_stored, dense_macs
     """
-    found = []
+    parts = []
     by_name = {site.name: site for site in sites}
     for name, spec in layout.banks.items():
         users = [by_name[user] for user in layout.users(name) if user in by_name]
@@ -28,14 +28,14 @@ def layout_parts(layout: Layout, sites: Sequence[Site], itemsize: int) -> list[d
             user = layout.projections[users[0].name]
             shape: dict[str, Any] = {"n_primitives": spec.n_primitives, "rank": spec.rank, "top_k": user.top_k}
             shape["composition"] = user.composition
-            found.append(_part(layout, users, bank_size(layout, name, itemsize), spec.quantization, itemsize, shape))
+            parts.append(_part(layout, users, bank_size(layout, name, itemsize), spec.quantization, itemsize, shape))
     for name, kept in layout.kept.items():
         if name in by_name:
             shape = dict.fromkeys(("n_primitives", "rank", "top_k", "composition"))
             size = kept_size(layout, name, itemsize)
-            found.append(_part(layout, [by_name[name]], size, kept.quantization, itemsize, shape))
+            parts.append(_part(layout, [by_name[name]], size, kept.quantization, itemsize, shape))
     order = {site.role: place for place, site in reversed(list(enumerate(sites)))}
-    return sorted(found, key=lambda part: (part["layers"][0], order[part["role"]]))
+    return sorted(parts, key=lambda part: (part["layers"][0], order[part["role"]]))
 
 
 def _part(

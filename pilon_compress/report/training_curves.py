@@ -1,4 +1,4 @@
-"""The curves of a training, from its metrics.jsonl: one figure, as inline SVG for the page and as PNG for the card."""
+"""Plot the curves of a training from its metrics.jsonl: inline SVG for the page, PNG for the card."""
 
 import io
 import math
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pilon_compress.report import plots
+from pilon_compress.report import plot_style
 from pilon_compress.report.formatting import short_count
 
 Line = Mapping[str, Any]
@@ -23,38 +23,40 @@ COLOURS = {
     "matrices": "#CC79A7",
     "vectors": "#56B4E9",
 }
-JUDGED = {"val_perplexity": "validation perplexity", "val_cosine": "cosine to the teacher"}
+EVALUATED = {"val_perplexity": "validation perplexity", "val_cosine": "cosine to the teacher"}
 USE = {
     "utilisation": ("selected by a layer", "#0072B2"),
     "dead_share": ("dead", "#D55E00"),
     "composition_entropy": ("entropy within a layer", "#E69F00"),
     "primitive_entropy": ("entropy over the bank", "#009E73"),
     "primitive_gini": ("Gini over the bank", "#CC79A7"),
-    "zero_share": ("digits 0", "#111827"),
-    "flipped_share": ("digits changed", "#56B4E9"),
+    "zero_share": ("weights 0", "#111827"),
+    "flipped_share": ("weights changed", "#56B4E9"),
 }
 QUIET, MAIN, GRID = "#a9c7de", "#0072B2", "#e5e7eb"
-SMOOTHED = 40  # lines; with more of them, a running mean is drawn over what was measured
+SMOOTHED = 40  # lines; with more of them, a running mean is drawn over the values
 DPI = 150
 
 
 def svg(lines: Sequence[Line], marks: Sequence[Mark] = ()) -> str:
-    """The figure as an `<svg>` element. `marks`: (tokens, what happens there)."""
-    with matplotlib.rc_context(plots._STYLE):
-        return plots._svg(_figure(lines, marks), "curves", "Loss, perplexity, rates and health over the training")
+    """Return the figure as an `<svg>` element. `marks`: (tokens, label) of changes during the training."""
+    with matplotlib.rc_context(plot_style.STYLE):
+        return plot_style.svg(
+            _figure(lines, marks), "curves", "Loss, perplexity, rates and bank diagnostics over the training"
+        )
 
 
 def png(lines: Sequence[Line], marks: Sequence[Mark] = ()) -> bytes:
-    """The figure as the bytes of a PNG: the same for the same lines."""
+    """Return the figure as a PNG; equal lines give equal bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(plots._STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         _figure(lines, marks).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def _figure(lines: Sequence[Line], marks: Sequence[Mark]) -> Figure:
-    drawn = [draw for draw in (_loss, _judged, _use, _norms, _rate, _speed) if _has(draw, lines)]
-    figure, axes = plots._panels(max(1, len(drawn)), 2.7 * math.ceil(max(1, len(drawn)) / 2), 2)
+    drawn = [draw for draw in (_loss, _metric, _use, _norms, _rate, _speed) if _has(draw, lines)]
+    figure, axes = plot_style.panels(max(1, len(drawn)), 2.7 * math.ceil(max(1, len(drawn)) / 2), 2)
     figure.set_layout_engine("constrained", h_pad=0.11, w_pad=0.12)
     for axis, draw in zip(axes, drawn, strict=False):
         draw(axis, lines)
@@ -75,20 +77,20 @@ def _figure(lines: Sequence[Line], marks: Sequence[Mark]) -> Figure:
 
 
 def _points(lines: Sequence[Line], key: str) -> tuple[list[float], list[float]]:
-    """(tokens, values) where `key` was measured and is finite."""
-    found = [(line["tokens"], line[key]) for line in lines if plots._usable(line.get(key))]
-    return [place for place, _ in found], [value for _, value in found]
+    """Return (tokens, values) of the lines in which `key` is finite."""
+    points = [(line["tokens"], line[key]) for line in lines if plot_style.is_drawable(line.get(key))]
+    return [tokens for tokens, _ in points], [value for _, value in points]
 
 
 def _has(draw: Callable[[Axes, Sequence[Line]], None], lines: Sequence[Line]) -> bool:
     keys: dict[Any, list[str]] = {
         _loss: ["loss"],
-        _judged: list(JUDGED),
+        _metric: list(EVALUATED),
         _rate: ["rate"],
         _speed: ["tokens_per_second"],
     }
-    wanted = keys.get(draw) or (list(USE) if draw is _use else ["gradient_norm"])
-    return any(key in line for key in wanted for line in lines)
+    drawn = keys.get(draw) or (list(USE) if draw is _use else ["gradient_norm"])
+    return any(key in line for key in drawn for line in lines)
 
 
 def _loss(axis: Axes, lines: Sequence[Line]) -> None:
@@ -102,22 +104,22 @@ def _loss(axis: Axes, lines: Sequence[Line]) -> None:
 
 
 def smoothed(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value with up to `width` neighbours on either side, as many as there are on both."""
-    found = []
+    """Return the mean of each value and its neighbours, up to `width` and equally many on either side."""
+    means = []
     for index in range(len(values)):
         reach = min(width, index, len(values) - 1 - index)
         window = values[index - reach : index + reach + 1]
-        found.append(sum(window) / len(window))
-    return found
+        means.append(sum(window) / len(window))
+    return means
 
 
-def _judged(axis: Axes, lines: Sequence[Line]) -> None:
-    key = next(key for key in JUDGED if any(key in line for line in lines))
-    axis.set_title(JUDGED[key])
+def _metric(axis: Axes, lines: Sequence[Line]) -> None:
+    key = next(key for key in EVALUATED if any(key in line for line in lines))
+    axis.set_title(EVALUATED[key])
     places, values = _points(lines, key)
     axis.plot(places, values, color=MAIN, linewidth=1.6, marker="o" if len(values) <= SMOOTHED else "", markersize=3.5)
     if values and max(values) > 4 * min(values):
-        plots._log_axis(axis, min(values), max(values))
+        plot_style.log_axis(axis, min(values), max(values))
     if values:
         place = (places[-1], values[-1])
         axis.annotate(
@@ -144,12 +146,12 @@ def _norms(axis: Axes, lines: Sequence[Line]) -> None:
             axis.plot(places, values, color=colour, linewidth=1.3, label=group)
             top += [value for value in values if value > 0]
     if top:
-        plots._log_axis(axis, max(min(top), 1e-4 * max(top)), max(top))
+        plot_style.log_axis(axis, max(min(top), 1e-4 * max(top)), max(top))
     _legend(axis, 3)
 
 
 def _rate(axis: Axes, lines: Sequence[Line]) -> None:
-    axis.set_title("learning rate, of its highest")
+    axis.set_title("learning rate ÷ its highest")
     axis.plot(*_points(lines, "rate"), color=MAIN, linewidth=1.6)
     axis.set_ylim(0, 1.05)
 
@@ -163,13 +165,13 @@ def _speed(axis: Axes, lines: Sequence[Line]) -> None:
 
 
 def _count(value: float, _: int) -> str:
-    """25 K where a figure in a text would be 25.0 K."""
+    """Format a tick: 25 K instead of the 25.0 K of running text."""
     amount, _space, unit = short_count(value).partition(" ")
     return f"{float(amount.replace(',', '')):g} {unit}".strip()
 
 
 def _legend(axis: Axes, columns: int) -> None:
-    """Between title and panel, so that all panels are equally wide."""
+    """Draw the legend between title and panel, so that all panels are equally wide."""
     handles, labels = axis.get_legend_handles_labels()
     if labels:
         rows = math.ceil(len(labels) / columns)

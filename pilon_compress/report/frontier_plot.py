@@ -1,4 +1,4 @@
-"""The frontier of a comparison: quality against what it costs, one line per method."""
+"""Plot the frontier of a comparison: quality over cost, one line per method."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from pilon_compress.report import plots
+from pilon_compress.report import plot_style
 from pilon_compress.report.formatting import in_order
 from pilon_compress.report.methods import DENSE, METHODS, Curve, method_of
 
@@ -18,12 +18,15 @@ COSTS = {"bytes_ratio": "FFN bytes รท dense", "mac_ratio": "FFN MACs per token ร
 
 
 def frontier(rows: Sequence[Row], key: str, label: str, dense: float) -> str:
-    """Inline SVG: the figure `key` of every row over stored bytes and over MACs, bars from lowest to highest seed."""
+    """Return an inline SVG of the metric `key` of every row over bytes and over MACs, bars from low to high seed.
+
+    `label` names the metric, `dense` is the dense model's value.
+    """
     curves = {curve.name: curve for curve in (method_of(row["method"]).curve for row in rows)}
     order = in_order(curves, list(dict.fromkeys(method.curve.name for method in METHODS.values())))
     values = [row[key][end] for row in rows for end in ("low", "high")]
-    with matplotlib.rc_context(plots._STYLE):
-        figure = Figure(figsize=(plots._WIDTH, 4.2), layout="constrained")
+    with matplotlib.rc_context(plot_style.STYLE):
+        figure = Figure(figsize=(plot_style.WIDTH, 4.2), layout="constrained")
         axes = list(figure.subplots(1, len(COSTS), sharey=True))
         for axis, (cost, name) in zip(axes, COSTS.items(), strict=True):
             for name in order:
@@ -37,20 +40,20 @@ def frontier(rows: Sequence[Row], key: str, label: str, dense: float) -> str:
             axis.grid(color="#e5e7eb", linewidth=0.8)
         axes[0].set_ylabel(label)
         if key == "perplexity_ratio" and max(values) > 5 * min(values):
-            plots._log_axis(axes[0], min(1.0, *values), max(values))
+            plot_style.log_axis(axes[0], min(1.0, *values), max(values))
         elif key != "perplexity_ratio":
-            span = max(0.02, 1 - min(values))  # not from 0: what is worth comparing is close to 1
+            span = max(0.02, 1 - min(values))  # not from 0, since all values of interest are close to 1
             axes[0].set_ylim(1 - 1.08 * span, 1 + 0.06 * span)
         drawn, labels = axes[0].get_legend_handles_labels()
         handles = [
             one[0] if isinstance(one, ErrorbarContainer) else one for one in drawn
         ]  # bars would hide the markers
         figure.legend(handles, labels, loc="outside upper left", ncols=min(4, math.ceil(len(labels) / 2)))
-        return plots._svg(figure, f"frontier-{key}", f"{label} against bytes and multiply-accumulates")
+        return plot_style.svg(figure, f"frontier-{key}", f"{label} against bytes and multiply-accumulates")
 
 
 def _draw(axis: Axes, curve: Curve, rows: Sequence[Row], cost: str, key: str) -> None:
-    """Join the rows of one curve in order of cost."""
+    """Draw the rows of one curve in order of cost."""
     points = sorted((row[cost]["mean"], row[key]["mean"], row[key]["low"], row[key]["high"]) for row in rows)
     x, mean, low, high = zip(*points, strict=True)
     below = [m - v for m, v in zip(mean, low, strict=True)]
