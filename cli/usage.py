@@ -3,12 +3,14 @@
 import difflib
 import re
 import textwrap
+from importlib import import_module
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 _UNREADABLE = re.compile(r"Input should be an? valid (\w+).*")  # of pydantic, which typer reads values with
+_REGISTRY = re.compile(r"\{([\w.]+):(\w+)\}")  # in help, see config.option.Option
 WIDEST_OPTION = 30  # columns for an option and its value; longer ones take a line of their own
 
 
@@ -72,6 +74,7 @@ class _Spaced:
             if record is not None:
                 if argument := parameter.param_type_name == "argument":
                     record = (parameter.metavar or parameter.name.upper(), record[1])  # without its type
+                record = (record[0], _REGISTRY.sub(_entries, record[1]))
                 panel = getattr(parameter, "rich_help_panel", None) or ("Arguments" if argument else "Options")
                 panels.setdefault(panel, []).append(record)
         for panel, records in panels.items():
@@ -86,6 +89,12 @@ class _Spaced:
         if commands:
             with formatter.section("Commands"):
                 _write(formatter, [(name, command.get_short_help_str(300)) for name, command in commands.items()])
+
+
+def _entries(found: re.Match[str]) -> str:
+    """Return the entries of the registry that help names: their forms, or their names."""
+    registry = getattr(import_module(found[1]), found[2])
+    return ", ".join(getattr(entry, "form", name) for name, entry in registry.items())
 
 
 def _wrap(text: str, width: int, **options: Any) -> list[str]:

@@ -7,6 +7,7 @@ import typer
 
 from pilon_compress.cli.main import app
 from pilon_compress.cli.options import Configured
+from pilon_compress.data.readers.registry import FORMATS, SOURCES
 from pilon_compress.errors import BadInput
 
 GROUP = typer.main.get_command(app)
@@ -50,10 +51,17 @@ def test_help_is_in_sentences_at_80_columns_and_names_no_types(cli, path):
     shown = cli(*path, "--help").stdout
     assert max(map(len, shown.splitlines())) <= 80
     assert not re.search(r"<\w+(\[\w+\])?>|\b(TEXT|INTEGER|FLOAT|None)\b", shown)
+    assert "{" not in shown.partition("\n")[2], "registries are written out"
     for parameter in LEAVES[path].params:
         words = words_of(parameter)
         assert re.match(r"[A-Z]", words) and words.endswith("."), (parameter.name, words)
         assert re.sub(r"\s+", " ", words.split(". ")[0])[:20] in re.sub(r"\s+", " ", shown)
+
+
+def test_text_sources_are_listed_from_their_registry(cli):
+    for words in ("convert", "eval", "train"):
+        shown = " ".join(cli(words, "--help").stdout.split())
+        assert all(source.form in shown for source in SOURCES.values()) and all(suffix in shown for suffix in FORMATS)
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=" ".join)

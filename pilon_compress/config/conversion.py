@@ -12,7 +12,7 @@ from pydantic_core.core_schema import ValidationInfo
 
 from pilon_compress.config import reading, strict_yaml
 from pilon_compress.config.conflicts import conflicts, refuse_conflicts, refuse_field
-from pilon_compress.config.fields import MODEL, Device, DType
+from pilon_compress.config.fields import MODEL, SOURCES, Device, DType
 from pilon_compress.config.option import RUNNING, Argument, Option, Options
 from pilon_compress.config.ratio import Part, SizeRatio
 from pilon_compress.config.reading import Override, Positive, Section, Selector, Switch, Text
@@ -132,9 +132,9 @@ class Scope(Section):
 class Calibration(Section):
     """The text whose activations weigh the error."""
 
-    data: Annotated[Text | None, Option("--calibration", metavar="SOURCE")] = None
-    """Text for calibration: hub:REPO:CONFIG:SPLIT:COLUMN, a txt, jsonl or parquet file or glob (from the working
-    directory), stdlib, or stdin. Default: WikiText-2 for causal LMs, stdlib for encoders."""
+    data: Annotated[Text | None, Option("--calibration", metavar="SOURCE", tail=SOURCES)] = None
+    """Text for calibration: a source such as hub:REPO:CONFIG:SPLIT:COLUMN, a file, or a glob from the working
+    directory. Default: WikiText-2 for causal LMs, stdlib for encoders."""
     samples: Annotated[Positive | None, Option()] = None
     """Calibration sequences: paragraphs for encoders, blocks of `sequence_length` tokens for causal LMs. Default, with
     effort balanced: 800 paragraphs, or as many blocks as make eight tokens per inner neuron, at least 32."""
@@ -162,10 +162,10 @@ class Refine(Section):
 class Evaluation(Section):
     """The text that the result is evaluated on."""
 
-    data: Annotated[Text | None, Option(metavar="SOURCE")] = None
-    """Text to evaluate on: hub:REPO:CONFIG:SPLIT:COLUMN, a txt, jsonl or parquet file or glob, or stdlib; in a
-    conversion, none skips the evaluation. Default: the held-out part of the calibration text; in `eval`, of a model
-    without a recipe, WikiText-2 for causal LMs and stdlib for encoders."""
+    data: Annotated[Text | None, Option(metavar="SOURCE", tail=SOURCES)] = None
+    """Text to evaluate on: a source such as hub:REPO:CONFIG:SPLIT:COLUMN, a file, or a glob; in a conversion, none
+    skips the evaluation. Default: the held-out part of the calibration text; in `eval`, of a model without a recipe,
+    WikiText-2 for causal LMs and stdlib for encoders."""
     samples: Annotated[Positive | None, Option()] = None
     """Texts to compare for encoders, windows to score for causal LMs. Default: 500 texts; in `eval` the windows of all
     of the text, else as many as make 16,384 tokens."""

@@ -28,6 +28,7 @@ class Option:
     panel     heading of the help that it stands under; by default its section's
     metavar   word for the value in the help; by default from the field's type
     help      sentences in place of the field's docstring
+    tail      sentences behind it; {module:REGISTRY} in them stands for the entries of a registry, plug-ins included
     also      values of other fields that the option sets, by dotted name
     """
 
@@ -35,6 +36,7 @@ class Option:
     panel: str = ""
     metavar: str = ""
     help: str = ""
+    tail: str = ""
     also: dict[str, Any] = field(default_factory=dict)
 
 
@@ -155,7 +157,7 @@ def help_of(flag: Flag, known: list[Flag]) -> str:
     def named(found: re.Match[str]) -> str:
         return names.get(f"{near}.{found[1]}".lstrip("."), names.get(found[1], found[1]))
 
-    words = _CODE.sub(named, " ".join((flag.mark.help or flag.info.description or "").split()))
+    words = _CODE.sub(named, " ".join(f"{flag.mark.help or flag.info.description} {flag.mark.tail}".split()))
     if flag.choices and not flag.metavar.startswith("["):
         words += f" One of {', '.join(flag.choices)}."
     if flag.is_list:

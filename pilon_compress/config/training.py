@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from pilon_compress.config import reading, strict_yaml
 from pilon_compress.config.conflicts import refuse_conflicts
-from pilon_compress.config.fields import Device, DType
+from pilon_compress.config.fields import SOURCES, Device, DType
 from pilon_compress.config.option import RUNNING, Option, Options
 from pilon_compress.config.ratio import Part, Parts
 from pilon_compress.config.reading import Above, Count, Number, Override, Positive, Section, Share, Switch, Text
@@ -96,9 +96,9 @@ class Ternary(Section):
 class Data(Section):
     """The text to train on, and to validate on."""
 
-    source: Annotated[Text | None, Option("--data", metavar="SOURCE")] = None
-    """Text to train on: hub:REPO:CONFIG:SPLIT:COLUMN, a txt, jsonl or parquet file or glob, or stdlib; with task sft a
-    file of chats, which must be named. Default: WikiText-2 for causal LMs, stdlib for encoders."""
+    source: Annotated[Text | None, Option("--data", metavar="SOURCE", tail=SOURCES)] = None
+    """Text to train on: a source such as hub:REPO:CONFIG:SPLIT:COLUMN, a file, or a glob; with task sft a file of
+    chats, which must be named. Default: WikiText-2 for causal LMs, stdlib for encoders."""
     validation: Annotated[Text | None, Option(metavar="SOURCE")] = None
     """Text to validate on, named in the same way. Default: one document in five of `source`, chosen by a hash of its
     text, and not trained on."""
