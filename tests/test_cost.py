@@ -10,15 +10,16 @@ from pilon_compress.io import progress
 
 
 @pytest.mark.parametrize(
-    ("family", "budget"), [("llama", {}), ("bert", {}), ("llama", {"sharing": "auto", "banding": "similar"})]
+    ("family", "fields"),
+    [("llama", {}), ("bert", {"refine": {"steps": 3}}), ("llama", {"budget": {"sharing": "auto"}})],
 )
-def test_every_phase_of_a_conversion_moves_the_position_to_its_end(tiny, tmp_path, monkeypatch, family, budget):
+def test_every_phase_of_a_conversion_moves_the_position_to_its_end(tiny, tmp_path, monkeypatch, family, fields):
     tiny.save_tiny(family, tmp_path / "dense")
     prose = "Paragraph {} is long enough to be one, and it says nothing that anybody would want to read, twice or once."
     (tmp_path / "t.txt").write_text("\n\n".join(prose.format(i) for i in range(90)))
     calibration = {"data": str(tmp_path / "t.txt"), "samples": 8, "sequence_length": 32, "batch_size": 4}
-    fields = {"model": str(tmp_path / "dense"), "budget": {"ffn_ratio": 0.6, **budget}, "calibration": calibration}
-    settings = conversion.build(fields)
+    asked = {"model": str(tmp_path / "dense"), "calibration": calibration, **fields}
+    settings = conversion.build(asked, ["budget.ffn_ratio=0.6"])
     begun, positions = [], []
     begin = progress.Line.begin
 

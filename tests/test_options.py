@@ -68,8 +68,6 @@ def test_every_pair_of_options_counts_or_is_refused_in_one_line():
     ("text", "line", "told"),
     [
         ("model: m\nbudget:\n  rank: 4\n  sharing: auto\n", 4, "budget.sharing: has no effect with budget.rank"),
-        ("model: m\nbudget:\n  banding: similar\n", 3, "budget.banding: has no effect with budget.sharing none"),
-        ("model: m\nbudget:\n  align: true\n", 3, "budget.align: has no effect with budget.sharing none"),
         ("model: m\nbudget:\n  bands: 2\n  neurons: true\n", 4, "budget.neurons: has no effect with budget.bands"),
         ("model: m\nrefine:\n  minutes: 2\n", 3, "refine.minutes: has no effect with refine.steps 0"),
         ("model: m\nbudget:\n  n_primitives: 3\n  top_k: 4\n", 4, "budget.top_k: is more than the 3 primitives"),
@@ -84,7 +82,7 @@ def test_a_recipe_file_is_refused_at_the_line_of_the_option(tmp_path, text, line
 
 
 def test_defaults_that_are_written_out_are_not_refused():
-    given = {"sharing": "none", "banding": "contiguous", "align": False, "optimize": "storage", "bands": 2}
+    given = {"sharing": "none", "optimize": "storage", "bands": 2}
     plain = {"model": "m", "effort": "balanced", "method": "pilon", "refine": {"steps": 0}}
     assert conversion.build({**plain, "budget": given}) == conversion.build({"model": "m", "budget": {"bands": 2}})
     svd = {"model": "m", "method": "svd", "evaluation": {"data": "none"}}

@@ -35,7 +35,7 @@ def complaint(tmp_path):
         ),
         (
             "research:\n  original:\n    selection:\n      explore: nose\n",
-            ":5: research.original.selection.explore: should be 'none', 'anneal', 'noise' or 'gumbel' (got 'nose')",
+            ":5: research.original.selection.explore: must be 'none', 'anneal', 'noise' or 'gumbel' (got 'nose')",
         ),
         (
             "research:\n  original:\n    staged:\n      phases: [0.5, 0.7]\n",

@@ -38,14 +38,11 @@ MACS = Context(
     ),
 )
 MAC_RATIO = Context(lambda r: r.budget.mac_ratio is not None, lambda _: "budget.mac_ratio, which sets the limit itself")
-UNSHARED = Context(lambda r: r.budget.sharing == "none", lambda _: "budget.sharing none")
 UNREFINED = Context(lambda r: r.refine.steps == 0, lambda _: "refine.steps 0")
 UNEVALUATED = Context(lambda r: r.evaluation.data == "none", lambda _: "evaluation.data none")
 
 TABLE: dict[str, tuple[Context, ...]] = {
     "budget.sharing": (FIXED, BASELINE, SCALAR, MACS, LARGER, WHOLE),
-    "budget.banding": (FIXED, BASELINE, UNSHARED),
-    "budget.align": (FIXED, BASELINE, UNSHARED),
     "budget.neurons": (FIXED, BASELINE, SCALAR, LARGER),
     "budget.bands": (BASELINE,),
     "budget.n_primitives": (BASELINE,),

@@ -42,12 +42,8 @@ class Budget(Section):
     neurons: Switch = True
     """Prune neurons of feed-forward blocks and refit the others. If false, all neurons stay: only ranks are lowered."""
     sharing: Literal["auto", "none"] = "none"
-    """With auto, bands of layers share banks where a joint fit lowers the loss. It costs time, and MACs where layers
-    share."""
-    banding: Literal["contiguous", "similar"] = "contiguous"
-    """Layers that sharing tries together: about three in a row, or two to four that use similar directions."""
-    align: Switch = False
-    """Match the neurons of layers that share before their banks are fitted."""
+    """With auto, bands of about three layers share banks where a joint fit lowers the loss. It costs time, and MACs
+    where layers share."""
     bands: Annotated[Positive | list[list[int]] | None, Option(metavar="BANDS")] = None
     """Bands of layers that share banks: their number, or the layers of each, as in [[0, 1], [2, 3]]. Default: bands of
     about three layers."""

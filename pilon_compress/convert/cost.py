@@ -57,7 +57,7 @@ def stages(job: Job) -> list[tuple[str, float]]:
         found += [("reference outputs", PASS * looked_at * (body + head)), ("sizing layers", sizing)]
     joint = _joint_fits(job)
     if job.shares and job.allocated:
-        found += [("comparing layers", joint / 10), ("trying shared banks", joint)]
+        found.append(("trying shared banks", joint))
     found.append(("fitting shared banks", joint if any(len(bank.sites) > 1 for bank in job.plan.banks) else 0.0))
     fits = sum(FIT[0] * s.d_in * s.d_out * (s.d_in + s.d_out) + FIT[1] * min(s.d_in, s.d_out) ** 3 for s in job.sites)
     if job.quantization is not None:
@@ -67,7 +67,7 @@ def stages(job: Job) -> list[tuple[str, float]]:
     found.append(("converting layers", fits))
     if steps := job.recipe.refine.steps:
         step = 2 * BACK * (body + head) * calibration.batch_size * calibration.sequence_length
-        found += [("refining", step * steps / 2)] * 2
+        found.append(("refining", step * steps))
     if job.recipe.evaluation.data != "none":
         scored = PASS * (EVALUATED if job.causal else ENCODED) * (body + head)
         found += [("evaluating", 2 * scored)] if job.causal else [("embedding", scored)] * 2

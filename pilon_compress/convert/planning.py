@@ -15,7 +15,6 @@ from pilon_compress.convert.calibrate.second_moments import Moments, gather
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
 from pilon_compress.convert.prepare import Job, shelf_bytes
 from pilon_compress.convert.sharing.search import Sharing
-from pilon_compress.convert.sharing.similar_layers import similar_bands
 from pilon_compress.convert.solve.bank_fit import BankFit
 from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.data.batch import Batch
@@ -64,11 +63,8 @@ def plan_conversion(
     outputs.clear()
     found, fits = allocate(sizings, budget.ratio, budget.mac_limit), dict[str, BankFit]()
     if job.shares:
-        if budget.banding == "similar":
-            bands = similar_bands(dense, sizings)
-        else:
-            bands = split_bands([sizing.layer for sizing in sizings], None)
-        sharing = Sharing(dense, EFFORTS[job.recipe.effort].sweeps, job.recipe.seed, budget.align)
+        bands = split_bands([sizing.layer for sizing in sizings], None)
+        sharing = Sharing(dense, EFFORTS[job.recipe.effort].sweeps, job.recipe.seed)
         found, fits = sharing.apply(sizings, found, bands)
         for name, fit in fits.items():
             journal.put(f"bank.{name}", fit.pack())

@@ -1,22 +1,22 @@
-"""Whether the layers of a band gain by sharing: their banks fitted jointly, against what each has of its own.
+"""Trial of shared banks: a band's layers fitted jointly, against the factors and matrices of each layer alone.
 
 Layers that share have as many neurons as each other, and compose their weights from one bank per role that stores no
 more than their own matrices and factors did. A band shares only if the joint fit's loss, in the metric that the
-allocation used, is lower: sharing never costs quality, but it costs MACs, since every layer uses the whole bank.
+allocation used, is lower. That lowers the surrogate, not the model's loss: converted models with shared banks were no
+better at ratios of 0.4 and 0.6, and worse at 0.2 (docs/results/conversion.md). Every layer uses the whole bank, which
+costs 1.35 to 2.1 times the MACs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from pilon_compress.convert.allocate.budget import Allocation, Sizing
 from pilon_compress.convert.plan import BankPlan, Plan, down_of, trimmed
 from pilon_compress.convert.sharing.joint_fit import fit_bank
-from pilon_compress.convert.sharing.neuron_alignment import align
 from pilon_compress.convert.solve.bank_fit import BankFit
-from pilon_compress.convert.solve.feed_forward import Dense, FeedForward
+from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.io.progress import track
 from pilon_compress.models.families import Site
@@ -43,7 +43,6 @@ class Sharing:
     dense: Dense
     sweeps: int
     seed: int = 0
-    align: bool = False
 
     def apply(
         self, sizings: Sequence[Sizing], alone: Allocation, bands: Sequence[Sequence[int]]
@@ -92,8 +91,6 @@ class Sharing:
         """One bank per role for layers with `neurons` each, within `stored` numbers; None if that is too few."""
         blocks = [self.dense.read(sizing.layer) for sizing in sizings]
         left = [sizing.left(neurons) for sizing in sizings]
-        if self.align:
-            left = _matched(blocks, left)
         losses, targets, small = [], dict[str, list[Target]](), dict[str, list[Site]]()
         for sizing, block, kept in zip(sizings, blocks, left, strict=True):
             cut = sizing.elimination if neurons is not None else None
@@ -111,21 +108,6 @@ class Sharing:
         for _, fit in banks:
             losses = [loss + more for loss, more in zip(losses, fit.losses, strict=True)]
         return Trial(banks, left, losses)
-
-
-def _matched(blocks: Sequence[FeedForward], left: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The same neurons, each layer's in the order that matches the others'."""
-    features, kept = [], []
-    for block, some in zip(blocks, left, strict=True):
-        assert block.down is not None
-        every = torch.arange(block.down.d_in) if some is None else some
-        rows = [block.weights[block.down.name][every]]
-        for site in block.sites:
-            if site is not block.down:
-                rows += block.weights[site.name][:, block.columns(site, every)].T.split(len(every))
-        features.append(torch.cat([torch.nn.functional.normalize(part, dim=1) for part in rows], 1))
-        kept.append(every)
-    return [every[order] for every, order in zip(kept, align(features), strict=True)]
 
 
 def _plans(sites: dict[str, list[Site]], stored: int, band: int) -> dict[str, BankPlan] | None:
