@@ -19,7 +19,7 @@ from pilon_compress.compare import our_methods
 from pilon_compress.compare.baselines import rtn_gptq
 from pilon_compress.compare.candidate import baseline, dense_size, install, problem_of
 from pilon_compress.config import conversion
-from pilon_compress.convert import pipeline
+from pilon_compress.convert import texts
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.prepare import Job, prepare
@@ -52,8 +52,8 @@ class Bench:
     def __init__(self, model: str) -> None:
         self.job = self.job_for(model, "auto", 1.0)
         self.tokenizer = checkpoint.load_tokenizer(model)
-        self.batches = pipeline.read_calibration(self.job, self.tokenizer)
-        exam = pipeline.read_evaluation(self.job)
+        self.batches = texts.read_calibration(self.job, self.tokenizer)
+        exam = texts.read_evaluation(self.job)
         assert not isinstance(exam, str), exam
         self.exam, self.dense = exam, checkpoint.load_model(model, dtype="float32")
         self.source, self.sites = Source(self.dense), self.job.sites
@@ -64,13 +64,13 @@ class Bench:
     @staticmethod
     def job_for(model: str, bank_dtype: str, ratio: float) -> Job:
         asked = {"model": model, "budget": {"ffn_ratio": ratio}, "form": {"bank_dtype": bank_dtype}}
-        texts = CAUSAL if checkpoint.is_causal(checkpoint.load_config(model)) else ENCODER
-        return prepare(conversion.build({**asked, **texts, "dtype": "bfloat16"}))
+        asked |= CAUSAL if checkpoint.is_causal(checkpoint.load_config(model)) else ENCODER
+        return prepare(conversion.build({**asked, "dtype": "bfloat16"}))
 
     def row(self, method: str, stored: float, ratio: float, model: torch.nn.Module) -> None:
         figures = evaluate.measure(
             model, self.tokenizer, self.exam, against=self.dense, settings=self.job.recipe.evaluation
-        )
+        ).dump()
         quality = [figures[key] for key in FIGURES if key in figures]
         print(f"| {method} | {stored:.2f} | {ratio:.3f} |", *(f"{value:.3f} |" for value in quality), flush=True)
 
@@ -78,7 +78,7 @@ class Bench:
         name = f"dense, {quantization}, {how}"
         if how != "GPTQ, anchored":
             made = baseline(f"{BASELINES[how]}-{quantization}", 1.0, self.problem, self.dense)
-            self.row(name, 1.0, made.size.to_dict()["bytes_ratio"], made.model)
+            self.row(name, 1.0, made.size.over_dense().bytes_ratio, made.model)
             return
         plan = Plan(1.0, [[layer] for layer in sorted({s.layer for s in self.sites})], [], list(self.sites))
         dense = Dense(self.source, self.sites, self.moments)
@@ -91,13 +91,13 @@ class Bench:
     def pilon(self, bank_dtype: str, ratio: float) -> None:
         job = replace(self.job_for(self.job.recipe.model, bank_dtype, ratio), dtype=torch.bfloat16)
         made = our_methods.candidate(job, self.source, self.batches, self.moments, 0)
-        sizes = made.size.to_dict()
-        self.row(f"**PILON**, {bank_dtype}", sizes["stored_ratio"], sizes["bytes_ratio"], made.model)
+        sizes = made.size.over_dense()
+        self.row(f"**PILON**, {bank_dtype}", sizes.stored_ratio, sizes.bytes_ratio, made.model)
 
     def saved(self, folder: str) -> None:
         model = checkpoint.load_model(folder)
-        sizes = ffn_size(layout_of(model), 2).to_dict()
-        self.row(folder, sizes["stored_ratio"], sizes["bytes_ratio"], model.float())
+        sizes = ffn_size(layout_of(model), 2).over_dense()
+        self.row(folder, sizes.stored_ratio, sizes.bytes_ratio, model.float())
 
 
 def main() -> None:

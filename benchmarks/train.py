@@ -58,7 +58,7 @@ def main(words: list[str] | None = None) -> None:
 
     started = time.time()
     settings = training.load("smoke" if asked.smoke else asked.recipe, overrides)
-    result = train_model(settings, asked.output, resume=True)
+    result = train_model(settings, asked.output, resume=True).dump()
     rows = {
         "arm": asked.arm,
         "recipe": "smoke" if asked.smoke else asked.recipe,

@@ -21,7 +21,7 @@ def bench(settings: BenchConfig, plot: Plot = None, as_json: Json = False) -> No
     """
     from pilon_compress.bench.run import benchmark
 
-    result = benchmark(settings, plot)
+    result = benchmark(settings, plot).dump()
     print_json(result) if as_json else print_result(result)
 
 

@@ -53,14 +53,14 @@ def compare(
 
     if dry_run:
         planned = comparing.dry_run(settings, folder, overwrite=overwrite)
-        print_json(planned) if as_json else print_plan(planned)
+        print_json(planned.dump()) if as_json else print_plan(planned.dump())
         return
     folder = named(output)
 
     from pilon_compress.compare import run as comparing
 
     result = comparing.run(settings, folder, overwrite=overwrite, command=command_line())
-    print_json(result) if as_json else print_result(result)
+    print_json(result.dump()) if as_json else print_result(result.dump())
 
 
 def print_plan(result: dict[str, Any]) -> None:

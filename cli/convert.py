@@ -28,7 +28,7 @@ def convert(
         from pilon_compress.convert import pipeline
 
         planned = pipeline.dry_run(settings, output, overwrite=overwrite)
-        print_json(planned) if as_json else print_plan(planned, verbose)
+        print_json(planned.dump()) if as_json else print_plan(planned.dump(), verbose)
         return
     folder = named(output)
 
@@ -39,10 +39,10 @@ def convert(
         folder,
         overwrite=overwrite,
         command=command_line(),
-        on_start=None if as_json else lambda job, cost: print_estimate(job.plan.ratio, job.final, cost),
-        on_plan=None if as_json else lambda job: print_plan(job.describe(), verbose),
+        on_start=None if as_json else lambda job, cost: print_estimate(job.plan.ratio, job.final, cost.dump()),
+        on_plan=None if as_json else lambda job: print_plan(job.describe().dump(), verbose),
     )
-    print_json(report) if as_json else print_result(report)
+    print_json(report.dump()) if as_json else print_result(report.dump())
 
 
 def print_estimate(ratio: float, final: bool, expected: dict[str, float]) -> None:

@@ -21,7 +21,7 @@ def evaluate(settings: EvaluateConfig, as_json: Json = False) -> None:
     asked = settings
     result = run(
         asked.model, against=asked.against, data=asked.data, settings=asked, device=asked.device, seed=asked.seed
-    )
+    ).dump()
     if as_json:
         print_json(result)
         return

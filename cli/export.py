@@ -39,9 +39,7 @@ def export(
     if settings.to is None:
         raise BadInput(f"name the form to write with --to: {', '.join(EXPORTERS)}")
     folder = named(output)
-    found = write(settings.model, folder, settings.to, settings, overwrite=overwrite)
-    load = EXPORTERS[settings.to].load.format(folder=folder)
-    result = {"model": settings.model, "output": folder, "to": settings.to, "load": load, **found}
+    result = write(settings.model, folder, settings.to, settings, overwrite=overwrite).dump()
     print_json(result) if as_json else print_result(result)
 
 

@@ -19,7 +19,7 @@ def inspect(settings: InspectConfig, verbose: Verbose = False, as_json: Json = F
     """
     from pilon_compress.evaluate.inspect import anatomy
 
-    result = anatomy(settings.model, settings.targets, settings.ignore)
+    result = anatomy(settings.model, settings.targets, settings.ignore).dump()
     if as_json:
         print_json(result)
         return

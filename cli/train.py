@@ -38,7 +38,7 @@ def train(
         from pilon_compress.train.pipeline import plan
 
         planned = plan(settings)
-        print_json(planned) if as_json else print_plan(planned)
+        print_json(planned.dump()) if as_json else print_plan(planned.dump())
         return
     folder = named(output)
 
@@ -53,7 +53,7 @@ def train(
         print(f"stopped after saving a checkpoint: --resume goes on with {folder}", file=sys.stderr)
         raise SystemExit(stopped.code) from None
     if result:  # on the first process
-        print_json(result) if as_json else print_result(result)
+        print_json(result.dump()) if as_json else print_result(result.dump())
 
 
 def print_plan(planned: dict[str, Any]) -> None:

@@ -108,7 +108,7 @@ def test_bad_input_is_refused(words, says, folder, tiny, tmp_path):
 def test_ratios_are_taken_within_rounds():
     """A machine that slows down half-way does not change them."""
     times = Times({"dense_fp32": [2.0, 2.0, 20.0, 20.0], "pilon": [1.0, 1.0, 10.0, 8.0]})
-    entry = times.summary("pilon", "dense_fp32")
+    entry = times.summary("pilon", "dense_fp32").dump()
     assert entry["speedup"] == 2 and entry["spread"] == [2, pytest.approx(2.35)]
     assert entry["least_seconds"] == 1 and entry["seconds"] == 4.5
 

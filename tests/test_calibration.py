@@ -5,8 +5,8 @@ from hashlib import sha256
 import torch
 
 from pilon_compress.config import conversion
-from pilon_compress.convert.pipeline import read_calibration
 from pilon_compress.convert.prepare import prepare
+from pilon_compress.convert.texts import read_calibration
 from pilon_compress.data.calibration import causal_batches, encoder_batches
 from pilon_compress.data.sequences import windows
 

@@ -98,7 +98,7 @@ def run(dense, texts, out, **options):
         "evaluation": {"data": str(texts / "held-out.txt"), "samples": 60, "window": 128},
         **options,
     }
-    return convert(build(data), out)
+    return convert(build(data), out).dump()
 
 
 def logits(folder, ids):

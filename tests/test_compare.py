@@ -151,7 +151,7 @@ def test_the_folder_holds_the_page_the_table_and_the_json(place, compared):
 def test_pilon_is_what_convert_makes(inside, compared, tmp_path):
     asked = {"data": "text.txt", "samples": 32}
     asked = {"model": "dense", "seed": 1, "budget": {"ffn_ratio": 0.6}, "calibration": asked}
-    report = pipeline.convert(conversion.build(asked), tmp_path / "converted")
+    report = pipeline.convert(conversion.build(asked), tmp_path / "converted").dump()
     (cell,) = [cell for cell in compared["cells"] if cell["method"] == "pilon" and cell["seed"] == 1]
     assert cell["whitened_loss"] == pytest.approx(report["whitened_loss"]["pilon"], rel=1e-4)
     assert cell["ffn"]["stored"] == report["ffn"]["stored"] and cell["ffn"]["macs"] == report["ffn"]["macs"]
@@ -160,9 +160,9 @@ def test_pilon_is_what_convert_makes(inside, compared, tmp_path):
 
 def test_pilon_is_what_convert_makes_of_a_language_model_too(inside, tmp_path):
     asked = settings().model_copy(update={"seed": 3})
-    whole = comparing.compare(comparing.plan(asked, [0.6], ["pilon"], 1), tmp_path / "whole")
+    whole = comparing.compare(comparing.plan(asked, [0.6], ["pilon"], 1), tmp_path / "whole").dump()
     budget = asked.budget.model_copy(update={"ffn_ratio": 0.6})
-    report = pipeline.convert(asked.model_copy(update={"budget": budget}), tmp_path / "converted")
+    report = pipeline.convert(asked.model_copy(update={"budget": budget}), tmp_path / "converted").dump()
     (cell,) = whole["cells"]
     assert figures(report["evaluation"]) == pytest.approx(figures(cell["quality"]), rel=1e-4)
 
@@ -178,7 +178,7 @@ def test_a_killed_comparison_goes_on_where_it_stopped(cli, inside, tmp_path):
     assert [cell for cell in resumed["cells"] if cell in kept] == kept[1:], "times to the last digit: not made again"
     assert not (inside / ".resumed.partial").exists() and (inside / "resumed" / "compare.html").is_file()
     asked = comparing.plan(settings(), [0.5], ["svd", "asvd"], 2)
-    whole = comparing.compare(asked, tmp_path / "whole")
+    whole = comparing.compare(asked, tmp_path / "whole").dump()
     for one, other in zip(resumed["cells"], whole["cells"], strict=True):
         assert figures(one["quality"]) == pytest.approx(figures(other["quality"]), rel=1e-5)
         assert (one["method"], one["seed"], one["ffn"]) == (other["method"], other["seed"], other["ffn"])
@@ -188,10 +188,10 @@ def test_a_killed_comparison_goes_on_where_it_stopped(cli, inside, tmp_path):
 def test_whole_numbers_are_compared_by_bytes(inside, tmp_path):
     names = ["pilon", "pilon-int3", "rtn-int4", "gptq-int4", "gptq-int3"]
     asked = comparing.plan(settings(), [0.8, 0.6], names, 1)
-    assert asked.ratios == [1.0, 0.8, 0.6] and asked.describe()["cells"] == 2 * 2 + 3
-    result = comparing.compare(asked, tmp_path / "out")
+    assert asked.ratios == [1.0, 0.8, 0.6] and asked.describe().cells == 2 * 2 + 3
+    result = comparing.compare(asked, tmp_path / "out").dump()
     rows = {(row["method"], row["ratio"]): row for row in result["rows"]}
-    for one in asked.describe()["planned"]:
+    for one in asked.describe().dump()["planned"]:
         size = rows[one["method"], one["ratio"]]["bytes_ratio"]["mean"]
         assert one["bytes_ratio"] == pytest.approx(size, rel=0.05 if "pilon" in one["method"] else 1e-9), one
     assert set(rows) == {*((m, r) for m in names[:2] for r in (0.8, 0.6)), *((m, 1.0) for m in names[2:])}
@@ -209,7 +209,7 @@ def test_whole_numbers_are_compared_by_bytes(inside, tmp_path):
 
 def test_a_failure_while_writing_keeps_the_earlier_comparison_and_the_cells(inside, tmp_path, monkeypatch):
     asked = comparing.plan(settings(), [0.5], ["svd"], 1)
-    first = comparing.compare(asked, tmp_path / "out")
+    first = comparing.compare(asked, tmp_path / "out").dump()
     with pytest.raises(BadInput, match="not empty"):
         comparing.compare(asked, tmp_path / "out")
 
@@ -229,7 +229,7 @@ def test_a_failure_while_writing_keeps_the_earlier_comparison_and_the_cells(insi
     assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.partial"}
     with monkeypatch.context() as broken:
         broken.setattr(comparing, "baseline", full)  # every cell is there already
-        again = comparing.compare(asked, tmp_path / "out", overwrite=True)
+        again = comparing.compare(asked, tmp_path / "out", overwrite=True).dump()
     assert again["cells"] != first["cells"] and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

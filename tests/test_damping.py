@@ -117,7 +117,7 @@ def test_degenerate_layers_convert_to_finite_weights(tiny, tmp_path, family, dam
     calibration = {"data": str(tmp_path / "text.txt"), "samples": 8, "sequence_length": 32, "batch_size": 8}
     calibration |= options.get("calibration", {})
     settings = {"model": str(tmp_path / "dense"), "budget": {"ffn_ratio": 0.5}, "evaluation": {"data": "none"}}
-    report = convert(build({**settings, **options, "calibration": calibration}), tmp_path / "out")
+    report = convert(build({**settings, **options, "calibration": calibration}), tmp_path / "out").dump()
     assert report["ffn"]["stored_ratio"] <= 0.5
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())

@@ -46,7 +46,7 @@ def test_fidelity_equals_the_reference(tiny):
         for layer in model.base_model.encoder.layer:
             layer.output.dense.weight.mul_(0.5)
     ours, theirs = (one_at_a_time(m, tokenizer, TEXTS) for m in (model, dense))
-    figures = embeddings.measure(model, dense, tokenizer, TEXTS, batch_size=4)
+    figures = embeddings.measure(model, dense, tokenizer, TEXTS, batch_size=4).dump()
     assert figures["cosine"] == pytest.approx(torch.cosine_similarity(ours, theirs).mean().item(), abs=1e-5)
     shared = sum(len(a & b) for a, b in zip(neighbours(ours), neighbours(theirs), strict=True))
     assert figures["neighbors10"] == pytest.approx(shared / 10 / len(TEXTS), abs=1e-6)
@@ -55,7 +55,7 @@ def test_fidelity_equals_the_reference(tiny):
 
 def test_a_model_against_itself_loses_nothing(tiny):
     model = tiny.tiny_model("distilbert")
-    figures = embeddings.measure(model, model, tiny.tiny_tokenizer(ends=True), TEXTS)
+    figures = embeddings.measure(model, model, tiny.tiny_tokenizer(ends=True), TEXTS).dump()
     assert figures["cosine"] == pytest.approx(1, abs=1e-6) and figures["neighbors10"] == 1
 
 
@@ -71,7 +71,7 @@ def test_long_texts_are_cut_at_the_positions_of_the_model(tiny, family):
 
 def test_too_few_texts_are_refused(tiny):
     model, tokenizer = tiny.tiny_model("bert"), tiny.tiny_tokenizer(ends=True)
-    assert embeddings.measure(model, model, tokenizer, TEXTS[:11])["texts"] == 11
+    assert embeddings.measure(model, model, tokenizer, TEXTS[:11]).dump()["texts"] == 11
     with pytest.raises(BadInput, match="10 paragraphs are too few"):
         embeddings.measure(model, model, tokenizer, TEXTS[:10])
 

@@ -11,6 +11,7 @@ from pilon_compress.export.save import save_model
 from pilon_compress.models.families import find_sites
 from pilon_compress.nn.init import initialise
 from pilon_compress.nn.layout import BankSpec, Layout, ProjectionSpec, install
+from pilon_compress.results.export import Exported
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +73,16 @@ def test_the_command_asks_for_what_is_missing(folder, cli):
 def test_an_exporter_is_one_registration(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(EXPORTERS, "_entries", dict(EXPORTERS))
 
+    class Counted(Exported):
+        parameters: int
+
     @exporter("sizes", about="Its number of parameters.", load="open({folder!r})", refuse=lambda model, options: None)
     def write(model, job):
         job.output.mkdir()
         (job.output / "sizes.txt").write_text(str(model.num_parameters()))
-        return {"parameters": model.num_parameters()}
+        return Counted(parameters=model.num_parameters())
 
-    found = export(str(folder / "plain"), tmp_path / "out", "sizes")
+    found = export(str(folder / "plain"), tmp_path / "out", "sizes").dump()
+    assert found["to"] == "sizes" and found["load"] == f"open({str(tmp_path / 'out')!r})"
     assert (tmp_path / "out" / "sizes.txt").read_text() == str(found["parameters"])
     assert "sizes" in [row[0] for row in target_table(str(folder / "plain"))[1]]

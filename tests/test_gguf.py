@@ -104,13 +104,13 @@ def test_a_gguf_is_inspected_converted_and_evaluated(file, tmp_path, monkeypatch
     shutil.copy2(file, tmp_path / "tiny.gguf")
     (tmp_path / "text.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
-    assert anatomy("tiny.gguf")["architecture"] == "LlamaForCausalLM"
+    assert anatomy("tiny.gguf").dump()["architecture"] == "LlamaForCausalLM"
     calibration = {"data": "text.txt", "samples": 8, "sequence_length": 32, "batch_size": 4}
     asked = {"model": "tiny.gguf", "calibration": calibration, "budget": {"ffn_ratio": 0.7}}
-    report = convert(conversion.build(asked), "out")
+    report = convert(conversion.build(asked), "out").dump()
     assert report["calibration"]["begins_with"] == report["evaluation"]["begins_with"] == "<bos>"
     assert "begins_with: <bos>" in (tmp_path / "out" / "recipe.yaml").read_text()
-    found = evaluate("out", settings=conversion.Evaluation(window=32))
+    found = evaluate("out", settings=conversion.Evaluation(window=32)).dump()
     assert found["against"] == "tiny.gguf" and found["data"].startswith("text.txt")
     assert found["begins_with"] == "<bos>" and found["perplexity_ratio"] > 0
     asked["calibration"] |= {"begins_with": "<cls>"}

@@ -145,7 +145,7 @@ def test_the_command(cli, source, tmp_path):
 
 def test_what_is_packed_may_still_lose_its_rest_once(tiny, source, tmp_path):
     export(str(source / "ternary"), tmp_path / "plain", "packed")
-    found = export(str(tmp_path / "plain"), tmp_path / "rest", "packed", ExportOptions(rest="int8"))
+    found = export(str(tmp_path / "plain"), tmp_path / "rest", "packed", ExportOptions(rest="int8")).dump()
     ours, theirs = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "rest", source / "packed"))
     assert found["max_logit_difference"] == 0 and torch.equal(output(ours), output(theirs))
     for again in ("none", "int8"):

@@ -173,7 +173,7 @@ def test_exports_of_whole_numbers(tiny, tmp_path, quantization):
     assert "pilon" not in (tmp_path / "dense" / "config.json").read_text()
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert torch.allclose(output(dense), output(whole), atol=1e-5)
-    found = export(str(tmp_path / "m"), tmp_path / "rest", "packed", ExportOptions(rest="int8"))
+    found = export(str(tmp_path / "m"), tmp_path / "rest", "packed", ExportOptions(rest="int8")).dump()
     rest = AutoModelForCausalLM.from_pretrained(tmp_path / "rest")
     assert (output(rest) - output(whole)).norm() < 0.05 * output(whole).norm()
     assert found["model"]["bytes"] == on_disk(tmp_path / "rest", ("",)) and found["max_logit_difference"] == 0
@@ -252,7 +252,7 @@ def place(tiny, tmp_path_factory):
 )
 def test_conversion_reports_the_bytes_that_it_writes(tiny, place, tmp_path, quantization, budget):
     settings = asked(tiny, place, quantization=quantization, budget={"ffn_ratio": 0.7, **budget})
-    report = pipeline.convert(settings, tmp_path / "out")
+    report = pipeline.convert(settings, tmp_path / "out").dump()
     assert report["ffn"]["bytes_ratio"] < 0.45 * report["ffn"]["stored_ratio"] * 2  # float32 elsewhere
     model = AutoModel.from_pretrained(tmp_path / "out")
     layout = layout_of(model)

@@ -56,7 +56,9 @@ def plain_loop(models, ids, before, window, stride):
 def test_the_figure_is_that_of_a_plain_loop(tiny, family, bos, window, stride):
     model, dense = tiny.tiny_model(family, seed=1), tiny.tiny_model(family, seed=0)
     tokenizer = with_bos(tiny.tiny_tokenizer()) if bos else tiny.tiny_tokenizer()
-    figures = perplexity.measure(model, tokenizer, DOCUMENTS, against=dense, window=window, stride=stride, batch_size=3)
+    figures = perplexity.measure(
+        model, tokenizer, DOCUMENTS, against=dense, window=window, stride=stride, batch_size=3
+    ).dump()
     before = [1] if bos else []
     (nats, dense_nats), tokens = plain_loop([model, dense], stream(tokenizer), before, window, stride or window - bos)
     assert figures["tokens"] == tokens
@@ -78,7 +80,7 @@ def test_divergence_and_agreement_are_those_of_single_tokens(tiny):
         with torch.no_grad():
             p, q = (m(row).logits[0, :-1].double().log_softmax(-1) for m in (dense, model))
         rows += zip((p.exp() * (p - q)).sum(-1).tolist(), (p.argmax(-1) == q.argmax(-1)).tolist(), strict=True)
-    figures = perplexity.measure(model, tiny.tiny_tokenizer(), DOCUMENTS, against=dense, window=16)
+    figures = perplexity.measure(model, tiny.tiny_tokenizer(), DOCUMENTS, against=dense, window=16).dump()
     kl, agreement = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
     assert figures["kl"] == pytest.approx(kl, rel=1e-4) and kl > 0.01
     assert figures["top1_agreement"] == pytest.approx(agreement) and figures["tokens"] == len(rows)
@@ -88,7 +90,7 @@ def test_divergence_and_agreement_are_those_of_single_tokens(tiny):
 def test_windows_are_counted_as_asked(tiny, count):
     model, tokenizer = tiny.tiny_model("gpt2"), tiny.tiny_tokenizer()
     ids = stream(tokenizer)
-    figures = perplexity.measure(model, tokenizer, DOCUMENTS, window=16, max_windows=count)
+    figures = perplexity.measure(model, tokenizer, DOCUMENTS, window=16, max_windows=count).dump()
     (nats,), tokens = plain_loop([model], ids[: 16 * count], [], 16, 16)
     assert figures["tokens"] == tokens == min(15 * count, len(ids) - -(-len(ids) // 16))
     assert figures["perplexity"] == pytest.approx(math.exp(nats), rel=1e-5)
@@ -106,18 +108,18 @@ def test_a_long_document_is_read_as_far_as_its_windows_go(tiny):
 
     tokenizer.__class__ = Counting
     model = tiny.tiny_model("gpt2")
-    short = perplexity.measure(model, tokenizer, [text], window=32, max_windows=4)
+    short = perplexity.measure(model, tokenizer, [text], window=32, max_windows=4).dump()
     assert max(sizes) < 10_000
     assert (
         short["perplexity"]
-        == perplexity.measure(model, tokenizer, [text[:400]], window=32, max_windows=4)["perplexity"]
+        == perplexity.measure(model, tokenizer, [text[:400]], window=32, max_windows=4).dump()["perplexity"]
     )
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tiny):
     model = tiny.tiny_model("gpt2")
     torch.nn.init.zeros_(model.lm_head.weight)
-    figures = perplexity.measure(model, tiny.tiny_tokenizer(), DOCUMENTS)
+    figures = perplexity.measure(model, tiny.tiny_tokenizer(), DOCUMENTS).dump()
     assert figures["perplexity"] == pytest.approx(model.config.vocab_size, rel=1e-5)
     bits = figures["tokens"] * math.log2(model.config.vocab_size)
     assert figures["bits_per_byte"] == pytest.approx(bits / figures["bytes"], rel=1e-2)
@@ -125,22 +127,24 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tiny):
 
 def test_a_model_against_itself_loses_nothing(tiny):
     model = tiny.tiny_model("llama")
-    figures = perplexity.measure(model, tiny.tiny_tokenizer(), DOCUMENTS, against=model)
+    figures = perplexity.measure(model, tiny.tiny_tokenizer(), DOCUMENTS, against=model).dump()
     assert (figures["perplexity_ratio"], figures["kl"], figures["top1_agreement"]) == (1.0, 0.0, 1.0)
 
 
 def test_batches_change_nothing(tiny, monkeypatch):
     model, dense, tokenizer = tiny.tiny_model("gpt2", seed=1), tiny.tiny_model("gpt2"), tiny.tiny_tokenizer()
     one, five = (
-        perplexity.measure(model, tokenizer, DOCUMENTS, against=dense, window=16, batch_size=size) for size in (1, 5)
+        perplexity.measure(model, tokenizer, DOCUMENTS, against=dense, window=16, batch_size=size).dump()
+        for size in (1, 5)
     )
-    del one["begins_with"], five["begins_with"]  # which has no tolerance
+    for key in ("kind", "begins_with"):  # which have no tolerance
+        del one[key], five[key]
     assert one == pytest.approx(five, rel=1e-6)
     monkeypatch.setattr("pilon_compress.nn.functional.LOGITS", 1)  # no room for more than one window at a time
     sizes = set()
     model.register_forward_hook(lambda _m, _args, out: sizes.add(out.logits.shape[0]))
-    small = perplexity.measure(model, tokenizer, DOCUMENTS, against=dense, window=16, batch_size=5)
-    del small["begins_with"]
+    small = perplexity.measure(model, tokenizer, DOCUMENTS, against=dense, window=16, batch_size=5).dump()
+    del small["kind"], small["begins_with"]
     assert small == pytest.approx(five, rel=1e-6) and sizes == {1}
 
 
@@ -151,14 +155,14 @@ def test_half_precision_is_scored_in_float32(tiny):
         logits = model(torch.tensor([ids[:-1]])).logits
     assert logits.dtype == torch.bfloat16
     exact = -logits[0].double().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).mean().item()
-    measured = perplexity.measure(model, tiny.tiny_tokenizer(), DOCUMENTS)["perplexity"]
+    measured = perplexity.measure(model, tiny.tiny_tokenizer(), DOCUMENTS).dump()["perplexity"]
     assert measured == pytest.approx(math.exp(exact), rel=1e-5)
 
 
 def test_without_eos_documents_follow_each_other(tiny):
     tokenizer, model = tiny.tiny_tokenizer(eos=False), tiny.tiny_model("llama")
-    figures = perplexity.measure(model, tokenizer, ["abc", "def"])
-    assert figures == perplexity.measure(model, tokenizer, ["abcdef"])
+    figures = perplexity.measure(model, tokenizer, ["abc", "def"]).dump()
+    assert figures == perplexity.measure(model, tokenizer, ["abcdef"]).dump()
     assert (figures["tokens"], figures["bytes"], figures["eos"]) == (5, 5, False)
 
 

@@ -69,7 +69,7 @@ def test_bytes_that_are_no_digits_are_told():
 
 @pytest.mark.parametrize("encoding", PER_BYTE)
 def test_packed_outputs_are_bit_equal_and_bytes_are_those_on_disk(trained, tmp_path, encoding):
-    found = export(str(trained), tmp_path / "packed", "packed", ExportOptions(encoding=encoding))
+    found = export(str(trained), tmp_path / "packed", "packed", ExportOptions(encoding=encoding)).dump()
     assert found["max_logit_difference"] == 0
     assert torch.equal(logits(tmp_path / "packed", IDS), logits(trained, IDS))
     with safe_open(tmp_path / "packed" / "model.safetensors", "pt") as file:
@@ -187,7 +187,7 @@ def test_the_command_and_what_reads_its_folder(cli, one, tmp_path):
 
 
 def test_a_narrower_type_moves_no_digit_and_bytes_are_those_on_disk(one, tmp_path):
-    found = export(str(one / "out"), tmp_path / "packed", "packed", ExportOptions(dtype="bfloat16"))
+    found = export(str(one / "out"), tmp_path / "packed", "packed", ExportOptions(dtype="bfloat16")).dump()
     whole, narrow = (load_file(folder / "model.safetensors") for folder in (one / "packed", tmp_path / "packed"))
     codes = [name for name in whole if name.endswith("_codes")]
     assert codes and all(torch.equal(whole[name], narrow[name]) for name in codes)

@@ -29,7 +29,7 @@ def run(dense, prose, out, **options):
     calibration = {"data": str(prose), "samples": 32, "sequence_length": 64}
     return convert(
         build({"model": str(dense), "calibration": calibration, "evaluation": {"data": "none"}, **options}), out
-    )
+    ).dump()
 
 
 def logits(auto, folder):
@@ -79,12 +79,12 @@ def test_targets_and_ignore_decide_what_is_replaced_and_nothing_else_changes(tin
     assert replaced == {f"layers.{layer}.mlp.{role}_proj" for layer in (0, 2) for role in ("up", "down")}
     kept = {k: v for k, v in dense.state_dict().items() if k.rpartition(".")[0] not in replaced}
     assert len(kept) > 20 and all(torch.equal(v, some.state_dict()[k]) for k, v in kept.items())
-    shown = {entry["name"] for entry in anatomy(str(tmp_path / "some"))["projections"] if entry["bank"]}
+    shown = {entry["name"] for entry in anatomy(str(tmp_path / "some")).dump()["projections"] if entry["bank"]}
     assert shown == replaced, "inspect shows what was replaced"
 
 
 def test_inspect_shows_replaced_projections_outside_the_feed_forward_block(tiny, tmp_path, prose):
     tiny.save_tiny("bert", tmp_path / "dense")
     run(tmp_path / "dense", prose, tmp_path / "queries", scope={"targets": ["re:.*attention.*query"]})
-    shown = anatomy(str(tmp_path / "queries"))["projections"]
+    shown = anatomy(str(tmp_path / "queries")).dump()["projections"]
     assert len(shown) == 3 and all("query" in entry["name"] and entry["bank"] for entry in shown)

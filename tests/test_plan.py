@@ -128,7 +128,7 @@ def test_given_shapes_keep_both_limits_and_use_every_primitive(shape, ratio, giv
     budget = Budget(ffn_ratio=ratio, **given)
     plan = make_plan(sites(shape), budget, "pilon", composition)
     check_limits(plan, budget)
-    size = ffn_size(plan.layout()).to_dict()
+    size = ffn_size(plan.layout()).over_dense().dump()
     limit = budget.mac_limit or 1
     assert size["stored_ratio"] <= ratio and size["mac_ratio"] <= limit
     assert all(bank.n_primitives <= bank.top_k * len(bank.sites) for bank in plan.banks)
@@ -197,8 +197,8 @@ def test_the_announced_plan_is_made(place, tmp_path, family, more):
     settings = asked(place, family, **more)
     announced = pipeline.settle(prepare(settings))
     assert announced.final
-    report = json.loads(json.dumps(pipeline.convert(settings, tmp_path / "out")))
-    for key, value in json.loads(json.dumps(announced.describe())).items():
+    report = json.loads(json.dumps(pipeline.convert(settings, tmp_path / "out").dump()))
+    for key, value in json.loads(json.dumps(announced.describe().dump())).items():
         assert report[key] == value, key
     budget = settings.budget
     assert report["ffn"]["stored_ratio"] <= budget.ratio and report["ffn"]["mac_ratio"] <= (budget.mac_limit or 1)
@@ -214,12 +214,12 @@ def test_at_ratio_one_nothing_is_sized(place, tmp_path, monkeypatch, more):
     monkeypatch.setattr("pilon_compress.convert.calibrate.sensitivity.Sensitivity.measure", sized)
     settings = asked(place, "bert", budget={"ffn_ratio": 1.0}, **more)
     assert prepare(settings).final
-    report = pipeline.convert(settings, tmp_path / "out")
+    report = pipeline.convert(settings, tmp_path / "out").dump()
     assert report["ffn"]["stored"] == report["ffn"]["dense_stored"] and not report["banks"]
 
 
 def test_a_float32_source_is_compared_with_its_own_bytes_and_with_bfloat16(place, tmp_path):
-    report = pipeline.convert(asked(place, "bert", budget={"ffn_ratio": 0.5}), tmp_path / "out")
+    report = pipeline.convert(asked(place, "bert", budget={"ffn_ratio": 0.5}), tmp_path / "out").dump()
     ffn, whole = report["ffn"], report["model"]
     assert report["source_dtype"] == report["dtype"] == "float32"
     assert ffn["bytes_ratio_to_source"] == pytest.approx(ffn["stored_ratio"], rel=0.05)

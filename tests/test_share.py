@@ -55,7 +55,7 @@ def test_shared_banks_are_saved_once(tiny, tmp_path):
         "calibration": {"data": str(tmp_path / "text.txt"), "samples": 16, "sequence_length": 32, "batch_size": 8},
         "evaluation": {"data": str(tmp_path / "text.txt"), "window": 32, "samples": 8},
     }
-    report = convert(build(asked), tmp_path / "out")
+    report = convert(build(asked), tmp_path / "out").dump()
     tensors = load_file(tmp_path / "out/model.safetensors")
     banks = {name for name in tensors if name.endswith(".A")}
     assert len(banks) == 3 and report["plan"]["bands"] == [[0, 1, 2]]

@@ -146,7 +146,7 @@ def plan(tiny):
         sites = find_sites(tiny.tiny_model("llama", num_hidden_layers=30))
         kept = [trimmed(site, 32 if alike else 20 + site.layer, 64) for site in sites]
         made = Plan(0.5, [[layer] for layer in range(30)], [], kept, {s.name: (s.d_in, s.d_out) for s in sites})
-        return describe_plan(made, 4)["banks"]
+        return describe_plan(made, 4).dump()["banks"]
 
     return plan
 

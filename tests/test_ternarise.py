@@ -178,7 +178,7 @@ def healing(folder, steps=16, **changes):
 
 
 def test_healing_digits_beats_rounding_and_says_what_each_stage_brought(home, tmp_path):
-    result = train_model(healing(home), tmp_path / "out", quiet=True)
+    result = train_model(healing(home), tmp_path / "out", quiet=True).dump()
     floats, digits = result["stages"]
     assert floats["tokens"] == digits["tokens"] == 8 * 8 * LENGTH and result["tokens"] == 2 * floats["tokens"]
     assert floats["val_perplexity"] < floats["before"], "factors healed first"
@@ -188,7 +188,7 @@ def test_healing_digits_beats_rounding_and_says_what_each_stage_brought(home, tm
     model = checkpoint.load_model(str(tmp_path / "out"))
     assert all(isinstance(bank, TernaryBank) for _, bank in banks(model)) and layout_of(model).is_ternary
     assert all(isinstance(matrix, TernaryLinear) for _, matrix in kept_matrices(model))
-    assert evaluate(str(tmp_path / "out"), data=str(home / "text.jsonl"))["against"] == str(home / "dense")
+    assert evaluate(str(tmp_path / "out"), data=str(home / "text.jsonl")).dump()["against"] == str(home / "dense")
     with pytest.raises(BadInput, match="is ternary already"):
         train_model(healing(home, start=str(tmp_path / "out")), tmp_path / "again", quiet=True)
     with pytest.raises(BadInput, match="is dense: convert it"):
@@ -198,13 +198,13 @@ def test_healing_digits_beats_rounding_and_says_what_each_stage_brought(home, tm
 
 def test_stopped_in_either_stage_and_resumed_ends_with_the_same_weights(home, tmp_path, stop_after):
     asked = healing(home, 8, device="cpu")  # four steps as floats, four in digits
-    whole = train_model(asked, tmp_path / "whole", quiet=True)
+    whole = train_model(asked, tmp_path / "whole", quiet=True).dump()
     for steps, place in ((2, "stages/float"), (2 + 2, ".")):
         with stop_after(steps):
             train_model(asked, tmp_path / "parts", resume=True, quiet=True)
         assert [path.name for path in (tmp_path / "parts" / place).glob("checkpoints/step-*")] == ["step-00000002"]
         assert not (tmp_path / "parts/config.json").exists()
-    parts = train_model(asked, tmp_path / "parts", resume=True, quiet=True)
+    parts = train_model(asked, tmp_path / "parts", resume=True, quiet=True).dump()
     assert [stage["before"] for stage in parts["stages"]] == [stage["before"] for stage in whole["stages"]]
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -212,11 +212,11 @@ def test_stopped_in_either_stage_and_resumed_ends_with_the_same_weights(home, tm
 
 def test_digits_from_the_start(home, tmp_path):
     changes = {"ternary.after": 0.0, "research.bitnet.warmup": 0.25}
-    result = train_model(healing(home, 8, **changes), tmp_path / "out", quiet=True)
+    result = train_model(healing(home, 8, **changes), tmp_path / "out", quiet=True).dump()
     assert "stages" not in result and not (tmp_path / "out/stages").exists()
     assert result["val_perplexity"] < result["before"]
     again = recipes.build({"task": "heal", "start": str(tmp_path / "out"), "run": {"batch_size": 8}})
     data = healing(home).data.model_copy()
     again = again.model_copy(update={"data": data, "schedule": healing(home, 4).schedule})
-    more = train_model(again, tmp_path / "more", quiet=True)
+    more = train_model(again, tmp_path / "more", quiet=True).dump()
     assert more["before"] == pytest.approx(result["val_perplexity"], rel=1e-4), "a ternary model goes on as one"

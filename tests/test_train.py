@@ -98,7 +98,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(command_line, start, tmp_path):
 def quick(tmp_path, *overrides: str, **options):
     os.environ["PILON_CACHE"] = str(tmp_path / "tokens")
     settings = training.load("smoke", [*SHORT, "schedule.tokens=4096", "run.checkpoint_every=1e9", *overrides])
-    return train_model(settings, tmp_path / "out", quiet=True, **options)
+    return train_model(settings, tmp_path / "out", quiet=True, **options).dump()
 
 
 def test_a_loss_that_is_not_finite_stops_in_one_line_with_the_last_good_checkpoint(tmp_path):
@@ -168,7 +168,7 @@ def test_streamed_runs_resume_exactly(tmp_path):
 
 @pytest.mark.parametrize("name", ["smoke", "tiny", "48m", "360m", "500m"])
 def test_plans_are_within_half_of_the_dense_model_stored_and_computed(name):
-    planned = plan(training.load(name))
+    planned = plan(training.load(name)).dump()
     assert 0.44 < planned["ffn"]["stored_ratio"] <= 0.5 and 0.44 < planned["ffn"]["mac_ratio"] <= 0.5
 
 

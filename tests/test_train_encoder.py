@@ -66,10 +66,10 @@ def healing(folder, steps=25, **changes):
     ],
 )
 def test_embeddings_come_nearer_to_the_teachers(home, tmp_path, changes):
-    result = train_model(healing(home, **changes), tmp_path / "out", quiet=True)
+    result = train_model(healing(home, **changes), tmp_path / "out", quiet=True).dump()
     assert result["before"] < result["val_cosine"] <= 1 == result["teacher"]
     assert 0 <= result["neighbors10"] <= 1 and "val_perplexity" not in result
-    judged = evaluate(str(tmp_path / "out"), data=str(home / "text.jsonl"))
+    judged = evaluate(str(tmp_path / "out"), data=str(home / "text.jsonl")).dump()
     assert judged["kind"] == "encoder" and judged["cosine"] > result["before"]
 
 

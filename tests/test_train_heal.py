@@ -65,13 +65,13 @@ def weights(folder):
 
 
 def test_healing_brings_back_most_of_what_conversion_lost(home, tmp_path):
-    result = train_model(healing(home), tmp_path / "out", quiet=True)
+    result = train_model(healing(home), tmp_path / "out", quiet=True).dump()
     assert result["teacher"] < result["val_perplexity"] < result["before"]
     lost, left = result["before"] / result["teacher"], result["perplexity_ratio"]
     assert left - 1 < 0.7 * (lost - 1), (lost, left)
     assert result["ffn"]["stored_ratio"] < 0.21 and result["tokens"] > 0 and result["tokens_per_second"] > 0
     assert result["teacher_model"] == str(home / "dense"), "the folder tells where it was converted from"
-    judged = evaluate(str(tmp_path / "out"), data=str(home / "text.jsonl"))
+    judged = evaluate(str(tmp_path / "out"), data=str(home / "text.jsonl")).dump()
     assert judged["against"] == str(home / "dense") and "held-out" in judged["data"]
     assert judged["perplexity_ratio"] < lost
     export(str(tmp_path / "out"), tmp_path / "exported", "dense")
@@ -88,28 +88,30 @@ def test_healing_brings_back_most_of_what_conversion_lost(home, tmp_path):
     ],
 )
 def test_each_term_alone_heals(home, tmp_path, changes):
-    result = train_model(healing(home, 20, **changes), tmp_path / "out", quiet=True)
+    result = train_model(healing(home, 20, **changes), tmp_path / "out", quiet=True).dump()
     assert result["val_perplexity"] < result["before"] * 0.995
 
 
 def test_the_best_weights_are_kept_and_are_never_worse_than_the_first(home, tmp_path):
     ruinous = {"optimizer.learning_rate": 3.0, "run.evaluate_every": 2, "run.spike": None}
-    result = train_model(healing(home, 6, **ruinous), tmp_path / "out", quiet=True)
+    result = train_model(healing(home, 6, **ruinous), tmp_path / "out", quiet=True).dump()
     assert result["val_perplexity"] <= result["before"]
     ours, before = weights(tmp_path / "out"), weights(home / "pilon")
     assert all(torch.equal(ours[name], before[name]) for name in before), "nothing was better than the start"
-    last = train_model(healing(home, 6, **ruinous, **{"distill.keep_best": False}), tmp_path / "last", quiet=True)
+    last = train_model(
+        healing(home, 6, **ruinous, **{"distill.keep_best": False}), tmp_path / "last", quiet=True
+    ).dump()
     assert last["val_perplexity"] > last["before"]
 
 
 @pytest.mark.parametrize("changes", [{}, {"distill.cache_teacher": 16, "distill.temperature": 2.0}])
 def test_stopped_and_resumed_is_the_same_as_never_stopped(home, tmp_path, stop_after, changes):
     asked = healing(home, 12, **changes, **{"run.evaluate_every": 4})
-    whole = train_model(asked, tmp_path / "whole", quiet=True)
+    whole = train_model(asked, tmp_path / "whole", quiet=True).dump()
     with stop_after(5):
         train_model(asked, tmp_path / "parts", quiet=True)
     assert not (tmp_path / "parts" / "config.json").exists()
-    parts = train_model(asked, tmp_path / "parts", resume=True, quiet=True)
+    parts = train_model(asked, tmp_path / "parts", resume=True, quiet=True).dump()
     assert parts["before"] == whole["before"] and parts["val_perplexity"] == whole["val_perplexity"]
     ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -143,14 +145,14 @@ def test_the_mismatch_of_states_is_a_mean_over_layers_and_a_sum_over_tokens():
 
 def test_the_same_layout_from_scratch_is_a_control(home, tmp_path):
     asked = pretraining(home, {"ffn": {"like": str(home / "pilon")}, "schedule": {"tokens": 512 * 20}})
-    planned = plan(asked)
-    result = train_model(asked, tmp_path / "control", quiet=True)
+    planned = plan(asked).dump()
+    result = train_model(asked, tmp_path / "control", quiet=True).dump()
     theirs = checkpoint.load_config(str(home / "pilon"))
     ours = checkpoint.load_config(str(tmp_path / "control"))
     assert ours.quantization_config["layout"] == theirs.quantization_config["layout"]
     assert result["ffn"]["stored_ratio"] == planned["ffn"]["stored_ratio"] < 0.21
     assert ours.vocab_size == theirs.vocab_size and ours.hidden_size == theirs.hidden_size
-    healed = train_model(healing(home, 20), tmp_path / "healed", quiet=True)
+    healed = train_model(healing(home, 20), tmp_path / "healed", quiet=True).dump()
     assert result["val_perplexity"] > healed["val_perplexity"]
 
 
@@ -184,10 +186,10 @@ def test_mistakes_are_told_in_one_line(home, tmp_path):
 
 
 def test_what_is_judged_is_what_is_saved(home, tmp_path):
-    result = train_model(healing(home, 8, dtype="bfloat16"), tmp_path / "out", quiet=True)
+    result = train_model(healing(home, 8, dtype="bfloat16"), tmp_path / "out", quiet=True).dump()
     model = checkpoint.load_model(str(tmp_path / "out"))
     assert model.dtype == torch.bfloat16
     again = healing(home, 1, start=str(tmp_path / "out"), teacher=str(home / "dense"), dtype="float32")
-    assert train_model(again, tmp_path / "again", quiet=True)["before"] == pytest.approx(
+    assert train_model(again, tmp_path / "again", quiet=True).dump()["before"] == pytest.approx(
         result["val_perplexity"], rel=1e-5
     )

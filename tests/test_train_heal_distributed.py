@@ -40,7 +40,7 @@ def test_two_processes_heal_the_same_model_as_one(command_line, home, tmp_path, 
     words = ("train", "--recipe", "recipe.yaml", "-o", "two", "--json")
     done = command_line.finish(command_line.start(*words, cwd=tmp_path, processes=2))
     two = json.loads(done.stdout)
-    one = train_model(recipes.build(asked), tmp_path / "one", quiet=True)
+    one = train_model(recipes.build(asked), tmp_path / "one", quiet=True).dump()
     assert two["processes"] == 2 and two["tokens"] == one["tokens"]
     for name in ("val_perplexity", "before", "teacher"):
         assert two[name] == pytest.approx(one[name], rel=1e-3)

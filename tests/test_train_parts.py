@@ -49,7 +49,7 @@ def test_no_plan_is_larger_than_its_budget(kind, stored, macs, bands, compositio
     except BadInput as refusal:
         assert "the budget pays for no" in str(refusal)
         return
-    size = ffn_size(layout).to_dict()
+    size = ffn_size(layout).over_dense().dump()
     assert size["stored_ratio"] <= stored and size["mac_ratio"] <= macs
 
 
@@ -64,7 +64,7 @@ def test_shapes_of_the_original_suit_the_kernels(width, inner, rank):
 
 def test_wider_blocks_and_plain_matrices_keep_to_the_budget():
     for ffn in (Ffn(neurons=1.5), Ffn(neurons=0.75), Ffn(matrices=True)):
-        size = ffn_size(base_architectures.layout_for(sites(), ffn)).to_dict()
+        size = ffn_size(base_architectures.layout_for(sites(), ffn)).over_dense().dump()
         assert 0.4 < size["stored_ratio"] <= 0.5 and 0.4 < size["mac_ratio"] <= 0.5
         model = built(ffn)
         assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()

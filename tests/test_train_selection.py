@@ -283,7 +283,7 @@ def run_recipe(folder, explore, **sections):
 def test_trained_to_a_plain_model_without_unused_primitives(tmp_path, explore):
     from transformers import AutoModelForCausalLM
 
-    result = train_model(run_recipe(tmp_path, explore), tmp_path / "out", quiet=True)
+    result = train_model(run_recipe(tmp_path, explore), tmp_path / "out", quiet=True).dump()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert prune_unused(copy.deepcopy(model)) == 0
     assert all(type(layer) is ComposedLinear and layer.top_k == 3 for _, layer in projections(model))

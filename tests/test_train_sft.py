@@ -52,7 +52,7 @@ def tune(folder, output, *overrides, start="pilon"):
         "schedule": {"tokens": 128 * 8 * 60},
         "run": {"batch_size": 8},
     }
-    return train_model(training.build(asked, overrides), folder / output, quiet=True)
+    return train_model(training.build(asked, overrides), folder / output, quiet=True).dump()
 
 
 def test_it_learns_to_answer_and_generation_stops(chats):

@@ -51,7 +51,7 @@ def test_the_last_ratio_is_what_comes_out_and_a_killed_run_goes_on(home, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         train_model(asked(home), out, quiet=True)
     assert not (out / "config.json").exists()
-    result = train_model(asked(home), out, resume=True, quiet=True)
+    result = train_model(asked(home), out, resume=True, quiet=True).dump()
     assert [call.budget.ffn_ratio for call in calls] == [0.6, 0.3, 0.3], "the first stage was not made again"
     assert calls[0].model == str(home / "dense") and calls[2].model.endswith("0.6/dense")
     assert 0.2 < result["ffn"]["stored_ratio"] <= 0.3 and result["teacher_model"] == str(home / "dense")
@@ -62,7 +62,7 @@ def test_the_last_ratio_is_what_comes_out_and_a_killed_run_goes_on(home, tmp_pat
     assert all(torch.equal(tensor, stage[name]) for name, tensor in model.state_dict().items())
     assert lineage(out).dense == str(home / "dense")
     assert json.loads((out / "train.json").read_text()) == result
-    assert checkpoint.load_tokenizer(str(out)) and plan(asked(home))["ffn"]["stored_ratio"] == 0.3
+    assert checkpoint.load_tokenizer(str(out)) and plan(asked(home)).ffn.stored_ratio == 0.3
 
 
 def pilon(home):

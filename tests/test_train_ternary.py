@@ -255,7 +255,7 @@ def test_recipes_that_cannot_be_are_refused(data, message):
 
 
 def test_plans_of_ternary_models_are_the_same_size():
-    plain, ternary = (plan(training.load("smoke", [f"ternary.enabled={asked}"])) for asked in ("false", "true"))
+    plain, ternary = (plan(training.load("smoke", [f"ternary.enabled={asked}"])).dump() for asked in ("false", "true"))
     assert plain["ffn"]["stored_ratio"] == ternary["ffn"]["stored_ratio"]
 
 
@@ -263,7 +263,7 @@ def test_a_selection_that_explores_can_be_ternary(tmp_path, monkeypatch):
     monkeypatch.setenv("PILON_CACHE", str(tmp_path / "tokens"))
     words = ["schedule.tokens=4096", "ternary.enabled=true", "research.bitnet.sub_norm=true"]
     words += ["research.original.selection.explore=anneal", "ffn.rank=4", "ffn.n_primitives=12", "ffn.top_k=3"]
-    result = train_model(training.load("smoke", words), tmp_path / "out", quiet=True)
+    result = train_model(training.load("smoke", words), tmp_path / "out", quiet=True).dump()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(layer.group == 128 for name, layer in projections(model) if "down" in name)
     assert sum("norm.weight" in name and "mlp" in name for name in model.state_dict()) == 4

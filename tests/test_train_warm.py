@@ -18,7 +18,7 @@ ASKED = ["ffn.dense_until=0.5", "schedule.tokens=16384", "run.evaluate_every=100
 
 def test_one_run_ends_as_a_pilon_model_of_the_budget_and_is_not_made_again(tmp_path):
     asked, output = training.load("smoke", ASKED), tmp_path / "out"
-    result = train_model(asked, output, quiet=True)
+    result = train_model(asked, output, quiet=True).dump()
     assert result["tokens"] == 16384 and result["ffn"]["stored_ratio"] <= 0.5 and result["ffn"]["mac_ratio"] <= 0.5
     assert result["task"] == "pretrain" and [one["tokens"] for one in result["stages"]] == [8192, 8192]
     early, late = (one["val_perplexity"] for one in result["stages"])
@@ -27,7 +27,7 @@ def test_one_run_ends_as_a_pilon_model_of_the_budget_and_is_not_made_again(tmp_p
     assert layout.projections or layout.kept
     assert json.loads((output / "train.json").read_text()) == result
     assert "dense for the first 50% of its tokens" in (output / "README.md").read_text()
-    again = train_model(asked, output, resume=True, quiet=True)
+    again = train_model(asked, output, resume=True, quiet=True).dump()
     assert again["val_perplexity"] == late
 
 

@@ -16,15 +16,15 @@ def test_experts_and_routers_are_counted(tiny):
         "layers.*.mlp.shared_expert_gate": block.shared_expert_gate.weight.numel(),
     }
     total = sum(p.numel() for p in model.parameters())
-    assert {entry["name"]: entry["parameters"] for entry in left} == {k: 3 * v for k, v in expected.items()}
-    assert all(entry["share"] == pytest.approx(entry["parameters"] / total) for entry in left)
-    assert [entry["parameters"] for entry in left] == sorted((e["parameters"] for e in left), reverse=True)
+    assert {entry.name: entry.parameters for entry in left} == {k: 3 * v for k, v in expected.items()}
+    assert all(entry.share == pytest.approx(entry.parameters / total) for entry in left)
+    assert [entry.parameters for entry in left] == sorted((e.parameters for e in left), reverse=True)
 
 
 def test_shared_experts_that_are_not_chosen_are_untouched_as_well(tiny):
     model = tiny.other_model("qwen2_moe")
     some = find_sites(model, ignore=[r"re:layers\.[12]\."])
-    names = {entry["name"]: entry["parameters"] for entry in untouched(model, some)}
+    names = {entry.name: entry.parameters for entry in untouched(model, some)}
     assert names["layers.*.mlp.shared_expert"] == 2 * 3 * 32 * 48
 
 

@@ -11,6 +11,7 @@ from pilon_compress.config.benchmark import BenchConfig
 from pilon_compress.errors import BadInput
 from pilon_compress.kernels import cpu, dispatch
 from pilon_compress.models.checkpoint import find_device
+from pilon_compress.results.benchmark import Benchmark, BlockShape, Timing
 
 PASS_BYTES = 256 * 2**20  # dense weights of all copies of a block that a pass runs through: more than caches hold
 
@@ -26,7 +27,7 @@ def block_shape(config: BenchConfig) -> Shape:
 
 
 @torch.inference_mode()
-def bench_block(config: BenchConfig) -> dict[str, Any]:
+def bench_block(config: BenchConfig) -> Benchmark:
     """Time all variants, or those of `config.variants`, in turns on inputs (batch, d) with cold caches.
 
     Seconds are per block. `speedup` and `spread` are over dense fp32 torch; `bandwidth_share` is the bytes of weights
@@ -47,21 +48,24 @@ def bench_block(config: BenchConfig) -> dict[str, Any]:
     memory = bandwidth(target)
     times = interleaved(runs, rounds, target, cold=True)
     memory = max(memory, bandwidth(target))  # the larger of two, since other processes may use the machine
-    variants = {name: times.summary(name, BASELINE) for name in runs}
-    for name, entry in variants.items():
-        size = blocks[name][0].bytes
-        seconds, least = entry["seconds"] / copies, entry["least_seconds"] / copies
-        entry |= {"seconds": seconds, "least_seconds": least, "bytes": size}
-        entry["bandwidth_share"] = size / least / memory
-    return {
-        "ffn": {**vars(shape), "top_k": shape.active // shape.rank},
+    variants = {name: _per_block(times.summary(name, BASELINE), blocks[name][0].bytes, copies, memory) for name in runs}
+    others = {name: entry for name, entry in variants.items() if name != BASELINE}
+    return Benchmark(
+        ffn=BlockShape(**vars(shape), top_k=shape.active // shape.rank),
         **circumstances(target, rounds),
-        "memory_bytes_per_second": memory,
-        "speedup": {name: entry["speedup"] for name, entry in variants.items() if name != BASELINE},
-        "spread": {name: entry["spread"] for name, entry in variants.items() if name != BASELINE},
-        "variants": variants,
-        "skipped": skipped,
-    }
+        memory_bytes_per_second=memory,
+        speedup={name: entry.speedup for name, entry in others.items()},
+        spread={name: entry.spread for name, entry in others.items()},
+        variants=variants,
+        skipped=skipped,
+    )
+
+
+def _per_block(whole: Timing, size: int, copies: int, memory: float) -> Timing:
+    """Return the times of one block with `size` bytes of weights, from those of a pass through all copies."""
+    seconds, least = whole.seconds / copies, whole.least_seconds / copies
+    per_block = {"seconds": seconds, "least_seconds": least, "bytes": size, "bandwidth_share": size / least / memory}
+    return whole.model_copy(update=per_block)
 
 
 def _passes(blocks: Sequence[Block], shape: Shape, device: torch.device) -> Callable[[], None]:

@@ -17,10 +17,11 @@ from pilon_compress.models import checkpoint
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.layout import BANKS
+from pilon_compress.results.benchmark import Benchmark
 
 
 @torch.inference_mode()
-def bench_model(config: BenchConfig) -> dict[str, Any]:
+def bench_model(config: BenchConfig) -> Benchmark:
     """Time `config.model`, a PILON folder, and its dense form in turns: `prefill`, and `decode` for causal LMs.
 
     `prefill` reads `context` tokens; `decode` adds one to a cache of `context` tokens. Seconds are per call, for all
@@ -49,16 +50,12 @@ def bench_model(config: BenchConfig) -> dict[str, Any]:
     parts = {"prefill": {name: _prefill(variant, ids) for name, variant in variants.items()}}
     if checkpoint.is_causal(pilon.config):
         parts["decode"] = {name: _decode(variant, ids) for name, variant in variants.items()}
-    result: dict[str, Any] = {
-        "model": model,
-        "context": context,
-        "batch": batch,
-        **circumstances(target, config.rounds),
-    }
+    timed: dict[str, Any] = {}
     for part, runs in parts.items():
         times = interleaved(runs, config.rounds, target, cold=False)
-        result[part] = {name: times.summary(name, BASELINE) for name in runs}
-    return {**result, "skipped": skipped}
+        timed[part] = {name: times.summary(name, BASELINE) for name in runs}
+    about = circumstances(target, config.rounds)
+    return Benchmark(model=model, context=context, batch=batch, **about, **timed, skipped=skipped)
 
 
 def _prefill(model: Any, ids: torch.Tensor) -> Callable[[], object]:

@@ -9,9 +9,10 @@ from pilon_compress.config.benchmark import BenchConfig
 from pilon_compress.errors import BadInput
 from pilon_compress.io.output_paths import check_file
 from pilon_compress.report.speedup_plot import speedups
+from pilon_compress.results.benchmark import Benchmark
 
 
-def benchmark(config: BenchConfig, plot: str | Path | None = None) -> dict[str, Any]:
+def benchmark(config: BenchConfig, plot: str | Path | None = None) -> Benchmark:
     """Return the figures of `bench_block` or `bench_model`; draw the speedups into the SVG file `plot`.
 
     Raises BadInput where not exactly one of `config.model` and `config.ffn` is given, and for a file that cannot be
@@ -25,7 +26,7 @@ def benchmark(config: BenchConfig, plot: str | Path | None = None) -> dict[str, 
         plot = check_file(plot)
     result = bench_model(config) if config.ffn is None else bench_block(config)
     if plot is not None:
-        Path(plot).write_text(speedups(parts(result)))
+        Path(plot).write_text(speedups(parts(result.dump())))
     return result
 
 

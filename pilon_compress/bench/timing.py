@@ -5,9 +5,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from pilon_compress.results.benchmark import Timing
 
 FLUSH = 96 * 2**20  # bytes that evict everything else from a CPU's caches
 BULK = 256 * 2**20  # bytes read to measure the memory bandwidth: more than any cache holds
@@ -19,20 +20,17 @@ class Times:
 
     seconds: Mapping[str, list[float]]
 
-    def summary(self, name: str, baseline: str) -> dict[str, Any]:
-        """Return median and least seconds of a variant, and its speedup over the baseline.
-
-        `speedup` is the median of the rounds' ratios, `spread` their 10th and 90th percentiles.
-        """
+    def summary(self, name: str, baseline: str) -> Timing:
+        """Return median and least seconds of a variant, and its speedup over the baseline."""
         own, reference = self.seconds[name], self.seconds[baseline]
         ratios = [slow / fast for slow, fast in zip(reference, own, strict=True)]
         tenths = statistics.quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else ratios
-        return {
-            "seconds": statistics.median(own),
-            "least_seconds": min(own),
-            "speedup": statistics.median(ratios),
-            "spread": [tenths[0], tenths[-1]],
-        }
+        return Timing(
+            seconds=statistics.median(own),
+            least_seconds=min(own),
+            speedup=statistics.median(ratios),
+            spread=[tenths[0], tenths[-1]],
+        )
 
 
 def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, cold: bool) -> Times:

@@ -6,7 +6,7 @@ cells -> measure.comparison -> compare.json, compare.html, compare.md
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pilon_compress.compare.candidate import baseline, dense_size, problem_of
 from pilon_compress.compare.our_methods import OURS
 from pilon_compress.config import conversion
 from pilon_compress.config.comparison import CompareConfig
-from pilon_compress.convert import pipeline
+from pilon_compress.convert import pipeline, texts
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.prepare import Job, prepare
 from pilon_compress.data import calibration
@@ -35,9 +35,19 @@ from pilon_compress.io.result_log import ResultLog
 from pilon_compress.models import checkpoint
 from pilon_compress.models.source import Source
 from pilon_compress.models.stream_check import check_stream
-from pilon_compress.nn.size import DENSE_ITEMSIZE, Size, linear_macs
+from pilon_compress.nn.size import DENSE_ITEMSIZE, Size, ffn_size, linear_macs
 from pilon_compress.report import comparison_page
 from pilon_compress.report.methods import method_of
+from pilon_compress.results.comparison import (
+    Cell,
+    Comparison,
+    Measured,
+    PlannedCalibration,
+    PlannedCell,
+    PlannedComparison,
+)
+from pilon_compress.results.evaluation import Evaluation
+from pilon_compress.results.sizes import Sizes
 
 
 def every_method() -> list[str]:
@@ -66,7 +76,7 @@ def method_table() -> tuple[list[str], list[list[str]]]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Asked:
     """A comparison before it starts. `jobs`: what our own methods would do, by method and ratio; `base`: any job.
 
     `ratios` are those of all methods together: 1 is among them for those that keep all numbers.
@@ -79,28 +89,29 @@ class Comparison:
     jobs: dict[tuple[str, float], Job]
     work: list[tuple[str, float]]
 
-    def describe(self) -> dict[str, Any]:
-        """What would be measured, as plain data: `planned` has the stored and bytes ratio that each method reaches."""
+    def describe(self) -> PlannedComparison:
+        """What would be measured: `planned` has the stored and bytes ratio that each method reaches."""
         dense = dense_size(self.base.sites)
         planned = []
         for method, ratio in sorted(self.work, key=lambda item: -item[1]):
             if method in OURS:
-                size = replace(self.jobs[method, ratio], dtype=torch.bfloat16).size()["ffn"]  # as all are counted
-                stored, asked = size["stored"], size["bytes"]
+                size = ffn_size(self.jobs[method, ratio].layout)  # in bfloat16, as all are counted
+                stored, asked = size.stored, size.bytes
             else:
                 stored, asked = BASELINES[method].planned(self.base.sites, ratio)
-            row = {"method": method, "ratio": ratio, "stored": stored, "stored_ratio": stored / dense.stored}
-            planned.append({**row, "bytes_ratio": asked / dense.bytes})
-        return {
-            "source": self.base.recipe.model,
-            "seeds": self.seeds,
-            "cells": len(planned) * len(self.seeds),
-            "calibration": vars(self.base.calibration),
-            "planned": planned,
-        }
+            sizes = {"stored_ratio": stored / dense.stored, "bytes_ratio": asked / dense.bytes}
+            planned.append(PlannedCell(method=method, ratio=ratio, stored=stored, **sizes))
+        return PlannedComparison(
+            dry_run=True,
+            source=self.base.recipe.model,
+            seeds=self.seeds,
+            cells=len(planned) * len(self.seeds),
+            calibration=PlannedCalibration(**vars(self.base.calibration)),
+            planned=planned,
+        )
 
 
-def plan(settings: conversion.Recipe, ratios: Sequence[float], methods: Sequence[str], seeds: int) -> Comparison:
+def plan(settings: conversion.Recipe, ratios: Sequence[float], methods: Sequence[str], seeds: int) -> Asked:
     """Size every method at every ratio, for `seeds` calibration seeds from `settings.seed` on.
 
     Loads no weights and reads no text. Raises BadInput for an unknown method, for a ratio that is too small for one.
@@ -125,54 +136,54 @@ def plan(settings: conversion.Recipe, ratios: Sequence[float], methods: Sequence
         else:
             BASELINES[method].planned(base.sites, ratio)
     shown = sorted({ratio for _, ratio in work}, reverse=True)
-    return Comparison(base, shown, methods, list(range(settings.seed, settings.seed + seeds)), jobs, work)
+    return Asked(base, shown, methods, list(range(settings.seed, settings.seed + seeds)), jobs, work)
 
 
-def planned(config: CompareConfig) -> Comparison:
+def planned(config: CompareConfig) -> Asked:
     """Return the comparison that `config` asks for. Raises BadInput as `plan` does."""
     return plan(config.recipe, config.ffn_ratio, config.methods or default_methods(), config.seeds)
 
 
-def dry_run(config: CompareConfig, output: str | Path | None = None, *, overwrite: bool = False) -> dict[str, Any]:
-    """Return what `run` would measure, as plain data. Raises BadInput, for the output, too, where it is named."""
+def dry_run(config: CompareConfig, output: str | Path | None = None, *, overwrite: bool = False) -> PlannedComparison:
+    """Return what `run` would measure. Raises BadInput, for the output, too, where it is named."""
     if output is not None:
         check_output(output, overwrite, config.model, kind="comparison")
-    return {"dry_run": True, **planned(config).describe()}
+    return planned(config).describe()
 
 
-def run(config: CompareConfig, output: str | Path, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
+def run(config: CompareConfig, output: str | Path, *, overwrite: bool = False, command: str = "") -> Comparison:
     """Plan and measure the comparison that `config` asks for: see `compare`."""
     check_output(output, overwrite, config.model, kind="comparison")
     return compare(planned(config), output, overwrite=overwrite, command=command, device=config.device)
 
 
 def compare(
-    asked: Comparison, output: str | Path, *, overwrite: bool = False, command: str = "", device: str = "auto"
-) -> dict[str, Any]:
+    asked: Asked, output: str | Path, *, overwrite: bool = False, command: str = "", device: str = "auto"
+) -> Comparison:
     """Measure every cell and write compare.json, compare.html and compare.md to the folder `output`.
 
     Finished cells are kept beside `output` until it is written, and reused when the same comparison starts again.
-    Returns the contents of compare.json. Raises BadInput.
+    Raises BadInput.
     """
     with open_output(output, overwrite, asked.base.recipe.model, kind="comparison") as path:
         return _compare(asked, path, overwrite, command, device)
 
 
-def _compare(asked: Comparison, output: Path, overwrite: bool, command: str, device: str) -> dict[str, Any]:
+def _compare(asked: Asked, output: Path, overwrite: bool, command: str, device: str) -> Comparison:
     """Compare into `output`, which this process holds."""
     started, job = time.perf_counter(), asked.base
     tokenizer = checkpoint.load_tokenizer(job.recipe.model)
-    exam = pipeline.read_evaluation(job)
+    exam = texts.read_evaluation(job)
     if isinstance(exam, str):
         raise BadInput(f"a comparison needs text to judge by: {exam}")
-    drawn = {seed: pipeline.read_calibration(job.seeded(seed), tokenizer) for seed in asked.seeds}
+    drawn = {seed: texts.read_calibration(job.seeded(seed), tokenizer) for seed in asked.seeds}
     where = checkpoint.find_device(device)
     dtype = pipeline.compute_dtype(job, where)
     bench = Bench(job, checkpoint.load_model(job.recipe.model, dtype=dtype, device=str(where)), tokenizer, exam)
     cells = ResultLog(output, bench.fingerprint())
     dense = _dense(bench, cells)
     measured = [cell for seed, batches in drawn.items() for cell in _measure(asked, seed, batches, bench, cells)]
-    result = {
+    data = {
         "format_version": 1,
         "pilon_compress": pilon_compress.__version__,
         "source": job.recipe.model,
@@ -191,8 +202,9 @@ def _compare(asked: Comparison, output: Path, overwrite: bool, command: str, dev
         "cells": measured,
         "seconds": time.perf_counter() - started,
     }
+    result = Comparison.model_validate(data)
     with fresh_folder(output, overwrite, "comparison") as folder:
-        comparison_page.write(result, folder)
+        comparison_page.write(result.dump(), folder)
     cells.remove()
     return result
 
@@ -206,20 +218,20 @@ class Bench:
         self.job, self.dense, self.tokenizer, self.documents = job, dense, tokenizer, documents
         self.size = dense_size(job.sites)
 
-    def quality(self, model: PreTrainedModel) -> dict[str, Any]:
+    def quality(self, model: PreTrainedModel) -> Evaluation:
         """Figures of `model` against the dense one."""
         asked = evaluate.affordable(self.job.recipe.evaluation, self.dense)
         figures = evaluate.measure(
             model, self.tokenizer, self.documents, against=self.dense, settings=asked, seed=self.job.recipe.seed
         )
-        return {**figures, "data": asked.data or f"{self.job.calibration.data} (held-out part)"}
+        return figures.model_copy(update={"data": asked.data or f"{self.job.calibration.data} (held-out part)"})
 
-    def sizes(self, ffn: Size) -> dict[str, Any]:
+    def sizes(self, ffn: Size) -> dict[str, Sizes]:
         """`ffn` and `model`: numbers, bytes in bfloat16 and MACs, with their ratios to the dense ones."""
         rest = sum(p.numel() for p in self.dense.parameters()) - self.size.stored
         macs = linear_macs(self.dense) - self.size.macs
         whole = ffn + Size(rest, rest, rest * DENSE_ITEMSIZE, rest * DENSE_ITEMSIZE, macs, macs)
-        return {"ffn": ffn.to_dict(), "model": whole.to_dict()}
+        return {"ffn": ffn.over_dense(), "model": whole.over_dense()}
 
     def fingerprint(self) -> str:
         """Of everything that all cells depend on: version, settings but the ratio, evaluation text and weights."""
@@ -236,14 +248,15 @@ class Bench:
 def _dense(bench: Bench, cells: ResultLog) -> dict[str, Any]:
     """The dense model judged like the others: what a perfect row looks like."""
     if "dense" not in cells.found:
-        cells.keep("dense", {**bench.sizes(bench.size), "whitened_loss": 0.0, "quality": bench.quality(bench.dense)})
+        judged = Measured.model_validate(
+            {**bench.sizes(bench.size), "whitened_loss": 0.0, "quality": bench.quality(bench.dense)}
+        )
+        cells.keep("dense", judged.dump())
     found: dict[str, Any] = cells.found["dense"]
     return found
 
 
-def _measure(
-    asked: Comparison, seed: int, batches: list[Batch], bench: Bench, cells: ResultLog
-) -> list[dict[str, Any]]:
+def _measure(asked: Asked, seed: int, batches: list[Batch], bench: Bench, cells: ResultLog) -> list[dict[str, Any]]:
     """The cells of one seed: every method at every ratio. Calibrates only if one is missing."""
     ids = blake2b(b"".join(batch.input_ids.numpy().tobytes() for batch in batches), digest_size=8).hexdigest()
     work = {(method, ratio): f"{method} {ratio:g} {seed} {ids}" for method, ratio in asked.work}
@@ -260,9 +273,11 @@ def _measure(
                 candidate = our_methods.candidate(asked.jobs[method, ratio], source, batches, moments, seed)
             else:
                 (candidate,) = [baseline(method, ratio, problem, bench.dense) for _ in track([method], label)]
-            cell = {"method": method, "ratio": ratio, "seed": seed, **bench.sizes(candidate.size)}
-            cell["whitened_loss"] = max(0.0, sum(candidate.losses) / len(candidate.losses))
-            cell["fit_seconds"] = time.perf_counter() - began
-            cell["quality"] = bench.quality(candidate.model)
-            cells.keep(work[method, ratio], cell)
+            figures = {
+                "whitened_loss": max(0.0, sum(candidate.losses) / len(candidate.losses)),
+                "fit_seconds": time.perf_counter() - began,
+                "quality": bench.quality(candidate.model),
+            }
+            about = {"method": method, "ratio": ratio, "seed": seed}
+            cells.keep(work[method, ratio], Cell.model_validate(about | bench.sizes(candidate.size) | figures).dump())
     return [cells.found[key] for key in work.values()]

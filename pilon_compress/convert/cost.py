@@ -11,6 +11,7 @@ from pilon_compress.models.blocks import blocks
 from pilon_compress.models.source import is_streamed
 from pilon_compress.models.task import text_config, vocabulary
 from pilon_compress.nn.size import ffn_size, model_size
+from pilon_compress.results.conversion import Estimate
 
 STARTING = 12.0  # seconds for reading model and text, checking the stream and writing the folder
 STATES = 3  # hidden states of the calibration text that are in memory at once: two streams, and masks and such
@@ -95,8 +96,8 @@ def _joint_fits(job: Job) -> float:
     return total
 
 
-def estimate(job: Job) -> dict[str, float]:
-    """Return `seconds` and `peak_gib` that the conversion will take here, from operations and this machine's speed.
+def estimate(job: Job) -> Estimate:
+    """Return the time and memory that the conversion will take here, from operations and this machine's speed.
 
     A guide, not a promise: the speed is measured on one matrix product, and the fit may stop early.
     """
@@ -115,7 +116,8 @@ def estimate(job: Job) -> dict[str, float]:
         work = max(work, 12 * len(bank.sites) * sides + 40 * inner * inner + steps)
     states = 4 * tokens * (getattr(text_config(job.config), "hidden_size", None) or 0) * STATES
     converting = _held(job, parameters, 4 * moments) + states + max(work, _block_bytes(job))
-    return {"seconds": seconds, "peak_gib": (PROCESS_BYTES + max(converting, _evaluation_bytes(job))) / 2**30}
+    peak = PROCESS_BYTES + max(converting, _evaluation_bytes(job))
+    return Estimate(seconds=seconds, peak_gib=peak / 2**30)
 
 
 def _evaluation_bytes(job: Job) -> int:

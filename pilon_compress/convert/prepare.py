@@ -1,7 +1,6 @@
 """Everything about a conversion that can be known before weights are loaded: sites, plan, sizes, estimates."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -23,6 +22,8 @@ from pilon_compress.models.stream_check import check_walk
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import ffn_size, model_size
 from pilon_compress.report.layout_parts import layout_parts
+from pilon_compress.results import conversion
+from pilon_compress.results.conversion import ConversionPlan
 
 ENCODER_LENGTH = 128
 CAUSAL_LENGTH = 512
@@ -70,25 +71,19 @@ class Job:
         """The same conversion with another seed."""
         return replace(self, recipe=self.recipe.model_copy(update={"seed": seed}))
 
-    def describe(self) -> dict[str, Any]:
-        """The plan and its sizes, as plain data; before the plan is `final` no bank is listed, and sizes are about."""
+    def describe(self) -> ConversionPlan:
+        """The plan and its sizes; before the plan is `final` no bank is listed, and sizes are about."""
         shown = self.plan if self.final else Plan(self.plan.ratio, [], [])
-        dtypes = {"dtype": self.dtype, "source_dtype": self.source_dtype}
-        return {
-            "plan": describe_plan(shown, self.dtype.itemsize, self.quantization),
-            **{key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()},
-            **self.size(),
-            "untouched": untouched(self.dense, self.sites),
-            "notes": notes(self.dense, self.sites),
-        }
-
-    def size(self) -> dict[str, Any]:
-        """`ffn` and `model`: numbers stored, bytes, MACs, and their ratios."""
-        itemsize = self.dtype.itemsize
-        return {
-            "ffn": ffn_size(self.layout, itemsize).to_dict(self.source_dtype.itemsize),
-            "model": model_size(self.layout, self.dense, itemsize).to_dict(self.source_dtype.itemsize),
-        }
+        itemsize, source = self.dtype.itemsize, self.source_dtype.itemsize
+        return ConversionPlan(
+            plan=describe_plan(shown, itemsize, self.quantization),
+            dtype=str(self.dtype).removeprefix("torch."),
+            source_dtype=str(self.source_dtype).removeprefix("torch."),
+            ffn=ffn_size(self.layout, itemsize).over_dense(source),
+            model=model_size(self.layout, self.dense, itemsize).over_dense(source),
+            untouched=untouched(self.dense, self.sites),
+            notes=notes(self.dense, self.sites),
+        )
 
     @property
     def quantization(self) -> str | None:
@@ -133,15 +128,15 @@ def initial_plan(recipe: Recipe, sites: list[Site]) -> Plan:
     return plan
 
 
-def describe_plan(plan: Plan, itemsize: int, quantization: str | None = None) -> dict[str, Any]:
-    """The plan as plain data, bank by bank and matrix by matrix, for the terminal, report.json and the card."""
+def describe_plan(plan: Plan, itemsize: int, quantization: str | None = None) -> conversion.Plan:
+    """The plan bank by bank and matrix by matrix, for the terminal, report.json and the card."""
     sites = [site for bank in plan.banks for site in bank.sites] + plan.kept
     band = {layer: index for index, layers in enumerate(plan.bands) for layer in layers}
     parts = layout_parts(plan.layout(quantization), sites, itemsize)
-    entries = [{"band": band[part["layers"][0]], **part} for part in parts]
-    order = {role: place for place, role in enumerate(dict.fromkeys(entry["role"] for entry in entries))}
-    entries.sort(key=lambda entry: (entry["band"], order[entry["role"]]))
-    return {"ffn_ratio": plan.ratio, "bands": plan.bands, "banks": entries}
+    entries = [conversion.PlannedPart(band=band[part.layers[0]], **vars(part)) for part in parts]
+    order = {role: place for place, role in enumerate(dict.fromkeys(entry.role for entry in entries))}
+    entries.sort(key=lambda entry: (entry.band, order[entry.role]))
+    return conversion.Plan(ffn_ratio=plan.ratio, bands=plan.bands, banks=entries)
 
 
 def prepare(recipe: Recipe) -> Job:

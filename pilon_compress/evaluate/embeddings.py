@@ -1,7 +1,6 @@
 """Measure an encoder's fidelity: cosine and shared nearest neighbours of its embeddings and the dense model's."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from pilon_compress.io.progress import track
 from pilon_compress.models.forward import embeddings
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
+from pilon_compress.results.evaluation import Evaluation
 
 NEIGHBORS = 10  # nearest texts that are compared
 
@@ -58,22 +58,22 @@ def measure(
     *,
     batch_size: int = 16,
     max_length: int = 256,
-) -> dict[str, Any]:
-    """Compare the embeddings of `texts` by both models.
+) -> Evaluation:
+    """Compare the embeddings of `texts` by both models: their mean cosine, and the nearest texts that they share.
 
-    cosine: mean cosine between a text's two embeddings. neighbors10: mean share of a text's ten nearest texts (by
-    cosine, without itself) that both models agree on. texts: their number. Raises BadInput for fewer than eleven.
+    Raises BadInput for fewer than eleven texts.
     """
     check(texts)
     converted, original = (
         torch.nn.functional.normalize(embed(m, tokenizer, texts, batch_size=batch_size, max_length=max_length), dim=1)
         for m in (model, dense)
     )
-    return {
-        "cosine": float((converted * original).sum(1).mean()),
-        "neighbors10": shared_neighbours(converted, original),
-        "texts": len(texts),
-    }
+    return Evaluation(
+        kind="encoder",
+        cosine=float((converted * original).sum(1).mean()),
+        neighbors10=shared_neighbours(converted, original),
+        texts=len(texts),
+    )
 
 
 def check(texts: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
 """Evaluate a model by the metrics of its kind, on text that it was not calibrated on."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,6 +11,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import embeddings, perplexity
 from pilon_compress.models import checkpoint
 from pilon_compress.models.provenance import lineage
+from pilon_compress.results.evaluation import Evaluation
 
 ENCODER_TEXTS = 500  # paragraphs that an encoder is evaluated on
 EVALUATED = 2**14  # tokens scored by the evaluation after a conversion; `eval` scores all of the text
@@ -25,14 +25,14 @@ def measure(
     against: PreTrainedModel | None,
     settings: conversion.Evaluation,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Return perplexity and related metrics of a causal LM, or an encoder's fidelity to `against`; `kind` says which.
+) -> Evaluation:
+    """Return perplexity and related metrics of a causal LM, or an encoder's fidelity to `against`.
 
     Raises BadInput for an encoder without `against`, and for settings that do not apply to the kind.
     """
     settings.check_kind(checkpoint.is_causal(model.config))
     if checkpoint.is_causal(model.config):
-        figures = perplexity.measure(
+        return perplexity.measure(
             model,
             tokenizer,
             documents,
@@ -42,14 +42,10 @@ def measure(
             batch_size=settings.batch_size,
             max_windows=settings.samples,
         )
-        return {"kind": "causal", **figures}
     if against is None:
         raise BadInput("an encoder is evaluated by its fidelity to the dense model: name that model with --against")
     texts = text.sample(text.paragraphs(documents), settings.samples or ENCODER_TEXTS, seed)
-    return {
-        "kind": "encoder",
-        **embeddings.measure(model, against, tokenizer, texts, batch_size=settings.batch_size),
-    }
+    return embeddings.measure(model, against, tokenizer, texts, batch_size=settings.batch_size)
 
 
 def affordable(settings: conversion.Evaluation, model: PreTrainedModel) -> conversion.Evaluation:
@@ -74,7 +70,7 @@ def evaluate(
     settings: conversion.Evaluation | None = None,
     device: str = "auto",
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate the model at `model` (PILON or dense), and compare it with a dense model where one is known.
 
     `against` defaults to the dense model in the folder's recipe.yaml. `data` is a text source; the default is the
@@ -100,7 +96,8 @@ def evaluate(
         settings=settings or conversion.Evaluation(),
         seed=seed,
     )
-    return {**figures, "model": model, "against": against, "data": data + (" (held-out part)" if seen else "")}
+    about = {"model": model, "against": against, "data": data + (" (held-out part)" if seen else "")}
+    return figures.model_copy(update=about)
 
 
 def _overlap(data: str, source: str) -> bool:

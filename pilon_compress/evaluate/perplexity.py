@@ -23,6 +23,7 @@ from pilon_compress.models.causality import check_causal
 from pilon_compress.models.limits import check_length, longest_input
 from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.functional import kl_divergence, rows_at_once
+from pilon_compress.results.evaluation import Evaluation
 
 LONGEST_WINDOW = 1024
 COPIES = 2  # of logits in memory at once: those of both models
@@ -45,18 +46,15 @@ def measure(
     stride: int | None = None,
     batch_size: int = 8,
     max_windows: int | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Score `documents`, joined by EOS, in windows, and compare the predictions with those of `against` (dense).
 
     window       tokens of one input, including the prefix (default: `default_window`)
     stride       tokens by which windows advance (default: no overlap)
     max_windows  most windows to score (default: all of the text)
 
-    Returns perplexity, bits_per_byte, tokens (scored), bytes (their UTF-8 text), window, stride, begins_with (prefix as
-    text, or None), eos (True if EOS between documents is scored); with `against` also dense_perplexity,
-    dense_bits_per_byte, perplexity_ratio, kl (mean nats per token, KL(dense ‖ model)) and top1_agreement. Log-softmax
-    in float32, sums in float64. Raises BadInput if the text is shorter than two tokens, the window does not fit the
-    model, ids lie beyond the embedding, the vocabularies differ, or a prediction is not finite.
+    Log-softmax in float32, sums in float64. Raises BadInput if the text is shorter than two tokens, the window does not
+    fit the model, ids lie beyond the embedding, the vocabularies differ, or a prediction is not finite.
     """
     window = window or default_window(model)
     before = sequences.prefix(tokenizer)
@@ -74,7 +72,8 @@ def measure(
     tokens = sum(batch.scored for batch in batches)
     begin, separator = sequences.begins_with(tokenizer), sequences.separator(tokenizer)
     metrics = _metrics(sums, tokens, bytes_per_token, against is not None)
-    return metrics | {"window": window, "stride": stride, "begins_with": begin, "eos": bool(separator)}
+    settings = {"window": window, "stride": stride, "begins_with": begin, "eos": bool(separator)}
+    return Evaluation.model_validate({"kind": "causal", **metrics, **settings})
 
 
 def _metrics(sums: Tensor, tokens: int, bytes_per_token: float, compared: bool) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,11 +9,12 @@ from transformers import PreTrainedModel
 from pilon_compress.models.blocks import blocks
 from pilon_compress.models.families import Site
 from pilon_compress.report.formatting import number
+from pilon_compress.results.sizes import Share
 
 SMALL = 0.05  # share of parameters in projections to replace below which users are warned
 
 
-def untouched(model: PreTrainedModel, sites: Sequence[Site]) -> list[dict[str, Any]]:
+def untouched(model: PreTrainedModel, sites: Sequence[Site]) -> list[Share]:
     """Return the parts of expert layers that replacing `sites` does not change, largest first; [] without experts.
 
     Each entry is one part, summed over the blocks: `name` below the base model with `*` for the block, `parameters`,
@@ -30,7 +30,7 @@ def untouched(model: PreTrainedModel, sites: Sequence[Site]) -> list[dict[str, A
             part = next((part for part in parts if f"{path}.".startswith(f"{part}.")), None)
             if part is not None and f"{name}.{owner}" not in replaced:
                 sizes[f"{name.rpartition('.')[0]}.*.{part}"] += parameter.numel()
-    return [{"name": name, "parameters": size, "share": size / total} for name, size in sizes.most_common()]
+    return [Share(name=name, parameters=size, share=size / total) for name, size in sizes.most_common()]
 
 
 def notes(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
@@ -38,8 +38,8 @@ def notes(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
     total = sum(parameter.numel() for parameter in model.parameters())
     lines = []
     if parts := untouched(model, sites):
-        names = ", ".join(entry["name"] for entry in parts[:3]) + (", ..." if len(parts) > 3 else "")
-        share = sum(entry["share"] for entry in parts)
+        names = ", ".join(entry.name for entry in parts[:3]) + (", ..." if len(parts) > 3 else "")
+        share = sum(entry.share for entry in parts)
         lines.append(f"mixture of experts: {number(100 * share)} % of the parameters are not touched ({names})")
     reached = sum(site.parameters for site in sites) / total
     if reached < SMALL:

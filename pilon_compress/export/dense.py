@@ -1,7 +1,5 @@
 """Exports to a plain dense model of the base architecture: every composition multiplied out."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn.functional import pad
@@ -17,6 +15,7 @@ from pilon_compress.models.families import family_of
 from pilon_compress.nn.additions import addition
 from pilon_compress.nn.fold import dense
 from pilon_compress.nn.layout import BANKS, kept_matrices, layout_of, linear_shape, projections
+from pilon_compress.results.export import Exported
 
 
 def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | None:
@@ -33,11 +32,11 @@ def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | N
     load="AutoModel.from_pretrained({folder!r})",
     refuse=refuse,
 )
-def write(model: PreTrainedModel, job: Job) -> dict[str, Any]:
+def write(model: PreTrainedModel, job: Job) -> Exported:
     """Write the dense model: it computes what the PILON model computes (logits agree to about 1e-5 in float32)."""
     to_dense(model)
     save_beside(model, job, model.dtype)
-    return {}
+    return Exported()
 
 
 @torch.no_grad()

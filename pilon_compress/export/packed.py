@@ -26,6 +26,8 @@ from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
 from pilon_compress.nn.ternary_codec import pack
 from pilon_compress.nn.ternary_quantizer import digits
 from pilon_compress.report.card import packed_card
+from pilon_compress.results.export import Exported
+from pilon_compress.results.sizes import Sizes
 
 SAMPLE = (2, 48)  # sequences and tokens on which packed and unpacked are compared
 
@@ -52,13 +54,10 @@ def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
     options=("encoding", "rest", "dtype"),
     dtype_when_saved=True,  # rounding to fewer bits first would move ternary weights
 )
-def write(model: PreTrainedModel, job: Job) -> dict[str, Any]:
+def write(model: PreTrainedModel, job: Job) -> Exported:
     """Write `model` with its ternary weights packed, `encoding` base3 or 2bit, and with `rest` int8 all else rounded.
 
     `dtype`: of what is neither ternary nor a scale. Of a model in integers the rest is all that is left to round.
-    Returns `ffn` and `model` (sizes and their ratios over the dense model in bfloat16, bytes as on disk) and
-    `max_logit_difference` on random tokens, in float32, of packing; `rest_relative_error` is that of outputs by
-    rounding the rest.
     """
     dtype = checkpoint.find_dtype(job.options.dtype or "auto") or model.dtype
     before = _outputs(model)
@@ -70,8 +69,7 @@ def write(model: PreTrainedModel, job: Job) -> dict[str, Any]:
         to_int8(model)
         found["rest_relative_error"] = float((_outputs(model) - after).norm() / after.norm())
     drop_bundled(model.config)
-    size = size_of(model, dtype.itemsize)
-
+    result = Exported.model_validate(found | size_of(model, dtype.itemsize))
     about = {
         "source": job.source,
         "dense": lineage(checkpoint.resolve(job.source)).dense,
@@ -82,10 +80,10 @@ def write(model: PreTrainedModel, job: Job) -> dict[str, Any]:
     }
 
     def add(folder: Path) -> None:
-        (folder / "README.md").write_text(packed_card({**about, **size, **found}), encoding="utf-8")
+        (folder / "README.md").write_text(packed_card({**about, **result.dump()}), encoding="utf-8")
 
     save_beside(model, job, dtype, add)
-    return {**size, **found}
+    return result
 
 
 @torch.no_grad()
@@ -141,10 +139,10 @@ def _outputs(model: PreTrainedModel) -> torch.Tensor:
     return model.eval()(input_ids=ids.to(model.device))[0].float()
 
 
-def size_of(model: PreTrainedModel, itemsize: int) -> dict[str, Any]:
-    """`ffn` and `model` as `nn.size` counts them, with so many bytes a plain number."""
+def size_of(model: PreTrainedModel, itemsize: int) -> dict[str, Sizes]:
+    """Sizes of `ffn` and `model`, with so many bytes per plain number, over the dense model in bfloat16."""
     layout, dense = layout_of(model), checkpoint.empty_model(model.config)
     return {
-        "ffn": ffn_size(layout, itemsize).to_dict(),
-        "model": model_size(layout, dense, itemsize).to_dict(),
+        "ffn": ffn_size(layout, itemsize).over_dense(),
+        "model": model_size(layout, dense, itemsize).over_dense(),
     }

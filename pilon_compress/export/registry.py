@@ -3,16 +3,15 @@
     @exporter("dense", about="...", load="AutoModel.from_pretrained({folder!r})", options=("dtype",), refuse=refuse)
     def write(model, job):
         ...
-        return {}
+        return Exported()
 
 The function gets a PILON model, loaded, and a `Job`; it writes `job.output` by `io.folders.fresh_folder` and returns
-figures for the caller, as plain JSON types.
+figures for the caller.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -20,6 +19,7 @@ from pilon_compress.config.export import ExportOptions
 from pilon_compress.config.option import flags
 from pilon_compress.errors import BadInput
 from pilon_compress.plugins import Registry
+from pilon_compress.results.export import Exported
 
 FLAGS = {one.path: one.name for one in flags(ExportOptions)}  # on the command line
 DEFAULTS = ExportOptions()
@@ -48,7 +48,7 @@ class Exporter:
     name: str
     about: str
     load: str
-    write: Callable[[PreTrainedModel, Job], dict[str, Any]]
+    write: Callable[[PreTrainedModel, Job], Exported]
     refuse: Callable[[PreTrainedModel, ExportOptions], str | None]
     options: tuple[str, ...] = ("dtype",)
     dtype_when_saved: bool = False
@@ -63,7 +63,7 @@ class Exporter:
 
 
 EXPORTERS: Registry[Exporter] = Registry("export target", "pilon_compress.export")
-Write = Callable[[PreTrainedModel, Job], dict[str, Any]]
+Write = Callable[[PreTrainedModel, Job], Exported]
 
 
 def exporter(

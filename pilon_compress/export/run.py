@@ -1,7 +1,6 @@
 """Exports a PILON folder to one of the registered forms, and says which of them can take a model."""
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -12,6 +11,7 @@ from pilon_compress.io import manifest
 from pilon_compress.io.folders import open_output
 from pilon_compress.models import checkpoint
 from pilon_compress.nn.layout import BANKS
+from pilon_compress.results.export import ExportResult
 
 
 def export(
@@ -21,10 +21,10 @@ def export(
     options: ExportOptions = DEFAULTS,
     *,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> ExportResult:
     """Write the PILON model `source` to the folder `output` in the form `to`, one of EXPORTERS.
 
-    Returns the figures that the exporter measured. Raises BadInput for a form that there is not, for options that it
+    Raises BadInput for a form that there is not, for options that it
     does not read, and for a model that it cannot take.
     """
     exporter = EXPORTERS[to]
@@ -34,7 +34,9 @@ def export(
         model = load_pilon(source, dtype)
         if reason := exporter.refuse(model, options):
             raise BadInput(f"{source} {reason}")
-        return exporter.write(model, Job(source, path, options, overwrite))
+        figures = exporter.write(model, Job(source, path, options, overwrite))
+    load = exporter.load.format(folder=str(output))
+    return ExportResult(source=source, output=str(output), to=to, load=load, figures=figures)
 
 
 def target_table(source: str) -> tuple[list[str], list[list[str]]]:

@@ -31,6 +31,7 @@ from pilon_compress.nn import (
     ternary_codec,
     ternary_quantizer,
 )
+from pilon_compress.results.export import Exported
 
 # in this order one file can hold them
 BUNDLED = (
@@ -78,7 +79,7 @@ def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
     refuse=refuse,
     options=(),
 )
-def write(model: PreTrainedModel, job: Job) -> dict[str, Any]:
+def write(model: PreTrainedModel, job: Job) -> Exported:
     """Write the folder, its code declared in config.json's `auto_map`; it loads as any PILON folder does, too."""
     classes = host_classes(model)
     stem = MODELING_FILE.removesuffix(".py")
@@ -89,7 +90,7 @@ def write(model: PreTrainedModel, job: Job) -> dict[str, Any]:
         (folder / MODELING_FILE).write_text(code, "utf-8")
 
     save_beside(model, job, model.dtype, add)
-    return {}
+    return Exported()
 
 
 def host_classes(model: PreTrainedModel) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """How large: numbers stored, bytes, and multiply-accumulates per token, PILON over dense."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,6 +9,7 @@ from pilon_compress.nn.additions import addition
 from pilon_compress.nn.integer import KINDS
 from pilon_compress.nn.layout import PACKED, Layout, linear_shape
 from pilon_compress.nn.ternary_codec import packed_size
+from pilon_compress.results.sizes import Share, Sizes
 
 DENSE_ITEMSIZE = 2  # `dense_bytes` is the dense model in bfloat16, whatever it was stored in
 INDEX_ITEMSIZE = 8  # selected primitives are int64
@@ -34,22 +34,18 @@ class Size:
     def __add__(self, other: "Size") -> "Size":
         return Size(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
-    def to_dict(self, source_itemsize: int = DENSE_ITEMSIZE) -> dict[str, Any]:
-        """The figures with their ratios, PILON over dense; `source_itemsize`: bytes per number of the dense file.
-
-        `bytes_ratio_to_source` is over the dense file as it is (`source_bytes`), `bytes_ratio_to_bf16` over the dense
-        model in bfloat16 (`dense_bytes`); `bytes_ratio` is the latter under its older name.
-        """
+    def over_dense(self, source_itemsize: int = DENSE_ITEMSIZE) -> Sizes:
+        """The figures with their ratios, PILON over dense; `source_itemsize`: bytes per number of the dense file."""
         source_bytes = self.dense_bytes // DENSE_ITEMSIZE * source_itemsize
-        return {
-            "stored_ratio": self.stored / self.dense_stored,
-            "bytes_ratio": self.bytes / self.dense_bytes,
-            "bytes_ratio_to_source": self.bytes / source_bytes,
-            "bytes_ratio_to_bf16": self.bytes / self.dense_bytes,
-            "mac_ratio": self.macs / self.dense_macs,
+        return Sizes(
+            stored_ratio=self.stored / self.dense_stored,
+            bytes_ratio=self.bytes / self.dense_bytes,
+            bytes_ratio_to_source=self.bytes / source_bytes,
+            bytes_ratio_to_bf16=self.bytes / self.dense_bytes,
+            mac_ratio=self.macs / self.dense_macs,
             **vars(self),
-            "source_bytes": source_bytes,
-        }
+            source_bytes=source_bytes,
+        )
 
 
 def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
@@ -148,8 +144,8 @@ def linear_macs(model: nn.Module) -> int:
     return total
 
 
-def kept(dense: PreTrainedModel, layout: Layout) -> list[dict[str, Any]]:
-    """What the layout leaves alone, by place: name, parameters, share of the dense model's parameters."""
+def kept(dense: PreTrainedModel, layout: Layout) -> list[Share]:
+    """Parameters that the layout leaves alone, by place, with their share of the dense model's, largest first."""
     replaced = {f"{name}." for name in (*layout.projections, *layout.kept)}
     prefix = dense.base_model_prefix + "."
     groups: dict[str, int] = {}
@@ -163,4 +159,4 @@ def kept(dense: PreTrainedModel, layout: Layout) -> list[dict[str, Any]]:
         group = ".".join(words[:3]) or local
         groups[group] = groups.get(group, 0) + parameter.numel()
     ordered = sorted(groups.items(), key=lambda item: -item[1])
-    return [{"name": name, "parameters": count, "share": count / total} for name, count in ordered]
+    return [Share(name=name, parameters=count, share=count / total) for name, count in ordered]

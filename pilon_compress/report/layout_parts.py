@@ -1,4 +1,4 @@
-"""Describe the parts of a layout as plain data: every bank with its projections, every dense matrix, their sizes."""
+"""Describe the parts of a layout: every bank with its projections, every dense matrix, their sizes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,19 +7,13 @@ from pilon_compress.models.families import Site
 from pilon_compress.nn.integer import KINDS
 from pilon_compress.nn.layout import PACKED, Layout
 from pilon_compress.nn.size import Size, bank_size, kept_size
+from pilon_compress.results.sizes import Part
 
 BITS = {"ternary-2bit": 2.0, "ternary-base3": 1.6} | {name: float(kind.bits) for name, kind in KINDS.items()}
 
 
-def layout_parts(layout: Layout, sites: Sequence[Site], itemsize: int) -> list[dict[str, Any]]:
-    """Return an entry for each bank and dense matrix, sorted by first layer and role; `itemsize` in bytes per float.
-
-    names, role, layers     of its projections
-    d_in, d_out             as stored, after pruning of neurons; dense_d_in, dense_d_out before
-    n_primitives, rank, top_k, composition     None for a dense matrix
-    quantization, bits      of its weights; bits of a float where quantization is none
-    stored, bytes, macs, dense_stored, dense_macs
-    """
+def layout_parts(layout: Layout, sites: Sequence[Site], itemsize: int) -> list[Part]:
+    """Return an entry for each bank and dense matrix, sorted by first layer and role; `itemsize` in bytes per float."""
     parts = []
     by_name = {site.name: site for site in sites}
     for name, spec in layout.banks.items():
@@ -35,21 +29,29 @@ def layout_parts(layout: Layout, sites: Sequence[Site], itemsize: int) -> list[d
             size = kept_size(layout, name, itemsize)
             parts.append(_part(layout, [by_name[name]], size, kept.quantization, itemsize, shape))
     order = {site.role: place for place, site in reversed(list(enumerate(sites)))}
-    return sorted(parts, key=lambda part: (part["layers"][0], order[part["role"]]))
+    return sorted(parts, key=lambda part: (part.layers[0], order[part.role]))
 
 
 def _part(
     layout: Layout, users: list[Site], size: Size, quantization: str, itemsize: int, shape: dict[str, Any]
-) -> dict[str, Any]:
+) -> Part:
     d_in, d_out = layout.shape(users[0].name)
     dense_in, dense_out = layout.host_shape(users[0].name)
     known = quantization in PACKED or quantization in KINDS
-    return {
-        "names": [site.name for site in users],
-        "role": users[0].role,
-        "layers": [site.layer for site in users],
-        **{"d_in": d_in, "d_out": d_out, "dense_d_in": dense_in, "dense_d_out": dense_out},
+    return Part(
+        names=[site.name for site in users],
+        role=users[0].role,
+        layers=[site.layer for site in users],
+        d_in=d_in,
+        d_out=d_out,
+        dense_d_in=dense_in,
+        dense_d_out=dense_out,
         **shape,
-        **{"quantization": quantization, "bits": BITS[quantization] if known else 8.0 * itemsize},
-        **{key: getattr(size, key) for key in ("stored", "bytes", "macs", "dense_stored", "dense_macs")},
-    }
+        quantization=quantization,
+        bits=BITS[quantization] if known else 8.0 * itemsize,
+        stored=size.stored,
+        bytes=size.bytes,
+        macs=size.macs,
+        dense_stored=size.dense_stored,
+        dense_macs=size.dense_macs,
+    )

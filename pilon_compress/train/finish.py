@@ -25,6 +25,7 @@ from pilon_compress.nn.layout import install, layout_of, projections
 from pilon_compress.nn.sharded import full
 from pilon_compress.report.card import training_card
 from pilon_compress.report.training_page import write_pages
+from pilon_compress.results.training import TrainResult
 from pilon_compress.train.loop import Training, put, validation_loss
 from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.preflight import sized
@@ -33,8 +34,8 @@ from pilon_compress.train.run import RESULT, Run
 log = logging.getLogger(__name__)
 
 
-def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> dict[str, Any]:
-    """Judge the final weights, write the model folder, and say what came of it."""
+def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> TrainResult | None:
+    """Judge the final weights and write the model folder; the figures, on the first process."""
     if job.kept:
         put(job.trainee, job.kept)
     for _, layer in projections(job.trainee.model):
@@ -42,27 +43,28 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
     round_to(job.trainee, dtype_of(run.recipe))
     loss = validation_loss(job)
     model = gathered(job)
-    result: dict[str, Any] = {}
+    result: TrainResult | None = None
     if run.world.first:
         prune_unused(model)
         if corpus.ends and model.generation_config is not None:  # an answer ends where the chats' answers did
             model.generation_config.eos_token_id = list(corpus.ends)
-        result = describe(run, job, model, loss) | {"begins_with": corpus.begins_with}
+        told = {"begins_with": corpus.begins_with}
         if job.told is not None and run.asked.task == "heal":  # otherwise nobody has named a teacher
-            result |= job.told(loss, job.before)
+            told |= job.told(loss, job.before)
+        result = describe(run, job, model, loss).model_copy(update=told)
         if run.stages:
-            result |= summed(result, run.stages)
+            result = summed(result, run.stages)
         write(run, model, tokenizer, result)
     run.world.wait()
     return result
 
 
-def summed(result: dict[str, Any], stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`stages`, the last one included, and what they come to together."""
+def summed(result: TrainResult, stages: Sequence[TrainResult]) -> TrainResult:
+    """The result with the figures of all `stages`, itself the last one, and with what they come to together."""
     every = [*stages, result]
     told = ("before", "val_perplexity", "val_cosine", "steps", "tokens", "seconds")
-    sums = {name: sum(one[name] for one in every) for name in ("steps", "tokens", "seconds")}
-    return sums | {"stages": [{name: one[name] for name in told if name in one} for one in every]}
+    sums = {name: sum(getattr(one, name) for one in every) for name in ("steps", "tokens", "seconds")}
+    return result.model_copy(update=sums | {"stages": [one.stage(told) for one in every]})
 
 
 @torch.no_grad()
@@ -98,29 +100,32 @@ def plain_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> dict[str, Any]:
-    """The contents of train.json, for the mean `loss` on the validation text."""
+def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> TrainResult:
+    """The figures of the run, for the mean `loss` on the validation text."""
     layout = layout_of(model)
     dense = checkpoint.empty_model(model.config)
-    return {
-        "format_version": 1,
-        "pilon_compress": pilon_compress.__version__,
-        "task": run.asked.task,
-        "data": source_of(run.recipe),
+    measured: dict[str, Any] = {
         job.figure.name: job.figure.of(loss),
         f"best_{job.figure.name}": job.figure.of(min(job.best, loss)),
-        "steps": job.step,
-        "tokens": job.tokens,
-        "seconds": job.seconds,
-        "tokens_per_second": job.tokens / max(job.seconds, 1e-9),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        **sized(layout, dense),
-        "processes": run.world.size,
-        "device": str(run.world.device),
-        "command": run.command,
-        "recipe": recipes.dump(run.asked),
-        "output": str(run.output),
     }
+    return TrainResult(
+        format_version=1,
+        pilon_compress=pilon_compress.__version__,
+        task=run.asked.task,
+        data=source_of(run.recipe),
+        **measured,
+        steps=job.step,
+        tokens=job.tokens,
+        seconds=job.seconds,
+        tokens_per_second=job.tokens / max(job.seconds, 1e-9),
+        parameters=sum(p.numel() for p in model.parameters()),
+        **sized(layout, dense),
+        processes=run.world.size,
+        device=str(run.world.device),
+        command=run.command,
+        recipe=recipes.dump(run.asked),
+        output=str(run.output),
+    )
 
 
 def dtype_of(recipe: TrainRecipe) -> torch.dtype:
@@ -132,7 +137,7 @@ def dtype_of(recipe: TrainRecipe) -> torch.dtype:
     return start if isinstance(start, torch.dtype) else torch.float32
 
 
-def write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: dict[str, Any]) -> None:
+def write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: TrainResult) -> None:
     """Put the model into the output folder: all files are made aside first, config.json moves in last.
 
     Raises DiskFull; the last checkpoint stands.
@@ -148,7 +153,7 @@ def write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         log.info("model %s", run.output)
 
 
-def _write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: dict[str, Any]) -> None:
+def _write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: TrainResult) -> None:
     work = run.output / "checkpoints" / "model"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -160,10 +165,10 @@ def _write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         beside = companions.find(checkpoint.resolve(start))
         beside.pop(MODELING_FILE, None)
         companions.copy(beside, work)
-    (work / RESULT).write_text(json.dumps(result, indent=2))
-    write_pages(result, run.asked, read_metrics(run.output), work)
+    (work / RESULT).write_text(json.dumps(result.dump(), indent=2))
+    write_pages(result.dump(), run.asked, read_metrics(run.output), work)
     dense = None if start is None else lineage(checkpoint.resolve(start)).dense
-    card = training_card(result, run.asked, model.can_generate(), dense)
+    card = training_card(result.dump(), run.asked, model.can_generate(), dense)
     (work / "README.md").write_text(card, encoding="utf-8")
     manifest.write(work)
     sync_tree(work)

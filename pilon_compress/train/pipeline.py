@@ -38,6 +38,7 @@ from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.layout import layout_of, projections
 from pilon_compress.nn.size import ffn_size, linear_macs
 from pilon_compress.parallel import join, lone, spread, wrap
+from pilon_compress.results.training import TrainResult
 from pilon_compress.train.bank_health import Health
 from pilon_compress.train.callbacks import Callback, extensions
 from pilon_compress.train.checkpoints import Checkpoints
@@ -50,7 +51,7 @@ from pilon_compress.train.monitor import Monitor
 from pilon_compress.train.optim import make_optimizers, restrict
 from pilon_compress.train.preflight import check, layout_asked, plan
 from pilon_compress.train.progressive import shrink
-from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, settle
+from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, read_result, settle
 from pilon_compress.train.ternary.initialise import ternarise
 from pilon_compress.train.ternary.schedule import Rounding, in_stages
 
@@ -70,7 +71,7 @@ def train_model(
     overwrite: bool = False,
     command: str = "",
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> TrainResult | None:
     """Train the model that `recipe` describes and write it to `output`, a folder that `from_pretrained` takes.
 
     With `resume` a run that was stopped goes on from its last checkpoint, to the same weights as if it had not been
@@ -94,7 +95,7 @@ def train_model(
         return train_run(run, resume, fresh)
 
 
-def train_run(run: Run, resume: bool, fresh: bool) -> dict[str, Any]:
+def train_run(run: Run, resume: bool, fresh: bool) -> TrainResult | None:
     """One stretch of training, in a folder that is claimed; a `fresh` one goes where nothing can be trained."""
     track: list[str] = list(run.recipe.run.track)
     try:
@@ -116,7 +117,7 @@ def after_dense(run: Run, fresh: bool) -> Run:
     told = before(run, first, folder / "dense", fresh)
     convert_once(run.recipe, folder)
     if not run.quiet:
-        log.info("dense so far, perplexity %.4g; converted, and on", told["val_perplexity"])
+        log.info("dense so far, perplexity %.4g; converted, and on", told.val_perplexity)
     return replace(run, recipe=second, whole=run.asked, stages=(told,))
 
 
@@ -133,7 +134,7 @@ def after_floats(run: Run, fresh: bool) -> Run:
     return replace(run, recipe=second, whole=run.asked, stages=(*run.stages, told))
 
 
-def before(run: Run, recipe: TrainRecipe, folder: Path, fresh: bool) -> dict[str, Any]:
+def before(run: Run, recipe: TrainRecipe, folder: Path, fresh: bool) -> TrainResult:
     """What came of a stage that ends in `folder`, trained now unless that is done."""
     if not (folder / RESULT).is_file():
         one = replace(run, recipe=recipe, output=folder, whole=None, stages=())
@@ -142,15 +143,17 @@ def before(run: Run, recipe: TrainRecipe, folder: Path, fresh: bool) -> dict[str
         except BadInput:
             drop(run, fresh)
             raise
-    return manifest.read_ours(folder / RESULT)
+    return read_result(folder)
 
 
-def shrink_model(run: Run, resume: bool, overwrite: bool) -> dict[str, Any]:
+def shrink_model(run: Run, resume: bool, overwrite: bool) -> TrainResult:
     """Convert and heal in turn, see `shrink.shrink`."""
     claim(run, resume, overwrite)
 
-    def heal(stage: TrainRecipe, folder: Path) -> dict[str, Any]:
-        return train_model(stage, folder, resume=True, command=run.command, quiet=run.quiet)
+    def heal(stage: TrainRecipe, folder: Path) -> TrainResult:
+        healed = train_model(stage, folder, resume=True, command=run.command, quiet=run.quiet)
+        assert healed is not None  # this process is alone
+        return healed
 
     return shrink(run.recipe, run.output, heal, command=run.command, quiet=run.quiet)
 

@@ -13,6 +13,8 @@ from pilon_compress.models.families import find_sites
 from pilon_compress.models.limits import longest_input
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import ffn_size, model_size
+from pilon_compress.results.sizes import Ratios
+from pilon_compress.results.training import PlannedTraining
 from pilon_compress.train.callbacks import extensions
 from pilon_compress.train.heal import teacher_of
 from pilon_compress.train.trackers import check_trackers
@@ -48,7 +50,7 @@ def check(recipe: TrainRecipe) -> None:
         raise BadInput(f"{model} takes {longest} tokens: --sequence-length {longest}, or less")
 
 
-def plan(recipe: TrainRecipe) -> dict[str, Any]:
+def plan(recipe: TrainRecipe) -> PlannedTraining:
     """What a run would train, from shapes alone. Raises BadInput."""
     check(recipe)
     if recipe.start is not None:
@@ -62,20 +64,20 @@ def plan(recipe: TrainRecipe) -> dict[str, Any]:
     sizes = sized(layout, dense)
     parameters = sum(p.numel() for p in dense.parameters())
     if recipe.shrink:  # about: conversions find their layouts themselves
-        sizes = {"ffn": {"stored_ratio": recipe.shrink[-1], "mac_ratio": recipe.shrink[-1]}}
+        sizes = {"ffn": Ratios(stored_ratio=recipe.shrink[-1], mac_ratio=recipe.shrink[-1])}
         parameters -= round((1 - recipe.shrink[-1]) * sum(site.parameters for site in find_sites(dense)))
     elif layout is not None:
-        parameters = sizes["model"]["stored"]
+        parameters = model_size(layout, dense).stored
     separate = recipe.task == "heal" and not checkpoint.is_causal(config)
-    return {
-        "dry_run": True,
-        "task": recipe.task,
-        "data": recipe.data.source or DEFAULT_ENCODER if separate else source_of(recipe),
-        "tokens": recipe.schedule.tokens,
-        "batch_size": recipe.run.batch_size,
-        "parameters": parameters,
+    return PlannedTraining(
+        dry_run=True,
+        task=recipe.task,
+        data=recipe.data.source or DEFAULT_ENCODER if separate else source_of(recipe),
+        tokens=recipe.schedule.tokens,
+        batch_size=recipe.run.batch_size,
+        parameters=parameters,
         **sizes,
-    }
+    )
 
 
 def layout_asked(recipe: TrainRecipe, config: PretrainedConfig) -> Layout | None:
@@ -97,7 +99,7 @@ def layout_asked(recipe: TrainRecipe, config: PretrainedConfig) -> Layout | None
 
 
 def sized(layout: Layout | None, dense: PreTrainedModel) -> dict[str, Any]:
-    """`ffn` and, of a PILON model, `model`: numbers stored, bytes, MACs, and their ratios over the dense model's."""
+    """Sizes over the dense model's: fields `ffn` and, of a PILON model, `model` of a result."""
     if layout is None or not (layout.projections or layout.kept):
-        return {"ffn": {"stored_ratio": 1.0, "bytes_ratio": 1.0, "mac_ratio": 1.0}}
-    return {"ffn": ffn_size(layout).to_dict(), "model": model_size(layout, dense).to_dict()}
+        return {"ffn": Ratios(stored_ratio=1.0, bytes_ratio=1.0, mac_ratio=1.0)}
+    return {"ffn": ffn_size(layout).over_dense(), "model": model_size(layout, dense).over_dense()}

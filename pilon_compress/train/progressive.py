@@ -22,19 +22,18 @@ from pilon_compress.convert.prepare import CAUSAL_LENGTH
 from pilon_compress.export.run import export
 from pilon_compress.io import manifest
 from pilon_compress.models import checkpoint
-from pilon_compress.train.run import RESULT, STAGES
+from pilon_compress.results.training import TrainResult
+from pilon_compress.train.run import RESULT, STAGES, read_result
 
 log = logging.getLogger(__name__)
 
 LEFT = ("checkpoints", STAGES, "recipe.yaml", "metrics.jsonl", RESULT)  # in the folder of the last stage
 
-Heal = Callable[[TrainRecipe, Path], dict[str, Any]]
+Heal = Callable[[TrainRecipe, Path], TrainResult]
 
 
-def shrink(
-    settings: TrainRecipe, output: Path, heal: Heal, *, command: str = "", quiet: bool = False
-) -> dict[str, Any]:
-    """Convert and heal, ratio by ratio, and leave the last model in `output`, with train.json. Returns its contents.
+def shrink(settings: TrainRecipe, output: Path, heal: Heal, *, command: str = "", quiet: bool = False) -> TrainResult:
+    """Convert and heal, ratio by ratio, and leave the last model in `output`, with train.json. Returns its figures.
 
     `heal(recipe, folder)` is `pipeline.train_model`, going on with a folder that it has begun.
     """
@@ -49,31 +48,28 @@ def shrink(
             export(str(folder / "healed"), folder / "dense", "dense")
         source = str(folder / "dense")
     told = ("before", "val_perplexity", "val_cosine", "tokens", "seconds")
-    result = {
-        **results[-1],
-        "stages": [
-            {"ratio": ratio, **{name: one[name] for name in told if name in one}}
-            for ratio, one in zip(settings.shrink, results, strict=True)
-        ],
-        "tokens": sum(one["tokens"] for one in results),
-        "seconds": sum(one["seconds"] for one in results),
+    whole = {
+        "stages": [one.stage(told, ratio=ratio) for ratio, one in zip(settings.shrink, results, strict=True)],
+        "tokens": sum(one.tokens for one in results),
+        "seconds": sum(one.seconds for one in results),
         "command": command,
         "recipe": recipes.dump(settings),
         "output": str(output),
     }
+    result = results[-1].model_copy(update=whole)
     _move(output / STAGES / f"{settings.shrink[-1]:g}" / "healed", output)
-    (output / RESULT).write_text(json.dumps(result, indent=2))
+    (output / RESULT).write_text(json.dumps(result.dump(), indent=2))
     manifest.refresh(output)
     return result
 
 
-def _stage(settings: TrainRecipe, source: str, ratio: float, folder: Path, heal: Heal) -> dict[str, Any]:
+def _stage(settings: TrainRecipe, source: str, ratio: float, folder: Path, heal: Heal) -> TrainResult:
     """Convert `source` and heal it; what came of healing."""
     converted, healed = folder / "converted", folder / "healed"
     if not (converted / "report.json").is_file():
         convert(conversion_recipe(settings, source, ratio), converted)
     if (healed / RESULT).is_file():
-        return manifest.read_ours(healed / RESULT)
+        return read_result(healed)
     tokens = settings.schedule.tokens
     share = None if tokens is None else max(1, tokens // len(settings.shrink))
     changes: dict[str, Any] = {

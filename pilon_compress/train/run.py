@@ -9,10 +9,12 @@ from typing import Any
 from pilon_compress.config import training as recipes
 from pilon_compress.config.training import TrainRecipe
 from pilon_compress.errors import BadInput
+from pilon_compress.io import manifest
 from pilon_compress.io.disk import part_of, write_atomic
 from pilon_compress.io.folders import discard_old, open_output, put_back, set_aside
 from pilon_compress.io.output_paths import check_output
 from pilon_compress.parallel import World
+from pilon_compress.results.training import TrainResult
 
 RECIPE, RESULT = "recipe.yaml", "train.json"
 STAGES = "stages"  # folder of runs that come before, inside the output
@@ -29,7 +31,7 @@ class Run:
     quiet: bool
     whole: TrainRecipe | None = None
     """What the user asked for, where `recipe` is a stage of it."""
-    stages: tuple[dict[str, Any], ...] = ()
+    stages: tuple[TrainResult, ...] = ()
     """What came of the stages before."""
 
     @property
@@ -94,6 +96,11 @@ def _unfinished(output: Path) -> bool:
     except BadInput:
         return False
     return True
+
+
+def read_result(folder: Path) -> TrainResult:
+    """The figures of the training that `folder` holds. Raises BadInput where they are damaged."""
+    return TrainResult.of(manifest.read_ours(folder / RESULT), str(folder / RESULT))
 
 
 def settle(run: Run) -> None:

@@ -1,0 +1,134 @@
+"""The report of a conversion: what was planned, solved and measured, as `results.conversion.Report`."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import pilon_compress
+from pilon_compress.config import conversion
+from pilon_compress.convert.plan import BankPlan, Plan
+from pilon_compress.convert.prepare import PROCESS_BYTES, Job
+from pilon_compress.convert.solve.layer import uniform_rank
+from pilon_compress.convert.solve.solved import Solved
+from pilon_compress.data import calibration, sequences
+from pilon_compress.data.batch import Batch
+from pilon_compress.evaluate import bank_usage, evaluate
+from pilon_compress.models import checkpoint
+from pilon_compress.models.families import Site
+from pilon_compress.models.source import Source, available
+from pilon_compress.nn import size
+from pilon_compress.results.conversion import (
+    BankUsage,
+    CalibrationText,
+    Estimate,
+    Projection,
+    Refinement,
+    Report,
+    Spectrum,
+)
+from pilon_compress.results.evaluation import Evaluation
+
+SPECTRUM_POINTS = 128
+
+
+def describe(
+    job: Job, solved: Solved, batches: list[Batch], refined: Refinement | None, expected: Estimate, command: str
+) -> Report:
+    """The report of a solved conversion; evaluation, output and time are for the caller to fill in."""
+    methods = next(iter(solved.errors.values()))
+    losses = {method: [errors[method] for errors in solved.errors.values()] for method in methods}
+    return Report(
+        format_version=1,
+        pilon_compress=pilon_compress.__version__,
+        source=job.recipe.model,
+        method=job.recipe.method,
+        **vars(job.describe()),
+        whitened_loss={method: sum(values) / len(values) for method, values in losses.items()},
+        projections=[describe_projection(site, job.plan, solved) for site in job.sites],
+        banks=[_bank(bank, solved) for bank in job.plan.banks],
+        kept=size.kept(job.dense, job.layout),
+        calibration=CalibrationText(
+            data=job.calibration.data,
+            texts=calibration.sequences(batches),
+            tokens=calibration.tokens(batches),
+            begins_with=_begins_with(job),
+        ),
+        refinement=refined,
+        command=command,
+        output="",
+        recipe=conversion.dump(job.recipe),
+        estimate=expected,
+        evaluation=None,
+        seconds=0.0,
+        peak_rss_gib=0.0,
+    )
+
+
+def _bank(bank: BankPlan, solved: Solved) -> BankUsage:
+    fit = solved.banks[bank.name].fit
+    usage = bank_usage.describe(fit.energy, fit.selected)
+    return BankUsage(band=bank.band, role=bank.role, layers=bank.layers, **usage)
+
+
+def _begins_with(job: Job) -> str | None:
+    """The tokens before every sequence, for the report."""
+    named = job.recipe.calibration.begins_with
+    return None if named == sequences.NOTHING else named
+
+
+def describe_projection(site: Site, plan: Plan, solved: Solved) -> Projection:
+    """One projection's error by method, and the spectrum of its dense weight with the cut that baselines make."""
+    values = solved.projections[site.name].spectrum
+    points = torch.linspace(0, len(values) - 1, min(SPECTRUM_POINTS, len(values))).round().long()
+    share = values / values.sum().clamp_min(1e-300)
+    band = next(index for index, layers in enumerate(plan.bands) if site.layer in layers)
+    return Projection(
+        name=site.name,
+        layer=site.layer,
+        role=site.role,
+        band=band,
+        relative_error={method: error**0.5 for method, error in solved.errors[site.name].items()},
+        spectrum=Spectrum(index=(points + 1).tolist(), energy=share[points.to(share.device)].tolist()),
+        cut=uniform_rank(site, plan.ratio),
+    )
+
+
+def judge(
+    job: Job, folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, exam: list[str] | str
+) -> Evaluation | str:
+    """Load the saved folder back and measure it against the dense model; the reason where that is not done."""
+    dense = source.model
+    if source.streamed and not isinstance(exam, str):
+        held = (2 * sum(p.numel() for p in job.dense.parameters()) * dense.dtype.itemsize + PROCESS_BYTES) / 2**30
+        memory = available(job.recipe.max_memory) / 2**30
+        if held > memory:
+            exam = f"both models in memory take {held:.3g} GiB of {memory:.3g}; `eval` scores the converted one alone"
+        else:
+            dense = checkpoint.load_model(job.recipe.model, dtype=dense.dtype, device=str(source.device))
+    dtype = job.dtype if source.streamed and isinstance(exam, str) else dense.dtype
+    saved = checkpoint.load_model(str(folder), dtype=dtype, device=str(source.device))
+    return exam if isinstance(exam, str) else compared(job, saved, dense, tokenizer, exam)
+
+
+def compared(
+    job: Job, model: PreTrainedModel, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]
+) -> Evaluation:
+    """The figures of the converted model against the dense one, by the recipe's evaluation."""
+    asked = evaluate.affordable(job.recipe.evaluation, dense)
+    figures = evaluate.measure(model, tokenizer, documents, against=dense, settings=asked, seed=job.recipe.seed)
+    return figures.model_copy(update={"data": asked.data or f"{job.calibration.data} (held-out part)"})
+
+
+def finished(report: Report, judged: Evaluation | str, seconds: float) -> Report:
+    """The report with its evaluation, or the reason why there is none, and with what the conversion took."""
+    figures = {"evaluation_skipped": judged} if isinstance(judged, str) else {"evaluation": judged}
+    return report.model_copy(update={**figures, "seconds": seconds, "peak_rss_gib": peak_rss_gib()})
+
+
+def peak_rss_gib() -> float:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

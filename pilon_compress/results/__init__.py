@@ -1,0 +1,1 @@
+"""Results: what calls return and commands write, as pydantic models; `dump` gives the keys of the JSON."""

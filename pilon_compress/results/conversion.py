@@ -1,0 +1,170 @@
+"""The report of a conversion: the contents of report.json."""
+
+from typing import Literal
+
+from pilon_compress.results.base import Result
+from pilon_compress.results.evaluation import Evaluation
+from pilon_compress.results.sizes import Part, Share, Sizes
+
+
+class PlannedPart(Part):
+    """A bank or a dense matrix of a plan."""
+
+    band: int
+
+
+class Plan(Result):
+    """Banks and dense matrices of a conversion; none are listed before the plan is final."""
+
+    ffn_ratio: float
+    bands: list[list[int]]
+    """Layers of each band."""
+    banks: list[PlannedPart]
+
+
+class Estimate(Result):
+    """Cost of a conversion on this machine, estimated before it begins."""
+
+    seconds: float
+    peak_gib: float
+
+
+class ConversionPlan(Result):
+    """Sizes of a conversion, known before any weight is solved for."""
+
+    plan: Plan
+    dtype: str
+    """Of the saved weights."""
+    source_dtype: str
+    """Of the dense model's file."""
+    ffn: Sizes
+    """The feed-forward projections that are replaced."""
+    model: Sizes
+    """The whole model."""
+    untouched: list[Share]
+    """Experts and routers that stay as they are."""
+    notes: list[str]
+    """The same in words."""
+
+
+class DryRun(ConversionPlan):
+    """What `convert --dry-run` prints."""
+
+    dry_run: Literal[True]
+    final: bool
+    """False where sizes are about: the layers are sized by calibration, which needs weights."""
+    estimate: Estimate
+
+
+class Spectrum(Result):
+    """Output power of the components of a whitened weight, largest first, at some of their ranks."""
+
+    index: list[int]
+    """Ranks, from 1 on."""
+    energy: list[float]
+    """Share of the power."""
+
+
+class Projection(Result):
+    """One projection that was replaced."""
+
+    name: str
+    layer: int
+    role: str
+    band: int
+    relative_error: dict[str, float]
+    """By method: norm of the output error over the norm of the outputs, on the calibration text."""
+    spectrum: Spectrum
+    cut: int
+    """Rank at which the low-rank baselines cut it, at the ratio of the plan."""
+
+
+class BankUsage(Result):
+    """How the layers of a band use their bank."""
+
+    band: int
+    role: str
+    layers: list[int]
+    energy: list[list[float]]
+    """By layer: share of the power that each primitive has."""
+    entropy: list[float]
+    """By layer: 0, one primitive does all, to 1, all alike."""
+    gini: list[float]
+    """By layer: 0, all alike, to nearly 1."""
+    selected_share: list[float]
+    """By primitive: share of the layers that select it."""
+    utilisation: float
+    """Share of the primitives that any layer selects."""
+
+
+class CalibrationText(Result):
+    """The text that a conversion was calibrated on."""
+
+    data: str
+    texts: int
+    """Sequences."""
+    tokens: int
+    begins_with: str | None = None
+    """Tokens before every sequence; None for none."""
+
+
+class RefinementStage(Result):
+    """One descent of a refinement."""
+
+    name: str
+    steps: int
+    seconds: float
+    rate: float
+    before: float
+    """Held-out loss, as `after`."""
+    after: float
+    kept: bool
+    halvings: int
+    """How often the rate was halved."""
+    history: list[tuple[int, float]]
+    """(step, held-out loss)."""
+
+
+class Refinement(Result):
+    """Distillation right after the conversion."""
+
+    stages: list[RefinementStage]
+    steps: int
+    seconds: float
+    before: float
+    """Held-out loss of the whole model, as `after`."""
+    after: float
+    kept: bool
+    """False where it did not lower the loss: the model is then what it was before."""
+
+
+class Report(ConversionPlan):
+    """The report of a conversion."""
+
+    format_version: int
+    pilon_compress: str
+    """Version of this package."""
+    source: str
+    """The dense model."""
+    method: str
+    whitened_loss: dict[str, float]
+    """By method, at equal stored size: mean over the projections of their relative squared output error."""
+    projections: list[Projection]
+    banks: list[BankUsage]
+    kept: list[Share]
+    """Parameters that the conversion leaves alone, by place."""
+    calibration: CalibrationText
+    refinement: Refinement | None
+    command: str
+    """The command line that made it; empty for a call from Python."""
+    output: str
+    """The folder that the model is in; empty until it is saved."""
+    recipe: str
+    """YAML that `convert --recipe` takes."""
+    estimate: Estimate
+    evaluation: Evaluation | None
+    evaluation_skipped: str | None = None
+    """Why there is no evaluation."""
+    seconds: float
+    peak_rss_gib: float
+    """Largest resident memory of the process until then."""

@@ -1,0 +1,71 @@
+"""What a model consists of."""
+
+from typing import Literal
+
+from pilon_compress.results.base import Result
+from pilon_compress.results.evaluation import Evaluation
+from pilon_compress.results.sizes import Part, Share, Sizes
+
+
+class InspectedProjection(Result):
+    """A feed-forward projection: the dense one, and of a PILON model what is stored in its place."""
+
+    name: str
+    layer: int
+    role: str
+    d_in: int
+    d_out: int
+    parameters: int
+    bytes: int
+    macs: int
+    bank: str | None
+    """PILON: the bank's name, or the shape of a dense matrix; None for a projection that was not replaced."""
+    neurons: int | None = None
+    rank: int | None = None
+    n_primitives: int | None = None
+    top_k: int | None = None
+    quantization: str | None = None
+    bits: float | None = None
+
+
+class InspectedBank(Sizes):
+    """A bank with the projections that compose from it."""
+
+    d_in: int
+    d_out: int
+    n_primitives: int
+    rank: int
+    quantization: str
+    latent_scale: bool
+    latent_bias: bool
+
+
+class Inspection(Result):
+    """A model's projections, and what a conversion would replace or has replaced."""
+
+    model: str
+    architecture: str
+    form: Literal["dense", "pilon"]
+    dtype: str
+    """Of the model's file."""
+    parameters: int
+    """Of the dense model, as all that follows."""
+    macs: int
+    """Multiply-accumulates per token."""
+    replaced: int
+    """Parameters of the projections."""
+    replaced_macs: int
+    projections: list[InspectedProjection]
+    untouched: list[Share]
+    """Experts and routers that stay as they are."""
+    notes: list[str]
+    """The same in words."""
+    parts: list[Part] | None = None
+    """PILON: banks and dense matrices, as all that follows."""
+    banks: dict[str, InspectedBank] | None = None
+    source_dtype: str | None = None
+    """Of the dense model's file."""
+    ffn: Sizes | None = None
+    model_size: Sizes | None = None
+    evaluation: Evaluation | None = None
+    """From the report beside the weights; None where there is none."""

@@ -1,0 +1,73 @@
+"""Sizes of a model: parameters, bytes, multiply-accumulates, and where they lie."""
+
+from pilon_compress.results.base import Result
+
+
+class Ratios(Result):
+    """Sizes of a model, or a part of it, over those of the dense one."""
+
+    stored_ratio: float
+    """Parameters."""
+    mac_ratio: float
+    """Multiply-accumulates per token."""
+    bytes_ratio: float | None = None
+    """Bytes over the dense model's in bfloat16."""
+
+
+class Sizes(Ratios):
+    """Sizes of a PILON model, or a part of it, and of the dense one."""
+
+    bytes_ratio: float
+    """`bytes_ratio_to_bf16` under its older name."""
+    bytes_ratio_to_source: float
+    """Bytes over `source_bytes`, the dense model's in the dtype of its own file."""
+    bytes_ratio_to_bf16: float
+    """Bytes over the dense model's in bfloat16."""
+    stored: int
+    """Parameters, selected indices and scales."""
+    dense_stored: int
+    bytes: int
+    """On disk."""
+    dense_bytes: int
+    """The dense model's in bfloat16."""
+    macs: int
+    """Multiply-accumulates per token of all products with weights."""
+    dense_macs: int
+    source_bytes: int
+
+
+class Part(Result):
+    """A bank with the projections that it makes, or a dense matrix."""
+
+    names: list[str]
+    """Of the projections, below the base model."""
+    role: str
+    """up, gate, gate_up or down."""
+    layers: list[int]
+    d_in: int
+    """Inputs as stored, after neurons were dropped."""
+    d_out: int
+    dense_d_in: int
+    dense_d_out: int
+    n_primitives: int | None
+    """None, as the next three, for a dense matrix."""
+    rank: int | None
+    top_k: int | None
+    composition: str | None
+    quantization: str
+    """none, or the number format of the weights."""
+    bits: float
+    """Of a weight."""
+    stored: int
+    bytes: int
+    macs: int
+    dense_stored: int
+    dense_macs: int
+
+
+class Share(Result):
+    """Parameters below one place of a model, and their share of all."""
+
+    name: str
+    parameters: int
+    share: float

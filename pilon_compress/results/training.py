@@ -1,0 +1,86 @@
+"""The result of a training: the contents of train.json."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pilon_compress.results.base import Result
+from pilon_compress.results.sizes import Ratios, Sizes
+
+Task = Literal["pretrain", "heal", "sft"]
+
+
+class PlannedTraining(Result):
+    """What `train --dry-run` prints, from shapes alone."""
+
+    dry_run: Literal[True]
+    task: Task
+    data: str
+    tokens: int | None
+    """None: one pass over the text."""
+    batch_size: int
+    parameters: int
+    ffn: Sizes | Ratios
+    model: Sizes | None = None
+
+
+class Stage(Result):
+    """One of several trainings in turn."""
+
+    ratio: float | None = None
+    before: float | None = None
+    val_perplexity: float | None = None
+    val_cosine: float | None = None
+    steps: int | None = None
+    tokens: int
+    seconds: float
+
+
+class TrainResult(Result):
+    """Figures of a finished training, on its validation text."""
+
+    format_version: int
+    pilon_compress: str
+    """Version of this package."""
+    task: Task
+    data: str
+    val_perplexity: float | None = None
+    """Causal language models."""
+    best_val_perplexity: float | None = None
+    val_cosine: float | None = None
+    """Encoders: mean cosine of a text's embedding to the teacher's."""
+    best_val_cosine: float | None = None
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    parameters: int
+    ffn: Sizes | Ratios
+    """The feed-forward projections; ratios alone for a dense model."""
+    model: Sizes | None = None
+    """The whole model, where it is a PILON model."""
+    processes: int
+    device: str
+    command: str
+    """The command line; empty for a call from Python."""
+    recipe: str
+    """YAML that `train --recipe` takes."""
+    output: str
+    """The folder that was written."""
+    begins_with: str | None = None
+    """Tokens before every sequence; None for none."""
+    before: float | None = None
+    """Healing: perplexity, or cosine, before it."""
+    teacher_model: str | None = None
+    teacher: float | None = None
+    """The teacher's perplexity; 1 for encoders."""
+    perplexity_ratio: float | None = None
+    """Perplexity over the teacher's."""
+    neighbors10: float | None = None
+    """Encoders: share of a text's 10 nearest texts that it has with the teacher."""
+    stages: list[Stage] | None = None
+    """Where there were several trainings in turn; steps, tokens and seconds are then their sums."""
+
+    def stage(self, told: Sequence[str], ratio: float | None = None) -> Stage:
+        """This training as one of several, with those of the fields `told` that it has."""
+        found = {} if ratio is None else {"ratio": ratio}
+        return Stage.model_validate(found | {name: value for name, value in self.dump().items() if name in told})
