@@ -36,8 +36,6 @@ class InspectedBank(Sizes):
     n_primitives: int
     rank: int
     quantization: str
-    latent_scale: bool
-    latent_bias: bool
 
 
 class Inspection(Result):
