@@ -8,9 +8,9 @@ import torch
 from tokenizers import processors
 
 from pilon_compress.data import sequences
+from pilon_compress.data.block_dataset import BlockDataset
 from pilon_compress.data.streaming import StreamingBlocks
 from pilon_compress.data.token_files import tokenise
-from pilon_compress.data.windows import Blocks
 from pilon_compress.errors import BadInput
 
 BOS, EOS = 1, 2
@@ -75,8 +75,8 @@ def test_training_rows_begin_with_bos_and_predict_every_token_once(tiny, tmp_pat
     tokenizer = begun_by(tiny.tiny_tokenizer(), "<bos>")
     source, _ = corpus(tmp_path)
     file = tokenise(source, tokenizer, "all", tmp_path / "cache")
-    blocks = Blocks(file, 16, respect)
-    batch = blocks.rows(range(len(blocks)))
+    blocks = BlockDataset(file, 16, respect)
+    batch = blocks.batch(range(len(blocks)))
     assert (batch.input_ids[:, 0] == BOS).all()
     predicted = batch.labels[batch.labels != -100].tolist()
     expected = np.asarray(file.ids)[1:].tolist()
@@ -90,15 +90,15 @@ def test_training_rows_begin_with_bos_and_predict_every_token_once(tiny, tmp_pat
 def test_streamed_rows_are_begun_like_stored_ones(tiny, tmp_path):
     tokenizer = begun_by(tiny.tiny_tokenizer(), "<bos>")
     source, documents = corpus(tmp_path)
-    stored = Blocks(tokenise(source, tokenizer, "all", tmp_path / "cache"), 16)
+    stored = BlockDataset(tokenise(source, tokenizer, "all", tmp_path / "cache"), 16)
     streamed = StreamingBlocks(source, tokenizer, 16, 0, "all", shuffle=1).batch(len(stored))
-    assert torch.equal(streamed.input_ids, stored.rows(range(len(stored))).input_ids)
-    assert torch.equal(streamed.labels, stored.rows(range(len(stored))).labels)
+    assert torch.equal(streamed.input_ids, stored.batch(range(len(stored))).input_ids)
+    assert torch.equal(streamed.labels, stored.batch(range(len(stored))).labels)
     assert documents
 
 
 def test_without_bos_training_rows_are_plain_stretches(tiny, tmp_path):
     source, _ = corpus(tmp_path)
     file = tokenise(source, tiny.tiny_tokenizer(), "all", tmp_path / "cache")
-    rows = Blocks(file, 16).rows(range(3))
+    rows = BlockDataset(file, 16).batch(range(3))
     assert rows.input_ids.flatten().tolist() == np.asarray(file.ids)[:48].tolist()

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pilon_compress.data import plain, rows, text
+from pilon_compress.data import columns, plain, text
 from pilon_compress.data.readers import json_lines, json_values
 from pilon_compress.data.readers.registry import FORMATS, SOURCES, source, table_format
 from pilon_compress.errors import BadInput
@@ -48,7 +48,7 @@ def test_without_blank_lines_every_line_is_a_document(tmp_path, end):
 
 
 def test_paragraphs_are_told_from_lines_by_the_beginning_of_a_large_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(plain, "LOOK", 300)
+    monkeypatch.setattr(plain, "HEAD", 300)
     path = tmp_path / "t.txt"
     path.write_text("\n".join(LINES) + "\n\nlate\n")
     assert read(path) == [*LINES, "late"]
@@ -73,7 +73,7 @@ def test_a_line_of_any_length_is_read_in_pieces_and_bounded_memory(tmp_path, sai
     tracemalloc.stop()
     assert sum(sizes) == path.stat().st_size - 1 and max(sizes) <= plain.LONGEST
     assert sizes[-1] == len("last line") and ends == {" ", "e"}
-    assert peak < 16e6 + 4 * plain.LOOK
+    assert peak < 16e6 + 4 * plain.HEAD
     (line,) = said()
     assert "t.txt" in line
 
@@ -170,7 +170,7 @@ def test_reading_that_ends_early_counts_what_was_read(tmp_path, said):
 
 
 def test_a_column_that_is_missing_is_noticed_before_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "LOOK", 10)
+    monkeypatch.setattr(columns, "ROWS_WITHOUT_COLUMN", 10)
     path = tmp_path / "t.jsonl"
     path.write_text("\n".join(['{"a": 1, "b": 2}'] * 20 + ["not json"]))
     assert "a, b" in refusal(path)
@@ -179,13 +179,13 @@ def test_a_column_that_is_missing_is_noticed_before_the_end(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("suffix", "content", "words"),
     [
-        ("jsonl", '{"text": "a"}\n5', "row 2, is no object but int"),
-        ("jsonl", '{"text": "a"}\n[1]', "row 2, is no object but list"),
+        ("jsonl", '{"text": "a"}\n5', "row 2, must be an object, not int"),
+        ("jsonl", '{"text": "a"}\n[1]', "row 2, must be an object, not list"),
         ("jsonl", '{"text": "a"}\n\n{"text": ', "line 3, is not JSON"),
         ("jsonl", "[" * 200_000, "line 1, is nested too deeply"),
         ("jsonl", '{"text": ' + "9" * 5000 + "}", "line 1"),
         ("jsonl", b'{"text": "caf\xe9"}', "line 1, is not JSON"),
-        ("json", '[{"text": "a"}, 5]', "row 2, is no object but int"),
+        ("json", '[{"text": "a"}, 5]', "row 2, must be an object, not int"),
         ("json", '[{"text": "a"}, {"text": "b"}', "ends within the array"),
         ("json", '[{"text": "a"} {"text": "b"}]', "a comma is missing"),
         ("json", '[{"text": "a"},]', "a value is missing"),
@@ -286,4 +286,4 @@ def test_a_scheme_is_one_registration(registries):
 def test_what_is_no_source_is_told_all_that_there_are():
     message = refusal("absent.txt")
     assert all(one.form in message for one in SOURCES.values()) and all(suffix in message for suffix in FORMATS)
-    assert "nothing behind it" in refusal("stdin:x")
+    assert "write stdin alone" in refusal("stdin:x")

@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pilon_compress.data.batch import IGNORED, attention_mask
+from pilon_compress.data.block_dataset import BlockDataset
 from pilon_compress.data.loader import Loader, in_order, permuted
 from pilon_compress.data.token_files import tokenise
-from pilon_compress.data.windows import Blocks
 from pilon_compress.nn.functional import mean_pooled
 
 DOCUMENTS = [f"{i}:" + "x" * (i * 5 % 31) for i in range(40)]
@@ -41,8 +41,8 @@ def shares(loader, step, world):
 
 @pytest.mark.parametrize("length", [1, 7, 16, 10_000])
 def test_every_token_but_the_first_is_predicted_once_from_the_one_before(file, length):
-    blocks = Blocks(file, length)
-    batch = blocks.rows(range(len(blocks)))
+    blocks = BlockDataset(file, length)
+    batch = blocks.batch(range(len(blocks)))
     scored = batch.labels != IGNORED
     assert batch.labels[scored].tolist() == file.ids[1:].tolist()
     assert batch.input_ids[scored].tolist() == file.ids[:-1].tolist()
@@ -53,8 +53,8 @@ def test_every_token_but_the_first_is_predicted_once_from_the_one_before(file, l
 
 @pytest.mark.parametrize("length", [1, 7, 16, 10_000])
 def test_respected_documents_have_their_own_positions_and_predict_nothing_beyond(file, length):
-    blocks = Blocks(file, length, respect_documents=True)
-    batch = blocks.rows(range(len(blocks)))
+    blocks = BlockDataset(file, length, respect_documents=True)
+    batch = blocks.batch(range(len(blocks)))
     starts = set(file.starts.tolist())
     scored = batch.labels != IGNORED
     assert batch.labels[scored].tolist() == [int(t) for i, t in enumerate(file.ids) if i and i not in starts]
@@ -89,7 +89,7 @@ def test_permutations_look_random():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_every_block_is_seen_once_per_epoch_and_epochs_differ(file, batch_size):
-    blocks = Blocks(file, 16)
+    blocks = BlockDataset(file, 16)
     loader = Loader(blocks, batch_size, seed=5)
     steps = -(-3 * len(blocks) // batch_size)
     stream = [index for step in range(steps) for index in loader.indices(step)]
@@ -102,10 +102,10 @@ def test_every_block_is_seen_once_per_epoch_and_epochs_differ(file, batch_size):
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("batch_size", "micro_batches"), [(1, 1), (7, 1), (8, 2), (5, 3)])
 def test_ranks_and_micro_batches_share_the_same_rows(file, world, batch_size, micro_batches):
-    blocks = Blocks(file, 16)
+    blocks = BlockDataset(file, 16)
     loader = Loader(blocks, batch_size, 0, micro_batches)
     for step in range(2 * len(blocks) // batch_size):
-        expected = [row for index in loader.indices(step) for row in rows_of(blocks.rows([index]))]
+        expected = [row for index in loader.indices(step) for row in rows_of(blocks.batch([index]))]
         assert sorted(shares(loader, step, world)) == sorted(expected)
         sizes = [
             len(loader.batch(step, micro, rank, world).input_ids)
@@ -118,20 +118,20 @@ def test_ranks_and_micro_batches_share_the_same_rows(file, world, batch_size, mi
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
 def test_validation_sees_every_block_once_in_order(file, world):
-    blocks = Blocks(file, 16)
+    blocks = BlockDataset(file, 16)
     ranks = [list(in_order(blocks, 7, rank, world)) for rank in range(world)]
     assert {len(batches) for batches in ranks} == {-(-len(blocks) // 7)}
     seen = [row for batches in zip(*ranks, strict=True) for batch in batches for row in rows_of(batch)]
-    assert seen == rows_of(blocks.rows(range(len(blocks))))
+    assert seen == rows_of(blocks.batch(range(len(blocks))))
 
 
 def test_a_run_goes_on_exactly_from_its_step(file):
     """Stopped in the middle of an epoch and behind one: a fresh loader gives what the first would have given."""
-    blocks = Blocks(file, 16, respect_documents=True)
+    blocks = BlockDataset(file, 16, respect_documents=True)
     run = Loader(blocks, 4, seed=9)
     whole = [run.batch(step) for step in range(3 * len(blocks) // 4)]
     for stop in (1, len(blocks) // 8, len(blocks) // 4 + 1, len(whole) - 1):
-        resumed = Loader(Blocks(file, 16, respect_documents=True), 4, seed=9)
+        resumed = Loader(BlockDataset(file, 16, respect_documents=True), 4, seed=9)
         for step in range(stop, len(whole)):
             for name in ("input_ids", "labels", "position_ids", "document"):
                 assert torch.equal(getattr(resumed.batch(step), name), getattr(whole[step], name))
@@ -139,7 +139,7 @@ def test_a_run_goes_on_exactly_from_its_step(file):
 
 
 def test_a_batch_moves_whole(file):
-    batch = Blocks(file, 16).rows([0, 1]).to("meta")
+    batch = BlockDataset(file, 16).batch([0, 1]).to("meta")
     assert batch.labels.device.type == batch.input_ids.device.type == "meta" and batch.document is None
 
 
@@ -148,7 +148,7 @@ def test_a_batch_moves_whole(file):
 def test_a_document_does_not_depend_on_those_packed_before_it(tiny, file, family, attention):
     """Through `inputs` alone, and through the mask; OPT through the mask only, as `Batch.inputs` says."""
     model = tiny.tiny_model(family, attn_implementation=attention)
-    batch = Blocks(file, 64, respect_documents=True).rows([0, 2])
+    batch = BlockDataset(file, 64, respect_documents=True).batch([0, 2])
     alone = torch.zeros(*batch.input_ids.shape, model.config.vocab_size)
     masked = {**batch.inputs(), "attention_mask": attention_mask(batch, torch.float32)}
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_a_document_does_not_depend_on_those_packed_before_it(tiny, file, family
 def test_labels_are_what_the_model_of_transformers_scores(tiny, file):
     """The loss of aligned labels is the model's own, which shifts."""
     model = tiny.tiny_model("llama")
-    batch = Blocks(file, 32).rows([3])
+    batch = BlockDataset(file, 32).batch([3])
     whole = torch.cat([batch.input_ids, batch.labels[:, -1:]], 1)
     with torch.no_grad():
         logits = model(**batch.inputs()).logits
@@ -173,19 +173,19 @@ def test_labels_are_what_the_model_of_transformers_scores(tiny, file):
 
 
 def test_the_mask_is_causal_and_closed_between_documents(file):
-    batch = Blocks(file, 12, respect_documents=True).rows([0])
+    batch = BlockDataset(file, 12, respect_documents=True).batch([0])
     mask = attention_mask(batch, torch.bfloat16)
     assert mask.shape == (1, 1, 12, 12) and mask.dtype == torch.bfloat16
     document = batch.document[0].tolist()
     for query in range(12):
         for key in range(12):
             assert (mask[0, 0, query, key] == 0) == (key <= query and document[key] == document[query])
-    whole = attention_mask(Blocks(file, 12).rows([0]), torch.float32)[0, 0]
+    whole = attention_mask(BlockDataset(file, 12).batch([0]), torch.float32)[0, 0]
     assert torch.equal(whole == 0, torch.ones(12, 12, dtype=torch.bool).tril())
 
 
 def test_rows_of_a_batch_are_cut_in_every_field(file):
-    whole = Blocks(file, 12, respect_documents=True).rows([0, 1, 2])
+    whole = BlockDataset(file, 12, respect_documents=True).batch([0, 1, 2])
     part = whole.rows(slice(1, 3))
     for name in ("input_ids", "labels", "position_ids", "document"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[1:3])

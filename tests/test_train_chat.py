@@ -11,7 +11,7 @@ import torch
 from pilon_compress.data.batch import IGNORED
 from pilon_compress.data.chat import Rendering, tokenise_chat
 from pilon_compress.data.loader import Loader
-from pilon_compress.data.packed_chats import Packed, packed
+from pilon_compress.data.packed_dataset import PackedDataset, best_fit
 from pilon_compress.errors import BadInput
 
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -202,20 +202,20 @@ def test_files_depend_on_the_template(tokenizer, tmp_path):
 
 def test_packing_fills_blocks_and_loses_nothing():
     sizes = [int(size) for size in np.random.default_rng(0).integers(2, 33, 500)]
-    groups = packed(sizes, 64)
+    groups = best_fit(sizes, 64)
     assert sorted(index for group in groups for index in group) == list(range(500))
     assert all(sum(sizes[index] for index in group) <= 64 for group in groups)
     assert len(groups) <= 1.02 * sum(sizes) / 64 + 1, "little is padding"
-    assert packed([3, 4, 5, 4], 8) == [[2, 0], [1, 3]]
+    assert best_fit([3, 4, 5, 4], 8) == [[2, 0], [1, 3]]
 
 
 def test_blocks_hold_every_conversation_once_and_apart(tokenizer, tmp_path):
     file = tokenise_chat(write(tmp_path / "t.jsonl", questions(40)), tokenizer, "all", tmp_path)
-    blocks = Packed(file, 200)
+    blocks = PackedDataset(file, 200)
     assert blocks.dropped == blocks.cut == 0 and len(blocks) < 40
     found = []
     for row in range(len(blocks)):
-        batch = blocks.rows([row])
+        batch = blocks.batch([row])
         assert batch.input_ids.shape == (1, 200)
         for document in batch.document[0].unique():
             at = batch.document[0] == document
@@ -229,9 +229,9 @@ def test_blocks_hold_every_conversation_once_and_apart(tokenizer, tmp_path):
 
 
 def test_a_conversation_does_not_depend_on_those_packed_beside_it(tiny, tokenizer, tmp_path):
-    blocks = Packed(tokenise_chat(write(tmp_path / "t.jsonl", questions(8)), tokenizer, "all", tmp_path), 250)
+    blocks = PackedDataset(tokenise_chat(write(tmp_path / "t.jsonl", questions(8)), tokenizer, "all", tmp_path), 250)
     model = tiny.tiny_model("llama", vocab_size=len(tokenizer))
-    batch = blocks.rows([0])
+    batch = blocks.batch([0])
     assert int(batch.document.max()) > 1
     at = batch.document[0] == 1
     with torch.no_grad():
@@ -248,22 +248,22 @@ def test_long_conversations_are_cut_at_the_right_and_those_left_without_answer_d
         chat(("user", "short"), ("assistant", "fine")),
     ]
     file = tokenise_chat(write(tmp_path / "t.jsonl", long), tokenizer, "all", tmp_path)
-    blocks = Packed(file, 80)
+    blocks = PackedDataset(file, 80)
     assert (len(blocks), blocks.dropped, blocks.cut) == (2, 2, 1)
-    labels = scored_labels(blocks.rows(range(2)), tokenizer)
+    labels = scored_labels(blocks.batch(range(2)), tokenizer)
     prompt = len(tokenizer.apply_chat_template(long[0][:1], add_generation_prompt=True, return_dict=False))
     assert labels == ["a" * (81 - prompt), "fine<|im_end|>\n"], "81 tokens are 80 inputs and the last label"
     with pytest.raises(BadInput, match="no answer begins within the first 5 tokens"):
-        Packed(file, 5)
+        PackedDataset(file, 5)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_run_over_conversations_is_a_function_of_seed_and_step(tokenizer, tmp_path, world):
     file = tokenise_chat(write(tmp_path / "t.jsonl", questions(40)), tokenizer, "all", tmp_path)
-    blocks = Packed(file, 100)
+    blocks = PackedDataset(file, 100)
     loader = Loader(blocks, 5, seed=1)
     for step in (0, len(blocks) // 5, len(blocks)):
-        again = Loader(Packed(file, 100), 5, seed=1)
+        again = Loader(PackedDataset(file, 100), 5, seed=1)
         shares = [again.batch(step, rank=rank, world=world) for rank in range(world)]
         whole = loader.batch(step)
         assert torch.equal(torch.cat([share.input_ids for share in shares]), whole.input_ids)
@@ -288,7 +288,7 @@ def test_what_is_no_conversation_is_said_in_one_line(tiny, tokenizer, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"messages": []}\n{"mess')
     refused(str(tmp_path / "bad.jsonl"), "bad.jsonl, line 2, is not JSON")
     (tmp_path / "list.jsonl").write_text("[1, 2]")
-    refused(str(tmp_path / "list.jsonl"), "list.jsonl, row 1, is no object but list")
+    refused(str(tmp_path / "list.jsonl"), "list.jsonl, row 1, must be an object, not list")
     (tmp_path / "t.txt").write_text("prose")
     refused(str(tmp_path / "t.txt"), "t.txt is text without columns")
     refused(str(tmp_path / "nowhere.jsonl"), "nowhere.jsonl")

@@ -8,7 +8,7 @@ import torch
 from pilon_compress.config import conversion
 from pilon_compress.config import training as recipes
 from pilon_compress.convert.pipeline import convert
-from pilon_compress.data.paragraph_batches import ByLength, Spread, tokenise_paragraphs
+from pilon_compress.data.paragraph_dataset import SortedLoader, SpacedRows, tokenise_paragraphs
 from pilon_compress.distill.students import FollowingEmbeddings
 from pilon_compress.distill.teacher import Teacher
 from pilon_compress.errors import BadInput
@@ -91,13 +91,13 @@ def test_padding_changes_nothing_and_texts_count_alike(home, tiny):
     student = checkpoint.load_model(str(home / "pilon"))
     sizes = rows.sizes.argsort()
     picked = [int(sizes[0]), int(sizes[-1])]
-    batch = rows.rows(picked)
+    batch = rows.batch(picked)
     assert batch.input_ids.shape[1] == rows.sizes[picked[1]] and batch.attention_mask[0].sum() == rows.sizes[picked[0]]
     trainee = FollowingEmbeddings(student, variances=teacher.variances(batch)).eval()
     terms = torch.ones(4)
 
     def loss(indices):
-        one = rows.rows(indices)
+        one = rows.batch(indices)
         return trainee(one.inputs(), one.labels, teacher.wanted(one), terms).item()
 
     assert loss(picked) == pytest.approx(loss(picked[:1]) + loss(picked[1:]), rel=1e-4)
@@ -108,11 +108,11 @@ def test_padding_changes_nothing_and_texts_count_alike(home, tiny):
 
 def test_micro_batches_hold_texts_of_like_length(home):
     rows = tokenise_paragraphs(str(home / "text.jsonl"), checkpoint.load_tokenizer(str(home / "dense")), "all", 64)
-    loader = ByLength(rows, 12, 0, 3)
+    loader = SortedLoader(rows, 12, 0, 3)
     sizes = [loader.batch(2, micro).attention_mask.sum(1) for micro in range(3)]
     assert torch.cat(sizes).tolist() == sorted(torch.cat(sizes).tolist(), reverse=True)
-    assert sorted(loader.indices(2)) == sorted(super(ByLength, loader).indices(2))
-    assert len(Spread(rows, 7)) == 7 and len(Spread(rows, 10_000)) == len(rows)
+    assert sorted(loader.indices(2)) == sorted(super(SortedLoader, loader).indices(2))
+    assert len(SpacedRows(rows, 7)) == 7 and len(SpacedRows(rows, 10_000)) == len(rows)
 
 
 def test_an_encoders_teacher_is_not_cached_and_nothing_else_trains_encoders(home, tmp_path):

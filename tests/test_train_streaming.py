@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pilon_compress.data.batch import IGNORED
+from pilon_compress.data.block_dataset import BlockDataset
 from pilon_compress.data.streaming import StreamingBlocks
 from pilon_compress.data.token_files import tokenise
-from pilon_compress.data.windows import Blocks
 from pilon_compress.errors import BadInput
 
 DOCUMENTS = [f"{i}:" + "x" * (i * 13 % 71) for i in range(40)]
@@ -34,8 +34,8 @@ def pairs(batch):
 
 def blocks_of(source, tokenizer, folder, **options):
     """The blocks of the same documents as a token file, in its order."""
-    blocks = Blocks(tokenise(source, tokenizer, "all", folder), 16, **options)
-    return blocks.rows(range(len(blocks)))
+    blocks = BlockDataset(tokenise(source, tokenizer, "all", folder), 16, **options)
+    return blocks.batch(range(len(blocks)))
 
 
 def same(a, b):

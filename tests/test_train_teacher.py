@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from pilon_compress.data.batch import Batch
+from pilon_compress.data.block_dataset import BlockDataset
 from pilon_compress.data.token_files import tokenise
-from pilon_compress.data.windows import Blocks
 from pilon_compress.distill import teacher_cache
 from pilon_compress.distill.kl import divergences, largest
 from pilon_compress.distill.students import Following
@@ -86,7 +86,7 @@ def test_a_student_that_predicts_the_same_is_not_apart(rows):
 def asked(tiny, tmp_path):
     texts = [f"{i}: the {i * i} of {i + 7} is " + "xyz"[i % 3] * (i % 11) for i in range(60)]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    blocks = Blocks(tokenise(str(tmp_path / "t.jsonl"), tiny.tiny_tokenizer(), "all", tmp_path / "tokens"), 16)
+    blocks = BlockDataset(tokenise(str(tmp_path / "t.jsonl"), tiny.tiny_tokenizer(), "all", tmp_path / "tokens"), 16)
     teacher = Teacher(tiny.tiny_model("llama"))
     return teacher, Wish(blocks, np.arange(len(blocks)), 16, 8, tiny.VOCAB, 1.0, "this teacher, that text")
 
@@ -95,9 +95,9 @@ def test_predictions_from_disk_are_what_the_teacher_says(asked, tmp_path):
     teacher, wish = asked
     taught = teacher_cache.predictions(wish, lambda: teacher, ALONE, 5, tmp_path / "cache")
     picked = [3, 0, 17, 3]
-    batch = taught.rows(picked)
-    plain = wish.rows.rows(picked)
-    assert torch.equal(batch.input_ids, plain.input_ids) and len(taught) == len(wish.rows)
+    batch = taught.batch(picked)
+    plain = wish.dataset.batch(picked)
+    assert torch.equal(batch.input_ids, plain.input_ids) and len(taught) == len(wish.dataset)
     values, tokens, rest = teacher.largest(plain, 8, 1.0)
     assert torch.equal(batch.goal["tokens"], tokens)
     assert torch.allclose(batch.goal["values"].float(), values, atol=4e-3)
@@ -119,7 +119,7 @@ def test_a_teacher_runs_once_and_another_wish_is_another_folder(asked, tmp_path)
         assert teacher_cache.predictions(other, lambda: teacher, ALONE, 5, home).folder != again.folder
     with pytest.raises(IndexError):
         other = teacher_cache.predictions(replace(wish, indices=wish.indices[::2]), never, ALONE, 5, home)
-        other.rows([1])
+        other.batch([1])
 
 
 def test_what_was_cut_short_is_made_again(asked, tmp_path):

@@ -13,15 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from pilon_compress.config.training import TrainRecipe
 from pilon_compress.data.batch import Batch
+from pilon_compress.data.block_dataset import BlockDataset
 from pilon_compress.data.chat import tokenise_chat
-from pilon_compress.data.loader import Loader, Rows
-from pilon_compress.data.packed_chats import Packed
-from pilon_compress.data.paragraph_batches import ByLength, Spread, tokenise_paragraphs
+from pilon_compress.data.loader import Dataset, Loader
+from pilon_compress.data.packed_dataset import PackedDataset
+from pilon_compress.data.paragraph_dataset import SortedLoader, SpacedRows, tokenise_paragraphs
 from pilon_compress.data.sequences import begins_with
 from pilon_compress.data.streaming import StreamingBlocks
 from pilon_compress.data.text import DEFAULT_ENCODER, DEFAULT_LM
 from pilon_compress.data.token_files import Part, TokenFile, tokenise
-from pilon_compress.data.windows import Blocks
 from pilon_compress.errors import BadInput
 
 
@@ -55,18 +55,18 @@ class Streamed:
         self.blocks.load_state_dict(plain | tensors)
 
 
-class Slice:
-    """The first `count` rows of `rows`."""
+class FirstRows:
+    """The first `count` rows of a dataset."""
 
-    def __init__(self, rows: Rows, count: int) -> None:
-        self.all_rows, self.count = rows, min(count, len(rows))
+    def __init__(self, dataset: Dataset, count: int) -> None:
+        self.dataset, self.count = dataset, min(count, len(dataset))
 
     def __len__(self) -> int:
         return self.count
 
-    def rows(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """Return the rows of `indices`."""
-        return self.all_rows.rows(indices)
+        return self.dataset.batch(indices)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Corpus:
     """
 
     batches: Loader | Streamed
-    validation: Rows
+    validation: Dataset
     tokens: int | None
     per_row: float | None = None
     ends: tuple[int, ...] = ()
@@ -118,7 +118,7 @@ def open_corpus(
     part, (validation_source, validation_part) = _parts(recipe, source)
     batch_size, length = recipe.run.batch_size, data.sequence_length
     validation_tokens = tokenise(validation_source, tokenizer, validation_part)
-    validation = Slice(Blocks(validation_tokens, length, data.respect_documents), data.validation_sequences)
+    validation = FirstRows(BlockDataset(validation_tokens, length, data.respect_documents), data.validation_sequences)
     begins = begins_with(tokenizer)
     if data.streaming:
         blocks = StreamingBlocks(
@@ -128,7 +128,7 @@ def open_corpus(
         batches = Streamed(blocks, batch_size, micro_batches)
         return Corpus(batches, validation, None, largest=largest, begins_with=begins)
     tokens = tokenise(source, tokenizer, part)
-    loader = Loader(Blocks(tokens, length, data.respect_documents), batch_size, recipe.seed, micro_batches)
+    loader = Loader(BlockDataset(tokens, length, data.respect_documents), batch_size, recipe.seed, micro_batches)
     largest = max(tokens.about.largest, validation_tokens.about.largest)
     return Corpus(loader, validation, len(tokens), largest=largest, begins_with=begins)
 
@@ -141,8 +141,8 @@ def _open_conversations(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase,
     part, (validation_source, validation_part) = _parts(recipe, source)
     chats = tokenise_chat(source, tokenizer, part)
     validation_chats = tokenise_chat(validation_source, tokenizer, validation_part)
-    validation = Slice(Packed(validation_chats, data.sequence_length), data.validation_sequences)
-    loader = Loader(Packed(chats, data.sequence_length), recipe.run.batch_size, recipe.seed, micro_batches)
+    validation = FirstRows(PackedDataset(validation_chats, data.sequence_length), data.validation_sequences)
+    loader = Loader(PackedDataset(chats, data.sequence_length), recipe.run.batch_size, recipe.seed, micro_batches)
     largest = max(chats.about.largest, validation_chats.about.largest)
     return Corpus(loader, validation, len(chats), ends=turn_ends(chats), largest=largest)
 
@@ -169,8 +169,8 @@ def open_paragraphs(
     validation_rows = tokenise_paragraphs(validation_source, tokenizer, validation_part, length)
     rows = tokenise_paragraphs(source, tokenizer, part, length)
     return Corpus(
-        ByLength(rows, recipe.run.batch_size, recipe.seed, micro_batches),
-        Spread(validation_rows, data.validation_sequences),
+        SortedLoader(rows, recipe.run.batch_size, recipe.seed, micro_batches),
+        SpacedRows(validation_rows, data.validation_sequences),
         len(rows.tokens),
         len(rows.tokens) / len(rows),
         largest=max(rows.tokens.about.largest, validation_rows.tokens.about.largest),

@@ -1,4 +1,4 @@
-"""In which order a training run sees its rows: a function of seed and step, so that nothing else need be kept."""
+"""Order the rows of a training run: a function of seed and step, so that a run resumes without other state."""
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
@@ -9,79 +9,81 @@ from numpy.typing import NDArray
 
 from pilon_compress.data.batch import Batch
 
-ROUNDS = 8  # of the Feistel network; four make a permutation that passes for random
+ROUNDS = 8  # of the Feistel network; four already give a permutation that passes tests of randomness
 
 
-class Rows(Protocol):
-    """Training data: a number of rows, any of which can be asked for."""
+class Dataset(Protocol):
+    """Training data: `len` rows with random access."""
 
     def __len__(self) -> int: ...
 
-    def rows(self, indices: Sequence[int]) -> Batch: ...
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return the rows of `indices`, in this order."""
+        ...
 
 
 class Loader:
-    """Batches of a run: the rows in epochs without end, each a permutation of its own, `batch_size` rows per step.
+    """Endless batches of a dataset: every epoch is a new permutation of the rows, `batch_size` rows per step.
 
-    A batch depends on `seed` and the step alone: a run goes on exactly by naming its next step. The rows of a step are
-    dealt out over `world` ranks times `micro_batches`; together they are the same rows whatever these two are.
+    A batch depends on `seed` and the step alone, so that a run continues from any step. The rows of a step are divided
+    among `world` ranks times `micro_batches`; together they do not depend on these two numbers.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int, micro_batches: int = 1) -> None:
-        self.rows = rows
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int, micro_batches: int = 1) -> None:
+        self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
         self.micro_batches = micro_batches
 
     def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> Batch:
-        """One rank's share of one micro batch. Shares differ by one row at most.
+        """Return one rank's share of one micro batch; shares differ by at most one row.
 
-        Every rank must take part in every forward pass, so a share of nothing is a row without labels.
+        An empty share is a row without labels, because every rank must run every forward pass.
         """
         indices = self.indices(step)
-        return _share(self.rows, indices, micro * world + rank, self.micro_batches * world)
+        return _share(self.dataset, indices, micro * world + rank, self.micro_batches * world)
 
     def scored(self, step: int) -> int:
-        """How many tokens all shares of the step score: what to divide their summed losses by, on every rank."""
-        return self.rows.rows(self.indices(step)).scored
+        """Return the number of scored tokens in all shares of the step, by which their summed losses are divided."""
+        return self.dataset.batch(self.indices(step)).scored
 
     def indices(self, step: int) -> list[int]:
-        """The rows of a step, of all ranks and micro batches."""
+        """Return the rows of a step, of all ranks and micro batches."""
         first = step * self.batch_size
-        epochs, places = np.divmod(np.arange(first, first + self.batch_size), len(self.rows))
-        found = np.empty_like(places)
+        epochs, places = np.divmod(np.arange(first, first + self.batch_size), len(self.dataset))
+        rows = np.empty_like(places)
         for epoch in np.unique(epochs):
-            found[epochs == epoch] = permuted(places[epochs == epoch], len(self.rows), self.seed, int(epoch))
-        return [int(index) for index in found]
+            rows[epochs == epoch] = permuted(places[epochs == epoch], len(self.dataset), self.seed, int(epoch))
+        return [int(index) for index in rows]
 
     def epoch(self, step: int) -> float:
-        """How many times the rows have been seen before `step`."""
-        return step * self.batch_size / len(self.rows)
+        """Return the number of passes over the rows before `step`."""
+        return step * self.batch_size / len(self.dataset)
 
 
-def in_order(rows: Rows, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """One rank's share of all rows, each once: for validation. Every rank gets the same number of batches."""
-    for first in range(0, len(rows), batch_size):
-        yield _share(rows, range(first, min(first + batch_size, len(rows))), rank, world)
+def in_order(dataset: Dataset, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """Yield one rank's share of all rows, each once, for validation; every rank gets equally many batches."""
+    for first in range(0, len(dataset), batch_size):
+        yield _share(dataset, range(first, min(first + batch_size, len(dataset))), rank, world)
 
 
-def _share(rows: Rows, indices: Sequence[int], share: int, shares: int) -> Batch:
+def _share(dataset: Dataset, indices: Sequence[int], share: int, shares: int) -> Batch:
     first, last = (len(indices) * edge // shares for edge in (share, share + 1))
-    return rows.rows(indices[first:last]) if first < last else rows.rows(indices[:1]).unscored()
+    return dataset.batch(indices[first:last]) if first < last else dataset.batch(indices[:1]).unscored()
 
 
 def permuted(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where a permutation of `range(count)`, chosen by `seed` and `epoch`, sends `places`.
+    """Return the images of `places` under a permutation of `range(count)` that `seed` and `epoch` choose.
 
-    A Feistel network permutes the smallest range of 4^n numbers that holds `count`; what falls outside goes through it
+    A Feistel network permutes the smallest range of 4^n integers from `count` on; images outside `count` go through it
     again. Unlike a stored permutation it takes no memory, and unlike a library's generator it never changes.
     """
     half = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))
     keys = np.frombuffer(blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest(), "<u8")
-    found = _feistel(places.astype(np.uint64), half, keys)
-    while (outside := found >= count).any():
-        found[outside] = _feistel(found[outside], half, keys)
-    return found.astype(np.int64)
+    images = _feistel(places.astype(np.uint64), half, keys)
+    while (outside := images >= count).any():
+        images[outside] = _feistel(images[outside], half, keys)
+    return images.astype(np.int64)
 
 
 def _feistel(numbers: NDArray[np.uint64], half: np.uint64, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -93,7 +95,7 @@ def _feistel(numbers: NDArray[np.uint64], half: np.uint64, keys: NDArray[np.uint
 
 
 def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64: every bit of the result depends on every bit of the number."""
+    """Apply the finalizer of splitmix64: every bit of the result depends on every bit of the number."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))

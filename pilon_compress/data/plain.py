@@ -1,4 +1,4 @@
-"""Documents of plain text, read as a stream: memory depends neither on the file's size nor on the longest line."""
+"""Read documents of plain text as a stream: memory depends neither on the file's size nor on the longest line."""
 
 import codecs
 import io
@@ -9,17 +9,17 @@ from typing import IO
 from pilon_compress.errors import BadInput
 from pilon_compress.io import messages
 
-LONGEST = 2**20  # characters of a document; a longer one is cut
-LOOK = 2**22  # characters in which a blank line is looked for
-ENDS = ("\n\n", "\n", ". ", "。", " ", "\t", "\u3000")  # where text is cut, the best first
+LONGEST = 2**20  # characters; a longer document is cut
+HEAD = 2**22  # characters that are searched for a blank line
+ENDS = ("\n\n", "\n", ". ", "。", " ", "\t", "\u3000")  # after which text is cut, the best first
 
 
 def read(file: IO[bytes], name: str) -> Iterator[str]:
-    """Yield the documents of UTF-8 text, `name` standing for it in messages. Line ends may be \\n, \\r\\n or \\r.
+    """Yield the documents of UTF-8 text; `name` is used in messages. Line ends may be \\n, \\r\\n or \\r.
 
-    If a blank line separates two lines of text within the first `LOOK` characters, documents are the paragraphs between
-    blank lines; otherwise every line is a document. A document has at most `LONGEST` characters: a longer one is cut,
-    and a line on stderr says so. Raises BadInput for bytes that are not UTF-8, and for a file that cannot be read.
+    If a blank line separates two lines of text within the first `HEAD` characters, documents are the paragraphs between
+    blank lines; otherwise every line is a document. Documents of more than `LONGEST` characters are cut, with a
+    message. Raises BadInput for bytes that are not UTF-8, and for a file that cannot be read.
     """
     start = file.tell() if file.seekable() else 0
     lines = _lines(file)
@@ -28,7 +28,7 @@ def read(file: IO[bytes], name: str) -> Iterator[str]:
         for line in lines:
             head.append(line)
             size += len(line)
-            if size >= LOOK:
+            if size >= HEAD:
                 break
         join = _between_blank_lines if _has_blank_line(head) else _line_by_line
         yield from join(itertools.chain(head, lines), name)
@@ -42,23 +42,23 @@ def read(file: IO[bytes], name: str) -> Iterator[str]:
 
 
 def cut(text: str, size: int) -> Iterator[str]:
-    """Cut `text` into pieces of at most `size` characters: behind a paragraph, a line, a sentence or white space.
+    """Cut `text` into pieces of at most `size` characters, after a paragraph, a line, a sentence or white space.
 
-    A boundary counts from the middle of a piece on; where there is none, the piece has `size` characters. The pieces
-    joined are `text`.
+    A boundary counts in the second half of a piece; without one, the piece has `size` characters. The joined pieces
+    are `text`.
     """
     start = 0
     while len(text) - start > size:
         middle, end = start + size // 2, start + size
         places = ((text.rfind(mark, middle, end), len(mark)) for mark in ENDS)
-        place = next((found + length for found, length in places if found >= 0), end)
+        place = next((index + length for index, length in places if index >= 0), end)
         yield text[start:place]
         start = place
     yield text[start:]
 
 
 def _lines(file: IO[bytes]) -> Iterator[str]:
-    """Yield lines with \\n at their end; one of more than `LONGEST` characters comes in several strings."""
+    """Yield lines that end with \\n; a line of more than `LONGEST` characters is several strings."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline=None)  # type: ignore[arg-type]
     try:
         while line := text.readline(LONGEST):
@@ -77,26 +77,26 @@ def _has_blank_line(lines: list[str]) -> bool:
 
 
 def _between_blank_lines(lines: Iterable[str], name: str) -> Iterator[str]:
-    held = Held(name)
+    document = Pending(name)
     for line in lines:
         if line.strip():
-            yield from held.add(line)
+            yield from document.add(line)
         else:
-            yield from held.end()
-    yield from held.end()
+            yield from document.end()
+    yield from document.end()
 
 
 def _line_by_line(lines: Iterable[str], name: str) -> Iterator[str]:
-    held = Held(name)
+    document = Pending(name)
     for line in lines:
-        yield from held.add(line)
+        yield from document.add(line)
         if line.endswith("\n"):
-            yield from held.end()
-    yield from held.end()
+            yield from document.end()
+    yield from document.end()
 
 
-class Held:
-    """The strings of a document that is not complete yet, fewer than `LONGEST` characters."""
+class Pending:
+    """A document that is not complete yet, in strings of at most `LONGEST` characters together."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -104,7 +104,7 @@ class Held:
         self.size = 0
 
     def add(self, string: str) -> Iterator[str]:
-        """Append to the document, and yield what exceeds the longest."""
+        """Append to the document, and yield pieces of one that exceeds `LONGEST`."""
         self.strings.append(string)
         self.size += len(string)
         if self.size > LONGEST:
@@ -122,12 +122,12 @@ class Held:
 
 
 def say_cut(name: str) -> None:
-    """Say once that documents of `name` are cut."""
-    messages.note(f"{name}: documents of more than {LONGEST:,} characters are read in pieces of at most that")
+    """Report once that documents of `name` are cut."""
+    messages.note(f"{name}: documents of more than {LONGEST:,} characters are cut into pieces of at most that size")
 
 
 def _invalid_byte(file: IO[bytes], start: int, fallback: int) -> int:
-    """Position of the first byte that is not UTF-8, found by reading the file again."""
+    """Return the position of the first byte that is not UTF-8, by reading the file again."""
     if not file.seekable():
         return fallback
     file.seek(start)

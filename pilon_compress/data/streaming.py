@@ -19,7 +19,7 @@ class StreamingBlocks:
     """Endless blocks of `length` tokens of a source for one rank, tokenised while they are read.
 
     Every document goes to exactly one of `world` ranks. An epoch yields each block once, drawn at random from a buffer
-    of `shuffle` blocks; the last block is padded. `respect_documents` is as in `Blocks`.
+    of `shuffle` blocks; the last block is padded. `respect_documents` is as in `BlockDataset`.
 
     `state_dict` and `load_state_dict` continue a run exactly, with the same number of ranks. The documents before that
     place in the epoch are read again, but not tokenised.

@@ -1,4 +1,4 @@
-"""Text sources by name: opened by the reader that is registered for them, cleaned, split and sampled."""
+"""Open text sources by name with their registered readers; clean, split and sample them."""
 
 import itertools
 import random
@@ -29,26 +29,26 @@ __all__ = [
 DEFAULT_LM = EXAMPLE
 EVALUATION_LM = "hub:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 DEFAULT_ENCODER = "stdlib"
-POOL = 20  # a sample is drawn from the first POOL * count texts, so that endless sources end
+POOL = 20  # a sample is drawn from the first POOL * count texts, so that endless sources terminate
 T = TypeVar("T")
 
 
 def open_text(spec: str, part: Part = "all") -> Iterator[str]:
     """Yield the documents of a source, in a stable order, each of at most `plain.LONGEST` characters.
 
-    `spec` is FILE, FOLDER or GLOB, with ::COLUMN behind it for tables, or a scheme that is registered in
-    `data.readers` (hub:..., stdlib, stdin). Plain text with blank lines holds a document between any two of them,
-    without blank lines one a line. `part`: every document belongs to `held-out` (one in five) or to `calibration`, see
-    `split`. Raises BadInput, in one line, for a source that cannot be read, or holds no text or none of that part.
+    `spec` is FILE, FOLDER or GLOB, followed by ::COLUMN for tables, or a scheme that is registered in `data.readers`
+    (hub:..., stdlib, stdin). Documents of plain text are the paragraphs between blank lines, or the lines if none is
+    blank. `part`: every document belongs to `held-out` (one in five) or to `calibration`, see `split`. Raises BadInput
+    for a source that cannot be read, or holds no text in that part.
     """
     documents = _clean(source_of(spec).documents(spec), spec)
     yield from documents if part == "all" else split(documents, part, spec)
 
 
 def open_rows(spec: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a source that is a table, each with the words by which an error names it.
+    """Yield the rows of a source that is a table, each with its name for messages.
 
-    `spec` is as for `open_text`, without a column. Raises BadInput, in one line, for a source that cannot be read.
+    `spec` is that of `open_text` without a column. Raises BadInput for a source that cannot be read.
     """
     tables = source_of(spec).tables
     if tables is None:
@@ -56,36 +56,36 @@ def open_rows(spec: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, table in tables(spec).items():
         for number, row in enumerate(table, 1):
             if not isinstance(row, dict):
-                raise BadInput(f"{name}, row {number}, is no object but {type(row).__name__}")
+                raise BadInput(f"{name}, row {number}, must be an object, not {type(row).__name__}")
             yield f"{name}, row {number},", row
 
 
 def fingerprint(spec: str) -> str:
-    """Return a string that changes when the text of the source does; cheap: files count by size and time of change.
+    """Return a string that changes with the text of the source: size and time of files, name of a hub dataset.
 
-    A hub dataset counts by its name alone. Raises BadInput for a file that is not there.
+    Raises BadInput for a file that is missing.
     """
     return source_of(spec).fingerprint(spec)
 
 
 def sample(texts: Iterable[T], count: int, seed: int, pool: int | None = None) -> list[T]:
     """Draw at most `count` of `texts` without replacement from the first `pool` (default: `POOL` times as many)."""
-    found = list(itertools.islice(texts, POOL * count if pool is None else pool))
-    return random.Random(seed).sample(found, min(count, len(found)))
+    candidates = list(itertools.islice(texts, POOL * count if pool is None else pool))
+    return random.Random(seed).sample(candidates, min(count, len(candidates)))
 
 
 def source_of(spec: str) -> Source:
-    """The reader of a source: the one that is registered for the scheme before its colon, else that of files."""
+    """Return the reader of a source: the one registered for the scheme before its colon, else that of files."""
     return SOURCES.get(spec.partition(":")[0]) or FILES
 
 
 def _clean(documents: Iterable[str], spec: str) -> Iterator[str]:
-    """Leave out blank documents, cut those that are too long, and replace what UTF-8 cannot hold. Raises BadInput."""
-    found = False
+    """Skip blank documents, cut long ones, replace lone surrogates. Raises BadInput if no document is left."""
+    has_text = False
     for document in documents:
         if not document.strip():
             continue
-        found = True
+        has_text = True
         if not _is_unicode(document):  # half a surrogate pair, which JSON can hold
             document = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if len(document) <= plain.LONGEST:
@@ -93,7 +93,7 @@ def _clean(documents: Iterable[str], spec: str) -> Iterator[str]:
             continue
         plain.say_cut(spec)
         yield from plain.cut(document, plain.LONGEST)
-    if not found:
+    if not has_text:
         raise BadInput(f"{spec} holds no text")
 
 

@@ -23,7 +23,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from pilon_compress.data.batch import Batch
-from pilon_compress.data.loader import Rows
+from pilon_compress.data.loader import Dataset
 from pilon_compress.data.token_files import UINT16_IDS, cache_folder
 from pilon_compress.distill.teacher import Teacher
 from pilon_compress.errors import BadInput
@@ -40,12 +40,12 @@ ABOUT = "about.json"
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be kept: predictions for `indices`, ascending, of `rows` with `length` tokens each.
+    """What is to be kept: predictions for `indices`, ascending, of `dataset` with `length` tokens each.
 
     `made_from` tells data and teacher apart from others; with the rest it is the key.
     """
 
-    rows: Rows
+    dataset: Dataset
     indices: NDArray[np.int64]
     length: int
     count: int
@@ -79,8 +79,8 @@ class Wish:
 class Taught:
     """The rows of a run, each with what the teacher predicts for it. Only rows that are kept may be asked for."""
 
-    def __init__(self, rows: Rows, folder: Path, wish: Wish) -> None:
-        self.inner, self.folder = rows, folder
+    def __init__(self, dataset: Dataset, folder: Path, wish: Wish) -> None:
+        self.inner, self.folder = dataset, folder
         self.maps = {
             name: np.memmap(folder / f"{name}.bin", dtype, "r", shape=shape)
             for name, (dtype, shape) in wish.files.items()
@@ -89,7 +89,7 @@ class Taught:
     def __len__(self) -> int:
         return len(self.inner)
 
-    def rows(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         places = np.searchsorted(self.maps["rows"], indices)
         if not np.array_equal(self.maps["rows"][places], indices):
             raise IndexError("the teacher has not seen these rows")
@@ -98,7 +98,7 @@ class Taught:
             "tokens": torch.from_numpy(self.maps["tokens"][places].astype(np.int64)),
             "rest": torch.from_numpy(self.maps["rest"][places]),
         }
-        return replace(self.inner.rows(indices), goal=goal)
+        return replace(self.inner.batch(indices), goal=goal)
 
 
 def predictions(
@@ -116,7 +116,7 @@ def predictions(
             if world.first and not quiet:
                 log.info("the teacher's predictions: %s MiB in %s", f"{wish.bytes / 2**20:,.0f}", place)
             _build(place, wish, teacher(), world, size)
-    return Taught(wish.rows, place, wish)
+    return Taught(wish.dataset, place, wish)
 
 
 @contextmanager
@@ -195,7 +195,7 @@ def _write(work: Path, wish: Wish, teacher: Teacher, world: World, size: int) ->
     first, last = (total * edge // world.size for edge in (world.rank, world.rank + 1))
     for start in track(range(first, last, size), "teacher", total=-(-(last - first) // size)):
         mine = wish.indices[start : min(last, start + size)]
-        batch = wish.rows.rows([int(index) for index in mine]).to(world.device)
+        batch = wish.dataset.batch([int(index) for index in mine]).to(world.device)
         found = dict(
             zip(("values", "tokens", "rest"), teacher.largest(batch, wish.count, wish.temperature), strict=True)
         )

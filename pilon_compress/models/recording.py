@@ -1,4 +1,4 @@
-"""How a model calls its blocks on some batches, recorded by a run in which stand-ins take the blocks' place."""
+"""Record how a model calls its blocks on some batches, by a run with stand-ins for the blocks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +19,11 @@ from pilon_compress.models.source import Source
 
 @dataclass(frozen=True)
 class Recording:
-    """What the blocks of a model are given on some batches, beside the hidden states.
+    """Arguments and results of a model's blocks on some batches, without the hidden states.
 
-    calls: by batch and block, the other arguments
-    results: by batch, what a block returns beside the states
-    time_first: states are (T, B, d), not (B, T, d)
+    calls: arguments by batch and block
+    results: return value of a block by batch
+    time_first: True if states are (T, B, d) instead of (B, T, d)
     """
 
     calls: list[list[Call]]
@@ -49,13 +49,13 @@ class Recording:
 
             probe = _oblong(batches[0])
             hidden, _, result = _run_standing_in(source, probe, real)
-            found, states = cls([], [], _is_time_first(source.model, hidden, probe)), list[Tensor]()
+            recording, states = cls([], [], _is_time_first(source.model, hidden, probe)), list[Tensor]()
             for batch in batches:
                 entered, calls, own = _run_standing_in(source, batch, None if result.is_plain else real, result)
                 states.append(entered)
-                found.calls.append(calls)
-                found.results.append(own)
-        return found, states
+                recording.calls.append(calls)
+                recording.results.append(own)
+        return recording, states
 
 
 def _run_standing_in(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from pilon_compress.config.training import TrainRecipe
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.corpus import Corpus
-from pilon_compress.data.loader import Loader, Rows, in_order
+from pilon_compress.data.loader import Dataset, Loader, in_order
 from pilon_compress.distill.students import Following, FollowingEmbeddings, Wanted
 from pilon_compress.distill.teacher import Teacher, fingerprint, open_teacher
 from pilon_compress.distill.teacher_cache import Taught, Wish, predictions
@@ -158,7 +158,7 @@ def open_healing(recipe: TrainRecipe, world: World, model: PreTrainedModel, corp
     of_teacher = judged(corpus.validation, recipe, world, opened, kept) if causal else 0.0
     variances: Tensor | None = None
     if hidden:
-        first = corpus.validation.rows(range(min(MEASURED, len(corpus.validation))))
+        first = corpus.validation.batch(range(min(MEASURED, len(corpus.validation))))
         variances = opened().variances(first.to(world.device))
     trainee: nn.Module
     if causal:
@@ -194,12 +194,12 @@ def remembered(
     loader, asked = corpus.batches, recipe.distill
     assert isinstance(loader, Loader)  # the recipe sees to it that the text is stored
     steps = steps_of(recipe, corpus)
-    seen = range(len(loader.rows))
-    if steps * recipe.run.batch_size < len(loader.rows):
+    seen = range(len(loader.dataset))
+    if steps * recipe.run.batch_size < len(loader.dataset):
         seen = sorted({index for step in range(steps) for index in loader.indices(step)})  # type: ignore[assignment]
-    tokens: Any = loader.rows
+    tokens: Any = loader.dataset
     wish = Wish(
-        rows=loader.rows,
+        dataset=loader.dataset,
         indices=np.array(seen, np.int64),
         length=recipe.data.sequence_length,
         count=min(asked.cache_teacher, vocabulary(model.config)),
@@ -211,7 +211,9 @@ def remembered(
     return Loader(taught, loader.batch_size, loader.seed, loader.micro_batches), taught.folder
 
 
-def judged(rows: Rows, recipe: TrainRecipe, world: World, teacher: Callable[[], Teacher], kept: Path | None) -> float:
+def judged(
+    rows: Dataset, recipe: TrainRecipe, world: World, teacher: Callable[[], Teacher], kept: Path | None
+) -> float:
     """The teacher's mean loss on the validation text; it is remembered in `kept`, so that it is run once."""
     batches = list(in_order(rows, size_of(recipe), world.rank, world.size))
     state = blake2b(digest_size=16)

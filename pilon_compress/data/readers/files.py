@@ -1,4 +1,4 @@
-"""Files, folders and globs as sources: which files a name stands for, and what is read from them."""
+"""Read files, folders and globs: find the files of a name, and their documents or rows."""
 
 import glob
 import os
@@ -11,7 +11,7 @@ from pilon_compress.data.readers.registry import FORMATS, Source, forms, suffixe
 from pilon_compress.errors import BadInput
 from pilon_compress.io import messages
 
-INSTEAD = {  # what to do with other formats
+INSTEAD = {  # advice for other formats
     **dict.fromkeys((".md", ".rst", ".tex", ".log", ".text", ""), "if it is plain text, copy it to a .txt file"),
     **dict.fromkeys((".html", ".htm", ".xml", ".pdf", ".docx"), "save its text as a .txt file"),
     **dict.fromkeys((".csv", ".tsv", ".xlsx", ".arrow"), "save the table as .parquet or .jsonl, for example by pandas"),
@@ -22,8 +22,8 @@ INSTEAD = {  # what to do with other formats
 def find(name: str) -> tuple[list[Path], str]:
     """Find the files of FILE, FOLDER or GLOB, each with an optional ::COLUMN, in order; the column is text by default.
 
-    A name that exists is taken literally, whatever brackets it holds; a folder stands for its readable files. Raises
-    BadInput if there are none, and for a file of another format.
+    A name that exists is taken literally, including brackets; a folder stands for its readable files. Raises BadInput
+    if there are none, and for a file of another format.
     """
     pattern, column = os.path.expanduser(name), ""
     paths = _paths(pattern)
@@ -69,12 +69,12 @@ def column(spec: str) -> tuple[str, str | None]:
 
 def fingerprint(spec: str) -> str:
     """Return paths, sizes and times of change of the files that `spec` names. Raises BadInput if there are none."""
-    found = [(path, path.stat()) for path in find(spec)[0]]
-    return "\n".join(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}" for path, state in found)
+    states = [(path, path.stat()) for path in find(spec)[0]]
+    return "\n".join(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}" for path, state in states)
 
 
 def _paths(pattern: str) -> list[Path]:
-    """The files that `pattern` names; none if there are none."""
+    """Return the files that `pattern` names; [] if there are none."""
     if os.path.isfile(pattern):
         return [Path(pattern)]
     if os.path.isdir(pattern):
@@ -90,7 +90,7 @@ def _paths(pattern: str) -> list[Path]:
         return []
 
 
-FILES = Source(  # for a name whose scheme nobody registered
+FILES = Source(  # for names without a registered scheme
     "",
     "FILE, FOLDER or GLOB[::COLUMN]",
     "Files; the column is text by default.",

@@ -1,11 +1,11 @@
-"""Datasets on the hub, row by row."""
+"""Read datasets of the hub row by row."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pilon_compress.data import rows
+from pilon_compress.data import columns
 from pilon_compress.data.readers.registry import forms, source
 from pilon_compress.errors import BadInput
 from pilon_compress.io import hub
@@ -41,7 +41,7 @@ def documents(spec: str) -> Iterator[str]:
     fields = spec.split(":")
     if len(fields) != 5 or not all((fields[1], fields[3], fields[4])):
         raise BadInput(f"{spec}: a hub dataset is hub:REPO:CONFIG:SPLIT:COLUMN, as in {EXAMPLE}")
-    return rows.texts(read(*fields[1:4]), fields[4], spec)
+    return columns.texts(read(*fields[1:4]), fields[4], spec)
 
 
 def read(repo: str, config: str, split: str) -> Iterator[Any]:
@@ -54,12 +54,17 @@ def read(repo: str, config: str, split: str) -> Iterator[Any]:
         with _reading():
             rows = iter(load_dataset(repo, config or None, split=split, streaming=not offline))
         while True:
-            with _reading():  # not around the yield: whoever takes the rows keeps its own settings
+            with _reading():  # not around the yield, so that the consumer of the rows keeps its own settings
                 row = next(rows, END)
             if row is END:
                 return
             yield row
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it needs code of its own
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        DatasetsError,
+    ) as error:  # RuntimeError: it needs its own code
         if offline:
             reason = f"{repo} is not cached and the hub is out of reach ({hub.unreachable()})"
         else:

@@ -1,4 +1,4 @@
-"""Rows of .jsonl and .ndjson files: one JSON value a line."""
+"""Read rows of .jsonl and .ndjson files: one JSON value per line."""
 
 import codecs
 import json
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pilon_compress.data.columns import LONGEST_ROW, opened
 from pilon_compress.data.readers.registry import table_format
-from pilon_compress.data.rows import LONGEST_ROW, opened
 from pilon_compress.errors import BadInput
 
 
-@table_format(".jsonl", ".ndjson", about="One JSON value a line.")
+@table_format(".jsonl", ".ndjson", about="One JSON value per line.")
 def rows(path: Path, column: str | None = None) -> Iterator[Any]:
     """Yield the value of every line of a jsonl file that is not blank. Raises BadInput, with the line's number."""
     number = 0

@@ -1,4 +1,4 @@
-"""Rows of .json files: an array, values that follow each other, or an object of columns."""
+"""Read rows of .json files: an array, values that follow each other, or an object of columns."""
 
 import codecs
 import json
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pilon_compress.data.columns import LONGEST_ROW, opened
 from pilon_compress.data.readers.registry import table_format
-from pilon_compress.data.rows import LONGEST_ROW, opened
 from pilon_compress.errors import BadInput
 
 CHUNK = 2**20  # characters of JSON that are read at a time
@@ -22,14 +22,14 @@ def rows(path: Path, column: str | None = None) -> Iterator[Any]:
     An array is read element by element. Raises BadInput, with the row's number.
     """
     with opened(path) as file:
-        found = _values(codecs.getreader("utf-8-sig")(file), path)
-        first = next(found, None)
-        second = next(found, None)
+        values = _values(codecs.getreader("utf-8-sig")(file), path)
+        first = next(values, None)
+        second = next(values, None)
         if second is None and isinstance(first, dict):
             yield from _of_columns(first)
             return
         yield from (row for row in (first, second) if row is not None)
-        yield from found
+        yield from values
 
 
 def _values(file: Any, path: Path) -> Iterator[Any]:
@@ -95,11 +95,11 @@ class Buffer:
             self._fill()
 
     def refusal(self, reason: str) -> BadInput:
-        """Make the error that says where the text is not JSON."""
+        """Return an error that names the row in which the text is not JSON."""
         return BadInput(f"{self.path}, row {self.row}, is not JSON: {reason}")
 
     def _fill(self) -> None:
-        """Read on: as much as is there already, so that a long value is decoded a few times only."""
+        """Read as much text again as is in memory, so that a long value is decoded a few times only."""
         rest = self.text[self.place :]
         try:
             more = self.file.read(max(CHUNK, len(rest)))

@@ -1,4 +1,4 @@
-"""Documents of .txt files."""
+"""Read documents of .txt files."""
 
 from collections.abc import Iterator
 from pathlib import Path

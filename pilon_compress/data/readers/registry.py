@@ -1,15 +1,15 @@
-"""How a reader registers: a scheme of sources (`hub:...`), or a format of files by its suffixes (`.parquet`).
+"""Register readers of text: of a scheme of sources (`hub:...`), or of a file format by its suffixes (`.parquet`).
 
     @source("stdin", form="stdin", about="Plain text from standard input.", fingerprint=fingerprint)
     def documents(spec): ...                                           yields strings
 
-    @table_format(".jsonl", ".ndjson", about="A JSON value a line.")
+    @table_format(".jsonl", ".ndjson", about="One JSON value per line.")
     def rows(path, column): ...                                        yields dictionaries (or strings)
 
     @text_format(".txt", about="Plain UTF-8 text.")
     def documents(path): ...                                           yields strings
 
-Whatever cannot be read is a BadInput of one line, which begins with the source's name.
+A source that cannot be read raises BadInput with one line that begins with the source's name.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,21 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pilon_compress.data import rows as tables
+from pilon_compress.data import columns
 from pilon_compress.plugins import Registry
 
 PACKAGE = "pilon_compress.data.readers"
 Documents = Callable[[str], Iterator[str]]
-Rows = Callable[[Path, str | None], Iterator[Any]]  # (path, the one column that is needed or None) -> rows
+Rows = Callable[[Path, str | None], Iterator[Any]]  # (path, the needed column or None for all) -> rows
 
 
 @dataclass(frozen=True)
 class Source:
-    """A scheme of text sources, which gets all of what the user wrote (`spec`).
+    """A scheme of text sources. Its functions get the complete name of the source (`spec`).
 
-    form: how it is written   about: one sentence
-    documents: the documents of a source   fingerprint: a string that changes when they do
-    tables: the tables of a source, by the names that errors call them; None where there are no rows
+    form: how users write it   about: one sentence
+    documents: yields the documents of a source   fingerprint: returns a string that changes when they do
+    tables: returns the tables of a source by their names in messages; None where sources have no rows
     column: splits a source of conversations into its table and its column, None where no column is named
     """
 
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class FileFormat:
-    """A format of text files. documents: of a file and a column   rows: None for text without columns"""
+    """A format of text files. documents: yields those of a file and a column   rows: None for text without columns"""
 
     about: str
     documents: Callable[[Path, str], Iterator[str]]
@@ -80,7 +80,7 @@ def table_format(*suffixes: str, about: str) -> Callable[[Rows], Rows]:
 
     def register(rows: Rows) -> Rows:
         def documents(path: Path, column: str) -> Iterator[str]:
-            return tables.texts(rows(path, column), column, str(path))
+            return columns.texts(rows(path, column), column, str(path))
 
         for suffix in suffixes:
             FORMATS.add(suffix, FileFormat(about, documents, rows))
@@ -101,10 +101,10 @@ def text_format(*suffixes: str, about: str) -> Callable[[Callable[[Path], Iterat
 
 
 def suffixes() -> str:
-    """The suffixes of files that are read, as messages list them."""
+    """Return the suffixes of readable files, for messages."""
     return ", ".join(sorted(FORMATS, key=lambda suffix: (FORMATS[suffix].rows is not None, suffix)))
 
 
 def forms(but: str = "") -> str:
-    """How sources are written, as messages list them: files first, then every scheme except `but`."""
+    """Return the forms of sources for messages: files first, then every scheme except `but`."""
     return ", ".join([f"{suffixes()} files", *(one.form for name, one in SOURCES.items() if name != but)])

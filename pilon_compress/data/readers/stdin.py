@@ -1,4 +1,4 @@
-"""Standard input, which one run reads several times: its calibration part, its held-out part, its fingerprint."""
+"""Read standard input, several times in one run: for its calibration part, its held-out part, its fingerprint."""
 
 import io
 import shutil
@@ -13,7 +13,7 @@ from pilon_compress.data import plain
 from pilon_compress.data.readers.registry import source
 from pilon_compress.errors import BadInput
 
-IN_MEMORY = 2**26  # bytes; more go to a temporary file without a name
+IN_MEMORY = 2**26  # bytes; longer input goes to a temporary file without a name
 CHUNK = 2**20
 
 
@@ -28,9 +28,9 @@ def fingerprint(spec: str) -> str:
 
 @source("stdin", form="stdin", about="Plain text from standard input, as of a .txt file.", fingerprint=fingerprint)
 def documents(spec: str) -> Iterator[str]:
-    """Yield the documents of standard input. Raises BadInput, also for anything written behind `stdin`."""
+    """Yield the documents of standard input. Raises BadInput, also for text after `stdin` in `spec`."""
     if spec != "stdin":
-        raise BadInput(f"{spec}: standard input is stdin, with nothing behind it")
+        raise BadInput(f"{spec}: write stdin alone for standard input")
     yield from plain.read(opened(), "stdin")
 
 
@@ -42,23 +42,23 @@ def opened() -> IO[bytes]:
 
 @cache
 def _kept() -> tuple[IO[bytes], int]:
-    """A file with random access that holds standard input, and where in it the text begins."""
+    """Return a file with random access that holds standard input, and the position at which the text begins."""
     if sys.stdin is None:
         raise BadInput("there is no standard input to read text from")
-    given: IO[bytes] = sys.stdin.buffer
-    if given.seekable():
-        return given, given.tell()
-    data = given.read(IN_MEMORY)
+    stream: IO[bytes] = sys.stdin.buffer
+    if stream.seekable():
+        return stream, stream.tell()
+    data = stream.read(IN_MEMORY)
     if len(data) < IN_MEMORY:
         return io.BytesIO(data), 0
-    kept = tempfile.TemporaryFile()  # noqa: SIM115 (open until the process ends)
-    kept.write(data)
-    shutil.copyfileobj(given, kept, CHUNK)
-    return kept, 0
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 (open until the process ends)
+    copy.write(data)
+    shutil.copyfileobj(stream, copy, CHUNK)
+    return copy, 0
 
 
 class _Reader(io.RawIOBase):
-    """A position of its own in a file that others read, too."""
+    """A reader with its own position in a file that other readers use too."""
 
     def __init__(self, file: IO[bytes], start: int) -> None:
         self.file, self.start, self.place = file, start, start

@@ -1,4 +1,4 @@
-"""The documentation of Python itself: text that every machine has."""
+"""Read the documentation of Python itself, which every machine has."""
 
 import ast
 import os
@@ -53,7 +53,7 @@ def _docstrings() -> Iterator[str]:
 def _docstrings_of(path: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's strings
+            warnings.simplefilter("ignore")  # of deprecated escapes in other code's strings
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return

@@ -1,4 +1,4 @@
-"""How a base architecture registers: the transformers config that it has for given sizes.
+"""Register base architectures: functions from sizes to the config of a transformers model.
 
     @base_architecture("llama", about="RMSNorm, RoPE, gated feed-forward block (SwiGLU).", model="LlamaForCausalLM")
     def config(**sizes):
@@ -35,6 +35,7 @@ class BaseArchitecture:
 
     @property
     def class_name(self) -> str:
+        """Return the name of the model class."""
         return self.model if isinstance(self.model, str) else self.model.__name__
 
 

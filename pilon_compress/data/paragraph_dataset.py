@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pilon_compress.data import text
 from pilon_compress.data.batch import Batch
-from pilon_compress.data.loader import Loader, Rows
+from pilon_compress.data.loader import Dataset, Loader
 from pilon_compress.data.token_files import PARTS, UINT16_IDS, About, Item, Part, TokenFile, cached, fingerprint
 
 TEXTS = 256  # per call of the tokenizer
 
 
-class Paragraphs:
+class ParagraphDataset:
     """Training rows of a token file whose documents are separate texts; `padding` is the id that fills rows."""
 
     def __init__(self, tokens: TokenFile, padding: int) -> None:
@@ -27,7 +27,7 @@ class Paragraphs:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def rows(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """Return the texts of `indices`, all scored, padded to the longest."""
         longest = int(max(self.sizes[index] for index in indices))
         ids = np.full((len(indices), longest), self.padding, np.int64)
@@ -39,26 +39,27 @@ class Paragraphs:
         return Batch(torch.from_numpy(ids), torch.from_numpy(mask), labels)
 
 
-class Spread:
-    """At most `count` rows of `rows`, at equal distances."""
+class SpacedRows:
+    """At most `count` rows of a dataset, at equal distances."""
 
-    def __init__(self, rows: Rows, count: int) -> None:
-        self.all_rows, self.places = rows, np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round())
+    def __init__(self, dataset: Dataset, count: int) -> None:
+        self.dataset = dataset
+        self.places = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round())
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def rows(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """Return the rows of `indices`."""
-        return self.all_rows.rows([int(self.places[index]) for index in indices])
+        return self.dataset.batch([int(self.places[index]) for index in indices])
 
 
-class ByLength(Loader):
+class SortedLoader(Loader):
     """A loader that sorts the texts of a step by length, so that its micro batches need little padding."""
 
-    def __init__(self, rows: Paragraphs, batch_size: int, seed: int, micro_batches: int = 1) -> None:
-        super().__init__(rows, batch_size, seed, micro_batches)
-        self.sizes = rows.sizes
+    def __init__(self, dataset: ParagraphDataset, batch_size: int, seed: int, micro_batches: int = 1) -> None:
+        super().__init__(dataset, batch_size, seed, micro_batches)
+        self.sizes = dataset.sizes
 
     def indices(self, step: int) -> list[int]:
         """Return the rows of a step, longest first."""
@@ -67,7 +68,7 @@ class ByLength(Loader):
 
 def tokenise_paragraphs(
     source: str, tokenizer: PreTrainedTokenizerBase, part: Part, length: int, folder: Path | None = None
-) -> Paragraphs:
+) -> ParagraphDataset:
     """Return the distinct prose paragraphs of a source, truncated to `length` tokens, with special tokens.
 
     Token files are cached like those of `token_files.tokenise`. Raises BadInput for a source that cannot be read.
@@ -83,7 +84,7 @@ def tokenise_paragraphs(
         eos=int(tokenizer.pad_token_id or 0),
     )
     texts = text.paragraphs(text.open_text(source, PARTS[part]))
-    return Paragraphs(cached(about, _items(texts, tokenizer, length), folder), about.eos)
+    return ParagraphDataset(cached(about, _items(texts, tokenizer, length), folder), about.eos)
 
 
 def _items(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Item]:

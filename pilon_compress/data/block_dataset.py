@@ -9,7 +9,7 @@ from pilon_compress.data.sequences import body_length
 from pilon_compress.data.token_files import TokenFile
 
 
-class Blocks:
+class BlockDataset:
     """Training rows of a token file: blocks of `length` tokens, each followed by the token that its last one predicts.
 
     Every block begins with the tokenizer's prefix (BOS). Neighbours overlap by one token, so that over all blocks every
@@ -26,7 +26,7 @@ class Blocks:
     def __len__(self) -> int:
         return max(1, -(-(len(self.tokens) - 1) // self.stride))
 
-    def rows(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """Return the blocks of `indices`, in this order."""
         pieces = []
         for index in indices:

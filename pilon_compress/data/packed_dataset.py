@@ -11,7 +11,7 @@ from pilon_compress.data.token_files import TokenFile
 from pilon_compress.errors import BadInput
 
 
-class Packed:
+class PackedDataset:
     """Training rows of complete documents of a token file, as many as fit a block of `length` tokens.
 
     Documents of a block do not attend to each other. A longer document is truncated, and left out if nothing in it is
@@ -31,7 +31,7 @@ class Packed:
             )
         self.dropped = len(sizes) - len(usable)
         self.cut = int((sizes[usable] > length + 1).sum())
-        self._blocks = [usable[block].tolist() for block in packed(self._sizes[usable].tolist(), length + 1)]
+        self._blocks = [usable[block].tolist() for block in best_fit(self._sizes[usable].tolist(), length + 1)]
 
     def _is_scored(self, document: int) -> bool:
         begin, size = int(self.tokens.starts[document]), int(self._sizes[document])
@@ -40,7 +40,7 @@ class Packed:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def rows(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """Return the blocks of `indices`, in this order."""
         shape = (len(indices), self.length + 1)
         windows = np.full(shape, self.tokens.about.eos, np.int64)
@@ -59,7 +59,7 @@ class Packed:
         return replace(batch, labels=batch.targets.masked_fill(~torch.from_numpy(scored)[:, 1:], IGNORED))
 
 
-def packed(sizes: Sequence[int], room: int) -> list[list[int]]:
+def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     """Group the indices of `sizes` so that sums are at most `room`: best fit, in decreasing order of size."""
     groups: list[list[int]] = []
     left: list[list[int]] = [[] for _ in range(room + 1)]  # groups by their remaining room
