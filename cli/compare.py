@@ -12,9 +12,9 @@ from .output import command_line, print_json, print_table, say, wait_passively
 from .parameters import DryRun, Json, Output, Overwrite, named
 
 
-def print_methods(asked: bool) -> None:
+def print_methods(wanted: bool) -> None:
     """Print the table of all methods and leave, where `--list` is given."""
-    if asked:
+    if wanted:
         from pilon_compress.compare.run import method_table
 
         print_table("Methods", *method_table())
@@ -72,7 +72,7 @@ def print_plan(result: dict[str, Any]) -> None:
     for one in result["planned"]:
         counts = [short_count(one["stored"]), number(one["stored_ratio"]), number(one["bytes_ratio"])]
         rows.append([method_of(one["method"]).title, f"{one['ratio']:g}", *counts])
-    headings = ["method", "FFN ratio asked for", "stored", "stored ÷ dense", "bytes ÷ dense"]
+    headings = ["method", "requested FFN ratio", "stored", "stored ÷ dense", "bytes ÷ dense"]
     print_table(result["source"], headings, rows)
     calibration = result["calibration"]
     say(

@@ -18,15 +18,19 @@ def evaluate(settings: EvaluateConfig, as_json: Json = False) -> None:
     from pilon_compress.evaluate.evaluate import evaluate as run
     from pilon_compress.report.formatting import circumstances, quality
 
-    asked = settings
     result = run(
-        asked.model, against=asked.against, data=asked.data, settings=asked, device=asked.device, seed=asked.seed
+        settings.model,
+        against=settings.against,
+        data=settings.data,
+        settings=settings,
+        device=settings.device,
+        seed=settings.seed,
     ).dump()
     if as_json:
         print_json(result)
         return
     rows = [[figure.label, figure.value, figure.dense, figure.meaning] for figure in quality(result)]
     print_table(
-        f"{asked.model} against {result['against'] or 'no dense model'}", ["", "PILON", "dense", "meaning"], rows
+        f"{settings.model} against {result['against'] or 'no dense model'}", ["", "PILON", "dense", "meaning"], rows
     )
     say("; ".join(f"{label}: {value}" for label, value in circumstances(result) if label not in ("model", "against")))

@@ -28,7 +28,7 @@ from .inspect import inspect
 from .train import train
 from .usage import Command, application, usage_line
 
-# What the libraries are told unless the user says otherwise: our own progress and messages are enough, and torch may
+# Environment of the libraries unless the user sets it: our own progress and messages are enough, and torch may
 # have large pages for large tensors (on Linux; a sixth of the time of a calibration goes into small ones).
 SETTINGS = {
     "DATASETS_VERBOSITY": "error",
@@ -52,9 +52,9 @@ app.command("export", cls=Command)(export)
 app.add_typer(recipes.app, name="recipes")
 
 
-def _version(asked: bool) -> None:
+def _version(wanted: bool) -> None:
     """Print the version and leave, where `--version` is given."""
-    if asked:
+    if wanted:
         print(f"pilon-compress {__version__}")
         raise typer.Exit
 

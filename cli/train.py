@@ -74,8 +74,8 @@ def print_result(result: dict[str, Any]) -> None:
     """Print validation figures, speed and sizes, and the files that were written."""
     from pilon_compress.report.formatting import number, short_count
 
-    judged = next(name for name in ("val_perplexity", "val_cosine") if name in result)
-    rows = [[judged.replace("val_", "validation "), number(result[judged])]]
+    metric = next(name for name in ("val_perplexity", "val_cosine") if name in result)
+    rows = [[metric.replace("val_", "validation "), number(result[metric])]]
     if "before" in result:
         rows += [["before healing", number(result["before"])], ["teacher", number(result["teacher"])]]
     rows += [

@@ -25,7 +25,7 @@ def usage_line(error: Exception) -> str | None:
     context = getattr(error, "ctx", None)
     known, wrong = _known(context), _wrong(error)
     close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.7) if wrong else []
-    message = _UNREADABLE.sub(lambda found: f"must be {_article(found[1])}", str(words()).rstrip("."))
+    message = _UNREADABLE.sub(lambda error: f"must be {_article(error[1])}", str(words()).rstrip("."))
     if wrong:
         message = f"no such {'option' if wrong.startswith('-') else 'command'}: {wrong}"
     hint = f"; did you mean {close[0]}?" if close else ""
@@ -91,9 +91,9 @@ class _Spaced:
                 _write(formatter, [(name, command.get_short_help_str(300)) for name, command in commands.items()])
 
 
-def _entries(found: re.Match[str]) -> str:
+def _entries(name: re.Match[str]) -> str:
     """Return the entries of the registry that help names: their forms, or their names."""
-    registry = getattr(import_module(found[1]), found[2])
+    registry = getattr(import_module(name[1]), name[2])
     return ", ".join(getattr(entry, "form", name) for name, entry in registry.items())
 
 

@@ -121,6 +121,14 @@ def test_a_mistake_is_told_by_the_options_that_were_typed(cli, words, told):
     assert cli("convert", "m", "--dry-run", *words.split(), code=2).stderr.startswith(f"error: {told}")
 
 
+def test_a_part_of_a_list_is_told_by_the_option(cli):
+    told = cli("compare", "m", "--dry-run", "--methods", "pilon,", code=2).stderr
+    assert told == "error: --methods: must not be empty (got '')\n"
+    told = cli("compare", "m", "--dry-run", "--ffn-ratio", "0.5,x", code=2).stderr
+    assert told.startswith("error: --ffn-ratio: must be a number") and told.endswith("(got 'x')\n")
+    assert cli("convert", "", "--dry-run", code=2).stderr == "error: model: must not be empty (got '')\n"
+
+
 def test_options_take_the_place_of_the_recipe_and_of_equal_overrides(cli, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("model: m\nbudget:\n  sharing: auto\n")

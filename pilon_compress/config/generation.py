@@ -38,11 +38,11 @@ class GenerateConfig(Section):
 
     @model_validator(mode="after")
     def _samples_or_not(self) -> "GenerateConfig":
-        asked = self.temperature
-        if asked is not None and not (asked == 0 or COLDEST <= asked < math.inf):
-            refuse_field("temperature", f"must be 0 (greedy) or a number from {COLDEST} on", asked)
-        if asked == 0 and self.narrowed:
-            refuse_field("temperature", "0 does not sample, top_k and top_p do: leave out one of them", asked)
+        value = self.temperature
+        if value is not None and not (value == 0 or COLDEST <= value < math.inf):
+            refuse_field("temperature", f"must be 0 (greedy) or a number from {COLDEST} on", value)
+        if value == 0 and self.narrowed:
+            refuse_field("temperature", "0 does not sample, top_k and top_p do: leave out one of them", value)
         return self
 
     @property

@@ -154,8 +154,8 @@ def help_of(flag: Flag, known: list[Flag]) -> str:
     near = flag.path.rpartition(".")[0]
     names = {one.path: one.name for one in reversed(known)}
 
-    def named(found: re.Match[str]) -> str:
-        return names.get(f"{near}.{found[1]}".lstrip("."), names.get(found[1], found[1]))
+    def named(field: re.Match[str]) -> str:
+        return names.get(f"{near}.{field[1]}".lstrip("."), names.get(field[1], field[1]))
 
     words = _CODE.sub(named, " ".join(f"{flag.mark.help or flag.info.description} {flag.mark.tail}".split()))
     if flag.choices and not flag.metavar.startswith("["):

@@ -44,6 +44,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 PLAIN = {
     "^should be": "must be",
     r"^must be a valid (\w+).*": r"must be a \1",
+    r"^\w+ should have at least 1 \w+.*": "must not be empty",
     "a (?=integer)": "an ",
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
@@ -158,29 +159,29 @@ def checked(model: type[_Model], document: Document, overrides: Sequence[str | O
     given = {} if document.data is None else document.data
     if not isinstance(given, Mapping):
         raise BadInput(f"{document.place(1)}: a recipe is a set of fields, as in `model: gpt2`")
-    asked = _settled([Override.parse(one) if isinstance(one, str) else one for one in overrides])
-    data = _overridden(given, asked)
+    settled = _settled([Override.parse(one) if isinstance(one, str) else one for one in overrides])
+    data = _overridden(given, settled)
     try:
         return model.model_validate(data)
     except ValidationError as invalid:
         errors = invalid.errors(include_url=False, include_context=False)
-        told = [(*_place(error, document, data, asked), error) for error in errors]
-        _, where, first = min(told, key=lambda entry: entry[0])
-        more = f" (+{len(told) - 1} more)" if len(told) > 1 else ""
+        placed = [(*_place(error, document, data, settled), error) for error in errors]
+        _, where, first = min(placed, key=lambda entry: entry[0])
+        more = f" (+{len(placed) - 1} more)" if len(placed) > 1 else ""
         message = _explain(first, model)
         if first["type"] == "conflict":
-            names = {one.field: one.option for one in asked if not one.generic and not one.beside}
+            names = {one.field: one.option for one in settled if not one.generic and not one.beside}
             if where.startswith("--") and not where.startswith("--set "):
                 names = {flag.path: flag.name for flag in flags(model)} | names
             message = _by_option(message, names)
         raise BadInput(f"{where}: {message}{more}") from None
 
 
-def _place(error: ErrorDetails, document: Document, data: Any, asked: Sequence[Override]) -> tuple[int, str]:
+def _place(error: ErrorDetails, document: Document, data: Any, overrides: Sequence[Override]) -> tuple[int, str]:
     """Return the line of an error, 0 where an option made it, and what the message begins with."""
     path = _known_part(error["loc"], data)
     field = ".".join(map(str, path))
-    by = next((one for one in asked if _related(one.field.split("."), list(map(str, path)))), None)
+    by = next((one for one in overrides if _related(one.field.split("."), list(map(str, path)))), None)
     if by is None:
         line = document.line(path)
         return line, f"{document.place(line)}: {field}"
@@ -190,7 +191,7 @@ def _place(error: ErrorDetails, document: Document, data: Any, asked: Sequence[O
 
 def _by_option(message: str, names: Mapping[str, str]) -> str:
     """Call the fields of a message by the options that set them: `names`, by dotted field."""
-    return re.sub(r"(?<![\w.-])[a-z_]+(\.[a-z_]+)*", lambda found: names.get(found[0], found[0]), message)
+    return re.sub(r"(?<![\w.-])[a-z_]+(\.[a-z_]+)*", lambda word: names.get(word[0], word[0]), message)
 
 
 def _settled(overrides: Sequence[Override]) -> list[Override]:
@@ -240,7 +241,7 @@ def _known_part(location: tuple[int | str, ...], data: Any) -> list[int | str]:
         if isinstance(data, Mapping):
             path.append(key)
             data = data.get(str(key))
-        elif isinstance(data, list) and isinstance(key, int):
+        elif isinstance(data, list) and isinstance(key, int) and key < len(data):  # text with commas has more parts
             path.append(key)
             data = data[key]
         else:

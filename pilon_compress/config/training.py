@@ -281,14 +281,14 @@ class TrainRecipe(Section):
     @property
     def weight_decay_ends(self) -> float:
         """Share of the steps after which weight decay is off: 1 unless the training is ternary."""
-        asked = [section.weight_decay_ends for section in self.research.sections.values()]
-        return next((end for end in asked if end is not None), WEIGHT_DECAY_ENDS) if self.ternary.enabled else 1.0
+        ends = [section.weight_decay_ends for section in self.research.sections.values()]
+        return next((end for end in ends if end is not None), WEIGHT_DECAY_ENDS) if self.ternary.enabled else 1.0
 
     @property
     def warm(self) -> bool:
         """True if training begins with a dense model."""
-        asked = self.ffn
-        return self.task == "pretrain" and asked.kind == "pilon" and not asked.matrices and asked.dense_until > 0
+        ffn = self.ffn
+        return self.task == "pretrain" and ffn.kind == "pilon" and not ffn.matrices and ffn.dense_until > 0
 
     @model_validator(mode="after")
     def _every_option_counts(self) -> "TrainRecipe":
@@ -305,10 +305,10 @@ class TrainRecipe(Section):
             yield "ffn.dense_until", "needs schedule.tokens, and a schedule.kind that is wsd or constant"
         if self.shrink and (self.task != "heal" or self.shrink != sorted(set(self.shrink), reverse=True)):
             yield "shrink", "is for task heal, and its ratios must fall"
-        asked = self.distill
-        if asked.cache_teacher and asked.hidden:
+        distill = self.distill
+        if distill.cache_teacher and distill.hidden:
             yield "distill.cache_teacher", "keeps predictions only: leave it out, or distill.hidden at 0"
-        if asked.cache_teacher and self.data.streaming:
+        if distill.cache_teacher and self.data.streaming:
             yield "distill.cache_teacher", "needs text that is stored: leave out one of the two, this or data.streaming"
         if self.task == "sft" and self.ternary.enabled:
             yield "ternary.enabled", "is for pretrain and heal: a ternary model is taught chats as it is"
