@@ -53,7 +53,7 @@ def main(words: list[str] | None = None) -> None:
         overrides += [f"schedule.tokens={asked.tokens}", f"run.batch_size={asked.batch_size}", "host.vocab_size=32768"]
 
     from pilon_compress.config import training
-    from pilon_compress.train.monitor import memory_gib
+    from pilon_compress.optimize.monitor import memory_gib
     from pilon_compress.train.pipeline import train_model
 
     started = time.time()

@@ -42,7 +42,7 @@ def train(
         return
     folder = named(output)
 
-    from pilon_compress.train.loop import Stopped
+    from pilon_compress.optimize.loop import Stopped
     from pilon_compress.train.pipeline import train_model
 
     try:

@@ -60,7 +60,7 @@ def cli(command_line: ModuleType) -> Iterator[Any]:
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`with stop_after(steps):` a training in this process is asked to end, as by Ctrl-C, and raises `loop.Stopped`."""
-    from pilon_compress.train import loop
+    from pilon_compress.optimize import loop
 
     @contextmanager
     def stopping(steps: int) -> Iterator[None]:

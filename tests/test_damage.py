@@ -14,8 +14,8 @@ from pilon_compress.errors import BadInput
 from pilon_compress.io.journal import Journal
 from pilon_compress.models import provenance
 from pilon_compress.nn.layout import BankSpec, KeptSpec, Layout, ProjectionSpec
+from pilon_compress.optimize.checkpoints import Checkpoints
 from pilon_compress.parallel import World
-from pilon_compress.train.checkpoints import Checkpoints
 
 VALUES = ({}, [], None, -1, 0, 3, "x", 1e9, True, 10**12, [1, 2, 3])
 LAYOUT = Layout(
@@ -137,7 +137,7 @@ def test_a_damaged_token_file_is_made_again_with_a_line(tiny, tmp_path, said):
 @pytest.mark.parametrize("name", ["state.json", "manifest.json", "shard"])
 def test_a_damaged_checkpoint_is_refused_and_says_what_to_delete(tmp_path, name):
     checkpoints = Checkpoints(tmp_path, World(0, 1, torch.device("cpu")))
-    plain = {"tokens": 1, "seconds": 1.0, "best": None, "before": None}
+    plain = {"tokens": 1, "seconds": 1.0, "halvings": 0, "restarted": 0.0, "mean": None, "best": None, "before": None}
     for step in (1, 2):
         checkpoints.save(step, {"model.a": torch.arange(4.0)}, plain)
     assert checkpoints.plain(2)["tokens"] == 1

@@ -19,7 +19,7 @@ from pilon_compress.nn.fold import fold
 from pilon_compress.nn.init import initialise
 from pilon_compress.nn.layout import Layout, install, layout_of, projections
 from pilon_compress.nn.size import model_size
-from pilon_compress.train.optim import group_parameters
+from pilon_compress.optimize.optimizers import group_parameters
 
 IDS = torch.arange(5, 25).reshape(2, 10)
 

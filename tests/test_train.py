@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pilon_compress.config import training
 from pilon_compress.errors import BadInput
-from pilon_compress.train.monitor import read_metrics
+from pilon_compress.optimize.monitor import read_metrics
 from pilon_compress.train.pipeline import plan, train_model
 
 SHORT = ("schedule.tokens=24576", "run.checkpoint_every=0.01", "device=cpu")  # 24 steps

@@ -93,7 +93,7 @@ def test_padding_changes_nothing_and_texts_count_alike(home, tiny):
     picked = [int(sizes[0]), int(sizes[-1])]
     batch = rows.batch(picked)
     assert batch.input_ids.shape[1] == rows.sizes[picked[1]] and batch.attention_mask[0].sum() == rows.sizes[picked[0]]
-    trainee = FollowingEmbeddings(student, variances=teacher.variances(batch)).eval()
+    trainee = FollowingEmbeddings(student, teacher.variance(batch)).eval()
     terms = torch.ones(4)
 
     def loss(indices):

@@ -1,6 +1,7 @@
 """Healing: what conversion lost comes back, it is never worse than before, and stopping changes nothing."""
 
 import json
+import math
 import pydoc_data.topics
 
 import pytest
@@ -9,16 +10,17 @@ import torch
 from pilon_compress.config import conversion
 from pilon_compress.config import training as recipes
 from pilon_compress.convert.pipeline import convert
-from pilon_compress.data.batch import Batch
-from pilon_compress.distill.students import Following, mismatch
-from pilon_compress.distill.teacher import Teacher
+from pilon_compress.distill.recovery import Recovery
+from pilon_compress.distill.students import mismatch
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate.evaluate import evaluate
 from pilon_compress.export.run import export
 from pilon_compress.models import checkpoint
 from pilon_compress.models.provenance import lineage
+from pilon_compress.optimize.monitor import read_metrics
 from pilon_compress.train.pipeline import plan, train_model
 
+NOTHING = torch.full((4,), math.nan)  # weights of the terms
 LENGTH = 64
 
 
@@ -117,23 +119,37 @@ def test_stopped_and_resumed_is_the_same_as_never_stopped(home, tmp_path, stop_a
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_hidden_states_pull_a_student_to_its_teacher_and_a_perfect_one_is_at_rest(home):
-    teacher = Teacher(checkpoint.load_model(str(home / "dense")), hidden=True)
-    student = checkpoint.load_model(str(home / "pilon"))
-    student.config.use_cache = False
-    ids = torch.randint(5, 290, (6, LENGTH), generator=torch.Generator().manual_seed(0))
-    batch = Batch(ids, labels=ids.roll(-1, 1))
-    trainee, states_alone = Following(student, variances=teacher.variances(batch)), torch.tensor([0.0, 0, 1, 0])
-    wanted, losses = teacher.wanted(batch), []
-    optimizer = torch.optim.Adam(student.parameters(), 1e-3)
-    for _ in range(10):
-        optimizer.zero_grad()
-        losses.append(trainee(batch.inputs(), batch.labels, wanted, states_alone))
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < 0.8 * losses[0]
-    perfect = Following(teacher.model, variances=teacher.variances(batch))
-    assert perfect(batch.inputs(), batch.labels, wanted, states_alone) == 0
+def test_a_loss_that_is_nan_goes_back_to_the_best_weights_and_resumes_as_ever(home, tmp_path, stop_after, monkeypatch):
+    """At step 7 of 12: what was learnt by the evaluation at step 4 stays, before and after a kill alike."""
+    plain = Recovery.prepared
+
+    def prepared(self, batch):
+        inputs, labels, wanted, terms = plain(self, batch)
+        return inputs, labels, wanted, terms * (math.nan if self.share == 6 / 12 else 1)
+
+    monkeypatch.setattr(Recovery, "prepared", prepared)
+    asked = healing(home, 12, **{"run.evaluate_every": 4})
+    whole = train_model(asked, tmp_path / "whole", quiet=True)
+    assert whole["val_perplexity"] < whole["before"]
+    for stopped in (5, 9):
+        out = tmp_path / f"parts{stopped}"
+        with stop_after(stopped):
+            train_model(asked, out, quiet=True)
+        assert train_model(asked, out, resume=True, quiet=True)["val_perplexity"] == whole["val_perplexity"]
+        ours, theirs = weights(out), weights(tmp_path / "whole")
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    rates = [line["rate"] for line in read_metrics(tmp_path / "whole") if "rate" in line]
+    assert rates[-1] < 0.5 and all(math.isfinite(rate) for rate in rates)
+
+
+def test_without_the_best_weights_a_loss_that_is_nan_ends_the_run(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Recovery, "prepared", lambda self, batch: (batch.inputs(), batch.labels, self.teacher.wanted(batch), NOTHING)
+    )
+    with pytest.raises(BadInput, match="the loss is nan at step 1: lower optimizer.learning_rate; there is no check"):
+        train_model(healing(home, 5, **{"distill.keep_best": False}), tmp_path / "out", quiet=True)
+    with pytest.raises(BadInput, match="the loss is nan at step 4: .*, after 3 restarts from the best weights; there"):
+        train_model(healing(home, 5), tmp_path / "out", overwrite=True, quiet=True)
 
 
 def test_the_mismatch_of_states_is_a_mean_over_layers_and_a_sum_over_tokens():

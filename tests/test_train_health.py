@@ -8,10 +8,10 @@ import torch
 from pilon_compress.config import training
 from pilon_compress.models import base_architectures
 from pilon_compress.nn.layout import banks, projections
+from pilon_compress.optimize.optimizers import learning, make_optimizers
 from pilon_compress.research.original.moving_linear import settle, staged
 from pilon_compress.research.original.selection import Choosing, stage
 from pilon_compress.train.bank_health import Health
-from pilon_compress.train.optim import learning, make_optimizers
 
 IDS = torch.arange(24).reshape(2, 12) % 40
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}

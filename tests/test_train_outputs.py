@@ -5,8 +5,8 @@ import torch
 
 from pilon_compress.config import training as recipes
 from pilon_compress.errors import BadInput
+from pilon_compress.optimize.monitor import read_metrics
 from pilon_compress.parallel import World
-from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.run import Run, claim, drop, held, settle
 
 

@@ -15,8 +15,8 @@ from pilon_compress.models import base_architectures, checkpoint
 from pilon_compress.models.families import find_sites
 from pilon_compress.nn.layout import install, layout_of, projections
 from pilon_compress.nn.size import ffn_size
-from pilon_compress.train import schedule
-from pilon_compress.train.optim import GROUPS, Muon, group_parameters, make_optimizers, orthogonalised, restrict
+from pilon_compress.optimize import schedule
+from pilon_compress.optimize.optimizers import GROUPS, Muon, group_parameters, make_optimizers, orthogonalised, restrict
 
 SMALL = Host(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, vocab_size=64)
 
@@ -170,10 +170,10 @@ def test_loss_in_parts_is_the_loss(monkeypatch):
     head = torch.nn.Linear(8, 50, bias=False)
     hidden, labels = torch.randn(30, 8, requires_grad=True), torch.randint(0, 50, (30,))
     labels[::7] = -100
-    whole = next_token_sum(head, hidden, labels, None)
+    whole = next_token_sum(head, hidden, labels)
     (gradient,) = torch.autograd.grad(whole, hidden)
     monkeypatch.setattr("pilon_compress.nn.functional.LOGITS", 200)
-    parts = next_token_sum(head, hidden, labels, None)
+    parts = next_token_sum(head, hidden, labels)
     assert torch.allclose(whole, parts) and torch.allclose(gradient, torch.autograd.grad(parts, hidden)[0], atol=1e-6)
     expected = -head(hidden).double().log_softmax(-1)[torch.arange(30), labels.clamp_min(0)][labels >= 0].sum()
     assert math.isclose(whole.item(), expected.item(), rel_tol=1e-5)

@@ -12,12 +12,12 @@ from pilon_compress.models import base_architectures
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.fold import prune_unused
 from pilon_compress.nn.layout import banks, layout_of, projections
+from pilon_compress.optimize.monitor import read_metrics
+from pilon_compress.optimize.optimizers import group_parameters, make_optimizers
 from pilon_compress.research.original.moving_linear import settle, staged
 from pilon_compress.research.original.selection import Choosing, stage
 from pilon_compress.train.finish import plain_state
 from pilon_compress.train.freeze_unused import UnusedStay
-from pilon_compress.train.monitor import read_metrics
-from pilon_compress.train.optim import group_parameters, make_optimizers
 from pilon_compress.train.pipeline import train_model
 
 STEPS = 20

@@ -7,12 +7,12 @@ from pilon_compress.config import training
 from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures
 from pilon_compress.nn.layout import banks, projections
+from pilon_compress.optimize.callbacks import extensions
+from pilon_compress.optimize.optimizers import make_optimizers
 from pilon_compress.research.original.moving_linear import settle, staged
 from pilon_compress.research.original.rates import entropy, similarity, use_of
 from pilon_compress.research.original.selection import ramp
-from pilon_compress.train.callbacks import extensions
 from pilon_compress.train.freeze_unused import UnusedStay
-from pilon_compress.train.optim import make_optimizers
 from pilon_compress.train.pipeline import callbacks_for
 
 STEPS = 20

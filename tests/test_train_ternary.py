@@ -17,9 +17,9 @@ from pilon_compress.models import base_architectures
 from pilon_compress.nn.additions import added
 from pilon_compress.nn.layout import banks, kept_matrices, layout_of, projections
 from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
-from pilon_compress.train.callbacks import extensions
-from pilon_compress.train.monitor import read_metrics
-from pilon_compress.train.optim import group_parameters, make_optimizers
+from pilon_compress.optimize.callbacks import extensions
+from pilon_compress.optimize.monitor import read_metrics
+from pilon_compress.optimize.optimizers import group_parameters, make_optimizers
 from pilon_compress.train.pipeline import callbacks_for, plan, train_model
 from pilon_compress.train.preflight import layout_asked
 from pilon_compress.train.ternary.schedule import Rounding

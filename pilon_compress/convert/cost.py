@@ -67,7 +67,7 @@ def stages(job: Job) -> list[tuple[str, float]]:
         fits += ANCHOR * PASS * tokens * body + GRAM * tokens * squares
     found.append(("converting layers", fits))
     if steps := job.recipe.refine.steps:
-        step = 2 * BACK * (body + head) * calibration.batch_size * calibration.sequence_length
+        step = (BACK + PASS) * (body + head) * calibration.batch_size * tokens / calibration.samples
         found.append(("refining", step * steps))
     if job.recipe.evaluation.data != "none":
         scored = PASS * (EVALUATED if job.causal else ENCODED) * (body + head)

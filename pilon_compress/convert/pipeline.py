@@ -219,8 +219,7 @@ def improve(
     asked = settings.refine
     if not asked.steps:
         return None
-    found = refine(model, dense, lessons, steps=asked.steps, minutes=asked.minutes, seed=settings.seed)
-    return Refinement.model_validate(found.to_dict())
+    return refine(model, dense, lessons, steps=asked.steps, minutes=asked.minutes, seed=settings.seed)
 
 
 def fingerprint(job: Job, batches: list[Batch], source: Source) -> str:

@@ -69,6 +69,15 @@ class Batch:
         """Return the rows of `span`."""
         return self._mapped(lambda tensor: tensor[span])
 
+    def labelled(self, causal: bool) -> "Batch":
+        """The same with labels: the tokens that follow within each row, or, not `causal`, every row as a text."""
+        if not causal:
+            texts = torch.zeros(len(self.input_ids), dtype=torch.int64, device=self.input_ids.device)
+            return replace(self, attention_mask=self.mask.long(), labels=texts)
+        labels = torch.full_like(self.input_ids, IGNORED)
+        labels[:, :-1] = self.input_ids[:, 1:].masked_fill(~self.mask[:, 1:], IGNORED)
+        return replace(self, labels=labels)
+
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         def mapped(value: Any) -> Any:
             if isinstance(value, dict):

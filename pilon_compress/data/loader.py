@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -59,6 +60,31 @@ class Loader:
     def epoch(self, step: int) -> float:
         """Return the number of passes over the rows before `step`."""
         return step * self.batch_size / len(self.dataset)
+
+
+class Shuffled:
+    """Batches that are made already, one per step: in epochs without end, each in an order that depends on `seed`.
+
+    The rows of a step are dealt out over `micro_batches`, for one process. A micro batch is the same object in every
+    epoch.
+    """
+
+    def __init__(self, batches: Sequence[Batch], seed: int, micro_batches: int = 1) -> None:
+        self.seed, self.parts = seed, [_parts(batch, micro_batches) for batch in batches]
+
+    def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> Batch:
+        assert world == 1, "batches that are made already are for one process"
+        epoch, place = divmod(step, len(self.parts))
+        (index,) = permuted(np.array([place]), len(self.parts), self.seed, epoch)
+        return self.parts[int(index)][micro]
+
+
+def _parts(batch: Batch, count: int) -> list[Batch]:
+    """The rows of a batch in `count` shares; a share of nothing is a row that is not scored."""
+    edges = [len(batch.input_ids) * edge // count for edge in range(count + 1)]
+    if count == 1:
+        return [batch]
+    return [batch.rows(slice(a, b)) if a < b else batch.rows(slice(1)).unscored() for a, b in pairwise(edges)]
 
 
 def in_order(dataset: Dataset, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:

@@ -1,8 +1,8 @@
-"""Trainees that follow a teacher. Its outputs come in as tensors, and so do the weights of the terms, which change
+"""Students that follow a teacher. Its outputs come in as tensors, and so do the weights of the terms, which change
 while training: one module and one graph for DDP, FSDP and `torch.compile`.
 
-wanted (what `teacher.Teacher` gives)
-  goal      causal LMs: its predictions, see `divergence.Goal`
+wanted (see `teacher.Teacher.wanted`)
+  goal      causal LMs: its predictions, see `kl.Goal`
   pooled    encoders: its embeddings (B, d)
   hidden    states behind every block, (B, T, d) each
 """
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from pilon_compress.data.batch import IGNORED
 from pilon_compress.distill.kl import divergences
 from pilon_compress.distill.losses import next_token_sum
+from pilon_compress.models.head import Head
 from pilon_compress.nn.functional import mean_pooled
 
 TERMS = ("kl", "next_token", "hidden", "pooled")
@@ -25,23 +26,23 @@ Wanted = dict[str, Any]
 
 
 class _Follower(nn.Module):
-    """A student. `variances` (layers,): of the teacher's states, where they are matched."""
+    """A student. `variance` (layers,): of the teacher's hidden states, where they are matched."""
 
-    def __init__(self, model: PreTrainedModel, variances: Tensor | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, variance: Tensor | None) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("variances", variances, persistent=False)
+        self.register_buffer("variance", variance, persistent=False)
 
     def _run(self, inputs: dict[str, Any], wanted: Wanted) -> Any:
-        """Run the base model, with hidden states if they are wanted."""
+        """The base model's output, with hidden states if they are wanted."""
         options = {"output_hidden_states": True} if "hidden" in wanted else {}
         return self.model.base_model(**inputs, **options)
 
-    def _matched(self, found: Any, wanted: Wanted, weight: Tensor, tokens: Tensor) -> Tensor | float:
-        """What the states add to the loss, with `weight`; `tokens` (B, T): how much each token counts."""
+    def _matched(self, found: Any, wanted: Wanted, terms: Tensor, weights: Tensor) -> Tensor | float:
+        """What the states add to the loss; `weights` (B, T): how much each token counts."""
         if "hidden" not in wanted:
             return 0.0
-        return weight * mismatch(found.hidden_states[1:], wanted["hidden"], self.get_buffer("variances"), tokens)
+        return terms[2] * mismatch(found.hidden_states[1:], wanted["hidden"], self.get_buffer("variance"), weights)
 
 
 class Following(_Follower):
@@ -52,45 +53,36 @@ class Following(_Follower):
         model: PreTrainedModel,
         temperature: float = 1.0,
         next_token: bool = False,
-        variances: Tensor | None = None,
+        variance: Tensor | None = None,
     ) -> None:
-        super().__init__(model, variances)
-        self.temperature, self.next_token = temperature, next_token
+        super().__init__(model, variance)
+        self.temperature, self.next_token, self.head = temperature, next_token, Head(model)
 
     def forward(
         self, inputs: dict[str, Any], labels: Tensor, wanted: Wanted | None = None, terms: Tensor | None = None
     ) -> Tensor:
         """`labels` (B, T) int64, `terms` (4,) float32, see TERMS. Without `wanted`: cross-entropy of the text."""
-        head = self.model.get_output_embeddings()
-        assert isinstance(head, nn.Linear)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
         if wanted is None:
             hidden = self.model.base_model(**inputs).last_hidden_state
-            return next_token_sum(head, hidden.flatten(0, 1), labels.flatten(), cap)
+            return next_token_sum(self.head, hidden.flatten(0, 1), labels.flatten())
         assert terms is not None
-        scored = (labels != IGNORED).float()
         found = self._run(inputs, wanted)
         hidden, goal = found.last_hidden_state.flatten(0, 1), wanted["goal"]
-        sums = divergences(head, hidden, labels.flatten(), goal, self.temperature, cap, self.next_token)
-        return (terms[:2] * sums).sum() + self._matched(found, wanted, terms[2], scored)
+        sums = divergences(self.head, hidden, labels.flatten(), goal, self.temperature, self.next_token)
+        return (terms[:2] * sums).sum() + self._matched(found, wanted, terms, (labels != IGNORED).float())
 
 
 class FollowingEmbeddings(_Follower):
     """An encoder that follows its teacher's embeddings of texts: the loss is a sum over texts."""
 
-    def forward(
-        self, inputs: dict[str, Any], labels: Tensor, wanted: Wanted | None = None, terms: Tensor | None = None
-    ) -> Tensor:
-        """`labels` (B,) int64: texts of label -100 do not count. Without `terms`: the sum of 1 - cosine alone."""
-        assert wanted is not None
+    def forward(self, inputs: dict[str, Any], labels: Tensor, wanted: Wanted, terms: Tensor) -> Tensor:
+        """`labels` (B,) int64: texts of label -100 do not count. `terms` (4,) float32, see TERMS."""
         mask, counts = inputs["attention_mask"].float(), (labels != IGNORED).float()
         weights = mask / mask.sum(1, keepdim=True).clamp_min(1) * counts[:, None]
-        found = self._run(inputs, wanted if terms is not None else {})
+        found = self._run(inputs, wanted)
         ours = normalize(mean_pooled(found.last_hidden_state.float(), mask), dim=1)
         apart = ((1 - (ours * normalize(wanted["pooled"].float(), dim=1)).sum(1)) * counts).sum()
-        if terms is None:
-            return apart
-        return terms[3] * apart + self._matched(found, wanted, terms[2], weights)
+        return terms[3] * apart + self._matched(found, wanted, terms, weights)
 
 
 def mismatch(ours: Sequence[Tensor], theirs: Sequence[Tensor], variances: Tensor, weights: Tensor) -> Tensor:

@@ -3,30 +3,34 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pilon_compress.data.batch import Batch
-from pilon_compress.distill.kl import COPIES, Goal, largest
+from pilon_compress.distill.kl import CONSTANT, COPIES, Goal, largest
 from pilon_compress.distill.losses import next_token_sum
 from pilon_compress.distill.students import Wanted
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.blocks import blocks
-from pilon_compress.nn.functional import mean_pooled, rows_at_once, soft_capped
+from pilon_compress.models.head import Head
+from pilon_compress.nn.functional import mean_pooled, rows_at_once
+
+SMALLEST = 1e-12  # variance of states that are all alike
 
 
 class Teacher:
-    """`model`, frozen. `hidden`: its states are wanted besides its predictions."""
+    """`model`, frozen. `hidden`: its states are wanted besides its predictions or embeddings."""
 
     def __init__(self, model: PreTrainedModel, hidden: bool = False) -> None:
-        self.model = model.requires_grad_(False).eval()
+        self.model, self.hidden = model.requires_grad_(False).eval(), hidden
         self.model.config.use_cache = False
-        self.causal, self.hidden = checkpoint.is_causal(model.config), hidden
+        self.causal = checkpoint.is_causal(model.config)
+        self.head = Head(model) if self.causal else None
 
     @torch.no_grad()
     def wanted(self, batch: Batch) -> Wanted:
-        """Return what a trainee is given beside `batch`: see `students`."""
+        """Return what a student is given beside `batch`: see `students`."""
         states = {"output_hidden_states": True} if self.hidden else {}
         found = self.model.base_model(**batch.inputs(), **states)
         last = found.last_hidden_state
@@ -40,23 +44,23 @@ class Teacher:
         return wanted
 
     def goal(self, states: Tensor) -> Goal:
-        """Last hidden states (N, d) as predictions."""
-        head = self.model.get_output_embeddings()
-        assert isinstance(head, nn.Linear)
-        goal = {"states": states, "head": head.weight.detach()}
-        return goal if head.bias is None else goal | {"bias": head.bias.detach()}
+        """Return last hidden states (N, d) as predictions."""
+        assert self.head is not None
+        if not self.head.is_plain:
+            return {"logits": self.head(states)}
+        matrix, cap = self.head.matrix, self.head.cap
+        goal = {"states": states, "head": matrix.weight.detach()}
+        if matrix.bias is not None:
+            goal["bias"] = matrix.bias.detach()
+        return goal if cap is None else goal | {"cap": torch.tensor(cap, device=states.device)}
 
     @torch.no_grad()
     def largest(self, batch: Batch, count: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Its `count` largest log-probabilities (B, T, k), their tokens, and the log of the remaining mass (B, T)."""
-        head, cap = self.model.get_output_embeddings(), getattr(self.model.config, "final_logit_softcapping", None)
-        assert isinstance(head, nn.Linear)
+        assert self.head is not None
         states = self.model.base_model(**batch.inputs()).last_hidden_state
-        rows = rows_at_once(head.out_features, COPIES)
-        parts = [
-            largest(soft_capped(head(part).float(), cap), count, temperature)
-            for part in states.flatten(0, 1).split(rows)
-        ]
+        rows = rows_at_once(self.head.out_features, COPIES)
+        parts = [largest(self.head(some), count, temperature) for some in states.flatten(0, 1).split(rows)]
         shape = states.shape[:2]
         values, tokens, rest = (torch.cat([part[i] for part in parts]) for i in range(3))
         return values.view(*shape, -1), tokens.view(*shape, -1), rest.view(shape)
@@ -64,19 +68,40 @@ class Teacher:
     @torch.no_grad()
     def nats(self, batch: Batch) -> float:
         """Cross-entropy of the text, summed over its scored tokens."""
-        head, cap = self.model.get_output_embeddings(), getattr(self.model.config, "final_logit_softcapping", None)
-        assert isinstance(head, nn.Linear)
+        assert self.head is not None
         states = self.model.base_model(**batch.inputs()).last_hidden_state
-        return float(next_token_sum(head, states.flatten(0, 1), batch.targets.flatten(), cap))
+        return float(next_token_sum(self.head, states.flatten(0, 1), batch.targets.flatten()))
 
-    def variances(self, batch: Batch) -> Tensor:
-        """Return (layers,) variances of the hidden states over tokens, means over dimensions."""
-        return torch.stack([_variance(states[batch.mask]) for states in self.wanted(batch)["hidden"]]).clamp_min(1e-12)
+    def variance(self, batch: Batch) -> Tensor:
+        """(layers,): the mean over dimensions of the variance over tokens of the hidden states."""
+        states = self.wanted(batch)["hidden"]
+        found = [one[batch.mask].float().var(0, unbiased=False).mean() for one in states]
+        return torch.stack(found).clamp_min(SMALLEST)
 
 
-def _variance(rows: Tensor) -> Tensor:
-    """Mean over dimensions of the variance over `rows` (N, d)."""
-    return rows.float().var(0, unbiased=False).mean()
+class Remembering(Teacher):
+    """A teacher that keeps what it has given for a batch, up to `limit` bytes, for batches that come again."""
+
+    def __init__(self, model: PreTrainedModel, hidden: bool, limit: int) -> None:
+        super().__init__(model, hidden)
+        self.left, self.known = limit, dict[int, tuple[Tensor, Wanted]]()
+
+    def wanted(self, batch: Batch) -> Wanted:
+        key = id(batch.input_ids)  # which stays alive, and so stays its own, as long as it is known
+        if key in self.known:
+            return self.known[key][1]
+        wanted = super().wanted(batch)
+        size = _bytes(wanted)
+        if size <= self.left:
+            self.left, self.known[key] = self.left - size, (batch.input_ids, wanted)
+        return wanted
+
+
+def _bytes(wanted: Wanted) -> int:
+    """Memory that what a teacher has given takes, the head left out, which is the teacher's own."""
+    goal = [tensor for name, tensor in wanted.get("goal", {}).items() if name not in CONSTANT]
+    pooled = [wanted["pooled"]] if "pooled" in wanted else []
+    return sum(tensor.nbytes for tensor in (*wanted.get("hidden", ()), *goal, *pooled))
 
 
 def fingerprint(reference: str) -> str:
@@ -86,7 +111,7 @@ def fingerprint(reference: str) -> str:
     return "\n".join([str(folder), *(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)])
 
 
-def open_teacher(reference: str, student: PreTrainedModel, device: torch.device, hidden: bool = False) -> Teacher:
+def open_teacher(reference: str, student: PreTrainedModel, device: torch.device, hidden: bool) -> Teacher:
     """The teacher, on `device`, in bfloat16 on GPUs. Raises BadInput for one that the student cannot follow."""
     half = device.type == "cuda"
     model = checkpoint.load_model(reference, dtype=torch.bfloat16 if half else torch.float32, device=str(device))

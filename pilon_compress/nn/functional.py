@@ -16,7 +16,7 @@ def kl_divergence(dense: Tensor, student: Tensor) -> Tensor:
     return (dense.exp() * (dense - student)).sum(-1)
 
 
-def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
+def soft_capped(logits: Tensor, cap: Tensor | float | None) -> Tensor:
     """Return cap · tanh(logits / cap), as Gemma has it; `logits` themselves where `cap` is None."""
     return logits if cap is None else cap * tanh(logits / cap)
 

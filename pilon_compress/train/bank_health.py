@@ -21,7 +21,7 @@ from pilon_compress.nn.layout import banks, projections
 from pilon_compress.nn.sharded import full
 from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
 from pilon_compress.nn.ternary_quantizer import absmean, digits
-from pilon_compress.train.callbacks import Callback
+from pilon_compress.optimize.callbacks import Callback
 
 
 class Health(Callback):

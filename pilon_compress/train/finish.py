@@ -23,11 +23,12 @@ from pilon_compress.models.provenance import lineage
 from pilon_compress.nn.fold import prune_unused
 from pilon_compress.nn.layout import install, layout_of, projections
 from pilon_compress.nn.sharded import full
+from pilon_compress.optimize.loop import validation_loss
+from pilon_compress.optimize.monitor import read_metrics
+from pilon_compress.optimize.training import Training, put
 from pilon_compress.report.card import training_card
 from pilon_compress.report.training_page import write_pages
 from pilon_compress.results.training import TrainResult
-from pilon_compress.train.loop import Training, put, validation_loss
-from pilon_compress.train.monitor import read_metrics
 from pilon_compress.train.preflight import sized
 from pilon_compress.train.run import RESULT, Run
 

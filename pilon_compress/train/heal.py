@@ -4,7 +4,6 @@ Causal LMs learn its predictions, encoders its embeddings; both may learn its st
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pilon_compress.config.training import TrainRecipe
-from pilon_compress.data.batch import Batch
 from pilon_compress.data.corpus import Corpus
 from pilon_compress.data.loader import Dataset, Loader, in_order
-from pilon_compress.distill.students import Following, FollowingEmbeddings, Wanted
+from pilon_compress.distill.recovery import Recovery, hidden_weight, student_of
 from pilon_compress.distill.teacher import Teacher, fingerprint, open_teacher
 from pilon_compress.distill.teacher_cache import Taught, Wish, predictions
 from pilon_compress.errors import BadInput
@@ -29,9 +27,8 @@ from pilon_compress.models import checkpoint
 from pilon_compress.models.forward import embeddings
 from pilon_compress.models.provenance import lineage
 from pilon_compress.models.task import vocabulary
+from pilon_compress.optimize.training import PERPLEXITY, Figure
 from pilon_compress.parallel import World
-from pilon_compress.train import schedule
-from pilon_compress.train.loop import PERPLEXITY, Figure
 
 COSINE = Figure("val_cosine", "validation cosine", lambda apart: 1 - apart)
 JUDGED = "judged.json"
@@ -40,47 +37,19 @@ MEASURED = 8  # validation rows that the variances of the teacher's states are t
 
 @dataclass
 class Healing:
-    """What a run needs beside what every run needs: the trainee, and what it is given with each batch.
+    """What a run needs beside what every run needs: `recovery` gives the student its batches.
 
-    It is a plugin of the loop. `teacher` is None where its predictions are on disk. `of_teacher`: the teacher's own
-    mean loss on the validation text.
+    `teacher` is None where its predictions are on disk. `of_teacher`: the teacher's own mean loss on the validation
+    text.
     """
 
     recipe: TrainRecipe
     world: World
     corpus: Corpus
-    trainee: nn.Module
+    recovery: Recovery
     figure: Figure
     reference: str
-    teacher: Teacher | None
-    weights: tuple[float, ...]
     of_teacher: float
-    share: float = 0.0
-
-    def before(self, step: int, share: float) -> None:
-        self.share = share
-
-    def penalty(self) -> Tensor | None:
-        return None
-
-    def around(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def prepared(self, batch: Batch) -> tuple[Any, ...]:
-        """What the trainee is called with, in training."""
-        kl, next_token, hidden, pooled = self.weights
-        faded = schedule.fade(self.share, self.recipe.distill.match_until)
-        terms = torch.tensor([kl, next_token, hidden * faded, pooled], device=self.world.device)
-        if self.figure is PERPLEXITY and not (kl or hidden * faded):  # the text itself needs no teacher
-            return batch.inputs(), batch.labels
-        return batch.inputs(), batch.labels, self._wanted(batch, faded), terms
-
-    def _wanted(self, batch: Batch, faded: float) -> Wanted:
-        if batch.goal is not None:
-            return {"goal": {name: tensor.flatten(0, 1) for name, tensor in batch.goal.items()}}
-        assert self.teacher is not None
-        wanted = self.teacher.wanted(batch)
-        return wanted if faded else {name: one for name, one in wanted.items() if name != "hidden"}
 
     def judge(self, wrapped: nn.Module) -> tuple[float, int]:
         """(loss, tokens or texts) of this process's share of the validation slice."""
@@ -90,8 +59,7 @@ class Healing:
             if self.figure is PERPLEXITY:
                 loss += float(wrapped(batch.inputs(), batch.labels))
             else:
-                assert self.teacher is not None
-                loss += float(wrapped(batch.inputs(), batch.labels, self.teacher.wanted(batch)))
+                loss += float(wrapped(*self.recovery.judged(batch)))
             scored += batch.scored
         return loss, scored
 
@@ -106,15 +74,15 @@ class Healing:
     @torch.no_grad()
     def neighbours(self) -> dict[str, Any]:
         """neighbors10 on the validation texts, if they are enough: see `evaluate.embeddings.measure`."""
-        assert self.teacher is not None
-        rows, student = self.corpus.validation, self.trainee.get_submodule("model")
+        assert self.recovery.teacher is not None
+        rows, student = self.corpus.validation, self.recovery.student.get_submodule("model")
         if len(rows) <= NEIGHBORS:
             return {}
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
         for batch in in_order(rows, size_of(self.recipe)):
             batch = batch.to(self.world.device)
-            for model, found in ((student, ours), (self.teacher.model, theirs)):
+            for model, found in ((student, ours), (self.recovery.teacher.model, theirs)):
                 found.append(embeddings(model, batch).cpu())
         return {"neighbors10": shared_neighbours(torch.cat(ours), torch.cat(theirs))}
 
@@ -142,13 +110,13 @@ def teacher_of(recipe: TrainRecipe) -> str:
 def open_healing(recipe: TrainRecipe, world: World, model: PreTrainedModel, corpus: Corpus, quiet: bool) -> Healing:
     """Load the teacher, or have its predictions on disk, and make the trainee. Raises BadInput for what cannot be."""
     asked, causal = recipe.distill, checkpoint.is_causal(model.config)
-    hidden = asked.hidden if asked.hidden is not None else 0.0 if causal else 1.0
+    hidden = hidden_weight(asked, causal) > 0
     reference = teacher_of(recipe)
     teacher: Teacher | None = None
 
     def opened() -> Teacher:
         nonlocal teacher
-        teacher = teacher or open_teacher(reference, model, world.device, hidden > 0)
+        teacher = teacher or open_teacher(reference, model, world.device, hidden)
         return teacher
 
     kept: Path | None = None
@@ -156,27 +124,18 @@ def open_healing(recipe: TrainRecipe, world: World, model: PreTrainedModel, corp
         taught, kept = remembered(recipe, world, model, corpus, reference, opened, quiet)
         corpus = replace(corpus, batches=taught)
     of_teacher = judged(corpus.validation, recipe, world, opened, kept) if causal else 0.0
-    variances: Tensor | None = None
-    if hidden:
-        first = corpus.validation.batch(range(min(MEASURED, len(corpus.validation))))
-        variances = opened().variances(first.to(world.device))
-    trainee: nn.Module
-    if causal:
-        trainee = Following(model, asked.temperature, asked.next_token != 0, variances)
-    else:
-        freeze_unused(model)
-        trainee = FollowingEmbeddings(model, variances)
-    if not recipe.run.gradient_checkpointing:
-        trainee.eval()  # no dropout: the teacher has none
+    shown = None if kept is not None else opened()
+    first = corpus.validation.batch(range(min(MEASURED, len(corpus.validation))))
+    student = student_of(model, asked, shown, first.to(world.device))
+    if recipe.run.gradient_checkpointing:
+        student.train()
     return Healing(
         recipe=recipe,
         world=world,
         corpus=corpus,
-        trainee=trainee,
+        recovery=Recovery(student, asked, shown, causal),
         figure=PERPLEXITY if causal else COSINE,
         reference=reference,
-        teacher=None if kept is not None else opened(),
-        weights=(asked.kl, asked.next_token, hidden, asked.pooled),
         of_teacher=of_teacher,
     )
 
@@ -244,13 +203,3 @@ def steps_of(recipe: TrainRecipe, corpus: Corpus) -> int:
     """Optimiser steps. Raises BadInput as `tokens_of`."""
     tokens = tokens_of(recipe, corpus)
     return max(1, int(tokens // (recipe.run.batch_size * (corpus.per_row or recipe.data.sequence_length))))
-
-
-def freeze_unused(model: PreTrainedModel) -> None:
-    """What lies behind an encoder's last hidden states gets no gradient, which DDP would wait for."""
-    inside = {id(p) for p in model.base_model.parameters()}
-    pooler = getattr(model.base_model, "pooler", None)
-    behind = {id(p) for p in pooler.parameters()} if pooler is not None else set()
-    for parameter in model.parameters():
-        if id(parameter) not in inside or id(parameter) in behind:
-            parameter.requires_grad_(False)

@@ -37,18 +37,20 @@ from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.layout import layout_of, projections
 from pilon_compress.nn.size import ffn_size, linear_macs
+from pilon_compress.optimize import schedule
+from pilon_compress.optimize.callbacks import Callback, extensions
+from pilon_compress.optimize.checkpoints import Checkpoints
+from pilon_compress.optimize.loop import train
+from pilon_compress.optimize.monitor import Monitor
+from pilon_compress.optimize.optimizers import make_optimizers, restrict
+from pilon_compress.optimize.training import PERPLEXITY, Training, restore
 from pilon_compress.parallel import join, lone, spread, wrap
 from pilon_compress.results.training import TrainResult
 from pilon_compress.train.bank_health import Health
-from pilon_compress.train.callbacks import Callback, extensions
-from pilon_compress.train.checkpoints import Checkpoints
 from pilon_compress.train.dense_warmup import convert_once, stages
 from pilon_compress.train.finish import finish
 from pilon_compress.train.freeze_unused import UnusedStay
 from pilon_compress.train.heal import Healing, open_healing, steps_of, tokens_of
-from pilon_compress.train.loop import PERPLEXITY, Training, restore, train
-from pilon_compress.train.monitor import Monitor
-from pilon_compress.train.optim import make_optimizers, restrict
 from pilon_compress.train.preflight import check, layout_asked, plan
 from pilon_compress.train.progressive import shrink
 from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, read_result, settle
@@ -106,7 +108,7 @@ def train_run(run: Run, resume: bool, fresh: bool) -> TrainResult | None:
         raise
     settle(run)
     with told as monitor:
-        train(job, monitor)  # type: ignore[arg-type]
+        train(job, monitor)
     return finish(run, job, tokenizer, corpus)
 
 
@@ -175,7 +177,7 @@ def set_up(run: Run, resume: bool) -> tuple[Training, PreTrainedTokenizerBase, C
     prompt = recipe.run.sample
     if prompt is not None and world.size == 1 and model.can_generate():
         job.sample = lambda: prompt + generate.continued(model, tokenizer, prompt, SAMPLE)
-    if resume and job.checkpoints.steps():
+    if resume and job.checkpoints is not None and job.checkpoints.steps():
         restore(job, job.checkpoints.steps()[-1])
     return job, tokenizer, corpus
 
@@ -280,14 +282,17 @@ def assemble(
     """Trainee, wrappers, optimisers and schedules."""
     recipe, world = run.recipe, run.world
     half = recipe.run.autocast == "bfloat16" or (recipe.run.autocast == "auto" and world.device.type == "cuda")
-    trainee: nn.Module = healing.trainee if healing else NextToken(model)
+    trainee: nn.Module = healing.recovery.student if healing else NextToken(model)
     layers = list(blocks(model).values())
     wrapped = wrap(trainee, layers, world, recipe.run.parallel, half)
     compiled: Callable[..., Any] = torch.compile(wrapped, dynamic=False) if recipe.run.compile else wrapped
     health = Health(model)
     optimizers, steps = make_optimizers(trainee, recipe.optimizer), steps_of(recipe, corpus)
     return Training(
-        recipe=recipe,
+        recipe=recipe.model_dump(mode="json"),
+        how=recipe.run,
+        rate=lambda share: schedule.rate(recipe.schedule, share),
+        clip=recipe.optimizer.clip,
         world=world,
         trainee=trainee,
         run=compiled,
@@ -297,10 +302,11 @@ def assemble(
         steps=steps,
         validate=lambda: healing.judge(wrapped) if healing else judge(wrapped, corpus, run),
         checkpoints=Checkpoints(run.output, world, recipe.run.keep),
-        prepare=healing.prepared if healing else prepared,
-        callbacks=[*([healing] if healing else []), *callbacks_for(recipe, model, optimizers, steps), health],
+        prepare=healing.recovery.prepared if healing else prepared,
+        callbacks=[*([healing.recovery] if healing else []), *callbacks_for(recipe, model, optimizers, steps), health],
         figure=healing.figure if healing else PERPLEXITY,
         told=healing.told if healing else None,
+        judge_first=healing is not None,
         keep_best=healing is not None and recipe.distill.keep_best,
         health=health,
         micro_batches=micro_batches,

@@ -13,11 +13,11 @@ from pilon_compress.models.families import find_sites
 from pilon_compress.models.limits import longest_input
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import ffn_size, model_size
+from pilon_compress.optimize.callbacks import extensions
+from pilon_compress.optimize.trackers import check_trackers
 from pilon_compress.results.sizes import Ratios
 from pilon_compress.results.training import PlannedTraining
-from pilon_compress.train.callbacks import extensions
 from pilon_compress.train.heal import teacher_of
-from pilon_compress.train.trackers import check_trackers
 
 
 def check(recipe: TrainRecipe) -> None:

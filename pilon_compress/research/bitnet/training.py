@@ -11,9 +11,9 @@ from pilon_compress.models.families import Site
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
 from pilon_compress.nn.ternary_quantizer import rounded
+from pilon_compress.optimize import callbacks
+from pilon_compress.optimize.callbacks import Callback
 from pilon_compress.research.bitnet.settings import Settings
-from pilon_compress.train import callbacks
-from pilon_compress.train.callbacks import Callback
 
 
 class GradualRounding(nn.Module):

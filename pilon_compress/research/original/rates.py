@@ -17,9 +17,9 @@ from pilon_compress.errors import BadInput
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.layout import banks, projections
 from pilon_compress.nn.sharded import full
+from pilon_compress.optimize.callbacks import Callback
 from pilon_compress.research.original.moving_linear import StagedLinear
 from pilon_compress.research.original.settings import Staged
-from pilon_compress.train.callbacks import Callback
 
 
 class Stages(Callback):

@@ -19,10 +19,10 @@ from pilon_compress.errors import BadInput
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.layout import projections
+from pilon_compress.optimize.callbacks import Callback
+from pilon_compress.optimize.schedule import fade
 from pilon_compress.research.original.moving_linear import StagedLinear, staged
 from pilon_compress.research.original.settings import Settings, Staged
-from pilon_compress.train.callbacks import Callback
-from pilon_compress.train.schedule import fade
 
 
 def stage(model: Any, settings: Settings, seed: int) -> None:

@@ -7,12 +7,12 @@ from transformers import PreTrainedModel
 
 from pilon_compress.models.families import Site
 from pilon_compress.nn.layout import Layout
+from pilon_compress.optimize import callbacks
+from pilon_compress.optimize.callbacks import Callback
 from pilon_compress.research.original.moving_linear import staged
 from pilon_compress.research.original.rates import Stages
 from pilon_compress.research.original.selection import Choosing, stage
 from pilon_compress.research.original.settings import Settings, Staged
-from pilon_compress.train import callbacks
-from pilon_compress.train.callbacks import Callback
 
 
 class Extension(callbacks.Extension):

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from pilon_compress.config.training import Schedule, TrainRecipe
 from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
-from pilon_compress.train.callbacks import Callback
+from pilon_compress.optimize.callbacks import Callback
 from pilon_compress.train.heal import teacher_of
 
 

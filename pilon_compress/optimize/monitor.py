@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pilon_compress.io.disk import write_atomic
 from pilon_compress.io.progress import open_console, say
-from pilon_compress.train.trackers import open_tracker
+from pilon_compress.optimize.trackers import open_tracker
 
 METRICS = "metrics.jsonl"
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}

@@ -35,7 +35,9 @@ from pilon_compress.io.errors import UNREADABLE, first_line
 from pilon_compress.parallel import World
 
 STATE = "state.json"
-FORMAT = 1
+FORMAT = 2
+NUMBERS = ("tokens", "seconds", "halvings", "restarted")  # of a checkpoint's plain data
+PERHAPS = ("mean", "best", "before")  # numbers, or None
 
 
 class Checkpoints:
@@ -117,8 +119,8 @@ class Checkpoints:
         found = manifest.read_ours(path)
         if found.get("format") != FORMAT:
             raise BadInput(f"{path} is in format {found.get('format')}, not the {FORMAT} read here")
-        for name in ("tokens", "seconds", "best", "before"):
-            numbers = (int, float) if name in ("tokens", "seconds") else (int, float, type(None))
+        for name in (*NUMBERS, *PERHAPS):
+            numbers = (int, float) if name in NUMBERS else (int, float, type(None))
             if not isinstance(found.get(name), numbers) or isinstance(found.get(name), bool):
                 self._refuse(step, f"{path} has no number `{name}`")
         return found
