@@ -143,7 +143,7 @@ def test_a_truncated_checkpoint_is_named_in_one_line(tmp_path):
     quick(tmp_path)
     file = next((tmp_path / "out/checkpoints").glob("step-*/*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(BadInput, match="shard-.* bytes, manifest.json says") as caught:
+    with pytest.raises(BadInput, match="shard-.* bytes, but manifest.json says") as caught:
         quick(tmp_path, resume=True)
     assert "\n" not in str(caught.value)
 
