@@ -6,6 +6,7 @@ import pytest
 
 from pilon_compress.config import conversion, training
 from pilon_compress.config.ratio import parse_ratio
+from pilon_compress.config.reading import Override
 from pilon_compress.convert.prepare import prepare
 from pilon_compress.errors import BadInput
 
@@ -134,6 +135,16 @@ def test_options_take_the_place_of_the_recipe_and_of_equal_overrides(cli, tmp_pa
     path.write_text("model: m\nbudget:\n  sharing: auto\n")
     told = cli("convert", "--recipe", path, "--rank", "4", "--set", "budget.rank=4", "--dry-run", code=2).stderr
     assert told.startswith(f"error: {path}:3: budget.sharing: has no effect with --rank, which fixes")
+
+
+def test_an_option_wins_over_the_recipe_and_may_repeat_a_set():
+    option = Override("budget.ffn_ratio", "25%", "--ffn-ratio")
+    assert conversion.load("quickstart").budget.ratio == 0.5
+    assert conversion.load("quickstart", [option]).budget.ratio == 0.25
+    seed = Override("seed", 7, "--seed")
+    assert conversion.load("quickstart", [seed, "seed=7"]).seed == 7
+    with pytest.raises(BadInput, match="--seed and --set seed disagree"):
+        conversion.load("quickstart", [seed, "seed=7", "seed=8"])
 
 
 # --- what only the model can tell
