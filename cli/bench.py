@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pilon_compress.config.benchmark import BenchConfig
+from pilon_compress.config.benchmark import BenchCommand
 
 from .options import configured
 from .output import print_json, print_table, say
@@ -13,8 +13,8 @@ from .parameters import Json
 Plot = Annotated[str | None, typer.Option(metavar="FILE", help="SVG file to draw the speedups into. Default: none.")]
 
 
-@configured(BenchConfig)
-def bench(settings: BenchConfig, plot: Plot = None, as_json: Json = False) -> None:
+@configured(BenchCommand)
+def bench(settings: BenchCommand, plot: Plot = None, as_json: Json = False) -> None:
     """Time dense, int8, ternary and PILON variants in turns in one process: ratios with their spread.
 
     pilon-compress bench --ffn 768x3072 --active-rank 192 --batch 1 --threads 1

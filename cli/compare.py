@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pilon_compress.config.comparison import CompareConfig
+from pilon_compress.config.comparison import CompareCommand
 from pilon_compress.config.option import RUNNING
 
 from .options import configured
@@ -21,9 +21,9 @@ def print_methods(wanted: bool) -> None:
         raise typer.Exit
 
 
-@configured(CompareConfig)
+@configured(CompareCommand)
 def compare(
-    settings: CompareConfig,
+    settings: CompareCommand,
     output: Output = None,
     overwrite: Overwrite = False,
     list_methods: Annotated[

@@ -1,14 +1,14 @@
 """`pilon-compress eval`: the quality of a model, against the dense one that it came from."""
 
-from pilon_compress.config.evaluation import EvaluateConfig
+from pilon_compress.config.evaluation import EvaluateCommand
 
 from .options import configured
 from .output import print_json, print_table, say, wait_passively
 from .parameters import Json
 
 
-@configured(EvaluateConfig)
-def evaluate(settings: EvaluateConfig, as_json: Json = False) -> None:
+@configured(EvaluateCommand)
+def evaluate(settings: EvaluateCommand, as_json: Json = False) -> None:
     """Evaluate a model: perplexity, KL and agreement for causal LMs, embedding fidelity for encoders.
 
     pilon-compress eval out/gpt2-half --against gpt2 --data stdlib

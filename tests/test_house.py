@@ -4,7 +4,6 @@ Read from the source files, imports inside functions and under TYPE_CHECKING inc
 """
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,27 +196,3 @@ def test_an_upward_import_is_named(name, line, message):
 
 def test_a_circle_is_named():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b imports c imports b"]
-
-
-PICTURE = ROOT / "docs" / "architecture.md"
-
-
-def test_the_picture_shows_every_room_on_its_floor():
-    """Arrows of docs/architecture.md lead from each floor to the next, and name the rooms that there are."""
-    lines = re.findall(r"^    (\w.*?) --> (.*)$", PICTURE.read_text(), re.MULTILINE)
-    sides = [[re.findall(r"(?:^|& )(\w+)", re.sub(r"\[.*?\]", "", side)) for side in line] for line in lines]
-    shown = {name for pair in sides for names in pair for name in names}
-    assert shown == {name for floor in FLOORS for name in floor if name != "__init__"}
-    for above, below in sides:
-        for upper in above:
-            assert all(FLOOR[lower] > FLOOR[upper] for lower in below), (upper, below)
-
-
-def test_the_walk_leads_through_code_that_is_there():
-    """Each stop of the number in docs/architecture.md is a function or a class of the file that is named."""
-    stops = re.findall(r"^\| [a-z]* ?\| `([\w/]+\.py)` `(\w+)(?:\.\w+)?` \|", PICTURE.read_text(), re.MULTILINE)
-    assert len(stops) >= 8
-    for file, name in stops:
-        path = ROOT / file if file.startswith("cli/") else ROOT / "pilon_compress" / file
-        defined = {node.name for node in ast.parse(path.read_text()).body if hasattr(node, "name")}
-        assert name in defined, f"{file} has no {name}"

@@ -11,7 +11,7 @@ from pilon_compress.bench.block import chosen, circumstances, set_threads
 from pilon_compress.bench.block_variants import BASELINE, NotHere
 from pilon_compress.bench.model_variants import VARIANTS
 from pilon_compress.bench.timing import interleaved
-from pilon_compress.config.benchmark import BenchConfig
+from pilon_compress.config.benchmark import BenchCommand
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.limits import longest_input
@@ -21,7 +21,7 @@ from pilon_compress.results.benchmark import Benchmark
 
 
 @torch.inference_mode()
-def bench_model(config: BenchConfig) -> Benchmark:
+def bench_model(config: BenchCommand) -> Benchmark:
     """Time `config.model`, a PILON folder, and its dense form in turns: `prefill`, and `decode` for causal LMs.
 
     `prefill` reads `context` tokens; `decode` adds one to a cache of `context` tokens. Seconds are per call, for all
@@ -30,7 +30,7 @@ def bench_model(config: BenchConfig) -> Benchmark:
     model, context, batch = str(config.model), config.context, config.batch
     target = checkpoint.find_device(config.device)
     names = chosen(config.variants, VARIANTS, BASELINE)
-    pilon = checkpoint.load_model(model, dtype="float32", device=config.device)
+    pilon = checkpoint.load_model(model, dtype="float32", device=config.device, share=True)
     if not hasattr(pilon.base_model, BANKS):
         raise BadInput(
             f"{model} is a dense model: the benchmark takes a PILON folder and times its dense form beside it"

@@ -5,14 +5,14 @@ from typing import Any
 
 from pilon_compress.bench.block import bench_block
 from pilon_compress.bench.model import bench_model
-from pilon_compress.config.benchmark import BenchConfig
+from pilon_compress.config.benchmark import BenchCommand
 from pilon_compress.errors import BadInput
 from pilon_compress.io.output_paths import check_file
 from pilon_compress.report.speedup_plot import speedups
 from pilon_compress.results.benchmark import Benchmark
 
 
-def benchmark(config: BenchConfig, plot: str | Path | None = None) -> Benchmark:
+def benchmark(config: BenchCommand, plot: str | Path | None = None) -> Benchmark:
     """Return the figures of `bench_block` or `bench_model`; draw the speedups into the SVG file `plot`.
 
     Raises BadInput where not exactly one of `config.model` and `config.ffn` is given, and for a file that cannot be

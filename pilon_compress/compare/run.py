@@ -20,7 +20,7 @@ from pilon_compress.compare.baselines.registry import BASELINES
 from pilon_compress.compare.candidate import baseline, dense_size, problem_of
 from pilon_compress.compare.our_methods import OURS
 from pilon_compress.config import conversion
-from pilon_compress.config.comparison import CompareConfig
+from pilon_compress.config.comparison import CompareCommand
 from pilon_compress.convert import pipeline, texts
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.prepare import Job, prepare
@@ -139,19 +139,19 @@ def plan(settings: conversion.Recipe, ratios: Sequence[float], methods: Sequence
     return Asked(base, shown, methods, list(range(settings.seed, settings.seed + seeds)), jobs, work)
 
 
-def planned(config: CompareConfig) -> Asked:
+def planned(config: CompareCommand) -> Asked:
     """Return the comparison that `config` asks for. Raises BadInput as `plan` does."""
-    return plan(config.recipe, config.ffn_ratio, config.methods or default_methods(), config.seeds)
+    return plan(config.recipe(config.model), config.ffn_ratio, config.methods or default_methods(), config.seeds)
 
 
-def dry_run(config: CompareConfig, output: str | Path | None = None, *, overwrite: bool = False) -> PlannedComparison:
+def dry_run(config: CompareCommand, output: str | Path | None = None, *, overwrite: bool = False) -> PlannedComparison:
     """Return what `run` would measure. Raises BadInput, for the output, too, where it is named."""
     if output is not None:
         check_output(output, overwrite, config.model, kind="comparison")
     return planned(config).describe()
 
 
-def run(config: CompareConfig, output: str | Path, *, overwrite: bool = False, command: str = "") -> Comparison:
+def run(config: CompareCommand, output: str | Path, *, overwrite: bool = False, command: str = "") -> Comparison:
     """Plan and measure the comparison that `config` asks for: see `compare`."""
     check_output(output, overwrite, config.model, kind="comparison")
     return compare(planned(config), output, overwrite=overwrite, command=command, device=config.device)
@@ -179,7 +179,9 @@ def _compare(asked: Asked, output: Path, overwrite: bool, command: str, device: 
     drawn = {seed: texts.read_calibration(job.seeded(seed), tokenizer) for seed in asked.seeds}
     where = checkpoint.find_device(device)
     dtype = pipeline.compute_dtype(job, where)
-    bench = Bench(job, checkpoint.load_model(job.recipe.model, dtype=dtype, device=str(where)), tokenizer, exam)
+    bench = Bench(
+        job, checkpoint.load_model(job.recipe.model, dtype=dtype, device=str(where), share=True), tokenizer, exam
+    )
     cells = ResultLog(output, bench.fingerprint())
     dense = _dense(bench, cells)
     measured = [cell for seed, batches in drawn.items() for cell in _measure(asked, seed, batches, bench, cells)]

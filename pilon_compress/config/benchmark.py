@@ -7,17 +7,16 @@ from pydantic import field_validator, model_validator
 
 from pilon_compress.config.conflicts import refuse_field
 from pilon_compress.config.fields import Device
+from pilon_compress.config.flat import Flat
 from pilon_compress.config.option import RUNNING, Argument, Option
-from pilon_compress.config.reading import Positive, Section, Switch, Text
+from pilon_compress.config.reading import Positive, Switch, Text
 
 BLOCK = "Shape of one block"
 
 
-class BenchConfig(Section):
-    """Everything that decides a benchmark."""
+class BenchConfig(Flat):
+    """What is timed, and how."""
 
-    model: Annotated[Text | None, Argument()] = None
-    """PILON folder to time. Leave it out to time one block of the shape `ffn`."""
     ffn: Annotated[Text | None, Option(panel=BLOCK, metavar="WIDTHxHIDDEN")] = None
     """Width and hidden width of one block, as in 768x3072, in place of a model. Default: a model is timed."""
     active_rank: Annotated[Positive | None, Option(panel=BLOCK)] = None
@@ -57,3 +56,10 @@ class BenchConfig(Section):
         if self.active_rank is not None and self.active_rank % self.rank:
             refuse_field("active_rank", f"must be a multiple of rank {self.rank}", self.active_rank)
         return self
+
+
+class BenchCommand(BenchConfig):
+    """Everything that decides a benchmark."""
+
+    model: Annotated[Text | None, Argument()] = None
+    """PILON folder to time. Leave it out to time one block of the shape `ffn`."""

@@ -6,17 +6,17 @@ from pydantic import BeforeValidator, Field
 
 from pilon_compress.config.conversion import Calibration, Evaluation, Recipe
 from pilon_compress.config.fields import MODEL, Device
+from pilon_compress.config.flat import Flat
 from pilon_compress.config.option import RUNNING, Argument, Option, Options
 from pilon_compress.config.ratio import Parts, parse_list
-from pilon_compress.config.reading import Positive, Section, Text
+from pilon_compress.config.reading import Positive, Text
 
 WHAT, TEXT = "What is compared", "Calibration and evaluation"
 
 
-class CompareConfig(Section):
-    """Everything that decides a comparison."""
+class CompareConfig(Flat):
+    """What is compared, and on which text."""
 
-    model: Annotated[Text, Field(description=f"Dense model to compress: {MODEL}"), Argument()]
     ffn_ratio: Annotated[Parts, Field(min_length=1), Option(panel=WHAT, metavar="RATIO")] = [0.6, 0.4]
     """Largest ratios of stored FFN parameters over dense, with commas between them."""
     methods: Annotated[list[Text], BeforeValidator(parse_list), Option(panel=WHAT)] = []
@@ -30,7 +30,12 @@ class CompareConfig(Section):
     """First seed: the texts are drawn with this one and those that follow."""
     device: Device = "auto"
 
-    @property
-    def recipe(self) -> Recipe:
-        """Conversion that every method's own starts from."""
-        return Recipe(model=self.model, seed=self.seed, calibration=self.calibration, evaluation=self.evaluation)
+    def recipe(self, model: str) -> Recipe:
+        """Return the conversion of `model` that every method's own starts from."""
+        return Recipe(model=model, seed=self.seed, calibration=self.calibration, evaluation=self.evaluation)
+
+
+class CompareCommand(CompareConfig):
+    """Everything that decides a comparison."""
+
+    model: Annotated[Text, Field(description=f"Dense model to compress: {MODEL}"), Argument()]

@@ -13,6 +13,7 @@ from pydantic_core.core_schema import ValidationInfo
 from pilon_compress.config import reading, strict_yaml
 from pilon_compress.config.conflicts import conflicts, refuse_conflicts, refuse_field
 from pilon_compress.config.fields import MODEL, SOURCES, Device, DType
+from pilon_compress.config.flat import Flat, arranged
 from pilon_compress.config.option import RUNNING, Argument, Option, Options
 from pilon_compress.config.ratio import Part, SizeRatio
 from pilon_compress.config.reading import Override, Positive, Section, Selector, Switch, Text
@@ -187,12 +188,15 @@ class Evaluation(Section):
                 raise BadInput(f"evaluation.{name} is for causal LMs, and this model is an encoder: leave it out")
 
 
-class Recipe(Section):
-    """Everything that decides a conversion."""
-
-    MOVED: ClassVar[dict[str, str]] = {"budget.preset": "budget.ffn_ratio"}
+class Dense(Section):
+    """The model to convert."""
 
     model: Annotated[Text, Field(description=f"Dense model to convert: {MODEL}"), Argument()]
+
+
+class General(Section):
+    """Fields of a conversion that belong to no section."""
+
     method: Annotated[Method, Option(panel="Form")] = "pilon"
     """Method of the conversion: pilon, or for comparison a baseline that factorises every weight alone: whitened-svd
     (SVD-LLM) or svd."""
@@ -210,6 +214,13 @@ class Recipe(Section):
     """Time to spend (method pilon). With fast every layer is fitted on its own, on less than half of the text; with
     balanced each is fitted behind the converted ones before it; best reads two to four times the text, and fits shared
     banks longer."""
+
+
+class Recipe(General, Dense):
+    """Everything that decides a conversion."""
+
+    MOVED: ClassVar[dict[str, str]] = {"budget.preset": "budget.ffn_ratio"}
+
     budget: Annotated[Budget, Options("Budget")] = Budget()
     form: Annotated[Form, Options("Form")] = Form()
     scope: Annotated[Scope, Options("What is replaced")] = Scope()
@@ -223,6 +234,27 @@ class Recipe(Section):
     def _every_option_counts(self) -> "Recipe":
         refuse_conflicts(self, conflicts(self))
         return self
+
+
+class ConvertConfig(Flat, Budget, Form, Scope, General):
+    """A conversion as Python programs ask for it: the fields of a recipe, those of `budget`, `form` and `scope` flat.
+
+    Raises BadInput for an unknown field, a value that is out of range, and fields that exclude each other.
+    """
+
+    calibration: Calibration = Calibration()
+    refine: Refine = Refine()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _every_option_counts(self) -> "ConvertConfig":
+        self.recipe("model")
+        return self
+
+    def recipe(self, model: str, calibration: str | None = None, evaluation: str | None = None) -> Recipe:
+        """Return the recipe that converts `model`; text sources that are given take the place of those named here."""
+        given = {"calibration": {"data": calibration}, "evaluation": {"data": evaluation}}
+        return arranged(self, Recipe, {"model": model}, given)
 
 
 def load(name_or_path: str, overrides: Sequence[str | Override] = ()) -> Recipe:

@@ -6,17 +6,23 @@ from pydantic import Field
 
 from pilon_compress.config.conversion import Evaluation
 from pilon_compress.config.fields import Device
+from pilon_compress.config.flat import Flat
 from pilon_compress.config.option import RUNNING, Argument, Option
 from pilon_compress.config.reading import Text
 
 
-class EvaluateConfig(Evaluation):
+class EvaluateConfig(Flat, Evaluation):
+    """How a model is evaluated: which text, in which windows."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True), Option(panel=RUNNING)] = 0
+    """Seed of the sample of texts that an encoder is evaluated on."""
+    device: Device = "auto"
+
+
+class EvaluateCommand(EvaluateConfig):
     """Everything that decides an evaluation."""
 
     model: Annotated[Text, Argument()]
     """Model to evaluate: a PILON folder, or any dense model."""
     against: Annotated[Text | None, Option(metavar="MODEL")] = None
     """Dense model to compare with. Default: the one that the folder's recipe.yaml leads to."""
-    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True), Option(panel=RUNNING)] = 0
-    """Seed of the sample of texts that an encoder is evaluated on."""
-    device: Device = "auto"

@@ -254,6 +254,15 @@ def _related(key: list[str], path: list[str]) -> bool:
     return shared > 0 and key[:shared] == path[:shared]
 
 
+def first_error(invalid: ValidationError, model: type[Section]) -> str:
+    """Return the first error of a config that was written in Python, as one line that names the field."""
+    errors = invalid.errors(include_url=False, include_context=False)
+    more = f" (+{len(errors) - 1} more)" if len(errors) > 1 else ""
+    field = ".".join(str(key) for key in errors[0]["loc"])
+    message = f"{model.__name__}: {field}: {_explain(errors[0], model)}{more}"
+    return re.sub(rf"\b[a-z]+\.({'|'.join(model.model_fields)})\b", r"\1", message)  # flat here, sections in recipes
+
+
 def _explain(error: ErrorDetails, model: type[Section]) -> str:
     kind, location = error["type"], error["loc"]
     if kind == "missing":

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pilon_compress.config import reading, strict_yaml
 from pilon_compress.config.conflicts import refuse_conflicts
 from pilon_compress.config.fields import SOURCES, Device, DType
+from pilon_compress.config.flat import Flat, arranged
 from pilon_compress.config.option import RUNNING, Option, Options
 from pilon_compress.config.ratio import Part, Parts
 from pilon_compress.config.reading import Above, Count, Number, Override, Positive, Section, Share, Switch, Text
@@ -93,12 +94,17 @@ class Ternary(Section):
     """Share of the tokens that heals the factors before they become ternary (task heal)."""
 
 
-class Data(Section):
-    """The text to train on, and to validate on."""
+class TrainingText(Section):
+    """The text to train on."""
 
     source: Annotated[Text | None, Option("--data", metavar="SOURCE", tail=SOURCES)] = None
     """Text to train on: a source such as hub:REPO:CONFIG:SPLIT:COLUMN, a file, or a glob; with task sft a file of
     chats, which must be named. Default: WikiText-2 for causal LMs, stdlib for encoders."""
+
+
+class Sequences(Section):
+    """How text becomes sequences, and the text to validate on."""
+
     validation: Annotated[Text | None, Option(metavar="SOURCE")] = None
     """Text to validate on, named in the same way. Default: one document in five of `source`, chosen by a hash of its
     text, and not trained on."""
@@ -114,14 +120,23 @@ class Data(Section):
     """Sequences of the fixed slice of the validation text that is evaluated."""
 
 
-class Optimizer(Section):
-    """Optimiser and learning rates."""
+class Data(Sequences, TrainingText):
+    """The text to train on, and to validate on."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """Optimiser: adamw, or muon (orthogonalised momentum for matrices and primitives, AdamW for the rest)."""
+
+class Rate(Section):
+    """The learning rate."""
+
     learning_rate: Annotated[Above, Option()] = 1e-3
     """Highest learning rate of the schedule. Healing takes 1e-2 unless told otherwise, relative to each tensor's root
     mean square; encoders want less, 3e-3."""
+
+
+class Updates(Section):
+    """The optimiser, and learning rates beside the main one."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimiser: adamw, or muon (orthogonalised momentum for matrices and primitives, AdamW for the rest)."""
     relative: Switch = False
     """Count learning rates of AdamW in shares of each tensor's root mean square. Healing does so by default."""
     muon_learning_rate: Above = 5e-3
@@ -141,11 +156,20 @@ class Optimizer(Section):
     """Largest norm of the gradient; longer ones are scaled down."""
 
 
-class Schedule(Section):
-    """Length of the training, and course of the learning rate."""
+class Optimizer(Updates, Rate):
+    """Optimiser and learning rates."""
+
+
+class Length(Section):
+    """Length of the training."""
 
     tokens: Annotated[Positive | None, Option()] = None
     """Tokens to train on. Default: one pass over the text."""
+
+
+class Course(Section):
+    """Course of the learning rate."""
+
     kind: Literal["wsd", "cosine", "constant"] = "wsd"
     """Course of the learning rate: wsd (warm-up, stable, linear decay), cosine or constant."""
     warmup: Share = 0.02
@@ -154,6 +178,10 @@ class Schedule(Section):
     """Share of the training that the decay of wsd takes."""
     floor: Share = 0.0
     """Learning rate at the end, as a share of the highest."""
+
+
+class Schedule(Course, Length):
+    """Length of the training, and course of the learning rate."""
 
 
 class Distill(Section):
@@ -219,7 +247,43 @@ HEALING: dict[str, dict[str, Any]] = {
 """Defaults of healing, where they differ (docs/results/training.md has what was tried)."""
 
 
-class TrainRecipe(Section):
+class Asked(Section):
+    """The task, and the models that it begins with."""
+
+    task: Task
+    """Task: pretrain (from scratch), heal (a converted model learns from its dense teacher) or sft (fine-tuning on
+    chats)."""
+    start: Annotated[
+        Text | None,
+        Option("--heal", WHAT, "MODEL", help=HEAL, also={"task": "heal"}),
+        Option("--sft", WHAT, "MODEL", help=SFT, also={"task": "sft"}),
+    ] = None
+    """Model to heal or fine-tune, PILON or dense. Default: none, for task pretrain."""
+    teacher: Annotated[Text | None, Option(panel=WHAT, metavar="MODEL")] = None
+    """Dense model that the healing model learns from. Default: the one that it was converted from."""
+
+
+class Progressive(Section):
+    """Conversion and healing in turn."""
+
+    shrink: Annotated[Parts, Option(panel=WHAT, metavar="RATIO")] = []
+    """Ratios of stored FFN parameters, in falling order with commas between them: the dense model to heal is converted
+    to the first and healed, the result converted to the next, and so on, with equal shares of the tokens. Default:
+    none."""
+
+
+class General(Section):
+    """Fields of a training that belong to no section."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True), Option(panel=RUNNING)] = 0
+    """Seed of initial weights, and of the order of the text."""
+    dtype: DType = "auto"
+    """Number type of the saved weights; auto keeps that of `start`, or takes float32. Ternary models are saved in
+    float32, since rounding would move their weights; `export` can narrow the rest."""
+    device: Device = "auto"
+
+
+class TrainRecipe(General, Progressive, Asked):
     """Everything that decides a training run."""
 
     MOVED: ClassVar[dict[str, str]] = {
@@ -233,27 +297,6 @@ class TrainRecipe(Section):
         "ternary.second_rate": "research.bitnet.second_rate",
     }
 
-    task: Task
-    """Task: pretrain (from scratch), heal (a converted model learns from its dense teacher) or sft (fine-tuning on
-    chats)."""
-    start: Annotated[
-        Text | None,
-        Option("--heal", WHAT, "MODEL", help=HEAL, also={"task": "heal"}),
-        Option("--sft", WHAT, "MODEL", help=SFT, also={"task": "sft"}),
-    ] = None
-    """Model to heal or fine-tune, PILON or dense. Default: none, for task pretrain."""
-    teacher: Annotated[Text | None, Option(panel=WHAT, metavar="MODEL")] = None
-    """Dense model that the healing model learns from. Default: the one that it was converted from."""
-    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True), Option(panel=RUNNING)] = 0
-    """Seed of initial weights, and of the order of the text."""
-    shrink: Annotated[Parts, Option(panel=WHAT, metavar="RATIO")] = []
-    """Ratios of stored FFN parameters, in falling order with commas between them: the dense model to heal is converted
-    to the first and healed, the result converted to the next, and so on, with equal shares of the tokens. Default:
-    none."""
-    dtype: DType = "auto"
-    """Number type of the saved weights; auto keeps that of `start`, or takes float32. Ternary models are saved in
-    float32, since rounding would move their weights; `export` can narrow the rest."""
-    device: Device = "auto"
     host: Host = Host()
     ffn: Annotated[Ffn, Options(WHAT)] = Ffn()
     ternary: Annotated[Ternary, Options(WHAT)] = Ternary()
@@ -315,6 +358,51 @@ class TrainRecipe(Section):
         for name, section in self.research.sections.items():
             for field, message in section.conflicts(self):
                 yield f"research.{name}.{field}", message
+
+
+class HealConfig(Flat, Distill, Run, Sequences, Length, Rate, Progressive, General):
+    """The healing of a converted model as Python programs ask for it: the fields of a recipe, most of them flat.
+
+    Fields that are not set have the defaults of healing. Raises BadInput for an unknown field, a value that is out of
+    range, and fields that exclude each other.
+    """
+
+    ternary: Ternary = Ternary()
+    optimizer: Updates = Updates()
+    schedule: Course = Course()
+
+    @model_validator(mode="after")
+    def _every_option_counts(self) -> "HealConfig":
+        self.recipe("model")
+        return self
+
+    def recipe(self, start: str, teacher: str | None = None, **data: str | None) -> TrainRecipe:
+        """Return the recipe that heals `start`; `data`: text sources, as fields of the section."""
+        return arranged(self, TrainRecipe, {"task": "heal", "start": start, "teacher": teacher}, {"data": data})
+
+
+class TrainConfig(Flat, Run, Sequences, Length, Rate, General):
+    """A training from scratch, or on chats, as Python programs ask for it: the fields of a recipe, most of them flat.
+
+    Raises BadInput for an unknown field, a value that is out of range, and fields that exclude each other.
+    """
+
+    host: Host = Host()
+    ffn: Ffn = Ffn()
+    ternary: Ternary = Ternary()
+    optimizer: Updates = Updates()
+    schedule: Course = Course()
+
+    @model_validator(mode="after")
+    def _every_option_counts(self) -> "TrainConfig":
+        self.recipe(None)
+        return self
+
+    def recipe(self, start: str | None, tokenizer: str | None = None, **data: str | None) -> TrainRecipe:
+        """Return the recipe that trains from scratch, or `start` on chats; `data`: text sources, as in the section."""
+        given: dict[str, dict[str, str | None]] = {"data": data, "host": {"tokenizer": tokenizer}}
+        fixed = {"task": "pretrain" if start is None else "sft", "start": start}
+        return arranged(self, TrainRecipe, fixed, given)
 
 
 def load(name_or_path: str, overrides: Sequence[str | Override] = ()) -> TrainRecipe:

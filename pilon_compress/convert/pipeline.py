@@ -39,6 +39,7 @@ from pilon_compress.io.journal import Journal
 from pilon_compress.io.malloc import give_back_freed, trim
 from pilon_compress.io.output_paths import check_output
 from pilon_compress.models import checkpoint
+from pilon_compress.models.companions import companions_of
 from pilon_compress.models.source import Source, available, open_source
 from pilon_compress.models.stream_check import check_stream
 from pilon_compress.nn.layout import layout_of
@@ -101,7 +102,7 @@ def _convert(
     """Convert into `output`, which this process holds."""
     started = time.perf_counter()
     expected = estimate(job)
-    beside = companions.find(checkpoint.resolve(settings.model))
+    beside = companions_of(settings.model)
     torch.manual_seed(settings.seed)
     device = checkpoint.find_device(settings.device)
     tokenizer = checkpoint.load_tokenizer(settings.model)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from pilon_compress.data import plain
+from pilon_compress.data.memory import MEMORY, in_memory
 from pilon_compress.data.paragraphs import paragraphs
 from pilon_compress.data.readers.files import FILES
 from pilon_compress.data.readers.hub import EXAMPLE
@@ -76,7 +77,7 @@ def sample(texts: Iterable[T], count: int, seed: int, pool: int | None = None) -
 
 def source_of(spec: str) -> Source:
     """Return the reader of a source: the one registered for the scheme before its colon, else that of files."""
-    return SOURCES.get(spec.partition(":")[0]) or FILES
+    return MEMORY if in_memory(spec) else SOURCES.get(spec.partition(":")[0]) or FILES
 
 
 def _clean(documents: Iterable[str], spec: str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The model that is followed: it runs without gradient, and never changes."""
 
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.blocks import blocks
 from pilon_compress.models.head import Head
+from pilon_compress.models.in_memory import held_model
 from pilon_compress.nn.functional import mean_pooled, rows_at_once
 
 SMALLEST = 1e-12  # variance of states that are all alike
@@ -105,16 +107,27 @@ def _bytes(wanted: Wanted) -> int:
 
 
 def fingerprint(reference: str) -> str:
-    """What tells one teacher from another: cheap, so files count by size and time of change, and hub ids by name."""
+    """What tells one teacher from another: cheap, so files count by size and time of change, and hub ids by name.
+
+    A model in memory counts by its weights.
+    """
+    if (model := held_model(reference)) is not None:
+        return "\n".join(f"{name} {_digest(tensor)}" for name, tensor in model.named_parameters())
     folder = Path(checkpoint.resolve(reference))
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"]) if folder.is_dir() else []
     return "\n".join([str(folder), *(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)])
 
 
+def _digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return blake2b(data.tobytes(), digest_size=16).hexdigest()
+
+
 def open_teacher(reference: str, student: PreTrainedModel, device: torch.device, hidden: bool) -> Teacher:
     """The teacher, on `device`, in bfloat16 on GPUs. Raises BadInput for one that the student cannot follow."""
     half = device.type == "cuda"
-    model = checkpoint.load_model(reference, dtype=torch.bfloat16 if half else torch.float32, device=str(device))
+    dtype = torch.bfloat16 if half else torch.float32
+    model = checkpoint.load_model(reference, dtype=dtype, device=str(device), share=True)
     ours, theirs = student.config, model.config
     if checkpoint.is_causal(ours) != checkpoint.is_causal(theirs):
         raise BadInput(f"{reference} is a {type(model).__name__}: the model to heal is a {type(student).__name__}")

@@ -86,8 +86,8 @@ def evaluate(
     data = data or origin.evaluation or (EVALUATION_LM if causal else DEFAULT_ENCODER)
     seen = any(_overlap(data, source) for source in origin.texts)
     documents = list(text.open_text(data, part="held-out" if seen else "all"))
-    pilon = checkpoint.load_model(model, dtype="float32", device=device)
-    dense = checkpoint.load_model(against, dtype="float32", device=device) if against else None
+    pilon = checkpoint.load_model(model, dtype="float32", device=device, share=True)
+    dense = checkpoint.load_model(against, dtype="float32", device=device, share=True) if against else None
     figures = measure(
         pilon,
         checkpoint.load_tokenizer(model),

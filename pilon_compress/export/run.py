@@ -10,6 +10,7 @@ from pilon_compress.export.registry import DEFAULTS, EXPORTERS, Job
 from pilon_compress.io import manifest
 from pilon_compress.io.folders import open_output
 from pilon_compress.models import checkpoint
+from pilon_compress.models.in_memory import held_model
 from pilon_compress.nn.layout import BANKS
 from pilon_compress.results.export import ExportResult
 
@@ -55,7 +56,8 @@ def target_table(source: str) -> tuple[list[str], list[list[str]]]:
 def load_pilon(source: str, dtype: str) -> PreTrainedModel:
     """Load `source`, which must be a PILON model. Raises BadInput if it is dense."""
     model = checkpoint.load_model(source, dtype=dtype)
-    manifest.verify_folder(checkpoint.resolve(source))
+    if held_model(source) is None:
+        manifest.verify_folder(checkpoint.resolve(source))
     if not hasattr(model.base_model, BANKS):
         raise BadInput(f"{source} is a dense model already; export takes the output of `pilon-compress convert`")
     return model

@@ -12,6 +12,7 @@ from pilon_compress.export.transformers_plugin import PilonConfig
 from pilon_compress.io import companions
 from pilon_compress.io.folders import fresh_folder
 from pilon_compress.models import checkpoint
+from pilon_compress.models.companions import companions_of
 from pilon_compress.models.quiet import quiet_transformers
 from pilon_compress.nn.layout import layout_of, stored_types
 
@@ -59,7 +60,7 @@ def save_beside(
 
     `add` is called with the folder before it is in place, to write more files.
     """
-    tokenizer, beside = checkpoint.load_tokenizer(job.source), companions.find(checkpoint.resolve(job.source))
+    tokenizer, beside = checkpoint.load_tokenizer(job.source), companions_of(job.source)
     beside.pop(MODELING_FILE, None)  # of a self-contained source
     with fresh_folder(job.output, job.overwrite) as folder:
         save_model(model, tokenizer, folder, dtype)

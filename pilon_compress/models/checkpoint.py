@@ -22,6 +22,7 @@ from pilon_compress.io.errors import UNREADABLE, first_line, unreadable
 from pilon_compress.io.manifest import read_ours, verify_folder
 from pilon_compress.models import files
 from pilon_compress.models.config_check import check_declared, check_shapes
+from pilon_compress.models.in_memory import config_of, copy_of, held_model, held_tokenizer
 from pilon_compress.models.quiet import quiet_transformers
 from pilon_compress.models.references import resolve
 from pilon_compress.models.task import architecture, is_causal, text_config, vocabulary
@@ -40,6 +41,12 @@ def load_config(reference: str) -> PretrainedConfig:
     by a method other than PILON.
     """
     import_plugins()  # which may register its architecture
+    if (model := held_model(reference)) is not None:
+        config = config_of(model)
+        _check_method(reference, config)
+        check_shapes(config)
+        architecture(config)
+        return config
     folder = resolve(reference)
     if Path(folder).is_dir():
         files.check_readable(Path(folder))
@@ -64,10 +71,17 @@ def load_config(reference: str) -> PretrainedConfig:
 
 def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer. Raises BadInput if there is none, or one that cannot pad."""
+    tokenizer = held_tokenizer(reference) or _read_tokenizer(reference)
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _read_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     folder = resolve(reference)
     try:
         with _reading(folder) as where:
-            tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **where)
         known = len(tokenizer) > len(tokenizer.all_special_ids)
     except Exception as error:
         if not unreadable(error):
@@ -77,8 +91,6 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
         raise BadInput(f"{reference} has no tokenizer that loads: {first_line(error)}") from error
     if not known:  # without files transformers invents one that knows no words
         raise BadInput(f"{reference} has no tokenizer: copy the files (tokenizer.json, ...) of the model it comes from")
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -133,9 +145,12 @@ def _method(config: PretrainedConfig) -> object:
     return getattr(method, "value", method) or "by a method that its config does not name"
 
 
-def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    reference: str, dtype: str | torch.dtype = "auto", device: str = "cpu", share: bool = False
+) -> PreTrainedModel:
     """Load weights (safetensors only, no code from the checkpoint) with the class that the config names, in eval mode.
 
+    `share`: the caller only reads the model, which may then have tensors in common with one that is held in memory.
     Raises BadInput for files that are missing, truncated, or hold other tensors than the architecture, and for values
     that are NaN or infinite.
     """
@@ -143,6 +158,10 @@ def load_model(reference: str, dtype: str | torch.dtype = "auto", device: str = 
     target = find_device(device)
     folder = resolve(reference)
     config = load_config(reference)
+    if (held := held_model(reference)) is not None:
+        copied = copy_of(held, load_dtype, target, share)
+        check_finite(copied)
+        return copied
     kind = architecture(config)
     if Path(folder).is_dir():
         files.check_weights(Path(folder))

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pilon_compress.config import strict_yaml
+from pilon_compress.data.memory import in_memory
 from pilon_compress.errors import BadInput
 from pilon_compress.io import manifest
 from pilon_compress.io.disk import read_bounded
+from pilon_compress.models.in_memory import held_model, record_of
 
 RECIPE, REPORT = "recipe.yaml", "report.json"
 GENERATIONS = 20  # of recovery and fine-tuning that are followed back; more is a circle
@@ -53,13 +55,17 @@ def _evaluation(recipe: dict[str, object], data: object) -> str | None:
     if isinstance(data, dict):
         candidates += [data.get(key) for key in ("validation", "data", "source")]
     chosen = [one for one in candidates if isinstance(one, str) and one not in ("none", "stdin")]
+    chosen = [one for one in chosen if not in_memory(one)]
     return chosen[0] if chosen else None
 
 
 def _recipe(folder: Path) -> dict[str, object]:
     """Return the fields of a folder's recipe, or the model in its report; {} where it has neither. Raises BadInput."""
+    model = held_model(str(folder))
     try:
-        if (folder / RECIPE).is_file():
+        if model is not None and (written := record_of(model).recipe) is not None:
+            recipe = strict_yaml.parse(written, RECIPE).data
+        elif (folder / RECIPE).is_file():
             text = read_bounded(folder / RECIPE, strict_yaml.LENGTH)
             recipe = strict_yaml.parse(text, str(folder / RECIPE)).data
         elif (folder / REPORT).is_file():
@@ -74,8 +80,11 @@ def _recipe(folder: Path) -> dict[str, object]:
 
 
 def _located(reference: object, folder: str | None) -> str | None:
-    """Resolve a reference in a folder's recipe: a path counts from that folder, or else from the working directory."""
-    if not isinstance(reference, str):
+    """Resolve a reference in a folder's recipe: a path counts from that folder, or else from the working directory.
+
+    None for a model that was in memory, unless it still is.
+    """
+    if not isinstance(reference, str) or in_memory(reference) and held_model(reference) is None:
         return None
     path = Path(reference).expanduser()
     if folder is not None and not path.is_absolute() and (Path(folder) / path).is_dir():

@@ -6,8 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from pilon_compress.data.memory import in_memory
 from pilon_compress.errors import BadInput
 from pilon_compress.models import gguf
+from pilon_compress.models.in_memory import held_model
 
 PACKAGE = "package:"
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
@@ -23,8 +25,12 @@ def resolve(reference: str) -> str:
         OWNER/NAME                  on the hub, or the URL of its page
         OWNER/NAME/FILE.gguf        a GGUF file of a hub repository
 
-    A package is located without importing it.
+    A package is located without importing it. A model that is held in memory keeps its name.
     """
+    if held_model(reference) is not None:
+        return reference
+    if in_memory(reference):
+        raise BadInput(f"{reference} was a model in a Python program: name one that can be loaded again")
     if reference.startswith(PACKAGE):
         return str(_in_package(reference.removeprefix(PACKAGE)))
     if re.match(r"https?://", reference):

@@ -17,6 +17,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.blocks import blocks, passes
 from pilon_compress.models.files import weight_files
+from pilon_compress.models.in_memory import held_model
 
 log = logging.getLogger(__name__)
 
@@ -192,11 +193,13 @@ def open_source(
             return Streamed(reference, dtype, device)
         except NotStreamable as error:
             log.warning("loading the whole model: %s", error)
-    return Source(checkpoint.load_model(reference, dtype=dtype, device=str(device)))
+    return Source(checkpoint.load_model(reference, dtype=dtype, device=str(device), share=True))
 
 
 def is_streamed(reference: str, parameters: int, limit: float | None) -> bool:
     """Return True if a model of so many parameters is read block by block; `limit` in GiB."""
+    if held_model(reference) is not None:
+        return False
     return 4 * parameters > MEMORY_SHARE * available(limit) and Path(checkpoint.resolve(reference)).is_dir()
 
 

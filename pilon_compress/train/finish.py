@@ -19,6 +19,7 @@ from pilon_compress.export.save import MODELING_FILE, drop_bundled, save_model
 from pilon_compress.io import companions, manifest
 from pilon_compress.io.disk import DiskFull, disk_full, replace, sync, sync_tree
 from pilon_compress.models import checkpoint
+from pilon_compress.models.companions import companions_of
 from pilon_compress.models.provenance import lineage
 from pilon_compress.nn.fold import prune_unused
 from pilon_compress.nn.layout import install, layout_of, projections
@@ -163,7 +164,7 @@ def _write(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     drop_bundled(model.config)
     save_model(model, tokenizer, work, dtype_of(run.recipe))
     if start is not None:
-        beside = companions.find(checkpoint.resolve(start))
+        beside = companions_of(start)
         beside.pop(MODELING_FILE, None)
         companions.copy(beside, work)
     (work / RESULT).write_text(json.dumps(result.dump(), indent=2))

@@ -26,12 +26,13 @@ from pilon_compress.data.sequences import check_ids
 from pilon_compress.distill.losses import NextToken
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import generate
-from pilon_compress.io import companions, manifest
+from pilon_compress.io import manifest
 from pilon_compress.io.checksum import damage
 from pilon_compress.io.disk import atomic_folder
 from pilon_compress.io.output_paths import expanded
 from pilon_compress.models import base_architectures, checkpoint
 from pilon_compress.models.blocks import blocks
+from pilon_compress.models.companions import companions_of
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
@@ -165,7 +166,7 @@ def set_up(run: Run, resume: bool) -> tuple[Training, PreTrainedTokenizerBase, C
     recipe, world = run.recipe, run.world
     torch.manual_seed(recipe.seed)
     if recipe.start is not None and world.first:
-        companions.find(checkpoint.resolve(recipe.start), quiet=True)  # what cannot be copied is refused now
+        companions_of(recipe.start, quiet=True)  # what cannot be copied is refused now
     tokenizer = open_tokenizer(run)
     mine = -(-recipe.run.batch_size // world.size)
     micro_batches = -(-mine // min(mine, recipe.run.micro_batch_size or mine))
