@@ -29,7 +29,7 @@ from pilon_compress.convert.solve.layerwise import solve
 from pilon_compress.evaluate import evaluate
 from pilon_compress.models import checkpoint
 from pilon_compress.models.source import Source
-from pilon_compress.nn.integer import KINDS
+from pilon_compress.nn.formats.registry import grids
 from pilon_compress.nn.layout import layout_of
 from pilon_compress.nn.size import ffn_size
 
@@ -42,7 +42,7 @@ PILON = ["int4:0.82", "int4:0.595", "int3:1.0", "int3:0.8", "int3:0.7", "int3:0.
 PILON += ["int8:1.0", "int4:1.0", "int8:0.54", "int4:0.4"]
 FIGURES = ("cosine", "neighbors10", "kl", "perplexity_ratio")
 BASELINES = {"nearest": "rtn", "GPTQ": "gptq"}
-DENSE = [f"{kind}:{how}" for how in (*BASELINES, "GPTQ, anchored") for kind in KINDS]
+DENSE = [f"{kind}:{how}" for how in (*BASELINES, "GPTQ, anchored") for kind in grids()]
 ROWS = [f"pilon:{row}" for row in PILON] + [f"dense:{row}" for row in DENSE]
 
 

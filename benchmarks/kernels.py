@@ -140,8 +140,8 @@ def exact_layers(device: str) -> Iterator[tuple[str, str]]:
     """Layers of a packed model that is moved to the device against the same layers before."""
     from pilon_compress.kernels import dispatch
     from pilon_compress.nn.composed_linear import ComposedLinear
+    from pilon_compress.nn.formats.packed_ternary import PackedBank, PackedLinear
     from pilon_compress.nn.int8 import Int8Linear
-    from pilon_compress.nn.packed_ternary import PackedBank, PackedLinear
     from pilon_compress.nn.ternary_codec import pack
 
     torch.manual_seed(0)

@@ -43,6 +43,7 @@ class Registry(Mapping[str, Entry]):
     def __init__(self, noun: str, package: str = "") -> None:
         self.noun, self.package = noun, package
         self._entries: dict[str, Entry] = {}
+        self._origins: dict[str, str] = {}
         self._read = False
 
     def add(self, name: str, entry: Entry) -> Entry:
@@ -50,7 +51,12 @@ class Registry(Mapping[str, Entry]):
         if name in self._entries:
             raise BadInput(f"there is a {self.noun} {name!r} already: register it under another name")
         self._entries[name] = entry
+        self._origins[name] = sys._getframe(1).f_globals["__name__"]
         return entry
+
+    def origin(self, name: str) -> str:
+        """Return the name of the module that registered `name`."""
+        return self._origins[name]
 
     def __getitem__(self, name: str) -> Entry:
         entries = self._all()
@@ -72,6 +78,8 @@ class Registry(Mapping[str, Entry]):
     def _all(self) -> dict[str, Entry]:
         if not self._read:
             self._read = True  # before the imports: a file that registers may read what is there so far
+            if __name__ != "pilon_compress.plugins":
+                return self._entries  # of a self-contained folder, which brings all entries that it needs
             if self.package:
                 import_files(import_module(self.package))
             import_plugins()

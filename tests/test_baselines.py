@@ -12,7 +12,7 @@ from pilon_compress.convert.calibrate.second_moments import SecondMoment
 from pilon_compress.convert.solve.low_rank import METRIC_DAMPING
 from pilon_compress.errors import BadInput
 from pilon_compress.models.families import Site
-from pilon_compress.nn.integer import KINDS
+from pilon_compress.nn.formats.registry import grids
 
 HIDDEN, INNER, LAYERS, TOKENS = 16, 40, 4, 300
 SIZED = [name for name, baseline in BASELINES.items() if baseline.units is not None]
@@ -285,7 +285,7 @@ def test_the_last_unit_is_served_before_another_gets_more():
     assert [count for _, count in equal_budget.deal(units, 0.14, "any")] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", grids())
 @pytest.mark.parametrize("bias", [True, False])
 def test_error_feedback_beats_rounding_to_the_nearest_in_the_same_bytes(kind, bias):
     problem, inputs = make_problem(bias)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from pilon_compress.config import conversion
 from pilon_compress.config.export import ExportOptions
 from pilon_compress.convert import pipeline
 from pilon_compress.convert.plan import BankPlan, Plan, trimmed
-from pilon_compress.convert.prepare import prepare
+from pilon_compress.convert.prepare import asked_format, prepare
 from pilon_compress.convert.solve.gptq import nearest
 from pilon_compress.errors import BadInput
 from pilon_compress.export.run import export
@@ -24,11 +23,12 @@ from pilon_compress.export.save import save_model
 from pilon_compress.models.checkpoint import load_model
 from pilon_compress.models.families import find_sites
 from pilon_compress.nn.fold import fold, prune_unused
+from pilon_compress.nn.formats.registry import grids
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.integer import KINDS, pack_integers, unpack_integers
 from pilon_compress.nn.layout import banks, install, kept_matrices, layout_of, projections
 from pilon_compress.nn.size import ffn_size, model_size
 
+KINDS = ("int8", "int4", "int3", "int2")
 IDS = torch.arange(5, 25).reshape(2, 10)
 PROSE = "\n\n".join(
     f"Paragraph {i}: the quick brown fox jumps over the lazy dog, again and again, until both of them are tired."
@@ -96,15 +96,15 @@ def on_disk(folder, banks_and=(".mlp.", "pilon_banks")):
     return sum(t.nbytes for name, t in tensors if any(part in name for part in banks_and))
 
 
-@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 7), st.sampled_from(list(KINDS)), st.integers(0, 99))
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 7), st.sampled_from(KINDS), st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_codecs_are_exact_and_as_small_as_they_say(n, d, m, quantization, seed):
-    kind = KINDS[quantization]
-    low, high = kind.range
+    grid = grids()[quantization]
+    low, high = grid.range
     numbers = torch.randint(low, high + 1, (n, d, m), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
-    stored = pack_integers(numbers, kind)
-    assert stored.shape == (n, kind.size(d, m)[0]) and stored.element_size() == 1
-    assert torch.equal(unpack_integers(stored, (d, m), kind), numbers)
+    stored = grid.pack(numbers)
+    assert stored.shape == (n, grid.size(d, m)[0]) and stored.element_size() == 1
+    assert torch.equal(grid.unpack(stored, (d, m)), numbers)
 
 
 def test_bits_lie_in_a_row():
@@ -114,12 +114,16 @@ def test_bits_lie_in_a_row():
         ("int3", [-4, 3, -3, 0, 1, -4, 2, 3, -3], [0b01_111_000, 0b0_101_100_0, 0b111_110_00, 0b001]),
         ("int2", [-2, -1, 0, 1, -1], [0b11_10_01_00, 0b01]),
     ]:
-        found = pack_integers(torch.tensor([[numbers]], dtype=torch.int8), KINDS[quantization])
+        found = grids()[quantization].pack(torch.tensor([[numbers]], dtype=torch.int8))
         assert found.tolist() == [stored]
 
 
 def test_all_kinds_can_be_asked_for():
-    assert get_args(conversion.Form.model_fields["bank_dtype"].annotation) == ("auto", *KINDS)
+    for asked, expected in [("auto", None), *((name, name) for name in KINDS)]:
+        assert asked_format(conversion.build({"model": "any", "form": {"bank_dtype": asked}})) == expected
+    for asked in ("int5", "ternary", "none"):
+        with pytest.raises(BadInput, match=f"bank_dtype '{asked}' is none of auto, int8, int4, int3, int2"):
+            asked_format(conversion.build({"model": "any", "form": {"bank_dtype": asked}}))
 
 
 @pytest.mark.parametrize("quantization", KINDS)

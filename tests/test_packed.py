@@ -20,7 +20,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.export.run import export
 from pilon_compress.kernels import dispatch
 from pilon_compress.kernels.gpu_layout import BankWords, MatrixWords
-from pilon_compress.nn.packed_ternary import PackedBank, PackedLinear
+from pilon_compress.nn.formats.packed_ternary import PackedBank, PackedLinear
 from pilon_compress.nn.ternary_codec import PER_BYTE, pack, unpack, valid
 from pilon_compress.train.pipeline import train_model
 

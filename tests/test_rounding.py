@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 
 from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.sharing.joint_fit import fit_bank
-from pilon_compress.convert.solve.gptq import nearest, round_bank, round_matrix, round_rows, scales
+from pilon_compress.convert.solve.gptq import nearest, round_bank, round_matrix, round_rows
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.models.families import Site
-from pilon_compress.nn.integer import KINDS, spread
+from pilon_compress.nn.formats.integer import IntegerGrid
+from pilon_compress.nn.formats.registry import grids
+
+KINDS = ("int8", "int4", "int3", "int2")
 
 
 def target(d_in=96, d_out=40, seed=0, layer=0):
@@ -30,31 +33,31 @@ def plan(layers, n, r, k, d_in=96, d_out=40):
     return BankPlan(0, "up", sites, n, r, k)
 
 
-@given(st.integers(1, 3), st.integers(1, 150), st.integers(1, 5), st.sampled_from(list(KINDS)), st.integers(0, 99))
+@given(st.integers(1, 3), st.integers(1, 150), st.integers(1, 5), st.sampled_from(KINDS), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_nearest_is_within_range_and_half_a_step_or_clipped(n, d, m, quantization, seed):
-    kind = KINDS[quantization]
+    grid = grids()[quantization]
     weight = torch.randn(n, d, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     found = nearest(weight, quantization)
-    low, high = kind.range
+    low, high = grid.range
     assert found.scale.dtype == torch.bfloat16 and bool(found.scale.all()) and found.codes.dtype == torch.int8
     assert found.codes.min() >= low and found.codes.max() <= high
-    step = spread(found.scale.double(), d, kind).abs()
+    step = grid.spread(found.scale.double(), d).abs()
     inside = (found.codes > low) & (found.codes < high)
     assert ((found.values - weight).abs() <= 0.5001 * step)[inside].all()
 
 
 @pytest.mark.parametrize("quantization", KINDS)
 def test_few_bits_have_so_many_numbers_and_zeros_stay_zeros(quantization):
-    kind, zeros = KINDS[quantization], torch.zeros(1, 70, 2, dtype=torch.float64)
-    low, high = kind.range
-    assert high - low + 1 == (255 if kind.bits == 8 else 2**kind.bits)
-    assert scales(zeros, kind).all() and not nearest(zeros, quantization).values.any()
+    grid, zeros = grids()[quantization], torch.zeros(1, 70, 2, dtype=torch.float64)
+    low, high = grid.range
+    assert high - low + 1 == (255 if grid.bits == 8 else 2**grid.bits)
+    assert grid.scales(zeros).all() and not nearest(zeros, quantization).values.any()
 
 
 @pytest.mark.parametrize("quantization", KINDS)
 def test_what_is_whole_already_stays_as_it_is(quantization):
-    low, high = KINDS[quantization].range
+    low, high = grids()[quantization].range
     codes = torch.randint(low, high + 1, (1, 96, 40), generator=torch.Generator().manual_seed(0)).double()
     codes[:, ::64] = low  # so that every group reaches its end
     one = target()
@@ -76,7 +79,7 @@ def test_each_row_makes_up_for_those_before_it():
         if free:
             C = one.metric[free]
             W[free] += torch.linalg.solve(C[:, free], C[:, [row]] @ moved[None])
-    assert torch.equal(round_rows(one.weight, scale, one.metric, (-8, 7)), expected)
+    assert torch.equal(round_rows(one.weight, scale, one.metric, IntegerGrid(4)).double(), expected)
 
 
 @pytest.mark.parametrize("d_in", [96, 300])

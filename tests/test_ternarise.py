@@ -16,6 +16,7 @@ from pilon_compress.evaluate.evaluate import evaluate
 from pilon_compress.models import checkpoint
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.fold import dense
+from pilon_compress.nn.formats.ternary import TernaryBank, TernaryLinear
 from pilon_compress.nn.layout import (
     BankSpec,
     KeptSpec,
@@ -27,7 +28,6 @@ from pilon_compress.nn.layout import (
     layout_of,
     projections,
 )
-from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
 from pilon_compress.train.pipeline import train_model
 from pilon_compress.train.ternary.initialise import balance, refit_composition, refit_scale, ternarise
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pilon_compress.kernels.reference import LEVELS, quantise
 from pilon_compress.nn.additions import add, added
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
+from pilon_compress.nn.formats.ternary import TernaryBank, TernaryLinear
 from pilon_compress.nn.ternary_quantizer import digits, restored
 from pilon_compress.research.bitnet.training import GradualRounding
 

@@ -15,8 +15,8 @@ from pilon_compress.distill.losses import NextToken
 from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures
 from pilon_compress.nn.additions import added
+from pilon_compress.nn.formats.ternary import TernaryBank, TernaryLinear
 from pilon_compress.nn.layout import banks, kept_matrices, layout_of, projections
-from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
 from pilon_compress.optimize.callbacks import extensions
 from pilon_compress.optimize.monitor import read_metrics
 from pilon_compress.optimize.optimizers import group_parameters, make_optimizers

@@ -7,14 +7,14 @@ from pilon_compress.convert.calibrate.second_moments import Moments
 from pilon_compress.convert.prepare import Job
 from pilon_compress.data.batch import Batch
 from pilon_compress.models.source import Source
-from pilon_compress.nn.integer import KINDS
+from pilon_compress.nn.formats.registry import grids
 from pilon_compress.nn.layout import layout_of
 from pilon_compress.nn.size import ffn_size
 from pilon_compress.plugins import Registry
-from pilon_compress.report.methods import METHODS, REFERENCES, Curve, Look, Method
+from pilon_compress.report.methods import METHODS, REFERENCES, Curve, Look, Method, reference
 
 OURS: Registry[list[str]] = Registry("method of ours")  # name -> overrides of the recipe, as in `convert --set`
-_INTEGER_LOOKS = {
+_LOOKS = {  # of number formats; that of another one follows from its name
     "int8": Look("#7aa6c2", "p", "-."),
     "int4": Look("#2f6f9f", "H", "-."),
     "int3": Look("#12355b", ">", "-."),
@@ -56,13 +56,13 @@ _register(
     "the same, then trained on unlabelled text to answer as the dense model does",
     Look("#003f66", "D"),
 )
-for _kind, _look in _INTEGER_LOOKS.items():
+for _kind, _grid in grids().items():
     _register(
         f"pilon-{_kind}",
         [f"form.bank_dtype={_kind}"],
         f"PILON, {_kind}",
-        f"the same with its numbers in {KINDS[_kind].bits} bits, rounded in the metric that it was fitted in",
-        _look,
+        f"the same with its numbers in {_grid.bits:g} bits, rounded in the metric that it was fitted in",
+        _LOOKS.get(_kind) or reference(f"pilon-{_kind}"),
     )
 
 

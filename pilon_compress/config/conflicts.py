@@ -73,7 +73,7 @@ def conflicts(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     if budget.top_k is not None and budget.n_primitives is not None and budget.top_k > budget.n_primitives:
         yield "budget.top_k", f"is more than the {budget.n_primitives} primitives of a bank: lower it to that at most"
     if recipe.refine.steps and recipe.form.bank_dtype != "auto":
-        yield "refine.steps", "integers cannot be refined: leave out refine.steps, or form.bank_dtype"
+        yield "refine.steps", "quantised weights cannot be refined: leave out refine.steps, or form.bank_dtype"
 
 
 def refuse_conflicts(section: Any, found: Iterable[tuple[str, str]]) -> None:

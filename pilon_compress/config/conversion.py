@@ -111,9 +111,9 @@ class Form(Section):
 
     composition: Annotated[Literal["component", "scalar"], Option()] = "component"
     """Weights of a composition: one per component of each selected primitive, or one per primitive (scalar)."""
-    bank_dtype: Annotated[Literal["auto", "int8", "int4", "int3", "int2"], Option()] = "auto"
-    """Number format of banks and dense matrices. With auto it is that of the other weights; with an integer format they
-    are quantised, and every layer is refitted to compensate."""
+    bank_dtype: Annotated[Text, Option()] = "auto"
+    """Number format of banks and dense matrices: int8, int4, int3, int2, or another that is registered. They are then
+    quantised, and every layer is refitted to compensate. With auto it is that of the other weights."""
 
 
 class Scope(Section):

@@ -13,6 +13,7 @@ from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.solve.solved import Solved
 from pilon_compress.models.source import Source
 from pilon_compress.nn.fold import prune_unused
+from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.layout import banks, install
 
 
@@ -30,26 +31,23 @@ def build(
     computed = source.model.dtype
     with default_dtype(dtype) if source.streamed else nullcontext():
         install(model, plan.layout(quantization))
-    modules = dict(banks(model))
+    modules, kind = dict(banks(model)), FORMATS[quantization or "none"]
     for bank in plan.banks:
         stored = solved.banks[bank.name]
         fit = stored.fit
-        for name, tensor, rounded in (("A", fit.A, stored.A), ("B", fit.B, stored.B)):
-            side = getattr(modules[bank.name], name)
-            if rounded is not None:
-                side.put(rounded.codes, rounded.scale)
-            else:
-                side.copy_(tensor.to(computed))  # rounded twice, as a model in memory is when it is saved
+        for side, tensor, rounded in (("A", fit.A, stored.A), ("B", fit.B, stored.B)):
+            codes = None if rounded is None else rounded.stored
+            # to the model's dtype first: rounded twice, as a model in memory is when it is saved
+            kind.fill_bank(modules[bank.name], side, tensor.to(computed), codes)
         for place, site in enumerate(bank.sites):
             composed = model.base_model.get_submodule(site.name)
             composed.weight.copy_(fit.weight[place].to(computed))
             composed.selected.copy_(fit.selected[place])
     for name, projection in solved.projections.items():
         module, weights = model.base_model.get_submodule(name), projection.weights
-        if weights.rounded is not None:
-            module.put(weights.rounded.codes, weights.rounded.scale)
-        elif weights.matrix is not None:
-            module.weight.copy_(weights.matrix.T.to(computed))
+        if weights.matrix is not None:
+            codes = None if weights.rounded is None else weights.rounded.stored
+            kind.fill_matrix(module, weights.matrix.to(computed), codes)
         if projection.bias is not None:
             module.bias.copy_(projection.bias.to(computed))
     if source.streamed:

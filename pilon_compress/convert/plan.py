@@ -80,7 +80,7 @@ class Plan:
             for site in bank.sites
         }
         made = Layout(specs, projections, kept, self.host)
-        return made if quantization is None else made.integers(quantization)
+        return made if quantization is None else made.in_format(quantization)
 
 
 def down_of(sites: Sequence[Site]) -> Site | None:

@@ -19,6 +19,7 @@ from pilon_compress.models.families import Site, find_sites
 from pilon_compress.models.limits import check_length, longest_input
 from pilon_compress.models.source import available
 from pilon_compress.models.stream_check import check_walk
+from pilon_compress.nn.formats.registry import grids
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import ffn_size, model_size
 from pilon_compress.report.layout_parts import layout_parts
@@ -87,9 +88,8 @@ class Job:
 
     @property
     def quantization(self) -> str | None:
-        """Which of `nn.integer.KINDS` where banks and matrices become whole numbers."""
-        asked = self.recipe.form.bank_dtype
-        return None if asked == "auto" else asked
+        """The number format that banks and matrices are quantised to; None if they are not."""
+        return asked_format(self.recipe)
 
     @property
     def allocated(self) -> bool:
@@ -128,6 +128,17 @@ def initial_plan(recipe: Recipe, sites: list[Site]) -> Plan:
     return plan
 
 
+def asked_format(recipe: Recipe) -> str | None:
+    """Return the number format that `recipe` asks for, None for that of the other weights.
+
+    Raises BadInput for a format that conversions do not make.
+    """
+    asked = recipe.form.bank_dtype
+    if asked != "auto" and asked not in grids():
+        raise BadInput(f"form.bank_dtype {asked!r} is none of auto, {', '.join(grids())}")
+    return None if asked == "auto" else asked
+
+
 def describe_plan(plan: Plan, itemsize: int, quantization: str | None = None) -> conversion.Plan:
     """The plan bank by bank and matrix by matrix, for the terminal, report.json and the card."""
     sites = [site for bank in plan.banks for site in bank.sites] + plan.kept
@@ -141,6 +152,7 @@ def describe_plan(plan: Plan, itemsize: int, quantization: str | None = None) ->
 
 def prepare(recipe: Recipe) -> Job:
     """Read the config, find the projections and solve the plan. Loads no weights. Raises BadInput."""
+    asked_format(recipe)
     config = checkpoint.load_config(recipe.model)
     checkpoint.check_dense(recipe.model, config)
     dense = checkpoint.empty_model(config)

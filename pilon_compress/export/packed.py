@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 import pilon_compress
@@ -14,17 +13,11 @@ from pilon_compress.export.save import drop_bundled, save_beside
 from pilon_compress.models import checkpoint
 from pilon_compress.models.provenance import lineage
 from pilon_compress.models.task import vocabulary
-from pilon_compress.nn.additions import added, addition, carry
-from pilon_compress.nn.bank import PrimitiveBank
-from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.additions import carry
+from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.int8 import to_int8
-from pilon_compress.nn.integer import IntegerBank, IntegerLinear
-from pilon_compress.nn.layout import BANKS, Kept, banks, kept_matrices, layout_of, projections
-from pilon_compress.nn.packed_ternary import PackedBank, PackedLinear
+from pilon_compress.nn.layout import BANKS, banks, kept_matrices, layout_of, projections
 from pilon_compress.nn.size import ffn_size, model_size
-from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
-from pilon_compress.nn.ternary_codec import pack
-from pilon_compress.nn.ternary_quantizer import digits
 from pilon_compress.report.card import packed_card
 from pilon_compress.results.export import Exported
 from pilon_compress.results.sizes import Sizes
@@ -34,11 +27,11 @@ SAMPLE = (2, 48)  # sequences and tokens on which packed and unpacked are compar
 
 def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
     """Say why there is nothing to pack in `model`; None if there is."""
-    found = [bank for _, bank in banks(model)] + [matrix for _, matrix in kept_matrices(model)]
-    if all(isinstance(one, TernaryBank | TernaryLinear) for one in found):
+    layout = layout_of(model)
+    if layout.kinds <= {kind.packs for kind in FORMATS.values()}:
         return None
-    if all(isinstance(one, PackedBank | PackedLinear | IntegerBank | IntegerLinear) for one in found):
-        done = options.rest != "int8" or layout_of(model).rest
+    if all(FORMATS[name].final for name in layout.kinds):
+        done = options.rest != "int8" or layout.rest
         return "is packed already" if done else None
     return (
         "is not ternary: `pilon-compress train --heal ... --ternary` makes it so; "
@@ -61,7 +54,7 @@ def write(model: PreTrainedModel, job: Job) -> Exported:
     """
     dtype = checkpoint.find_dtype(job.options.dtype or "auto") or model.dtype
     before = _outputs(model)
-    if layout_of(model).is_ternary:
+    if not all(FORMATS[name].final for name in layout_of(model).kinds):
         packed(model, job.options.encoding or "base3")
     after = _outputs(model)
     found: dict[str, Any] = {"max_logit_difference": float((after - before).abs().max())}
@@ -88,48 +81,23 @@ def write(model: PreTrainedModel, job: Job) -> Exported:
 
 @torch.no_grad()
 def packed(model: PreTrainedModel, encoding: str) -> PreTrainedModel:
-    """Replace, in place, every ternary bank and matrix of `model` by a packed one; outputs stay bit-equal."""
-    made = {id(bank): (name, bank, _bank(bank, encoding)) for name, bank in banks(model)}
+    """Replace, in place, every bank and matrix of a format in training by its packed one; outputs stay bit-equal.
+
+    `encoding`: the packed format is called FORMAT-ENCODING.
+    """
+
+    def packing(part: Any) -> Format:
+        return FORMATS[f"{part.format}-{encoding}"]
+
+    made = {id(bank): (name, packing(bank).pack_bank(bank)) for name, bank in banks(model)}
     for name, layer in list(projections(model)):
-        model.base_model.set_submodule(name, carry(layer, _projection(layer, made[id(layer.bank)][2])))
+        projection = packing(layer.bank).pack_projection(layer, made[id(layer.bank)][1])
+        model.base_model.set_submodule(name, carry(layer, projection))
     for name, matrix in list(kept_matrices(model)):
-        model.base_model.set_submodule(name, carry(matrix, _matrix(matrix, encoding)))
-    for name, _, bank in made.values():
+        model.base_model.set_submodule(name, carry(matrix, packing(matrix).pack_matrix(matrix)))
+    for name, bank in made.values():
         model.base_model.set_submodule(f"{BANKS}.{name}", bank)
     return model.eval()
-
-
-def _bank(bank: PrimitiveBank, encoding: str) -> PackedBank:
-    assert isinstance(bank, TernaryBank)
-    A, B = bank.eval().digits(torch.arange(bank.n_primitives, device=bank.A.device))
-    made = PackedBank(bank.d_in, bank.d_out, bank.n_primitives, bank.rank, encoding)
-    made.A_codes, made.B_codes = pack(A, encoding), pack(B, encoding)
-    return made
-
-
-def _projection(layer: ComposedLinear, bank: PackedBank) -> ComposedLinear:
-    selected, weight = layer.coefficients()
-    assert isinstance(layer.bank, TernaryBank)
-    scale, _ = layer.bank.folded(selected, weight)
-    k, rank = len(selected), bank.rank
-    made = ComposedLinear(bank, k, layer.bias is not None, "component", layer.host_shape, layer.group)
-    made.selected = selected.clone()
-    made.weight = nn.Parameter(scale.reshape(k, rank).clone())
-    made.bias = layer.bias
-    for name, kind in added(layer.bank):
-        addition(name, kind).packed(layer, made)
-    return made
-
-
-def _matrix(matrix: Kept, encoding: str) -> PackedLinear:
-    assert isinstance(matrix, TernaryLinear)
-    scale = matrix.scales()
-    d_in, d_out = matrix.in_features, matrix.out_features
-    made = PackedLinear(d_in, d_out, matrix.bias is not None, matrix.host_shape, encoding, matrix.group)
-    made.codes = pack(digits(matrix.weight, scale).T[None], encoding)
-    made.weight = nn.Parameter(scale.squeeze(-1).expand(d_out).clone())
-    made.bias = matrix.bias
-    return made
 
 
 @torch.no_grad()

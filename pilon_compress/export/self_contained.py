@@ -1,7 +1,7 @@
 """Exports to a folder that brings its loading code along: it loads where pilon-compress is not installed."""
 
-import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +12,13 @@ from transformers.models.auto import auto_factory, modeling_auto
 from pilon_compress.config.export import ExportOptions
 from pilon_compress.config.research import bound
 from pilon_compress.export import transformers_plugin
+from pilon_compress.export.bundle import bundle
 from pilon_compress.export.registry import Job, exporter
 from pilon_compress.export.save import MODELING_FILE, save_beside
-from pilon_compress.io import checksum
-from pilon_compress.kernels import reference
-from pilon_compress.nn import (
-    additions,
-    bank,
-    composed_linear,
-    dense_linear,
-    int8,
-    integer,
-    layout,
-    lazy,
-    packed_ternary,
-    sharded,
-    ternary,
-    ternary_codec,
-    ternary_quantizer,
-)
+from pilon_compress.nn.formats.registry import FORMATS
+from pilon_compress.nn.layout import Layout, layout_of
 from pilon_compress.results.export import Exported
 
-# in this order one file can hold them
-BUNDLED = (
-    reference,
-    ternary_quantizer,
-    sharded,
-    additions,
-    bank,
-    composed_linear,
-    dense_linear,
-    ternary,
-    ternary_codec,
-    lazy,
-    packed_ternary,
-    integer,
-    int8,
-    layout,
-    checksum,
-    transformers_plugin,
-)
 HEADER = '''"""PILON for transformers, bundled by pilon-compress so that this folder loads without the package:
 
     AutoModel...from_pretrained(folder, trust_remote_code=True)
@@ -63,9 +30,8 @@ Generated from the package's own modules; do not edit.
 
 def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
     """Say why the code that `model` needs cannot travel with it; None if it can."""
-    found = [one for _, one in (*layout.banks(model), *layout.kept_matrices(model))]
-    kernels = any(isinstance(one, packed_ternary.PackedBank | packed_ternary.PackedLinear) for one in found)
-    if kernels or layout.layout_of(model).rest:
+    layout = layout_of(model)
+    if layout.rest or not all(FORMATS[name].travels for name in layout.kinds):
         return "is packed: its kernels do not travel with it, it needs pilon-compress to load"
     if not all(hasattr(transformers, name) for name in host_classes(model).values()):
         return "is of an architecture that transformers does not have: its code does not travel with it"
@@ -84,7 +50,7 @@ def write(model: PreTrainedModel, job: Job) -> Exported:
     classes = host_classes(model)
     stem = MODELING_FILE.removesuffix(".py")
     model.config.auto_map = {auto: f"{stem}.Pilon{host}" for auto, host in classes.items()}
-    code = bundle(sorted(set(classes.values())), sorted(layout.layout_of(model).research))
+    code = loading_code(sorted(set(classes.values())), layout_of(model))
 
     def add(folder: Path) -> None:
         (folder / MODELING_FILE).write_text(code, "utf-8")
@@ -106,16 +72,11 @@ def host_classes(model: PreTrainedModel) -> dict[str, str]:
     return {name: host for name, host in found.items() if not name.startswith("_")}
 
 
-def bundle(hosts: list[str], research: Sequence[str] = ()) -> str:
-    """One module: the sources of form and loader without their imports of each other, and a class per host class.
-
-    `research`: names of the research modules that the layout needs.
-    """
-    parts = [HEADER]
-    for module in (*BUNDLED, *(bound(name, "form") for name in research)):
-        lines = inspect.getsource(module).splitlines()
-        kept = [line for line in lines if not line.startswith(("from pilon_compress", "import pilon_compress"))]
-        parts.append("\n".join(kept))
+def loading_code(hosts: Iterable[str], layout: Layout) -> str:
+    """Return one module: what loads a model of that layout, and a class for each class in `hosts`, by name."""
+    formats = [sys.modules[FORMATS.origin(name)] for name in sorted({"none", *layout.kinds})]
+    research = [bound(name, "form") for name in sorted(layout.research)]
+    code = bundle([*formats, *research, transformers_plugin])
     imports = "from transformers import " + ", ".join(hosts)
     classes = "\n\n".join(f"class Pilon{host}({host}):\n    pass\n" for host in hosts)
-    return "\n\n".join([*parts, imports, "", classes])
+    return "\n\n".join([HEADER, code, imports, "", classes])

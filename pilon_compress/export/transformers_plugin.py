@@ -19,13 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pilon_compress.io.checksum import damage
-from pilon_compress.nn.bank import PrimitiveBank
-from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.dense_linear import KeptLinear
-from pilon_compress.nn.int8 import Int8, Int8Embedding, Int8Linear
-from pilon_compress.nn.integer import Integers
-from pilon_compress.nn.layout import Host, Layout, install, stored_types
-from pilon_compress.nn.packed_ternary import PackedBank, PackedLinear, scales_of
+from pilon_compress.nn.layout import Host, Layout, install, parts, stored_types
 
 VERIFY = "PILON_VERIFY"  # environment: compare every file with its checksum when a model is loaded
 FORMAT_VERSION = 2  # 2: ternary and packed banks, whole numbers
@@ -87,10 +81,9 @@ def refuse_gaps(model: Host) -> None:
     """Raise ValueError if a PILON tensor was not in the file: transformers would leave it as random memory."""
     lost = [
         f"{name}.{key}"
-        for name, module in model.named_modules()
-        if isinstance(module, PrimitiveBank | ComposedLinear | KeptLinear | PackedLinear | Integers | Int8)
-        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        if key not in module._non_persistent_buffers_set
+        for name, part in parts(model)
+        for key, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        if key not in part._non_persistent_buffers_set
         and not tensor.is_meta  # offloaded to disk
         and not getattr(tensor, "_is_hf_initialized", False)
     ]
@@ -99,19 +92,11 @@ def refuse_gaps(model: Host) -> None:
 
 
 def refuse_damage(model: Host) -> None:
-    """Raise ValueError for packed numbers that are none, and scales that are zero or not finite."""
-    for name, module in model.named_modules():
-        if isinstance(module, PackedBank | PackedLinear | Integers):
-            codes = next(module.buffers(recurse=False))
-            if not codes.is_meta and (reason := module.refuse()):
-                raise ValueError(f"{name} {reason}: the file is corrupt")
-        if isinstance(module, Int8Linear | Int8Embedding) and not module.scale.is_meta:
-            scale = module.scale
-            if not (torch.isfinite(scale).all() and scale.all()):
-                raise ValueError(f"{name} holds scales that are zero or not finite: the file is corrupt")
-    for name, scale in scales_of(model).items():
-        if not scale.is_meta and not (torch.isfinite(scale).all() and scale.any()):
-            raise ValueError(f"{name} holds scales that are zero or not finite: the file is corrupt")
+    """Raise ValueError for codes that are none, and scales that are zero or not finite."""
+    for name, part in parts(model):
+        tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+        if not any(tensor.is_meta for tensor in tensors) and (reason := part.refuse()):
+            raise ValueError(f"{name} {reason}: the file is corrupt")
 
 
 def dissolve(model: Host) -> None:

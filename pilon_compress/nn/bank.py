@@ -1,12 +1,15 @@
 """The bank: low-rank primitives that every layer of a band shares."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
+from pilon_compress.nn.part import Part
 from pilon_compress.nn.sharded import full
 
 
-class PrimitiveBank(nn.Module):
+class PrimitiveBank(Part, nn.Module):
     """`n_primitives` low-rank primitives for one band and role.
 
         A: (n, d_in, r)   B: (n, r, d_out)        y = sum over selected p of  x A_p diag(g_p) B_p
@@ -15,7 +18,14 @@ class PrimitiveBank(nn.Module):
 
     The bank is owned once by the model; layers call it with their own composition. They must call it rather than
     read `A` and `B`, so that FSDP can gather the parameters first.
+
+    format: name in `nn.formats`   folds: two plain matrices compute the same as a composition of its primitives
+    exact_compositions: compositions of it stay in float32
     """
+
+    format: str = "none"
+    folds: bool = True
+    exact_compositions: bool = False
 
     def __init__(self, d_in: int, d_out: int, n_primitives: int, rank: int) -> None:
         super().__init__()
@@ -67,6 +77,15 @@ class PrimitiveBank(nn.Module):
         return full(self.A.detach().norm(dim=1)) * full(self.B.detach().norm(dim=2))
 
     @torch.no_grad()
+    def draw(self, std: float, generator: torch.Generator | None) -> None:
+        """Fill A and B, in place, with N(0, std²)."""
+        self.A.normal_(0, std, generator=generator)
+        self.B.normal_(0, std, generator=generator)
+
+    def optimizer_group(self, leaf: str) -> str | None:
+        return "banks" if leaf in ("A", "B") else "compositions"
+
+    @torch.no_grad()
     def keep(self, used: Tensor) -> None:
         """Drop, in place, the primitives for which `used` (n,) is False."""
         self.A = nn.Parameter(self.A[used].clone())
@@ -74,3 +93,10 @@ class PrimitiveBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n_primitives={self.n_primitives}, rank={self.rank}, d_in={self.d_in}, d_out={self.d_out}"
+
+
+def banks_in(module: nn.Module) -> Iterator[tuple[str, PrimitiveBank]]:
+    """Yield every bank below `module`, with its name there."""
+    for name, part in module.named_modules():
+        if isinstance(part, PrimitiveBank):
+            yield name, part

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.part import Projection
 from pilon_compress.nn.sharded import full
 
 COMPOSITIONS = ("component", "scalar", "softmax")
 
 
-class ComposedLinear(nn.Module):
+class ComposedLinear(Projection, nn.Module):
     """`x` (..., d_in) -> (..., d_out), composed from `top_k` of the bank's primitives.
 
     composition   weight    meaning
@@ -43,12 +44,24 @@ class ComposedLinear(nn.Module):
         # borrowed, not registered: one owner, one key in the checkpoint, one storage, one optimiser entry
         object.__setattr__(self, "bank", bank)
         self.composition, self.top_k, self.group = composition, top_k, group
+        self.in_features, self.out_features = bank.d_in, bank.d_out
         self.host_shape = host_shape or (bank.d_in, bank.d_out)
         shape = {"component": (top_k, bank.rank), "scalar": (top_k, 1), "softmax": (bank.n_primitives, 1)}[composition]
         self.weight = nn.Parameter(torch.empty(shape))
         if composition != "softmax":
             self.register_buffer("selected", torch.arange(top_k))
         self.bias = nn.Parameter(torch.zeros(bank.d_out)) if bias else None
+
+    def own_types(self) -> dict[str, torch.dtype]:
+        return {"weight": torch.float32} if self.bank.exact_compositions else {}
+
+    def refuse(self) -> str | None:
+        if self.bank.exact_compositions and not (torch.isfinite(self.weight).all() and self.weight.any()):
+            return "holds scales that are zero or not finite"
+        return None
+
+    def optimizer_group(self, leaf: str) -> str | None:
+        return None if leaf == "bias" else "compositions"
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """`selected` (k,) int64 and the weight (k, r) or (k, 1) that each selected primitive gets."""

@@ -1,9 +1,12 @@
 """The projection that stays one matrix, because no composition of it pays; its block may have lost neurons."""
 
+import torch
 from torch import Tensor, nn
 
+from pilon_compress.nn.part import Matrix
 
-class KeptLinear(nn.Linear):
+
+class KeptLinear(Matrix, nn.Linear):
     """An nn.Linear in the place of a host projection of `host_shape` (d_in, d_out), at that size or smaller.
 
     Dropping a neuron of a feed-forward block takes a column of up (and gate) and a row of down; the function of the
@@ -15,5 +18,8 @@ class KeptLinear(nn.Linear):
         self.host_shape = host_shape
 
     def matrix(self) -> Tensor:
-        """(d_in, d_out), as it counts in the forward pass."""
         return self.weight.T
+
+    @torch.no_grad()
+    def draw(self, std: float, generator: torch.Generator | None) -> None:
+        self.weight.normal_(0, std, generator=generator)

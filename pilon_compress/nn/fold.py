@@ -5,10 +5,7 @@ from torch import Tensor, nn
 
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.integer import IntegerLinear
 from pilon_compress.nn.layout import BANKS, Host, banks, kept_matrices, projections
-from pilon_compress.nn.packed_ternary import PackedBank
-from pilon_compress.nn.ternary import TernaryBank
 
 
 def pair_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
@@ -43,7 +40,7 @@ def dense(composed: ComposedLinear) -> tuple[Tensor, Tensor | None]:
 
 def foldable(model: Host) -> bool:
     """Whether `fold` may change the model: not if it has ternary banks."""
-    return not any(isinstance(bank, TernaryBank | PackedBank) for _, bank in banks(model))
+    return all(bank.folds for _, bank in banks(model))
 
 
 @torch.no_grad()
@@ -58,7 +55,7 @@ def fold(model: Host) -> Host:
         raise ValueError("ternary banks do not fold: export them packed")
     base = model.base_model
     for name, kept in list(kept_matrices(model)):
-        if isinstance(kept, IntegerLinear):  # in whole numbers it would be restored for every call
+        if kept.unfolds:
             plain: nn.Module = _linear(kept.matrix().to(base.dtype), kept.bias)
             base.set_submodule(name, carry(kept, plain))
     for name, composed in list(projections(model)):

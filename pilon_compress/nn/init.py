@@ -3,7 +3,6 @@
 import torch
 
 from pilon_compress.nn.layout import Host, kept_matrices, projections
-from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
 
 
 @torch.no_grad()
@@ -32,16 +31,9 @@ def initialise(model: Host, std: float, generator: torch.Generator | None = None
         done.add(id(bank))
         weight_square = 1 / k**2 if softmax else 1.0
         factor_std = (std**2 / (k * bank.rank * weight_square)) ** 0.25
-        bank.A.normal_(0, factor_std, generator=generator)
-        bank.B.normal_(0, factor_std, generator=generator)
-        if isinstance(bank, TernaryBank):
-            everything = torch.arange(bank.n_primitives, device=bank.A.device)
-            for latent, counted in zip((bank.A, bank.B), bank.primitives(everything), strict=True):
-                latent.mul_(factor_std / counted.square().mean().sqrt())
+        bank.draw(factor_std, generator)
     for _, matrix in kept_matrices(model):
-        matrix.weight.normal_(0, std, generator=generator)
-        if isinstance(matrix, TernaryLinear):
-            matrix.weight.mul_(std / matrix.matrix().square().mean().sqrt())
+        matrix.draw(std, generator)
         if matrix.bias is not None:
             matrix.bias.zero_()
     return model

@@ -14,9 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from pilon_compress.kernels import cpu
+from pilon_compress.nn.part import Part
 
 
-class Int8Linear(nn.Module):
+class Int8Layer(Part):
+    """A layer with a scale for every row of its weight."""
+
+    scale: Tensor
+
+    def own_types(self) -> dict[str, torch.dtype]:
+        return {"scale": torch.float32}
+
+    def refuse(self) -> str | None:
+        sound = torch.isfinite(self.scale).all() and self.scale.all()
+        return None if sound else "holds scales that are zero or not finite"
+
+
+class Int8Linear(Int8Layer, nn.Module):
     """`x` (..., d_in) -> (..., d_out)."""
 
     scale: Tensor
@@ -32,7 +46,7 @@ class Int8Linear(nn.Module):
         return cpu.int8_linear(x, self.weight, self.scale.float(), self.bias)
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(Int8Layer, nn.Module):
     """Ids (...) -> their rows (..., d), in the dtype of `like`, a parameter of the model that is computed in."""
 
     scale: Tensor
@@ -50,7 +64,7 @@ class Int8Embedding(nn.Module):
         return (rows * nn.functional.embedding(ids, self.scale.float()[:, None])).to(self.like.dtype)
 
 
-class Int8Head(nn.Module):
+class Int8Head(Part, nn.Module):
     """A head that is tied to the token embedding: it borrows the scales as transformers shares the numbers."""
 
     def __init__(self, embedding: Int8Embedding, bias: bool) -> None:
@@ -64,9 +78,6 @@ class Int8Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return cpu.int8_linear(x, self.weight, self.embedding.scale.float(), self.bias)
-
-
-Int8 = Int8Linear | Int8Embedding | Int8Head
 
 
 def _whole(rows: int, columns: int) -> nn.Parameter:
@@ -134,7 +145,7 @@ def to_int8(model: Any) -> None:
     install_int8(model, places)
     for place, plain in before.items():
         made = _at(model, place)
-        if not isinstance(made, Int8Head):
+        if places[place] != "head":
             weight = plain.weight.T if type(plain).__name__ == "Conv1D" else plain.weight
             rows, made.scale = cpu.int8_rows(weight.contiguous())
             made.weight.copy_(rows)

@@ -8,19 +8,13 @@ import torch
 from torch import nn
 
 from pilon_compress.nn.additions import add, added, addition, entries, places_of
-from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.bank import PrimitiveBank, banks_in
 from pilon_compress.nn.composed_linear import COMPOSITIONS, ComposedLinear
-from pilon_compress.nn.dense_linear import KeptLinear
-from pilon_compress.nn.int8 import Int8Embedding, Int8Linear, install_int8, installed
-from pilon_compress.nn.integer import KINDS, IntegerBank, IntegerLinear, Integers
-from pilon_compress.nn.packed_ternary import PackedBank, PackedLinear, scales_of
-from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
-from pilon_compress.nn.ternary_codec import PER_BYTE
+from pilon_compress.nn.formats.registry import FORMATS
+from pilon_compress.nn.int8 import install_int8, installed
+from pilon_compress.nn.part import Matrix, Part, Projection
 
-Kept = KeptLinear | PackedLinear | IntegerLinear
-PACKED = {f"ternary-{encoding}": encoding for encoding in PER_BYTE}
 Host = Any  # a transformers PreTrainedModel; transformers imports this file while that class is being made
-WORDS = {"quantization": ("none", "ternary", *PACKED, *KINDS), "composition": COMPOSITIONS}
 REST = ("linear", "embedding", "head")  # kinds of 8-bit layers, see `int8.installed`
 WIDEST, LARGEST = 1 << 26, 1 << 40  # of one size, and of the numbers of one side of a bank
 FORMER = {
@@ -35,8 +29,7 @@ BANKS = "pilon_banks"  # where the base model owns its banks
 
 @dataclass(frozen=True)
 class BankSpec:
-    """Shape of one bank, and what its numbers are: `quantization` none, ternary (in training), ternary-2bit or
-    ternary-base3 (packed), or one of `integers.KINDS`."""
+    """Shape of one bank, and the number format that it is in: `quantization`, a name in `formats.registry.FORMATS`."""
 
     d_in: int
     d_out: int
@@ -160,8 +153,8 @@ class Layout:
             if kind not in REST:
                 raise ValueError(f"{name}: {kind!r} is none of {', '.join(REST)}")
 
-    def integers(self, quantization: str) -> "Layout":
-        """The same with every bank and kept matrix in whole numbers."""
+    def in_format(self, quantization: str) -> "Layout":
+        """The same with every bank and matrix in the number format of that name."""
         banks = {name: replace(spec, quantization=quantization) for name, spec in self.banks.items()}
         kept = {name: replace(spec, quantization=quantization) for name, spec in self.kept.items()}
         return replace(self, banks=banks, kept=kept)
@@ -235,8 +228,11 @@ def _checked(value: Any, name: str, kind: Any, where: str) -> Any:
         raise ValueError(f"{where}: {name} must be {kind.__name__}, not {value!r:.60}")
     if kind is int and not (0 if name == "group" else 1) <= value <= WIDEST:
         raise ValueError(f"{where}: {name} is {value}, which no model has")
-    if name in WORDS and value not in WORDS[name]:
+    if name == "composition" and value not in COMPOSITIONS:
         raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
+    if name == "quantization" and value not in FORMATS:
+        newer = "written by a newer pilon-compress, or with a plug-in that PILON_PLUGINS must name?"
+        raise ValueError(f"{where}: {name} {value!r} is not known: {newer}")
     return value
 
 
@@ -247,7 +243,10 @@ def install(model: Host, layout: Layout) -> Host:
     Raises ValueError if the model has no such projection or its shape differs.
     """
     base = model.base_model
-    banks = {name: make_bank(spec) for name, spec in layout.banks.items()}
+    banks = {
+        name: FORMATS[spec.quantization].bank(spec.d_in, spec.d_out, spec.n_primitives, spec.rank)
+        for name, spec in layout.banks.items()
+    }
     for name in (*layout.projections, *layout.kept):
         try:
             dense = base.get_submodule(name)
@@ -278,47 +277,19 @@ def install(model: Host, layout: Layout) -> Host:
     return model
 
 
-def make_bank(spec: BankSpec) -> PrimitiveBank:
-    """An uninitialised bank. Raises ValueError for a quantization that is not known."""
-    shape = (spec.d_in, spec.d_out, spec.n_primitives, spec.rank)
-    if spec.quantization == "ternary":
-        return TernaryBank(*shape)
-    if spec.quantization in PACKED:
-        return PackedBank(*shape, PACKED[spec.quantization])
-    if spec.quantization in KINDS:
-        return IntegerBank(*shape, spec.quantization)
-    if spec.quantization != "none":
-        raise ValueError(f"quantization {spec.quantization!r} is not known: written by a newer pilon-compress?")
-    return PrimitiveBank(*shape)
-
-
-def make_kept(spec: KeptSpec, host_shape: tuple[int, int]) -> Kept:
-    """An uninitialised kept matrix. Raises ValueError for a quantization that is not known."""
-    if spec.quantization == "ternary":
-        return TernaryLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.group)
-    if spec.quantization in PACKED:
-        return PackedLinear(spec.d_in, spec.d_out, spec.bias, host_shape, PACKED[spec.quantization], spec.group)
-    if spec.quantization in KINDS:
-        return IntegerLinear(spec.d_in, spec.d_out, spec.bias, host_shape, spec.quantization)
-    if spec.quantization != "none":
-        raise ValueError(f"quantization {spec.quantization!r} is not known: written by a newer pilon-compress?")
-    return KeptLinear(spec.d_in, spec.d_out, spec.bias, host_shape)
-
-
 def _module(layout: Layout, name: str, banks: dict[str, PrimitiveBank]) -> nn.Module:
     host_shape = layout.host_shape(name)
     if name in layout.kept:
-        return make_kept(layout.kept[name], host_shape)
+        kept = layout.kept[name]
+        return FORMATS[kept.quantization].matrix(kept.d_in, kept.d_out, kept.bias, host_shape, kept.group)
     spec = layout.projections[name]
     return ComposedLinear(banks[spec.bank], spec.top_k, spec.bias, spec.composition, host_shape, spec.group)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of an nn.Linear, a GPT-2 Conv1D (whose weight is stored (in, out)) or a projection of ours."""
-    if isinstance(module, nn.Linear | PackedLinear | IntegerLinear):
+    if isinstance(module, nn.Linear | Projection):
         return module.in_features, module.out_features
-    if isinstance(module, ComposedLinear):
-        return module.bank.d_in, module.bank.d_out
     if type(module).__name__ == "Conv1D":
         d_in, d_out = module.get_parameter("weight").shape
         return d_in, d_out
@@ -332,28 +303,31 @@ def projections(model: Host) -> Iterator[tuple[str, ComposedLinear]]:
             yield name, module
 
 
-def kept_matrices(model: Host) -> Iterator[tuple[str, Kept]]:
-    """Every projection of a PILON model that stays one matrix, by module name below the base model."""
+def kept_matrices(model: Host) -> Iterator[tuple[str, Any]]:
+    """Every projection of a PILON model that stays one matrix, a `Matrix`, by module name below the base model."""
     for name, module in model.base_model.named_modules():
-        if isinstance(module, Kept):
+        if isinstance(module, Matrix):
             yield name, module
 
 
 def banks(model: Host) -> Iterator[tuple[str, PrimitiveBank]]:
     """Every bank of a PILON model by its layout name (`band0.up`)."""
-    for name, module in model.base_model.named_modules():
-        if isinstance(module, PrimitiveBank):
-            yield name.removeprefix(f"{BANKS}."), module
+    for name, bank in banks_in(model.base_model):
+        yield name.removeprefix(f"{BANKS}."), bank
+
+
+def parts(model: Host) -> Iterator[tuple[str, Any]]:
+    """Every module that is a `Part`: banks, projections, 8-bit layers; by module name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Part):
+            yield name, module
 
 
 def stored_types(model: Host) -> dict[str, torch.dtype]:
     """By name, the type of tensors that are stored in their own, whatever that of the model."""
-    found = dict.fromkeys(scales_of(model), torch.float32)
-    for name, module in model.named_modules():
-        if isinstance(module, Integers):
-            found[f"{name}.scale"] = torch.bfloat16
-        elif isinstance(module, Int8Linear | Int8Embedding):
-            found[f"{name}.scale"] = torch.float32
+    found = dict[str, torch.dtype]()
+    for name, module in parts(model):
+        found |= {f"{name}.{tensor}": dtype for tensor, dtype in module.own_types().items()}
         for research, kind in added(module):
             found |= {f"{name}.{tensor}": torch.float32 for tensor in addition(research, kind).exact}
     return found
@@ -362,37 +336,18 @@ def stored_types(model: Host) -> dict[str, torch.dtype]:
 def layout_of(model: Host) -> Layout:
     """Read the layout back from an installed model."""
     names = {id(bank): name for name, bank in banks(model)}
-    specs = {name: _bank_spec(bank) for name, bank in banks(model)}
+    specs = {name: BankSpec(b.d_in, b.d_out, b.n_primitives, b.rank, b.format) for name, b in banks(model)}
     composed = {
         name: ProjectionSpec(names[id(p.bank)], p.top_k, p.bias is not None, p.composition, p.group)
         for name, p in projections(model)
     }
-    kept = {name: _kept_spec(matrix) for name, matrix in kept_matrices(model)}
+    kept = {
+        name: KeptSpec(m.in_features, m.out_features, m.bias is not None, m.format, m.group)
+        for name, m in kept_matrices(model)
+    }
     layers = [*projections(model), *kept_matrices(model)]
     host = {name: layer.host_shape for name, layer in layers if layer.host_shape != linear_shape(layer)}
     layout = Layout(specs, composed, kept, host, installed(model))
     for name, research, kind in ((name, *one) for name, module in (*banks(model), *layers) for one in added(module)):
         layout = layout.with_addition(research, kind, [name])
     return layout
-
-
-def _bank_spec(bank: PrimitiveBank) -> BankSpec:
-    shape = (bank.d_in, bank.d_out, bank.n_primitives, bank.rank)
-    if isinstance(bank, TernaryBank):
-        return BankSpec(*shape, "ternary")
-    if isinstance(bank, PackedBank):
-        return BankSpec(*shape, f"ternary-{bank.encoding}")
-    if isinstance(bank, IntegerBank):
-        return BankSpec(*shape, bank.A.quantization)
-    return BankSpec(*shape)
-
-
-def _kept_spec(matrix: Kept) -> KeptSpec:
-    shape = (matrix.in_features, matrix.out_features, matrix.bias is not None)
-    if isinstance(matrix, TernaryLinear):
-        return KeptSpec(*shape, "ternary", matrix.group)
-    if isinstance(matrix, PackedLinear):
-        return KeptSpec(*shape, f"ternary-{matrix.encoding}", matrix.group)
-    if isinstance(matrix, IntegerLinear):
-        return KeptSpec(*shape, matrix.quantization)
-    return KeptSpec(*shape)

@@ -6,9 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pilon_compress.nn.additions import addition
-from pilon_compress.nn.integer import KINDS
-from pilon_compress.nn.layout import PACKED, Layout, linear_shape
-from pilon_compress.nn.ternary_codec import packed_size
+from pilon_compress.nn.formats.registry import FORMATS
+from pilon_compress.nn.layout import Layout, linear_shape
 from pilon_compress.results.sizes import Share, Sizes
 
 DENSE_ITEMSIZE = 2  # `dense_bytes` is the dense model in bfloat16, whatever it was stored in
@@ -66,16 +65,11 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
         macs += min(inner * (spec.d_in + spec.d_out), spec.d_in * spec.d_out)
         dense += d_in * d_out + user.bias * d_out
         dense_macs += d_in * d_out
-    size = numbers * itemsize
-    if spec.quantization in PACKED:
-        in_codes = spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
-        codes = sum(packed_size(d * spec.rank, PACKED[spec.quantization]) for d in (spec.d_in, spec.d_out))
-        size = spec.n_primitives * codes + scales * SCALE_ITEMSIZE + (numbers - in_codes - scales) * itemsize
-    if spec.quantization in KINDS:
-        each = sum(sum(KINDS[spec.quantization].size(d, spec.rank)) for d in (spec.d_in, spec.d_out))
-        size = (
-            spec.n_primitives * each + (numbers - spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)) * itemsize
-        )
+    kind = FORMATS[spec.quantization]
+    size = spec.n_primitives * sum(kind.matrix_bytes(d, spec.rank, itemsize) for d in (spec.d_in, spec.d_out))
+    rest = numbers - spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
+    exact = scales if kind.exact_compositions else 0
+    size += exact * SCALE_ITEMSIZE + (rest - exact) * itemsize
     return Size(
         stored=numbers + indices,
         dense_stored=dense,
@@ -97,13 +91,10 @@ def kept_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Size
     spec, (d_in, d_out) = layout.kept[name], layout.host_shape(name)
     macs, dense_macs = spec.d_in * spec.d_out, d_in * d_out
     rest = spec.bias * spec.d_out + _added(layout, name)
-    scales = spec.d_out if spec.quantization in PACKED else 0
+    kind = FORMATS[spec.quantization]
+    scales = kind.matrix_scales(spec.d_out)
     stored, dense = macs + rest + scales, dense_macs + spec.bias * d_out
-    size = stored * itemsize
-    if spec.quantization in PACKED:
-        size = packed_size(macs, PACKED[spec.quantization]) + scales * SCALE_ITEMSIZE + rest * itemsize
-    if spec.quantization in KINDS:
-        size = sum(KINDS[spec.quantization].size(spec.d_in, spec.d_out)) + rest * itemsize
+    size = kind.matrix_bytes(spec.d_in, spec.d_out, itemsize) + scales * SCALE_ITEMSIZE + rest * itemsize
     return Size(stored, dense, size, dense * DENSE_ITEMSIZE, macs, dense_macs)
 
 

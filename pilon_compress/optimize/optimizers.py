@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pilon_compress.config.training import Optimizer
-from pilon_compress.nn.bank import PrimitiveBank
-from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.dense_linear import KeptLinear
+from pilon_compress.nn.layout import banks, kept_matrices, projections
+from pilon_compress.nn.part import Part
 from pilon_compress.nn.sharded import full
 
 GROUPS = ("banks", "compositions", "embeddings", "matrices", "vectors")
@@ -42,10 +41,9 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def _group(module: nn.Module, leaf: str, parameter: Tensor, name: str) -> str:
-    if isinstance(module, PrimitiveBank):
-        return "banks" if leaf in ("A", "B") else "compositions"
-    if isinstance(module, ComposedLinear) and leaf != "bias":
-        return "compositions"
+    own = module.optimizer_group(leaf) if isinstance(module, Part) else None
+    if own is not None:
+        return own
     if isinstance(module, nn.Embedding) or name.endswith("lm_head.weight"):
         return "embeddings"
     return "matrices" if parameter.dim() == 2 else "vectors"
@@ -56,10 +54,12 @@ def restrict(model: PreTrainedModel, train: str) -> None:
     if train == "all":
         return
     model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, ComposedLinear) or (train == "ffn" and isinstance(module, PrimitiveBank | KeptLinear)):
-            for parameter in module.parameters():  # their additions included
-                parameter.requires_grad_(True)
+    learning = [layer for _, layer in projections(model)]
+    if train == "ffn":
+        learning += [part for _, part in (*banks(model), *kept_matrices(model))]
+    for module in learning:
+        for parameter in module.parameters():  # their additions included
+            parameter.requires_grad_(True)
 
 
 def make_optimizers(model: nn.Module, asked: Optimizer) -> list[torch.optim.Optimizer]:

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pilon_compress.config.training import TrainRecipe
-from pilon_compress.nn.integer import KINDS
+from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.report import formatting
 from pilon_compress.report.card_sections import (
     costs,
@@ -32,14 +32,6 @@ Report = Mapping[str, Any]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 TASKS = {"causal": "text-generation", "encoder": "feature-extraction"}
 CLASSES = {"causal": "AutoModelForCausalLM", "encoder": "AutoModel"}
-FORMATS = {
-    "ternary-base3": "ternary, five weights in a byte",
-    "ternary-2bit": "ternary, two bits per weight",
-    **{
-        name: f"{name}, a scale " + (f"for {kind.group} weights" if kind.group else "per column")
-        for name, kind in KINDS.items()
-    },
-}
 
 
 def conversion_card(report: Report) -> str:
@@ -119,7 +111,7 @@ def packed_card(result: Report) -> str:
     ]
     sections = [
         f"# {code(name)}, packed",
-        f"Feed-forward weights: {'; '.join(FORMATS[one] for one in result['formats'])}. Over the dense model in "
+        f"Feed-forward weights: {'; '.join(FORMATS[one].about for one in result['formats'])}. Over the dense model in "
         "bfloat16:",
         table(["", "stored parameters", "bytes", "MACs"], rows),
         f"Largest difference of outputs to the model before packing: {result['max_logit_difference']:.3g}.",

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from pilon_compress.models.families import Site
-from pilon_compress.nn.integer import KINDS
-from pilon_compress.nn.layout import PACKED, Layout
+from pilon_compress.nn.formats.registry import FORMATS
+from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import Size, bank_size, kept_size
 from pilon_compress.results.sizes import Part
-
-BITS = {"ternary-2bit": 2.0, "ternary-base3": 1.6} | {name: float(kind.bits) for name, kind in KINDS.items()}
 
 
 def layout_parts(layout: Layout, sites: Sequence[Site], itemsize: int) -> list[Part]:
@@ -37,7 +35,7 @@ def _part(
 ) -> Part:
     d_in, d_out = layout.shape(users[0].name)
     dense_in, dense_out = layout.host_shape(users[0].name)
-    known = quantization in PACKED or quantization in KINDS
+    bits = FORMATS[quantization].bits
     return Part(
         names=[site.name for site in users],
         role=users[0].role,
@@ -48,7 +46,7 @@ def _part(
         dense_d_out=dense_out,
         **shape,
         quantization=quantization,
-        bits=BITS[quantization] if known else 8.0 * itemsize,
+        bits=8.0 * itemsize if bits is None else float(bits),
         stored=size.stored,
         bytes=size.bytes,
         macs=size.macs,

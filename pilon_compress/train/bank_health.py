@@ -18,9 +18,8 @@ from torch import Tensor
 
 from pilon_compress.evaluate.bank_usage import describe
 from pilon_compress.nn.layout import banks, projections
+from pilon_compress.nn.part import LatentPart
 from pilon_compress.nn.sharded import full
-from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
-from pilon_compress.nn.ternary_quantizer import absmean, digits
 from pilon_compress.optimize.callbacks import Callback
 
 
@@ -30,7 +29,7 @@ class Health(Callback):
     def __init__(self, model: Any) -> None:
         self.banks = [(bank, [p for _, p in projections(model) if p.bank is bank]) for _, bank in banks(model)]
         self.seen: dict[int, Tensor] = {}
-        self.ternary = [module for module in model.modules() if isinstance(module, TernaryBank | TernaryLinear)]
+        self.latent = [module for module in model.modules() if isinstance(module, LatentPart)]
         self.digits: list[Tensor] = []
 
     @contextmanager
@@ -71,7 +70,7 @@ class Health(Callback):
 
     def _of_digits(self) -> dict[str, float]:
         """Shares over all digits of the model, and a copy of them to compare with the next time."""
-        before, self.digits = self.digits, [all_digits(part) for part in self.ternary]
+        before, self.digits = self.digits, [part.codes() for part in self.latent]
         count = sum(digits.numel() for digits in self.digits)
         if not count:
             return {}
@@ -80,10 +79,3 @@ class Health(Callback):
             pairs = zip(before, self.digits, strict=True)
             found["flipped_share"] = sum(int((old != new).sum()) for old, new in pairs) / count
         return found
-
-
-def all_digits(part: TernaryBank | TernaryLinear) -> Tensor:
-    """Every digit of a bank or matrix as it stands, int8, in one row; whole on every process."""
-    latent = [part.weight] if isinstance(part, TernaryLinear) else [part.A, part.B]
-    whole = [full(one) for one in latent]
-    return torch.cat([digits(one, absmean(one)).to(torch.int8).flatten() for one in whole])

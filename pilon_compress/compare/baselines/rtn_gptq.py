@@ -1,4 +1,4 @@
-"""The dense weights quantised to integers, none of them dropped: what people take first, and what error feedback adds.
+"""The dense weights quantised, none of them dropped: what people take first, and what error feedback adds.
 
     rtn-int4    every number to the nearest, scales clipped for the least squared error; knows no activations
     gptq-int4   the rows that are still free make up for those that are rounded, in the metric of the inputs
@@ -16,14 +16,14 @@ from pilon_compress.compare.baselines.registry import baseline
 from pilon_compress.convert.solve.gptq import nearest, round_matrix
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.models.families import Site
-from pilon_compress.nn.integer import KINDS
+from pilon_compress.nn.formats.registry import grid_of, grids
 from pilon_compress.nn.size import DENSE_ITEMSIZE
 from pilon_compress.report.methods import Look
 
 
 def size(kind: str, sites: Sequence[Site]) -> int:
-    """Bytes of the integers of `kind`, their scales, and the biases."""
-    codes_and_scales = sum(sum(KINDS[kind].size(site.d_in, site.d_out)) for site in sites)
+    """Bytes of the codes of `kind`, a number format, of their scales, and the biases."""
+    codes_and_scales = sum(sum(grid_of(kind).size(site.d_in, site.d_out)) for site in sites)
     return codes_and_scales + DENSE_ITEMSIZE * bias_numbers(sites)
 
 
@@ -44,7 +44,7 @@ def solution(problem: Problem, weights: dict[str, Tensor]) -> Solution:
 
 
 def _register(kind: str) -> None:
-    """Register both ways to round to integers of `kind`."""
+    """Register both ways to round to the number format `kind`."""
 
     def bytes_of(sites: Sequence[Site], shares: list[Share]) -> int:
         return size(kind, sites)
@@ -77,5 +77,5 @@ def _register(kind: str) -> None:
         return solution(problem, {name: gptq(target, kind) for name, target in problem.targets.items()})
 
 
-for _kind in KINDS:
+for _kind in grids():
     _register(_kind)

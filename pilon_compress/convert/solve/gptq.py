@@ -1,4 +1,4 @@
-"""Rounding to whole numbers that knows what it does to the output: each row makes up for the rows before it.
+"""Rounding to the codes of a number format that knows what it does to the output: rows make up for those before.
 
     minimise  tr((W - Ŵ)ᵀ C (W - Ŵ))     Ŵ = codes · scale, row by row of W (d, m)
 
@@ -17,16 +17,14 @@ from pilon_compress.convert.calibrate.damping import damped_cholesky, damped_inv
 from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.solve.bank_fit import BankFit, recompose
 from pilon_compress.convert.solve.low_rank import Target, damped
-from pilon_compress.nn.integer import KINDS, Kind, spread
+from pilon_compress.nn.formats.registry import Grid, grid_of
 
 ROWS_PER_PRODUCT = 128  # rows whose moves reach the rows behind them in one product
-SHRINKS = torch.linspace(1.0, 0.5, 21).tolist()  # of the scale that nothing is clipped by
-LEAST_SCALE = 1e-12
 
 
 @dataclass
 class Rounded:
-    """Whole numbers `codes` (n, d, m) int8 and their scales `scale` (n, groups, m), as `nn.integer` stores them."""
+    """`codes` (n, d, m) and their scales `scale` (n, groups, m), of the number format `quantization`."""
 
     codes: Tensor
     scale: Tensor
@@ -35,7 +33,12 @@ class Rounded:
     @property
     def values(self) -> Tensor:
         """(n, d, m) float64."""
-        return self.codes.double() * spread(self.scale, self.codes.shape[1], KINDS[self.quantization]).double()
+        return self.codes.double() * grid_of(self.quantization).spread(self.scale, self.codes.shape[1]).double()
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """As `Format.fill_bank` takes them."""
+        return {"codes": self.codes, "scale": self.scale}
 
     def pack(self, name: str) -> dict[str, Tensor]:
         """As tensors for the journal."""
@@ -46,32 +49,8 @@ class Rounded:
         return cls(tensors[f"{name}.codes"], tensors[f"{name}.scale"], quantization)
 
 
-def scales(weight: Tensor, kind: Kind) -> Tensor:
-    """Scales (n, groups, m) of `weight` (n, d, m), bfloat16: of those tried, the ones with the least squared error."""
-    n, d, m = weight.shape
-    low, high = kind.range
-    group = kind.group or d
-    parts = torch.nn.functional.pad(weight, (0, 0, 0, -d % group)).unflatten(1, (-1, group))
-    top, bottom = parts.amax(2), parts.amin(2)
-    largest = torch.where(top.abs() >= bottom.abs(), top, bottom)  # becomes the lowest number: that reaches farthest
-    bases = [largest.abs() / high] + ([largest / low] if -low > high else [])
-    best, least = bases[0], torch.full_like(largest, torch.inf)
-    for base in bases:
-        for shrink in SHRINKS:
-            scale = _stored(base * shrink)
-            error = (parts - (parts / scale[:, :, None]).round().clamp(low, high) * scale[:, :, None]).square().sum(2)
-            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return _stored(best).to(torch.bfloat16)
-
-
-def _stored(scale: Tensor) -> Tensor:
-    """As bfloat16 has it, and never zero."""
-    scale = torch.where(scale.abs() < LEAST_SCALE, torch.full_like(scale, LEAST_SCALE), scale)
-    return scale.to(torch.bfloat16).to(scale.dtype)
-
-
-def round_rows(weight: Tensor, scale: Tensor, metric: Tensor, limits: tuple[int, int]) -> Tensor:
-    """Codes (d, m) float64 for `weight` (d, m) with a scale for each of its numbers, in the `metric` (d, d)."""
+def round_rows(weight: Tensor, scale: Tensor, metric: Tensor, grid: Grid) -> Tensor:
+    """Codes (d, m) for `weight` (d, m) with a scale for each of its numbers, in the `metric` (d, d)."""
     order = metric.diagonal().argsort(descending=True, stable=True)
     W, scale = weight[order].clone(), scale[order]
     inverse = damped_inverse(metric[order][:, order])
@@ -81,28 +60,28 @@ def round_rows(weight: Tensor, scale: Tensor, metric: Tensor, limits: tuple[int,
         stop = min(start + ROWS_PER_PRODUCT, len(W))
         errors = torch.empty_like(W[start:stop])
         for row in range(start, stop):
-            codes[row] = (W[row] / scale[row]).round().clamp(*limits)
+            codes[row] = grid.nearest(W[row] / scale[row])
             errors[row - start] = error = (W[row] - codes[row] * scale[row]) / U[row, row]
             W[row:stop].addr_(U[row, row:stop], error, alpha=-1)
         W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
-    return torch.empty_like(codes).index_copy_(0, order, codes)
+    return torch.empty_like(codes).index_copy_(0, order, codes).to(grid.code_dtype)
 
 
 def nearest(weight: Tensor, quantization: str) -> Rounded:
     """`weight` (n, d, m), every number on its own."""
-    kind = KINDS[quantization]
-    scale = scales(weight, kind)
-    codes = (weight / spread(scale.to(weight.dtype), weight.shape[1], kind)).round().clamp(*kind.range)
-    return Rounded(codes.to(torch.int8), scale, quantization)
+    grid = grid_of(quantization)
+    scale = grid.scales(weight)
+    codes = grid.nearest(weight / grid.spread(scale.to(weight.dtype), weight.shape[1]))
+    return Rounded(codes.to(grid.code_dtype), scale, quantization)
 
 
 def round_matrix(target: Target, quantization: str) -> Rounded:
     """The target's weight as one matrix (1, d_in, d_out)."""
-    kind, weight = KINDS[quantization], target.weight[None]
-    scale = scales(weight, kind)
-    whole = spread(scale.double(), weight.shape[1], kind)[0]
-    codes = round_rows(target.weight, whole, damped(target.metric), kind.range)
-    return Rounded(codes.to(torch.int8)[None], scale, quantization)
+    grid, weight = grid_of(quantization), target.weight[None]
+    scale = grid.scales(weight)
+    whole = grid.spread(scale.double(), weight.shape[1])[0]
+    codes = round_rows(target.weight, whole, damped(target.metric), grid)
+    return Rounded(codes[None], scale, quantization)
 
 
 def round_bank(
@@ -113,13 +92,13 @@ def round_bank(
     A in the metric of the inputs. B, of a bank of one layer fitted anew to the rounded A, in that of the latent; then
     the compositions are fitted anew.
     """
-    kind = KINDS[quantization]
+    grid = grid_of(quantization)
     n, d_in, r = fit.A.shape
     inputs = torch.stack([target.metric for target in targets]).sum(0)
     columns = fit.A.permute(1, 0, 2).reshape(d_in, n * r)
-    scale = scales(columns[None], kind)
-    codes = round_rows(columns, spread(scale.double(), d_in, kind)[0], damped(inputs), kind.range)
-    A = Rounded(_by_primitive(codes, n).to(torch.int8), _by_primitive(scale[0], n), quantization)
+    scale = grid.scales(columns[None])
+    codes = round_rows(columns, grid.spread(scale.double(), d_in)[0], damped(inputs), grid)
+    A = Rounded(_by_primitive(codes, n), _by_primitive(scale[0], n), quantization)
     fit = replace(fit, A=A.values)
     columns = fit.A.permute(1, 0, 2).reshape(d_in, n * r)
     gains = _gains(fit, len(targets))
@@ -130,10 +109,10 @@ def round_bank(
         ridge = latent - gains[0][:, None] * grams[0] * gains[0]
         right = gains[0][:, None] * (columns.T @ (targets[0].metric @ targets[0].weight)) + ridge @ rows
         rows = damped_solve(latent, right)
-    scale = scales(rows.T[None], kind)
-    whole = spread(scale.double(), rows.shape[1], kind)[0].T
-    codes = round_rows(rows, whole, latent, kind.range)
-    B = Rounded(_by_primitive(codes.T, n).to(torch.int8), _by_primitive(scale[0], n), quantization)
+    scale = grid.scales(rows.T[None])
+    whole = grid.spread(scale.double(), rows.shape[1])[0].T
+    codes = round_rows(rows, whole, latent, grid)
+    B = Rounded(_by_primitive(codes.T, n), _by_primitive(scale[0], n), quantization)
     fit = replace(fit, B=B.values.transpose(1, 2))
     for place, target in enumerate(targets):
         fit = fit.recomposed(place, recompose(fit, place, target, plan))

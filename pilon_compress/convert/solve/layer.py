@@ -23,7 +23,7 @@ class Method:
 
     name: pilon, whitened-svd or svd
     baselines: methods whose error is reported beside, at the stored `ratio` of each projection
-    quantization: one of `nn.integer.KINDS`, where banks and matrices become integers
+    quantization: the number format that banks and matrices are rounded to; None if they are not
     """
 
     name: str

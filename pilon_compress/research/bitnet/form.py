@@ -5,11 +5,8 @@ from typing import Any
 from torch import nn
 
 from pilon_compress.nn.additions import Addition, mark, register
-from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.dense_linear import KeptLinear
-from pilon_compress.nn.integer import IntegerLinear
 from pilon_compress.nn.layout import linear_shape
-from pilon_compress.nn.packed_ternary import PackedLinear
+from pilon_compress.nn.part import Projection
 
 EPS = 1e-6
 
@@ -24,7 +21,7 @@ class SubNorm(Addition):
 
     def carry(self, old: nn.Module, new: nn.Module) -> nn.Module:
         norm = old.get_submodule("norm")
-        if not isinstance(new, ComposedLinear | KeptLinear | PackedLinear | IntegerLinear):
+        if not isinstance(new, Projection):
             return nn.Sequential(norm, new)
         self._put(new, norm)
         mark(new, "bitnet", "sub_norm")

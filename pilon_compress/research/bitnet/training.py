@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from pilon_compress.models.base_architectures import kept_whole
 from pilon_compress.models.families import Site
 from pilon_compress.nn.layout import Layout
-from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
+from pilon_compress.nn.part import LatentPart
 from pilon_compress.nn.ternary_quantizer import rounded
 from pilon_compress.optimize import callbacks
 from pilon_compress.optimize.callbacks import Callback
@@ -66,7 +66,7 @@ class Extension(callbacks.Extension):
     def stage(self, model: PreTrainedModel) -> None:
         if self.recipe.ternary.enabled and self.asked.warmup:
             for part in model.modules():
-                if isinstance(part, TernaryBank | TernaryLinear):
+                if isinstance(part, LatentPart):
                     part.rounding = GradualRounding()
 
     def callbacks(

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from pilon_compress.nn.additions import Addition, mark, register
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.packed_ternary import PackedBank
-from pilon_compress.nn.ternary import TernaryBank
+from pilon_compress.nn.formats.ternary import TernaryBank
 
 
 class LatentBank(PrimitiveBank):
@@ -58,7 +57,7 @@ class Latent(Addition):
         self._put(module, torch.full((module.rank,), float(self.name == "latent_scale")))
 
     def carry(self, old: nn.Module, new: nn.Module) -> nn.Module:
-        if isinstance(new, PrimitiveBank) and not isinstance(new, PackedBank):
+        if isinstance(new, PrimitiveBank) and not new.exact_compositions:
             self._put(new, getattr(old, self.name))
             mark(new, "original", self.name)
         return new

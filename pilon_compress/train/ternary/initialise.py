@@ -19,15 +19,14 @@ from pilon_compress.kernels.reference import LEAST, quantise
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.dense_linear import KeptLinear
 from pilon_compress.nn.fold import factors
-from pilon_compress.nn.layout import BANKS, banks, kept_matrices, layout_of, make_bank, make_kept, projections
-from pilon_compress.nn.ternary import TernaryLinear
+from pilon_compress.nn.formats.registry import FORMATS
+from pilon_compress.nn.layout import BANKS, banks, kept_matrices, layout_of, projections
 from pilon_compress.nn.ternary_quantizer import restored
 
 RIDGE = 1e-4  # of the mean diagonal: pulls towards what a composition was
 SMALLEST = 0.1  # factor on a scale: nothing is turned round, or away
-Layer = ComposedLinear | KeptLinear
+Layer = Any  # a ComposedLinear, or a matrix
 Was = Callable[[Tensor], Tensor]  # what a projection computed as floats: (N, d_in) -> (N, d_out)
 
 
@@ -44,14 +43,13 @@ def ternarise(
     `inputs`: keyword arguments of the base model, calibration text, on its device; where an `attention_mask` (B, T) is
     among them, its zeros do not count. None: nothing is refitted. Selections stay.
     """
-    layout = layout_of(model).ternary(grouped, group)
-    matrices = [(name, one) for name, one in kept_matrices(model) if isinstance(one, KeptLinear)]
-    layers: dict[str, Layer] = dict([*projections(model), *matrices])
+    layout, ternary = layout_of(model).ternary(grouped, group), FORMATS["ternary"]
+    layers: dict[str, Layer] = dict([*projections(model), *kept_matrices(model)])
     was = {name: _computes(layer) for name, layer in layers.items()}
     for name, bank in list(banks(model)):
         users = [layer for layer in layers.values() if isinstance(layer, ComposedLinear) and layer.bank is bank]
         balance(bank, users)
-        made = carry(bank, _filled(make_bank(layout.banks[name]), bank))
+        made = carry(bank, _filled(ternary.bank(bank.d_in, bank.d_out, bank.n_primitives, bank.rank), bank))
         model.base_model.set_submodule(f"{BANKS}.{name}", made)
         for user in users:
             object.__setattr__(user, "bank", made)  # borrowed: see `ComposedLinear`
@@ -59,7 +57,8 @@ def ternarise(
         if isinstance(layer, ComposedLinear):
             layer.group = layout.projections[name].group
         else:
-            made = _filled(make_kept(layout.kept[name], layer.host_shape), layer)
+            shape = (layer.in_features, layer.out_features, layer.bias is not None, layer.host_shape)
+            made = _filled(ternary.matrix(*shape, layout.kept[name].group), layer)
             layers[name] = made
             model.base_model.set_submodule(name, carry(layer, made))
     if inputs is not None:
@@ -117,7 +116,6 @@ def _refit(
         if isinstance(layer, ComposedLinear):
             refit_composition(layer, x, was[name](x))
         else:
-            assert isinstance(layer, TernaryLinear)
             refit_scale(layer, x, was[name](x))
 
     handles = [layer.register_forward_pre_hook(partial(arrive, name)) for name, layer in layers.items()]
@@ -164,8 +162,8 @@ def refit_composition(layer: ComposedLinear, x: Tensor, wanted: Tensor) -> None:
 
 
 @torch.no_grad()
-def refit_scale(layer: TernaryLinear, x: Tensor, wanted: Tensor) -> None:
-    """As `refit_composition`: the scale of the matrix, and the bias.
+def refit_scale(layer: Any, x: Tensor, wanted: Tensor) -> None:
+    """As `refit_composition`: the scale of a ternary matrix, and the bias.
 
     The numbers are scaled, so that their digits stay and their mean magnitude is the scale.
     """

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from pilon_compress.config.training import Schedule, TrainRecipe
-from pilon_compress.nn.ternary import TernaryBank, TernaryLinear
+from pilon_compress.nn.part import LatentPart
 from pilon_compress.optimize.callbacks import Callback
 from pilon_compress.train.heal import teacher_of
 
@@ -21,7 +21,7 @@ class Rounding(Callback):
 
     def __init__(
         self,
-        parts: Sequence[TernaryBank | TernaryLinear],
+        parts: Sequence[Any],
         recipe: TrainRecipe,
         optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
@@ -30,8 +30,8 @@ class Rounding(Callback):
 
     @classmethod
     def of(cls, model: Any, recipe: TrainRecipe, optimizers: Sequence[torch.optim.Optimizer]) -> "Rounding | None":
-        """The callback, where the model has ternary parts."""
-        parts = [module for module in model.modules() if isinstance(module, TernaryBank | TernaryLinear)]
+        """The callback, where the model has parts that round in training."""
+        parts = [module for module in model.modules() if isinstance(module, LatentPart)]
         return cls(parts, recipe, optimizers) if parts else None
 
     def before(self, step: int, share: float) -> None:

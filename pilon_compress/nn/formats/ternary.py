@@ -1,4 +1,4 @@
-"""Banks and kept matrices whose numbers count as ternary digits and whose inputs count as 8-bit codes."""
+"""Ternary weights in training: floats that learn, of which digits and scales count, and inputs as 8-bit codes."""
 
 import torch
 from torch import Tensor
@@ -6,10 +6,13 @@ from torch import Tensor
 from pilon_compress.kernels.reference import product, quantise
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.dense_linear import KeptLinear
+from pilon_compress.nn.formats.registry import FORMATS, Format
+from pilon_compress.nn.part import LatentPart
+from pilon_compress.nn.sharded import full
 from pilon_compress.nn.ternary_quantizer import Rounding, absmean, digits, held_digits, restored, rounded, straight
 
 
-class TernaryBank(PrimitiveBank):
+class TernaryBank(LatentPart, PrimitiveBank):
     """A bank of latent numbers, of which the forward pass sees digits and scales only (see `nn.ternary_quantizer`).
 
     A primitive's scale is the mean magnitude of its numbers. In training, `rounding` may be another than
@@ -17,6 +20,8 @@ class TernaryBank(PrimitiveBank):
     and not in every layer and micro batch.
     """
 
+    format = "ternary"
+    folds = False  # products are of integers, which folding would lose
     rounding: Rounding
     A_digits: Tensor | None
     B_digits: Tensor | None
@@ -74,8 +79,19 @@ class TernaryBank(PrimitiveBank):
     def hold(self) -> None:
         """Make the digits that the next training steps use, until they are made again."""
         A_scale, B_scale = self.scales()
-        self.A_digits = _kept(self.A_digits, digits(self.A, A_scale, self.rounding))
-        self.B_digits = _kept(self.B_digits, digits(self.B, B_scale, self.rounding))
+        self.A_digits = _held(self.A_digits, digits(self.A, A_scale, self.rounding))
+        self.B_digits = _held(self.B_digits, digits(self.B, B_scale, self.rounding))
+
+    def codes(self) -> Tensor:
+        return torch.cat([_codes(self.A), _codes(self.B)])
+
+    @torch.no_grad()
+    def draw(self, std: float, generator: torch.Generator | None) -> None:
+        """Fill A and B so that what counts of them has the standard deviation `std`: less than the floats' own."""
+        super().draw(std, generator)
+        everything = torch.arange(self.n_primitives, device=self.A.device)
+        for latent, counted in zip((self.A, self.B), self.primitives(everything), strict=True):
+            latent.mul_(std / counted.square().mean().sqrt())
 
     def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         A, B = self.digits(selected)
@@ -83,12 +99,13 @@ class TernaryBank(PrimitiveBank):
         return A * A_scale, B * B_scale
 
 
-class TernaryLinear(KeptLinear):
-    """A kept matrix of ternary digits: one scale, the mean magnitude.
+class TernaryLinear(LatentPart, KeptLinear):
+    """A dense matrix of ternary digits: one scale, the mean magnitude.
 
     `rounding` and `weight_digits` (d_out, d_in) are for training, as in `TernaryBank`.
     """
 
+    format = "ternary"
     rounding: Rounding
     weight_digits: Tensor | None
 
@@ -131,6 +148,15 @@ class TernaryLinear(KeptLinear):
         """Return the one scale of the matrix, (1, 1)."""
         return absmean(self.weight)
 
+    def codes(self) -> Tensor:
+        return _codes(self.weight)
+
+    @torch.no_grad()
+    def draw(self, std: float, generator: torch.Generator | None) -> None:
+        """Fill the matrix so that what counts of it has the standard deviation `std`."""
+        super().draw(std, generator)
+        self.weight.mul_(std / self.matrix().square().mean().sqrt())
+
     def matrix(self) -> Tensor:
         scale = self.scales()
         return (digits(self.weight, scale) * scale).to(self.weight.dtype).T
@@ -139,9 +165,32 @@ class TernaryLinear(KeptLinear):
     def hold(self) -> None:
         """As `TernaryBank.hold`."""
         made = digits(self.weight, self.scales(), self.rounding)
-        self.weight_digits = _kept(self.weight_digits, made)
+        self.weight_digits = _held(self.weight_digits, made)
 
 
-def _kept(place: Tensor | None, made: Tensor) -> Tensor:
+def _held(place: Tensor | None, made: Tensor) -> Tensor:
     """`made`, in the place of what was held before: the same tensor for all steps, so that graphs stay valid."""
     return made if place is None or place.device != made.device else place.copy_(made)
+
+
+def _codes(latent: Tensor) -> Tensor:
+    whole = full(latent.detach())
+    return digits(whole, absmean(whole)).to(torch.int8).flatten()
+
+
+class TernaryFormat(Format):
+    """Floats that learn, rounded in every forward pass."""
+
+    about = "ternary, in training"
+
+    def bank(self, d_in: int, d_out: int, n_primitives: int, rank: int) -> PrimitiveBank:
+        return TernaryBank(d_in, d_out, n_primitives, rank)
+
+    def matrix(self, d_in: int, d_out: int, bias: bool, host_shape: tuple[int, int], group: int) -> TernaryLinear:
+        return TernaryLinear(d_in, d_out, bias, host_shape, group)
+
+    def matrix_bytes(self, rows: int, columns: int, itemsize: int) -> int:
+        return rows * columns * itemsize
+
+
+FORMATS.add("ternary", TernaryFormat("ternary"))

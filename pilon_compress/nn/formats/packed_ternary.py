@@ -1,4 +1,4 @@
-"""What a ternary model is once it no longer changes: digits as bytes, and one vector of scales per projection.
+"""Packed ternary weights, of models that no longer change: digits in bytes, one vector of scales per projection.
 
     TernaryBank    A, B latent            ->  PackedBank     A_codes, B_codes        shared digits, stored once
     ComposedLinear weight (k, r)          ->  the same, weight = scale (k, r) float32: composition and both weight
@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,15 @@ from pilon_compress.kernels import dispatch
 from pilon_compress.kernels.cpu_layout import BankTiles, MatrixTiles
 from pilon_compress.kernels.dispatch import UnpackedBank
 from pilon_compress.kernels.gpu_layout import BankWords, MatrixWords
+from pilon_compress.nn.additions import added, addition
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.formats.registry import FORMATS, Format
+from pilon_compress.nn.formats.ternary import TernaryBank, TernaryLinear
 from pilon_compress.nn.lazy import Ready
-from pilon_compress.nn.ternary_codec import packed_size, unpack, valid
+from pilon_compress.nn.part import Matrix
+from pilon_compress.nn.ternary_codec import PER_BYTE, pack, packed_size, unpack, valid
+from pilon_compress.nn.ternary_quantizer import digits
 
 
 @dataclass
@@ -38,12 +44,15 @@ class PackedBank(PrimitiveBank):
     """A bank of digits: `A_codes` of (n, d_in, r), `B_codes` of (n, r, d_out), by `encoding` (see
     `nn.ternary_codec`)."""
 
+    folds = False
+    exact_compositions = True
     A_codes: Tensor
     B_codes: Tensor
 
     def __init__(self, d_in: int, d_out: int, n_primitives: int, rank: int, encoding: str) -> None:
         nn.Module.__init__(self)  # no A and B
         self.shape, self.encoding = (n_primitives, d_in, rank, d_out), encoding
+        self.format = f"ternary-{encoding}"
         for name, numbers in (("A_codes", d_in * rank), ("B_codes", rank * d_out)):
             shape = (n_primitives, packed_size(numbers, encoding))
             self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
@@ -94,7 +103,6 @@ class PackedBank(PrimitiveBank):
         return unpacked.layers[weight.data_ptr()].get((selected, weight), make)(x)
 
     def refuse(self) -> str | None:
-        """What is wrong with the bytes, if anything."""
         sound = valid(self.A_codes, self.encoding) and valid(self.B_codes, self.encoding)
         return None if sound else "holds bytes that are no ternary digits"
 
@@ -113,8 +121,8 @@ def _layer(
     return dispatch.composed(digits, selected, weight.reshape(-1).float(), shift, group)
 
 
-class PackedLinear(nn.Module):
-    """A kept matrix of digits: `codes` of (d_in, d_out), packed by `encoding`, and a scale per output."""
+class PackedLinear(Matrix, nn.Module):
+    """A dense matrix of digits: `codes` of (d_in, d_out), packed by `encoding`, and a scale per output."""
 
     codes: Tensor
 
@@ -129,7 +137,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.host_shape = d_in, d_out, host_shape
-        self.encoding, self.group = encoding, group
+        self.encoding, self.group, self.format = encoding, group, f"ternary-{encoding}"
         self.register_buffer("codes", torch.empty((1, packed_size(d_in * d_out, encoding)), dtype=torch.uint8))
         self.weight = nn.Parameter(torch.empty(d_out))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
@@ -152,19 +160,73 @@ class PackedLinear(nn.Module):
         return dispatch.multiplied(digits, self.weight.float(), self.group)
 
     def matrix(self) -> Tensor:
-        """(d_in, d_out), as it counts in the forward pass."""
         return self.digits() * self.weight
 
+    def own_types(self) -> dict[str, torch.dtype]:
+        return {"weight": torch.float32}
+
     def refuse(self) -> str | None:
-        """As `PackedBank.refuse`."""
-        return None if valid(self.codes, self.encoding) else "holds bytes that are no ternary digits"
+        if not valid(self.codes, self.encoding):
+            return "holds bytes that are no ternary digits"
+        sound = torch.isfinite(self.weight).all() and self.weight.any()
+        return None if sound else "holds scales that are zero or not finite"
 
 
-def scales_of(model: nn.Module) -> dict[str, Tensor]:
-    """The scales of packed projections by parameter name: they stay in float32 whatever the others are."""
-    found: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        composed = isinstance(module, ComposedLinear) and isinstance(module.bank, PackedBank)
-        if composed or isinstance(module, PackedLinear):
-            found[f"{name}.weight"] = module.weight
-    return found
+class PackedTernaryFormat(Format):
+    """Digits in bytes by an `encoding` of `nn.ternary_codec`, and float32 scales."""
+
+    final = True
+    packs = "ternary"
+    exact_compositions = True
+    travels = False  # its kernels are compiled
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(f"ternary-{encoding}")
+        self.encoding = encoding
+        self.bits = 8 / PER_BYTE[encoding]
+        self.about = {"base3": "ternary, five weights in a byte", "2bit": "ternary, two bits per weight"}[encoding]
+
+    def bank(self, d_in: int, d_out: int, n_primitives: int, rank: int) -> PrimitiveBank:
+        return PackedBank(d_in, d_out, n_primitives, rank, self.encoding)
+
+    def matrix(self, d_in: int, d_out: int, bias: bool, host_shape: tuple[int, int], group: int) -> "PackedLinear":
+        return PackedLinear(d_in, d_out, bias, host_shape, self.encoding, group)
+
+    def matrix_bytes(self, rows: int, columns: int, itemsize: int) -> int:
+        return packed_size(rows * columns, self.encoding)
+
+    def matrix_scales(self, d_out: int) -> int:
+        return d_out
+
+    def pack_bank(self, bank: TernaryBank) -> PackedBank:
+        A, B = bank.eval().digits(torch.arange(bank.n_primitives, device=bank.A.device))
+        made = PackedBank(bank.d_in, bank.d_out, bank.n_primitives, bank.rank, self.encoding)
+        made.A_codes, made.B_codes = pack(A, self.encoding), pack(B, self.encoding)
+        return made
+
+    def pack_projection(self, layer: ComposedLinear, bank: PackedBank) -> ComposedLinear:
+        """Fold composition and weight scales into one scale per component; additions of the bank fold themselves."""
+        selected, weight = layer.coefficients()
+        own: Any = layer.bank  # a TernaryBank
+        scale, _ = own.folded(selected, weight)
+        k, rank = len(selected), bank.rank
+        made = ComposedLinear(bank, k, layer.bias is not None, "component", layer.host_shape, layer.group)
+        made.selected = selected.clone()
+        made.weight = nn.Parameter(scale.reshape(k, rank).clone())
+        made.bias = layer.bias
+        for name, kind in added(own):
+            addition(name, kind).packed(layer, made)
+        return made
+
+    def pack_matrix(self, matrix: TernaryLinear) -> "PackedLinear":
+        scale = matrix.scales()
+        d_in, d_out = matrix.in_features, matrix.out_features
+        made = PackedLinear(d_in, d_out, matrix.bias is not None, matrix.host_shape, self.encoding, matrix.group)
+        made.codes = pack(digits(matrix.weight, scale).T[None], self.encoding)
+        made.weight = nn.Parameter(scale.squeeze(-1).expand(d_out).clone())
+        made.bias = matrix.bias
+        return made
+
+
+for _encoding in PER_BYTE:
+    FORMATS.add(f"ternary-{_encoding}", PackedTernaryFormat(_encoding))

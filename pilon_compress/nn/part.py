@@ -1,0 +1,70 @@
+"""The modules whose tensors a PILON checkpoint holds: banks, projections, 8-bit layers. What the rest asks of them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Part:
+    """Mixin of every such module."""
+
+    def own_types(self) -> dict[str, torch.dtype]:
+        """Return the tensors, by name in the module, that keep a dtype of their own, whatever that of the model."""
+        return {}
+
+    def refuse(self) -> str | None:
+        """Say what is wrong with the tensors that were read, as the end of a sentence; None if nothing is."""
+        return None
+
+    def optimizer_group(self, leaf: str) -> str | None:
+        """Return the group of `train.optim.GROUPS` that a parameter of the module learns in; None: by its shape."""
+        return None
+
+
+class Projection(Part):
+    """Mixin of the modules that take the place of a projection (d_in, d_out) of the dense model.
+
+    host_shape: (d_in, d_out) of the dense model's projection, which may be larger
+    """
+
+    in_features: int
+    out_features: int
+    host_shape: tuple[int, int]
+
+
+class Matrix(Projection):
+    """Mixin of the projections that are one matrix: of the dense model's size, or smaller where neurons were dropped.
+
+    format: name in `nn.formats`   group: inputs that share a scale of a quantiser, 0 for all of a token's
+    unfolds: folding replaces it by an nn.Linear, because it restores its matrix in every call
+    """
+
+    format: str = "none"
+    group: int = 0
+    unfolds: bool = False
+
+    def matrix(self) -> Tensor:
+        """Return the matrix (d_in, d_out) as it counts in the forward pass."""
+        raise NotImplementedError
+
+    def draw(self, std: float, generator: torch.Generator | None) -> None:
+        """Fill the matrix, in place, with N(0, std²); raise TypeError if it cannot learn."""
+        raise TypeError(f"a matrix in {self.format} is not trained from random weights")
+
+
+class LatentPart:
+    """Mixin of parts that round in training: floats that learn (latent), and codes of them that count.
+
+    rounding: maps (floats, limit) to rounded ones, with a gradient; research gives it another
+    """
+
+    rounding: Callable[[Tensor, int], Tensor]
+
+    def hold(self) -> None:
+        """Round the latent numbers once, for all layers and micro batches of the next training step."""
+        raise NotImplementedError
+
+    def codes(self) -> Tensor:
+        """Return every code as it stands, int8, in one row; whole on every process."""
+        raise NotImplementedError
