@@ -1,4 +1,4 @@
-"""Text for measurements on a machine without network: the source code and documentation of what is installed there."""
+"""Collect text on a machine without network: source code and documentation of installed packages."""
 
 import json
 import os
@@ -14,22 +14,22 @@ SKIPPED = {"__pycache__", "node_modules", ".git"}
 
 
 def files() -> list[Path]:
-    """Every readable source file below the library folders, in an order that does not depend on the machine's."""
+    """Return the source files below the library folders, in an order that does not depend on the file system."""
     roots = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
     roots |= {Path(folder) for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")}
-    found = {}
+    keys = {}
     for root in sorted(roots):
         for folder, inner, names in os.walk(root):
             inner[:] = sorted(set(inner) - SKIPPED)
             for name in names:
                 path = Path(folder, name)
                 if path.suffix in KINDS:
-                    found[path] = blake2b(str(path.relative_to(root)).encode(), digest_size=8).digest()
-    return sorted(found, key=lambda path: found[path])
+                    keys[path] = blake2b(str(path.relative_to(root)).encode(), digest_size=8).digest()
+    return sorted(keys, key=lambda path: keys[path])
 
 
 def documents(megabytes: float) -> Iterator[str]:
-    """Distinct files as text, until there are so many megabytes of them."""
+    """Yield the text of distinct files, up to so many megabytes."""
     seen, size = set(), 0
     for path in files():
         try:
@@ -46,7 +46,7 @@ def documents(megabytes: float) -> Iterator[str]:
 
 
 def write(path: Path, megabytes: float) -> Path:
-    """The documents as a jsonl file, made once."""
+    """Write the documents to a jsonl file, unless it exists, and return its path."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")

@@ -1,11 +1,11 @@
-"""Kill, fill, flip, race and deceive the command line on tiny models made on the spot; write docs/results/faults.md.
+"""Inject faults into the command line on tiny models (kills, full disks, damage, races, hostile files).
 
     python benchmarks/faults.py [--points 24] [--only kill,two,full,flip,hostile] [--kill heal,train]
 
-Counts are kept in docs/results/faults.json, of which the page is made: a run of some rows replaces those alone.
+Writes docs/results/faults.md from the counts in docs/results/faults.json, of which a run replaces its own rows alone.
 
-Each command runs in a fork of this process, which has the imports already. Outputs are compared byte for byte with
-those of an undisturbed run, but for files that hold times. Per row of the table:
+Each command runs in a fork of this process, so that imports cost nothing. Outputs are compared byte for byte with those
+of an undisturbed run, except files that hold times. Verdicts, one column of the table each:
 
     same      the undisturbed result, in the end           refused    exit code 2 and one line
     lost      another result, no result, or leftovers      silent     another result with exit code 0
@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from forked import VERDICTS, Ended, Place, Row, contents, events, finish, killed_at, leftovers, run, settle, start
+import hostile
+from forked import CONVERT, SMALL, VERDICTS, Place, Row, contents, events, finish, killed_at, run, settle, start
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +37,6 @@ TEXT = "\n\n".join(
     f"Paragraph {i}: the quick brown fox jumps over the lazy dog, again and again number {i * i % 97}, until both rest."
     for i in range(300)
 )
-SHORT = "--calibration ../text.txt --samples 16 --sequence-length 32 --batch-size 8 --eval-data none"
-CONVERT = f"convert ../dense -o out --ffn-ratio 0.6 {SHORT}"
-SMALL = "--sequence-length 32 --batch-size 4 --tokens 1024 --data ../text.txt --device cpu"
 TRAIN = f"train --recipe smoke -o out {SMALL}"
 HEAL = f"train --heal ../pilon --teacher ../dense --cache-teacher 8 -o out {SMALL}"
 EXPORT = "export ../pilon --to dense -o out"
@@ -54,26 +52,27 @@ COMMANDS = {
 
 
 def spread(total: int, points: int) -> list[int]:
+    """Return `points` integers from 1 to `total` at equal distances."""
     return sorted({1 + round(index * (total - 1) / max(1, points - 1)) for index in range(points)})
 
 
 def undisturbed(place: Place, command: str) -> dict[str, str]:
-    """The contents of the command's output when nothing happens to it."""
+    """Return the contents of the command's output without faults."""
     folder = place.case()
     ended = run(command, folder)
     assert ended.code == 0, ended.err
-    found = contents(folder / "out")
+    output = contents(folder / "out")
     shutil.rmtree(folder)
-    return found
+    return output
 
 
 def again(command: str) -> str:
-    """The command that goes on where this one was cut off."""
+    """Return the command that continues an interrupted one."""
     return f"{command} --resume" if command.startswith("train") else command
 
 
 def kills(place: Place, points: int) -> Iterator[Row]:
-    """SIGKILL before a change of the file system, then the same command (a training with --resume)."""
+    """Kill commands before a change of the file system, then run them again (a training with --resume)."""
     for name, command in COMMANDS.items():
         row, wanted = Row(f"SIGKILL, {name}", command), undisturbed(place, command)
         counting = place.case(older(place, name))
@@ -88,7 +87,7 @@ def kills(place: Place, points: int) -> Iterator[Row]:
 
 
 def changes(command: str, folder: Path) -> int:
-    """How often an undisturbed run of the command changes the file system."""
+    """Return the number of changes of the file system in an undisturbed run of the command."""
     with tempfile.TemporaryFile() as log:
         number = log.fileno()
         run(command, folder, events(lambda count: os.ftruncate(number, count)))
@@ -96,7 +95,7 @@ def changes(command: str, folder: Path) -> int:
 
 
 def older(place: Place, name: str) -> Path | None:
-    """A folder with an earlier output, for commands that replace one."""
+    """Return a folder with an earlier output for commands that replace one, else None."""
     if "--overwrite" not in name:
         return None
     folder = place.root / "older"
@@ -107,7 +106,7 @@ def older(place: Place, name: str) -> Path | None:
 
 
 def races(place: Place, points: int) -> Iterator[Row]:
-    """Two processes, one output: one is refused, or comes when the other is done; the output is that of one of them."""
+    """Run two processes with one output: one is refused or follows the other, and the output is that of one of them."""
     pairs = {
         "convert twice": (CONVERT, CONVERT),
         "convert, another seed": (CONVERT, f"{CONVERT} --seed 1"),
@@ -132,7 +131,7 @@ def races(place: Place, points: int) -> Iterator[Row]:
 
 
 def full_disks(place: Place, points: int) -> Iterator[Row]:
-    """No file may grow beyond a limit; then the same command without one (a training with --resume)."""
+    """Run commands with a limit on file sizes, then again without it (a training with --resume)."""
     for name in ("convert", "train", "heal", "export", "export --overwrite"):
         command = COMMANDS[name]
         row, wanted = Row(f"full disk, {name}", command), undisturbed(place, command)
@@ -149,7 +148,7 @@ def full_disks(place: Place, points: int) -> Iterator[Row]:
 
 
 def flip(path: Path, chance: random.Random) -> str:
-    """Flip a random bit, or cut the file short; what was done."""
+    """Flip a random bit of a file, or truncate it, and return what was done."""
     data = bytearray(path.read_bytes())
     place = chance.randrange(len(data)) if data else 0
     if not data or chance.random() < 0.2:
@@ -161,7 +160,7 @@ def flip(path: Path, chance: random.Random) -> str:
 
 
 def flips(place: Place, points: int) -> Iterator[Row]:
-    """A flipped bit or a truncation, in files of every kind that commands read."""
+    """Flip a bit in, or truncate, files of every kind that commands read, and run the commands."""
     chance, wanted = random.Random(0), undisturbed(place, EXPORT)
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "manifest.json"):
         row = Row(f"damage, {name} of a converted model", EXPORT)
@@ -196,69 +195,7 @@ def flips(place: Place, points: int) -> Iterator[Row]:
         yield row
 
 
-def hostile(place: Place, points: int) -> Iterator[Row]:
-    """Downloaded folders and recipes that mean harm: one line and exit code 2, nothing outside the output touched."""
-    bomb = ["a0: &a0 [x,x,x,x,x,x,x,x,x]", *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
-    texts = {"aliases": "\n".join([*bomb, "model: *a8"]), "depth": "[" * 100_000, "length": "#" * 50_000_000}
-    texts |= {"keys": "\n".join(f"k{i}: 1" for i in range(100_000)), "circle": "a: &a [*a]"}
-    row = Row("hostile recipe", "recipes check r.yaml; eval and train --heal of a folder with it")
-    for name, text in texts.items():
-        for command in ("recipes check r.yaml", "eval pilon --data ../text.txt", f"train --heal pilon -o out {SMALL}"):
-            folder = place.case()
-            shutil.copytree(place.root / "pilon", folder / "pilon")
-            for path in (folder / "r.yaml", folder / "pilon" / "recipe.yaml"):
-                path.write_text(text)
-            judge(row, folder, run(command, folder), name)
-    yield row
-    row = Row("hostile modules.json", CONVERT)
-    paths = ("../payload", "/etc", "1_Pooling/../../payload", "link", "..\\payload")
-    texts = {str(path): json.dumps([{"path": path}]) for path in paths}
-    texts |= {text[:9]: text for text in ("{", "3", '[{"x": 1}]', '[{"path": 5}]', "[" * 100_000, "null")}
-    for name, text in texts.items():
-        folder = place.case()
-        shutil.copytree(place.root / "dense", folder / "dense")
-        (folder / "payload").mkdir()
-        (folder / "payload" / "settings.json").write_text("precious")
-        (folder / "dense" / "link").symlink_to("../payload")
-        (folder / "dense" / "modules.json").write_text(text)
-        judge(row, folder, run(CONVERT.replace("../dense", "dense"), folder), name)
-    yield row
-    row = Row("hostile config.json", "inspect dense; inspect pilon")
-    big = ("num_hidden_layers", 10**6), ("hidden_size", 10**9), ("intermediate_size", 2**62), ("vocab_size", -1)
-    odd = ("num_attention_heads", 0), ("hidden_size", 0), ("architectures", [1]), ("dtype", [1]), ("vocab_size", "x")
-    for key, value in (*big, *odd):
-        folder = place.case()
-        shutil.copytree(place.root / "dense", folder / "dense")
-        write_config(folder / "dense", **{key: value})
-        judge(row, folder, run("inspect dense", folder), f"{key}={value}")
-    for value in ({}, [], None, 3, "x", {"banks": {}, "projections": {}}):
-        folder = place.case()
-        shutil.copytree(place.root / "pilon", folder / "pilon")
-        write_config(folder / "pilon", quantization_config={"quant_method": "pilon", "layout": value})
-        judge(row, folder, run("eval pilon --data ../text.txt", folder), f"layout {value}")
-    yield row
-
-
-def write_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def judge(row: Row, folder: Path, ended: Ended, detail: str) -> None:
-    """Refused in one line, with nothing written but inside the output, or the outcome is a fault."""
-    precious = folder / "payload" / "settings.json"
-    if precious.exists() and precious.read_text() != "precious":
-        row.add("lost", f"{detail}: wrote outside")
-    elif ended.broken or len(ended.lines) != 1:
-        row.add("broken", f"{detail}: {ended.broken or ended.err[-300:]}")
-    elif leftovers(folder) or (folder / "out").exists():
-        row.add("lost", f"{detail}: leaves {leftovers(folder)}")
-    else:
-        row.add("refused" if ended.code == 2 else "silent", detail)
-    shutil.rmtree(folder)
-
-
-CAMPAIGNS = {"kill": kills, "two": races, "full": full_disks, "flip": flips, "hostile": hostile}
+CAMPAIGNS = {"kill": kills, "two": races, "full": full_disks, "flip": flips, "hostile": hostile.campaign}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -280,7 +217,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def kept(rows: list[Row], file: Path) -> list[dict[str, Any]]:
-    """Put `rows` in the place of those of the same names in the JSON file, and return all of them."""
+    """Replace the rows of equal names in the JSON file by `rows`, and return all of them."""
     known = {row["name"]: row for row in json.loads(file.read_text("utf-8"))} if file.is_file() else {}
     known |= {row.name: {"name": row.name, "command": row.command, "counts": row.counts} for row in rows}
     file.write_text(json.dumps(list(known.values()), indent=1) + "\n", "utf-8")
@@ -288,16 +225,17 @@ def kept(rows: list[Row], file: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Run the campaigns that the command line names, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=24, help="cases per row, about")
     parser.add_argument("--only", default=",".join(CAMPAIGNS))
-    parser.add_argument("--kill", default=",".join(COMMANDS), help="of the campaign kill, these commands alone")
+    parser.add_argument("--kill", default=",".join(COMMANDS), help="commands of the campaign kill")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "results" / "faults.md")
-    asked = parser.parse_args()
-    for name in set(COMMANDS) - set(asked.kill.split(",")):
+    options = parser.parse_args()
+    for name in set(COMMANDS) - set(options.kill.split(",")):
         del COMMANDS[name]
 
-    import command_line  # tests/command_line.py: what a fork should have already
+    import command_line  # tests/command_line.py: modules to import before the forks
 
     for name in command_line.HEAVY:
         __import__(name)
@@ -307,12 +245,12 @@ def main() -> None:
         subprocess.run([sys.executable, "-c", MAKE, str(ROOT / "tests"), root], check=True, capture_output=True)
         made = run(CONVERT.replace("-o out", "-o ../pilon"), place.case())
         assert made.code == 0, made.err
-        for name in asked.only.split(","):
-            for row in CAMPAIGNS[name](place, asked.points):
+        for name in options.only.split(","):
+            for row in CAMPAIGNS[name](place, options.points):
                 rows.append(row)
                 print(f"{time.monotonic() - began:5.0f} s  {row.name}: {row.tried} {row.counts}", file=sys.stderr)
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
-    asked.output.write_text(table(kept(rows, asked.output.with_suffix(".json"))), "utf-8")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(table(kept(rows, options.output.with_suffix(".json"))), "utf-8")
     if any(row.counts[verdict] for row in rows for verdict in ("lost", "silent", "broken")):
         raise SystemExit(1)
 

@@ -1,4 +1,4 @@
-"""Commands in forks of this process, with faults put into them, and the verdict on what they leave."""
+"""Run commands in forks of this process, inject faults into them, and judge their leftovers."""
 
 import builtins
 import hashlib
@@ -14,13 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TIMED = {"report.json", "report.html", "README.md", "train.json", "train.html", "metrics.jsonl", "curves.png"}
-TIMED |= {"manifest.json", "recipe.yaml"}  # they differ between runs that are the same
+TIMED |= {"manifest.json", "recipe.yaml"}  # files that differ between equal runs
+SHORT = "--calibration ../text.txt --samples 16 --sequence-length 32 --batch-size 8 --eval-data none"
+CONVERT = f"convert ../dense -o out --ffn-ratio 0.6 {SHORT}"
+SMALL = "--sequence-length 32 --batch-size 4 --tokens 1024 --data ../text.txt --device cpu"
 VERDICTS = ("same", "refused", "lost", "silent", "broken")
 
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """A line of the table: a fault and a command, with the number of cases by verdict."""
 
     name: str
     command: str
@@ -28,6 +31,7 @@ class Row:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(VERDICTS, 0))
 
     def add(self, verdict: str, detail: str) -> None:
+        """Count a case; print the details of a fault."""
         self.tried += 1
         self.counts[verdict] += 1
         if verdict in ("lost", "silent", "broken"):
@@ -36,7 +40,7 @@ class Row:
 
 @dataclass
 class Ended:
-    """A command that has ended; `code` is negative for a signal, None for one that had to be stopped."""
+    """A finished command; `code` is negative for a signal, None for one that had to be stopped."""
 
     code: int | None
     out: str
@@ -44,11 +48,12 @@ class Ended:
 
     @property
     def lines(self) -> list[str]:
+        """Return the lines of stderr that are not blank."""
         return [line for line in self.err.splitlines() if line.strip()]
 
     @property
     def broken(self) -> str | None:
-        """Why this is no way to end."""
+        """Return why the end is a fault; None for exit 0, or exit 2 with an error line."""
         if self.code not in (0, 2) or "Traceback" in self.err:
             return f"exit {self.code}: {self.err[-300:]}"
         if self.code == 2 and not (self.lines and self.lines[-1].startswith("error: ")):
@@ -64,6 +69,7 @@ class Place:
         (root / "text.txt").write_text(text)
 
     def case(self, source: Path | None = None) -> Path:
+        """Make the folder of the next case, empty or a copy of `source`."""
         self.number += 1
         folder = self.root / f"case{self.number}"
         shutil.copytree(source, folder, symlinks=True) if source is not None else folder.mkdir()
@@ -71,7 +77,7 @@ class Place:
 
 
 def start(command: str, folder: Path, hook: Callable[[], None] = lambda: None) -> tuple[int, Path]:
-    """Fork a child that becomes the command in `folder`, after `hook`: (process, folder of its output)."""
+    """Fork a child that runs `hook`, then the command in `folder`; return process id and folder of its streams."""
     streams = Path(tempfile.mkdtemp())
     child = os.fork()
     if child:
@@ -97,11 +103,11 @@ def start(command: str, folder: Path, hook: Callable[[], None] = lambda: None) -
 
 
 def finish(child: int, streams: Path, limit: float = 60) -> Ended:
-    """Wait for the end; a child that takes longer than `limit` seconds is killed."""
+    """Wait for the child and return its end; kill it after `limit` seconds."""
     until, code = time.monotonic() + limit, None
     while time.monotonic() < until:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
             code = os.waitstatus_to_exitcode(status)
             break
         time.sleep(0.01)
@@ -114,11 +120,12 @@ def finish(child: int, streams: Path, limit: float = 60) -> Ended:
 
 
 def run(command: str, folder: Path, hook: Callable[[], None] = lambda: None, limit: float = 60) -> Ended:
+    """Run a command in a fork, after `hook`, and return its end."""
     return finish(*start(command, folder, hook), limit)
 
 
 def events(act: Callable[[int], None]) -> Callable[[], None]:
-    """A hook: `act(n)` is called before the n-th change of the file system: renames, flushes, files opened to write."""
+    """Return a hook that calls `act(n)` before the n-th change of the file system: renames, flushes, files opened."""
 
     def hook() -> None:
         count = 0
@@ -145,11 +152,12 @@ def events(act: Callable[[int], None]) -> Callable[[], None]:
 
 
 def killed_at(point: int) -> Callable[[], None]:
+    """Return a hook that kills the process before the `point`-th change of the file system."""
     return events(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == point else None)
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digest of every file of an output, but for those that hold times, and checkpoints."""
+    """Return the digest of every file of an output, without checkpoints and files that hold times."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -158,21 +166,22 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def leftovers(folder: Path) -> list[str]:
+    """Return the names of unfinished work beside the output."""
     return sorted(path.name for path in folder.glob(".out*"))
 
 
 def settle(
-    row: Row, folder: Path, last: Ended, wanted: list[dict[str, str]], detail: str, refusable: bool = False
+    row: Row, folder: Path, last: Ended, expected: list[dict[str, str]], detail: str, refusable: bool = False
 ) -> None:
-    """The verdict on a case, from its last command and what lies in its folder."""
-    found = contents(folder / "out") if (folder / "out").is_dir() else {}
+    """Add the verdict on a case from its last command and its output, and delete its folder."""
+    output = contents(folder / "out") if (folder / "out").is_dir() else {}
     if last.broken:
         row.add("broken", f"{detail}: {last.broken}")
-    elif found in wanted and not leftovers(folder):
+    elif output in expected and not leftovers(folder):
         row.add("same", detail)
     elif refusable and last.code == 2:
         row.add("refused" if len(last.lines) == 1 else "broken", f"{detail}: {last.err[-300:]}")
     else:
-        kind = "silent" if last.code == 0 and found not in wanted else "lost"
-        row.add(kind, f"{detail}: exit {last.code}, {sorted(found)[:3]} {leftovers(folder)} {last.err[-200:]}")
+        kind = "silent" if last.code == 0 and output not in expected else "lost"
+        row.add(kind, f"{detail}: exit {last.code}, {sorted(output)[:3]} {leftovers(folder)} {last.err[-200:]}")
     shutil.rmtree(folder)

