@@ -71,6 +71,7 @@ class Configured(Generic[Config]):
         self.__annotations__ = {one.name: one.annotation for one in ordered}
 
     def __call__(self, **values: Any) -> None:
+        """Run the command with the config of parsed `values`. Raises BadInput."""
         settings = self.read(values)
         names = set(inspect.signature(self.function).parameters)
         self.function(settings, **{name: value for name, value in values.items() if name in names})

@@ -184,7 +184,7 @@ def _place(error: ErrorDetails, document: Document, data: Any, overrides: Sequen
     by = next((one for one in overrides if _related(one.field.split("."), list(map(str, path)))), None)
     if by is None:
         line = document.line(path)
-        return line, f"{document.place(line)}: {field}"
+        return line, f"{document.place(line)}: {field}".removesuffix(": ")
     exact = field == by.field or not by.generic and field.startswith(f"{by.field}.")
     return 0, by.option if exact else f"{by.option}: {field}"
 
