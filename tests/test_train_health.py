@@ -12,6 +12,7 @@ from pilon_compress.optimize.optimizers import learning, make_optimizers
 from pilon_compress.research.original.moving_linear import settle, staged
 from pilon_compress.research.original.selection import Choosing, stage
 from pilon_compress.train.bank_health import Health
+from pilon_compress.train.preflight import layout_asked
 
 IDS = torch.arange(24).reshape(2, 12) % 40
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
@@ -22,7 +23,8 @@ def built(composition="component", explore="none", **sections):
     ffn = {**FFN, "composition": composition}
     original = {"selection": {"explore": explore}, **sections}
     settings = training.build({"task": "pretrain", "host": SHAPE, "ffn": ffn, "research": {"original": original}})
-    model = base_architectures.build(base_architectures.config_for(settings.host, 32, 0), settings.ffn, settings.seed)
+    config = base_architectures.config_for(settings.host, 32, 0)
+    model = base_architectures.build_with(config, layout_asked(settings, config), settings.seed)
     stage(model, settings.research.sections["original"], settings.seed)
     return model, settings
 
@@ -118,9 +120,8 @@ def test_looking_while_all_primitives_take_part():
 
 def test_a_dense_model_has_no_figures():
     settings = training.build({"task": "pretrain", "host": SHAPE, "ffn": {"kind": "dense"}})
-    assert (
-        Health(base_architectures.build(base_architectures.config_for(settings.host, 32, 0), settings.ffn, 0))() == {}
-    )
+    config = base_architectures.config_for(settings.host, 32, 0)
+    assert Health(base_architectures.build_with(config, layout_asked(settings, config), 0))() == {}
 
 
 def test_frozen_groups_do_not_count_in_the_norm_that_is_clipped():

@@ -30,7 +30,8 @@ def sites(host: Host = SMALL):
 
 
 def built(ffn: Ffn = HALF, host: Host = SMALL, seed: int = 0):
-    return base_architectures.build(base_architectures.config_for(host, 64, 0), ffn, seed)
+    config = base_architectures.config_for(host, 64, 0)
+    return base_architectures.build_with(config, base_architectures.layout_for(sites(host), ffn), seed)
 
 
 @settings(max_examples=60, deadline=None)

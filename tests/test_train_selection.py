@@ -19,6 +19,7 @@ from pilon_compress.research.original.selection import Choosing, stage
 from pilon_compress.train.finish import plain_state
 from pilon_compress.train.freeze_unused import UnusedStay
 from pilon_compress.train.pipeline import train_model
+from pilon_compress.train.preflight import layout_asked
 
 STEPS = 20
 IDS = torch.arange(24).reshape(2, 12) % 40
@@ -34,7 +35,8 @@ def asked(explore="none", ffn=None, **sections):
 
 def built(settings):
     """The model as the pipeline would build it, and the callback that chooses."""
-    model = base_architectures.build(base_architectures.config_for(settings.host, 32, 0), settings.ffn, settings.seed)
+    config = base_architectures.config_for(settings.host, 32, 0)
+    model = base_architectures.build_with(config, layout_asked(settings, config), settings.seed)
     stage(model, settings.research.sections["original"], settings.seed)
     return model, choosing_for(model, settings)
 

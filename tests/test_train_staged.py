@@ -14,6 +14,7 @@ from pilon_compress.research.original.rates import entropy, similarity, use_of
 from pilon_compress.research.original.selection import ramp
 from pilon_compress.train.freeze_unused import UnusedStay
 from pilon_compress.train.pipeline import callbacks_for
+from pilon_compress.train.preflight import layout_asked
 
 STEPS = 20
 IDS = torch.arange(24).reshape(2, 12) % 40
@@ -31,9 +32,8 @@ class Twin:
         data = {"task": "pretrain", "host": shape, "ffn": ffn, "research": {"original": original}}
         data |= {"optimizer": optimizer or {}}
         self.recipe = training.build(data)
-        self.model = base_architectures.build(
-            base_architectures.config_for(self.recipe.host, 32, 0), self.recipe.ffn, 0
-        )
+        config = base_architectures.config_for(self.recipe.host, 32, 0)
+        self.model = base_architectures.build_with(config, layout_asked(self.recipe, config), self.recipe.seed)
         for extension in extensions(self.recipe):
             extension.stage(self.model)
         self.optimizers = make_optimizers(self.model, self.recipe.optimizer)

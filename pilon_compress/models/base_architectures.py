@@ -16,7 +16,7 @@ from pilon_compress.config.training import Ffn, Host, Ternary
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.architectures.registry import ARCHITECTURES
-from pilon_compress.models.families import Site, find_sites
+from pilon_compress.models.families import Site
 from pilon_compress.nn.bands import split_bands
 from pilon_compress.nn.init import initialise
 from pilon_compress.nn.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install
@@ -70,14 +70,6 @@ def config_for(host: Host, sequence_length: int, eos: int | None) -> PretrainedC
     )
     config.architectures = [architecture.class_name]
     return config
-
-
-def build(config: PretrainedConfig, ffn: Ffn, seed: int, ternary: Ternary = Ternary()) -> PreTrainedModel:  # noqa: B008
-    """Return a model with random weights, dense or with its feed-forward projections replaced by `ffn` and `ternary`.
-
-    Float32, CPU. Weights outside the feed-forward part depend on the seed alone, so that twins start from equal ones.
-    """
-    return build_with(config, layout_for(find_sites(checkpoint.empty_model(config)), ffn, ternary), seed)
 
 
 def build_with(config: PretrainedConfig, layout: Layout | None, seed: int) -> PreTrainedModel:

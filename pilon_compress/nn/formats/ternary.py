@@ -72,7 +72,7 @@ class TernaryBank(LatentPart, PrimitiveBank):
         A_scale, B_scale = (one.index_select(0, selected).squeeze(-1) for one in self.scales())
         factor, shift = self.affine(weight.float())
         shape = (selected.shape[0], self.rank)
-        scale = (A_scale * factor).expand(shape) * B_scale
+        scale = A_scale.expand(shape) * factor.expand(shape) * B_scale.expand(shape)
         return scale.reshape(-1), None if shift is None else (shift.expand(shape) * B_scale).reshape(-1)
 
     @torch.no_grad()
