@@ -95,7 +95,7 @@ def compiled(kernel: Any, signature: Any, constants: Any, attributes: Any, optio
 
 
 class Driver:
-    """Where there is no GPU, triton asks this one which GPU there is."""
+    """Stand-in for triton's driver that names the target GPU on a machine without one."""
 
     def get_current_target(self) -> GPUTarget:
         return TARGET

@@ -1,4 +1,4 @@
-"""Every baseline against an independent statement in float64 numpy of what its paper minimises; and what it counts."""
+"""Compare every baseline with an independent float64 numpy statement of its paper's objective, and check its counts."""
 
 import numpy as np
 import pytest

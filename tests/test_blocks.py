@@ -1,4 +1,4 @@
-"""What a block may become: neurons that go from all its projections or from none, options that cost what they say."""
+"""Check the options of a block: neurons leave all its projections together, and costs are as stated."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ RATIOS = (0.3, 0.5, 0.8)
 
 
 def sized(tiny, family, **scope):
-    """Every layer of a tiny model as a `FeedForward`, measured on a little random text."""
+    """Return every layer of a tiny model as a `FeedForward`, measured on a little random text."""
     model = tiny.tiny_model(family)
     source, sites = Source(model), find_sites(model, **scope)
     ids = torch.randint(5, 200, (8, 24), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""One rule finds the transformer blocks of an architecture: those of the text tower, or none in one line."""
+"""Find the transformer blocks of every architecture by one rule: those of the text tower, or a one-line error."""
 
 import pytest
 import torch

@@ -134,7 +134,7 @@ def test_a_language_model_measured_alone_claims_nothing_about_the_dense_one() ->
 
 @pytest.mark.parametrize("evaluation", [REPORT["evaluation"], CAUSAL, None], ids=["encoder", "causal", "none"])
 def test_no_figure_that_is_not_in_the_report(evaluation: dict[str, Any] | None) -> None:
-    """Every printed value must disappear when the report's own values are taken away."""
+    """Check that every printed value disappears when the report's own values are taken away."""
     report = report_with(evaluation=evaluation)
     card = model_card(report)
     prose = re.sub(r"^(`{3,}).*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE).split("---\n", 2)[2]

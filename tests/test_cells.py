@@ -10,7 +10,7 @@ SECOND = {"method": "asvd", "quality": {"cosine": 1e-300}}
 
 @pytest.fixture
 def output(tmp_path):
-    """Where the comparison will be written, with two cells finished."""
+    """Return the output path of a comparison with two finished cells."""
     cells = ResultLog(tmp_path / "deep" / "out", "same")
     cells.keep("svd 0.6", FIRST)
     cells.keep("asvd 0.6", SECOND)

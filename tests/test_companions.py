@@ -1,4 +1,4 @@
-"""What other tools need comes along whole, from a folder and from the hub; nothing comes from, or goes, outside."""
+"""Check that companions are copied completely, from a folder and from the hub, and never from or to the outside."""
 
 import json
 

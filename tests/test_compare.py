@@ -63,7 +63,7 @@ def place(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def harmless(cli, place):
-    """What commands that must not write anything answer, and the files there were before and after."""
+    """Return the answers of commands that must not write, and the files before and after."""
 
     def files():
         return {str(p): p.stat().st_mtime_ns for p in place.rglob("*")}
@@ -76,7 +76,7 @@ def harmless(cli, place):
 
 @pytest.fixture(scope="module")
 def compared(cli, place, harmless):
-    """What `compare -o out --json` printed."""
+    """Return the output of `compare -o out --json`."""
     done = cli(*f"{ENCODER} -o out --json".split(), cwd=place)
     assert done.stderr == ""
     return json.loads(done.stdout)

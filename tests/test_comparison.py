@@ -73,7 +73,7 @@ def page_of(kind="encoder", seeds=3):
 
 
 class Page(HTMLParser):
-    """What a browser would see: tags with attributes, the rows of every table, and the running text."""
+    """Parser of a page into tags with attributes, the rows of every table, and the running text."""
 
     def __init__(self, html):
         super().__init__()

@@ -155,7 +155,7 @@ def test_inspect_dense_and_pilon(cli, converted):
 
 
 def test_plans_are_drawn_from_the_config_alone(cli, tiny, tmp_path):
-    """Of a model far larger than memory, whose weights are not even there."""
+    """Plan a model far larger than memory whose weights do not exist."""
     config = tiny.tiny_model("gpt2").config
     config.n_embd, config.n_inner, config.architectures = 32768, 131072, ["GPT2LMHeadModel"]
     config.save_pretrained(tmp_path / "huge")

@@ -81,7 +81,7 @@ def test_of_a_hybrid_only_the_feed_forward_block_is_found(tiny):
 
 
 def test_attention_is_told_by_structure(tiny):
-    """Of a block without a feed-forward part, attention under another name is not taken for one."""
+    """Check that attention under another name is not taken for a feed-forward part in a block without one."""
     model = tiny.tiny_model("qwen3", head_dim=16)
     model.config.model_type = "brand_new"
     for layer in model.model.layers:

@@ -37,7 +37,7 @@ def generate(cli, models, model, *words, **options):
 
 
 def greedy(folder, ids, count):
-    """What argmax adds to `ids`, computed without a cache."""
+    """Return the greedy continuation of `ids`, computed without a cache."""
     model, ids = load_model(str(folder), dtype="float32"), list(ids)
     for _ in range(count):
         with torch.no_grad():

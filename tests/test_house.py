@@ -85,7 +85,7 @@ def upward(edges: dict[str, set[str]]) -> list[str]:
 
 
 def circles(edges: dict[str, set[str]]) -> list[str]:
-    """One line for every circle that a walk along the imports meets."""
+    """Return a line for every circle of imports."""
     found, done = list[str](), set[str]()
 
     def walk(name: str, road: list[str]) -> None:

@@ -111,7 +111,7 @@ def test_linear_and_embedding_are_their_definition():
 
 @torch.no_grad()
 def test_inputs_need_not_be_contiguous(tiny):
-    """As those of a pooler, which reads the first token of each text."""
+    """Check inputs like those of a pooler, which reads the first token of each text."""
     x, generator = torch.randn(4, 3, 48), torch.Generator().manual_seed(0)
     linear = Int8Linear(48, 40, False)
     rows, linear.scale = reference.int8_rows(torch.randn(40, 48, generator=generator))

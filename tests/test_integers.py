@@ -62,7 +62,7 @@ def float_twin(tiny, family, dtype=torch.float32):
 
 
 def rounded(tiny, family, quantization, dtype=torch.float32):
-    """The same in whole numbers, and the plain model of the values that these stand for."""
+    """Return the quantised model, and the plain model of its dequantised values."""
     plain, plan = float_twin(tiny, family, dtype)
     whole = install(tiny.tiny_model(family), plan.layout(quantization)).to(dtype).eval()
     source = dict(banks(plain))

@@ -53,7 +53,7 @@ def integers(codes: Tensor, digits: Tensor, scales: Tensor, group: int) -> Tenso
 
 
 def expected(x: Tensor, p: CpuProjection) -> Tensor:
-    """What a projection is, with integer sums and the quantiser of the models."""
+    """Compute a projection with integer sums and the quantiser of the models."""
     if p.norm is not None:
         x = torch.nn.functional.rms_norm(x, x.shape[-1:], p.norm, p.eps)
     codes, scales = reference.quantise(x, p.group)
@@ -128,7 +128,7 @@ def test_exact_feed_forward(shape, gated, group, activation, kinds, norm, seed):
 @pytest.mark.parametrize("digit", [-1, 1])
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_exact_at_the_largest_sums(digit, tokens):
-    """Every code at ±127 and every digit alike: sums of int16 would overflow many times over."""
+    """Check codes at ±127 with equal weights, where sums of int16 would overflow many times over."""
     x = torch.full((tokens, 20_000), 3.0)
     x[1::2] = -3.0
     p = bank(2, 2, 16, 20_000, 24)

@@ -97,7 +97,7 @@ def test_projection_is_exact(gpu, draw, tokens, d_in, r, d_out, group, full):
 
 @pytest.mark.parametrize("tokens", [16, 40])
 def test_values_between_two_codes_go_where_torch_sends_them(gpu, draw, tokens):
-    """Every value is half a step from two codes, so that the last place of the step decides."""
+    """Check values half a step from two codes, where the last place of the step decides."""
     projection, reference = some_projection(gpu, draw, 2, 64, 16, 32, 2)
     x = (torch.arange(64) + 0.5) / 127 * (1 + torch.rand(tokens, 1, generator=draw))
     x[:, 0] = x[:, 63] / 63.5 * 127
@@ -232,7 +232,7 @@ def test_what_the_kernels_cannot_do_is_refused(gpu, draw):
 
 @pytest.fixture
 def untried(monkeypatch):
-    """As in a new process in which the CPU counts as a GPU."""
+    """Make the CPU count as a GPU, as in a new process that has not tried Triton."""
     monkeypatch.setattr(dispatch, "TRITON", {"cpu"})
     dispatch._works.cache_clear()
     yield
@@ -277,7 +277,7 @@ def test_what_does_not_suit_the_kernels_goes_elsewhere(gpu, draw, untried):
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
-    """What compile_kernels.py prints: a JSON line per kernel, and one of what torch traces."""
+    """Return the output of compile_kernels.py: a JSON line per kernel, and lines of what torch traces."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     done = subprocess.run(

@@ -38,7 +38,7 @@ def pilon(tiny, family, **config):
 
 
 def trimmed_pilon(tiny, family):
-    """The same with 40 of 64 neurons left: ups stay matrices in the first layer, downs in the second, all in the third.
+    """Return the layout with 40 of 64 neurons: dense ups in the first layer, downs in the second, all in the third.
 
     Kept matrices and banks compute at the smaller width.
     """
@@ -62,7 +62,7 @@ def trimmed_pilon(tiny, family):
 
 
 def researched(tiny, family):
-    """The same with a latent scale in every bank, and a norm before every down projection."""
+    """Return the layout with a latent scale in every bank, and a norm before every down projection."""
     model = tiny.tiny_model(family)
     layout = make_plan(find_sites(model), Budget(ffn_ratio=0.6), "pilon", "component").layout()
     layout = layout.with_addition("original", "latent_scale", layout.banks)

@@ -1,4 +1,4 @@
-"""What calibration measures, against float64 brute force: input covariances, and gradients against the exact Fisher."""
+"""Compare calibration with float64 brute force: input covariances, and gradients with the exact Fisher matrix."""
 
 import itertools
 
@@ -97,7 +97,7 @@ def gradients_of(model, sites, scalar):
 
 
 def test_gradients_of_a_language_model_are_its_fisher_information(tiny):
-    """Every sequence of labels over a vocabulary of four, weighed by its probability, against labels that are drawn."""
+    """Compare drawn labels with all label sequences over a vocabulary of four, weighted by their probability."""
     model = tiny.tiny_model("llama", vocab_size=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     sites = find_sites(model)
     ids = torch.tensor([[1, 3, 2]])

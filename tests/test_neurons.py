@@ -18,7 +18,7 @@ def problem(neurons=40, d_out=12, seed=0):
 
 
 def loss(W, C, G, left):
-    """Of the least-squares refit with the neurons `left`, computed from scratch."""
+    """Compute the loss of the least-squares refit with the neurons `left` from scratch."""
     error = W - torch.zeros_like(W).index_copy(0, left, refit(W, C, left))
     return float(((C @ error @ G) * error).sum())
 

@@ -1,4 +1,4 @@
-"""What gets installed: everything below `pilon_compress`, nothing beside it, from wheel, sdist and checkout alike."""
+"""Check what is installed from wheel, sdist and checkout: everything below `pilon_compress`, nothing beside it."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""What a conversion settles before it reads a weight: how much calibration text a model needs."""
+"""Check the settings that a conversion derives before it reads a weight: the amount of calibration text."""
 
 import pytest
 

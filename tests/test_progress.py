@@ -15,7 +15,7 @@ from pilon_compress.io import messages, progress, progress_line
 
 @pytest.fixture(autouse=True)
 def switched_on():
-    """As on the command line."""
+    """Switch progress on, like the command line."""
     with progress.visible(True):
         yield
 

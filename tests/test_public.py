@@ -1,4 +1,4 @@
-"""What `import pilon_compress` promises: every public name is there, whatever was imported before, and torch is not."""
+"""Check `import pilon_compress`: every public name is there in any order of imports, and torch is not loaded."""
 
 import subprocess
 import sys

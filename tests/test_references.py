@@ -1,4 +1,4 @@
-"""Every way to name a model is understood, or one line says what to give."""
+"""Check that every way to name a model is understood, or refused with one line that says what to name."""
 
 import pytest
 

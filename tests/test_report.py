@@ -149,7 +149,7 @@ def with_ratios(sizes: dict[str, int]) -> dict[str, Any]:
 
 
 class Page(HTMLParser):
-    """What a browser would load, run and show."""
+    """Parser of a page into what a browser would load, run and show."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ def start(command_line):
 
 @pytest.fixture(scope="module")
 def convert(command_line, start):
-    """The same, to its end: what it printed."""
+    """Run the command to its end and return its output."""
     return lambda *words: command_line.finish(start(*words)).stdout
 
 

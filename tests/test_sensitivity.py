@@ -1,4 +1,4 @@
-"""What trimming a layer costs is what it does to the whole model's predictions, and measuring it costs little."""
+"""Compare the measured cost of trimming a layer with its effect on the model's predictions."""
 
 import copy
 from functools import partial

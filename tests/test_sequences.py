@@ -1,4 +1,4 @@
-"""Every command begins its sequences as the tokenizer does: BOS where it puts one, EOS between documents."""
+"""Check that every command begins its sequences like the tokenizer: BOS where it puts one, EOS between documents."""
 
 import json
 

@@ -57,7 +57,7 @@ def test_a_loop_that_watches_ends_by_itself_and_at_once_by_a_second_signal():
 
 
 def test_a_signal_that_was_ignored_stays_so():
-    """As `nohup` has it."""
+    """Ignore SIGHUP, like `nohup`."""
     ignoring = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     text = ignoring + START + "os.kill(os.getpid(), signal.SIGHUP)\nprint('went on')"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60)

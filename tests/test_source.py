@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def assert_same(whole, streamed):
-    """Every parameter and buffer, inside the blocks and outside."""
+    """Return every parameter and buffer, inside the blocks and outside."""
     inside = tuple(f"{whole._prefix()}{name}." for name in whole.names)
     mine = dict(streamed.model.state_dict(keep_vars=True))
     for name, tensor in whole.model.state_dict().items():

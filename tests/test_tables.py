@@ -1,4 +1,4 @@
-"""What people see: tables and help at the width of their terminal, no word or figure cut, totals at the end."""
+"""Check tables and help at the width of a terminal: no word or figure cut, totals at the end."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a model is for is told from transformers' mappings, and a language model must not look ahead."""
+"""Check that a model's task is read from transformers' mappings, and that a language model must not look ahead."""
 
 import json
 

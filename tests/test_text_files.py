@@ -252,7 +252,7 @@ def test_parquet_reads_the_column_that_is_asked_for(tmp_path):
 
 @pytest.fixture
 def registries(monkeypatch):
-    """What a test registers is gone after it."""
+    """Remove readers that a test registered."""
     for registry in (SOURCES, FORMATS):
         monkeypatch.setattr(registry, "_entries", dict(registry))
 

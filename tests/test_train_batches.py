@@ -79,7 +79,7 @@ def test_a_permutation_holds_every_index_once_and_changes_with_seed_and_epoch(co
 
 
 def test_permutations_look_random():
-    """Of 1000 permutations of 20, each index falls on each place about 50 times."""
+    """Check that in 1000 permutations of 20, each index falls on each place about 50 times."""
     orders = np.array([permuted(np.arange(20), 20, seed, 3) for seed in range(1000)])
     counts = np.array([np.bincount(column, minlength=20) for column in orders.T])
     assert counts.min() > 20 and counts.max() < 85

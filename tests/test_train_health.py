@@ -1,4 +1,4 @@
-"""What is said of the banks while they are trained: known compositions give known figures."""
+"""Check bank diagnostics on known compositions."""
 
 import math
 
@@ -30,7 +30,7 @@ def built(composition="component", explore="none", **sections):
 
 
 def even(model):
-    """All primitives of one size, every layer's weights 1."""
+    """Make all primitives of one size, and every layer's weights 1."""
     with torch.no_grad():
         for _, bank in banks(model):
             bank.A.fill_(1.0)

@@ -1,4 +1,4 @@
-"""What a training leaves for people: a self-contained page, its picture, a card; every figure a measured one."""
+"""Check the report of a training: a self-contained page, its picture, a card, and measured figures alone."""
 
 import io
 import json

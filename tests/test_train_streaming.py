@@ -27,7 +27,7 @@ def write(path, documents):
 
 
 def pairs(batch):
-    """What is predicted from what, as comparable values."""
+    """Return pairs of tokens and the tokens that they predict, as comparable values."""
     rows = zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True)
     return [(tuple(ids), tuple(labels)) for ids, labels in rows]
 

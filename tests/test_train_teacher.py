@@ -1,4 +1,4 @@
-"""What a teacher is asked for: divergences equal a reference, and predictions from disk equal live ones."""
+"""Check that divergences equal a reference, and predictions from disk equal live ones."""
 
 import json
 from dataclasses import replace

@@ -150,7 +150,7 @@ def test_the_cache_folder_can_be_named(source, tokenizer, tmp_path, monkeypatch)
 
 
 def fill(source, folder, tokenizer, said):
-    """In a process that may write files of 1000 bytes only."""
+    """Limit files to 1000 bytes in a process."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     try:

@@ -55,7 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def tiny_tokenizer(eos: bool = True, ends: bool = False) -> PreTrainedTokenizerFast:
-    """One token per byte (ids 5 to 260). Without `eos` it has BOS only; with `ends` it puts <cls> and <sep> around."""
+    """Return a tokenizer of one token per byte (ids 5 to 260); without `eos` BOS only, with `ends` <cls> and <sep>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*SPECIAL[:5], *alphabet, SPECIAL[5]]
     core = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
