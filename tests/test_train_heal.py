@@ -130,12 +130,12 @@ def test_a_loss_that_is_nan_goes_back_to_the_best_weights_and_resumes_as_ever(ho
     monkeypatch.setattr(Recovery, "prepared", prepared)
     asked = healing(home, 12, **{"run.evaluate_every": 4})
     whole = train_model(asked, tmp_path / "whole", quiet=True)
-    assert whole["val_perplexity"] < whole["before"]
+    assert whole.val_perplexity < whole.before
     for stopped in (5, 9):
         out = tmp_path / f"parts{stopped}"
         with stop_after(stopped):
             train_model(asked, out, quiet=True)
-        assert train_model(asked, out, resume=True, quiet=True)["val_perplexity"] == whole["val_perplexity"]
+        assert train_model(asked, out, resume=True, quiet=True).val_perplexity == whole.val_perplexity
         ours, theirs = weights(out), weights(tmp_path / "whole")
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     rates = [line["rate"] for line in read_metrics(tmp_path / "whole") if "rate" in line]
