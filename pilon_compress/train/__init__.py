@@ -10,4 +10,6 @@ ternary        ternary weights: at the start, and in each step
 freeze_unused  primitives that take no part in a step keep their values
 bank_health    diagnostics of the banks at every evaluation
 finish         the model folder with its report
+
+The loop, optimisers, schedule and checkpoints are in `optimize`, text and batches in `data`.
 """
