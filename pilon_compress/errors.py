@@ -1,4 +1,4 @@
-"""What the user did wrong, said in one line."""
+"""The exception for mistakes of the user, reported in one line."""
 
 
 class BadInput(ValueError):

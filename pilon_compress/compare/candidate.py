@@ -1,4 +1,4 @@
-"""What a comparison judges: a compressed model with its size and error; those that published baselines make."""
+"""Define the candidates of a comparison, and build those of published baselines."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ def dense_size(sites: Sequence[Site]) -> Size:
 
 
 def problem_of(dense: PreTrainedModel, sites: Sequence[Site], moments: Mapping[str, SecondMoment]) -> Problem:
-    """What the baselines are given: weights (d_in, d_out) and biases in float64, and the moments of the inputs."""
+    """Return the baselines' problem: weights (d_in, d_out) and biases in float64, and moments of the inputs."""
     modules = {site.name: dense.base_model.get_submodule(site.name) for site in sites}
     weights = {site.name: dense_weight(modules[site.name]) for site in sites}
     biases = {name: module.bias.detach().double() for name, module in modules.items() if module.bias is not None}

@@ -90,7 +90,7 @@ class Asked:
     work: list[tuple[str, float]]
 
     def describe(self) -> PlannedComparison:
-        """What would be measured: `planned` has the stored and bytes ratio that each method reaches."""
+        """Return the planned measurements; `planned` has the stored and bytes ratio that each method reaches."""
         dense = dense_size(self.base.sites)
         planned = []
         for method, ratio in sorted(self.work, key=lambda item: -item[1]):
@@ -236,7 +236,7 @@ class Bench:
         return {"ffn": ffn.over_dense(), "model": whole.over_dense()}
 
     def fingerprint(self) -> str:
-        """Of everything that all cells depend on: version, settings but the ratio, evaluation text and weights."""
+        """Return a hash of all that the cells depend on: version, settings without ratio, evaluation text, weights."""
         settings = conversion.dump(self.job.recipe.model_copy(update={"budget": conversion.Budget()}))
         state = blake2b(f"{pilon_compress.__version__}\n{settings}".encode(), digest_size=16)
         for document in self.documents:

@@ -70,7 +70,7 @@ class Batch:
         return self._mapped(lambda tensor: tensor[span])
 
     def labelled(self, causal: bool) -> "Batch":
-        """The same with labels: the tokens that follow within each row, or, not `causal`, every row as a text."""
+        """Return the batch with labels: the next tokens of each row, or, not `causal`, every row as a text."""
         if not causal:
             texts = torch.zeros(len(self.input_ids), dtype=torch.int64, device=self.input_ids.device)
             return replace(self, attention_mask=self.mask.long(), labels=texts)

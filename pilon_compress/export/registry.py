@@ -1,4 +1,4 @@
-"""How an exporter registers: a name, one sentence, its options, a reason to refuse, and the function that writes.
+"""Register exporters: name, one sentence, options, a reason to refuse, and the function that writes.
 
     @exporter("dense", about="...", load="AutoModel.from_pretrained({folder!r})", options=("dtype",), refuse=refuse)
     def write(model, job):
@@ -27,7 +27,7 @@ DEFAULTS = ExportOptions()
 
 @dataclass(frozen=True)
 class Job:
-    """One export: the folder `source`, as the user names it, and where it goes."""
+    """An export: the folder `source`, as the user names it, its output and options."""
 
     source: str
     output: Path

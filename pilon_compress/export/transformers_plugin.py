@@ -1,4 +1,4 @@
-"""How transformers loads a PILON model: as a quantization method that swaps the projections in, then steps aside.
+"""Load PILON models in transformers, as a quantisation method that replaces the projections.
 
 from_pretrained(folder)
   config.json  quantization_config {"quant_method": "pilon", "layout": ...}

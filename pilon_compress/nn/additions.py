@@ -17,7 +17,7 @@ _KNOWN: dict[str, Kinds] = {}
 
 
 class Addition:
-    """One kind of addition, without a state of its own; research modules override what they need."""
+    """An addition to banks or projections, without state; research modules override what they need."""
 
     exact: tuple[str, ...] = ()
     """Names of tensors that stay in float32 whatever the model's type."""

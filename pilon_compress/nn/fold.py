@@ -9,7 +9,7 @@ from pilon_compress.nn.layout import BANKS, Host, banks, kept_matrices, projecti
 
 
 def pair_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
-    """Whether two GEMMs through `rank` (= k·r) need fewer MACs per token than the one dense GEMM."""
+    """Return True if two GEMMs through `rank` (= k·r) need fewer MACs per token than one dense GEMM."""
     return rank * (d_in + d_out) < d_in * d_out
 
 
@@ -39,7 +39,7 @@ def dense(composed: ComposedLinear) -> tuple[Tensor, Tensor | None]:
 
 
 def foldable(model: Host) -> bool:
-    """Whether `fold` may change the model: not if it has ternary banks."""
+    """Return True if `fold` may change the model, which it may not with ternary banks."""
     return all(bank.folds for _, bank in banks(model))
 
 

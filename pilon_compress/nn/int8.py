@@ -85,7 +85,7 @@ def _whole(rows: int, columns: int) -> nn.Parameter:
 
 
 def find(model: Any) -> dict[str, str]:
-    """What can be in 8 bits, by place: `linear`, `embedding`, or `head` where it is tied to the embedding."""
+    """Return the modules that can be in int8, by place: `linear`, `embedding`, or `head` if tied to the embedding."""
     words = model.get_input_embeddings()
     found: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -102,7 +102,7 @@ def find(model: Any) -> dict[str, str]:
 
 
 def installed(model: Any) -> dict[str, str]:
-    """What is in 8 bits, as `find` says it."""
+    """Return the modules that are in int8, in the form of `find`."""
     kinds = {Int8Linear: "linear", Int8Embedding: "embedding", Int8Head: "head"}
     return {_place(model, name): kinds[type(m)] for name, m in model.named_modules() if type(m) in kinds}
 

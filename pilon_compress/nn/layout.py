@@ -87,7 +87,7 @@ class Layout:
 
     @property
     def quantized(self) -> bool:
-        """Whether anything is stored otherwise than in plain numbers."""
+        """Return True if any part is quantised."""
         return bool(self.kinds - {"none"} or self.rest)
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class Layout:
                 raise ValueError(f"{name}: {kind!r} is none of {', '.join(REST)}")
 
     def in_format(self, quantization: str) -> "Layout":
-        """The same with every bank and matrix in the number format of that name."""
+        """Return the layout with every bank and matrix in the number format `quantization`."""
         banks = {name: replace(spec, quantization=quantization) for name, spec in self.banks.items()}
         kept = {name: replace(spec, quantization=quantization) for name, spec in self.kept.items()}
         return replace(self, banks=banks, kept=kept)
@@ -164,13 +164,13 @@ class Layout:
         return entries(self.research)
 
     def with_addition(self, name: str, kind: str, places: Iterable[str]) -> "Layout":
-        """The same with an addition of the research module `name` to more banks or projections."""
+        """Return the layout with an addition of the research module `name` to more banks or projections."""
         kinds = self.research.get(name, {})
         both = {**kinds, kind: sorted({*kinds.get(kind, []), *places})}
         return replace(self, research={**self.research, name: both})
 
     def ternary(self, grouped: Collection[str], group: int) -> "Layout":
-        """The same in digits; inputs of the projections `grouped` share scales by `group`."""
+        """Return the layout with ternary weights; inputs of the projections `grouped` share scales by `group`."""
         groups = dict.fromkeys(grouped, group)
         banks = {name: replace(spec, quantization="ternary") for name, spec in self.banks.items()}
         projections = {name: replace(spec, group=groups.get(name, 0)) for name, spec in self.projections.items()}
@@ -181,7 +181,7 @@ class Layout:
 
     @property
     def is_ternary(self) -> bool:
-        """Whether anything is in digits."""
+        """Return True if any part is ternary."""
         return "ternary" in self.kinds
 
     def users(self, bank: str) -> list[str]:
@@ -297,27 +297,27 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def projections(model: Host) -> Iterator[tuple[str, ComposedLinear]]:
-    """Every composed projection of a PILON model, by module name below the base model."""
+    """Yield every composed projection of a PILON model, by module name below the base model."""
     for name, module in model.base_model.named_modules():
         if isinstance(module, ComposedLinear):
             yield name, module
 
 
 def kept_matrices(model: Host) -> Iterator[tuple[str, Any]]:
-    """Every projection of a PILON model that stays one matrix, a `Matrix`, by module name below the base model."""
+    """Yield every dense projection of a PILON model, a `Matrix`, by module name below the base model."""
     for name, module in model.base_model.named_modules():
         if isinstance(module, Matrix):
             yield name, module
 
 
 def banks(model: Host) -> Iterator[tuple[str, PrimitiveBank]]:
-    """Every bank of a PILON model by its layout name (`band0.up`)."""
+    """Yield every bank of a PILON model by its layout name (`band0.up`)."""
     for name, bank in banks_in(model.base_model):
         yield name.removeprefix(f"{BANKS}."), bank
 
 
 def parts(model: Host) -> Iterator[tuple[str, Any]]:
-    """Every module that is a `Part`: banks, projections, 8-bit layers; by module name."""
+    """Yield every `Part` by module name: banks, projections, int8 layers."""
     for name, module in model.named_modules():
         if isinstance(module, Part):
             yield name, module

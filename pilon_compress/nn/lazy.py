@@ -1,4 +1,4 @@
-"""What a module computes with, made of its tensors at the first use."""
+"""Cache values that a module computes from its tensors, until a tensor is replaced or written to."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar

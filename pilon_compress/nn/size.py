@@ -1,4 +1,4 @@
-"""How large: numbers stored, bytes, and multiply-accumulates per token, PILON over dense."""
+"""Compute stored parameters, bytes and MACs per token, PILON beside dense."""
 
 from dataclasses import dataclass
 
@@ -48,7 +48,7 @@ class Size:
 
 
 def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
-    """One bank and the projections that compose from it; `itemsize` in bytes per stored number."""
+    """Return the size of a bank and its projections; `itemsize` in bytes per float."""
     spec = layout.banks[bank]
     numbers = spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
     numbers += _added(layout, bank)
@@ -87,7 +87,7 @@ def _added(layout: Layout, place: str, exact: bool = False) -> int:
 
 
 def kept_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
-    """One projection that stays a matrix, against the host's."""
+    """Return the size of a dense projection, beside that of the base architecture."""
     spec, (d_in, d_out) = layout.kept[name], layout.host_shape(name)
     macs, dense_macs = spec.d_in * spec.d_out, d_in * d_out
     rest = spec.bias * spec.d_out + _added(layout, name)

@@ -26,14 +26,14 @@ def pack(digits: Tensor, encoding: str) -> Tensor:
 
 
 def unpack(codes: Tensor, shape: tuple[int, ...], encoding: str) -> Tensor:
-    """What `pack` was given: digits (n, *shape), int8."""
+    """Return the ternary weights (n, *shape), int8, that `pack` encoded."""
     fields = codes.to(torch.int16)[..., None] // _powers(encoding).to(codes.device) % BASE[encoding]
     digits = (fields - 1).to(torch.int8).flatten(1)
     return digits[:, : torch.Size(shape).numel()].unflatten(1, shape).contiguous()
 
 
 def valid(codes: Tensor, encoding: str) -> bool:
-    """Whether `codes` are bytes that `pack` makes: no field of 2 bits is 3, no byte beyond 3^5 - 1."""
+    """Return True if `pack` can produce `codes`: no field of 2 bits is 3, no byte above 3^5 - 1."""
     if encoding == "base3":
         return bool((codes < 3 ** PER_BYTE["base3"]).all())
     return not bool((codes & (codes >> 1) & 0b01010101).any())

@@ -1,4 +1,4 @@
-"""How fast a model, or a feed-forward block, is beside its dense counterpart."""
+"""Results of a benchmark of a model or a feed-forward block."""
 
 from pilon_compress.results.base import Result
 

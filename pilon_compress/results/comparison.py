@@ -33,7 +33,7 @@ class Figures(Result):
 
 
 class Row(Figures):
-    """One method at one ratio, over all draws."""
+    """A method at one ratio, over all draws."""
 
     ratio: float
     method: str
@@ -56,7 +56,7 @@ class DenseRow(Measured):
 
 
 class Cell(Measured):
-    """One method at one ratio on one calibration draw."""
+    """A method at one ratio on one calibration draw."""
 
     method: str
     ratio: float
@@ -111,7 +111,7 @@ class PlannedCalibration(Result):
 
 
 class PlannedComparison(Result):
-    """What `compare --dry-run` prints."""
+    """The result of `compare --dry-run`."""
 
     dry_run: Literal[True]
     source: str

@@ -48,7 +48,7 @@ class ConversionPlan(Result):
 
 
 class DryRun(ConversionPlan):
-    """What `convert --dry-run` prints."""
+    """The result of `convert --dry-run`."""
 
     dry_run: Literal[True]
     final: bool
@@ -66,7 +66,7 @@ class Spectrum(Result):
 
 
 class Projection(Result):
-    """One projection that was replaced."""
+    """A projection that was replaced, with its errors."""
 
     name: str
     layer: int
@@ -80,7 +80,7 @@ class Projection(Result):
 
 
 class BankUsage(Result):
-    """How the layers of a band use their bank."""
+    """Bank diagnostics: the use of a bank by the layers of its band."""
 
     band: int
     role: str

@@ -1,4 +1,4 @@
-"""What an export has written."""
+"""Result of an export."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a model consists of."""
+"""Result of an inspection: projections, sizes and costs."""
 
 from typing import Literal
 

@@ -10,7 +10,7 @@ Task = Literal["pretrain", "heal", "sft"]
 
 
 class PlannedTraining(Result):
-    """What `train --dry-run` prints, from shapes alone."""
+    """The result of `train --dry-run`, from shapes alone."""
 
     dry_run: Literal[True]
     task: Task
@@ -24,7 +24,7 @@ class PlannedTraining(Result):
 
 
 class Stage(Result):
-    """One of several trainings in turn."""
+    """A stage of a run that trains several times."""
 
     ratio: float | None = None
     before: float | None = None

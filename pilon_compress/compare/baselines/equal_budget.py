@@ -1,4 +1,4 @@
-"""How stored numbers are dealt out: the same ratio for every part of the model, what rounding leaves to the first."""
+"""Divide stored parameters by one ratio over all parts of the model; the first units get the remainder of rounding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pilon_compress.nn.sizing import affordable
 
 @dataclass(frozen=True)
 class Unit:
-    """What a method sizes in one: it stores `fixed + count · price` numbers, and more than `most` would add nothing.
+    """A unit of a method's budget: it stores `fixed + count · price` parameters, with `count` at most `most`.
 
     A step is one rank, one basis vector, one neuron or one primitive, as the method has it.
     """

@@ -1,4 +1,4 @@
-"""What every baseline is given, and what it gives back."""
+"""Define the input and the output of every baseline."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """What a baseline found.
+    """The result of a baseline.
 
     weights: the approximated (d_in, d_out) by `Site.name`   factors: the tensors that it would store for them
     macs: multiply-accumulates per token in that form

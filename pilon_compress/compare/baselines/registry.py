@@ -1,4 +1,4 @@
-"""How a baseline registers: its name, how readers meet it, and the functions that size it and solve for it.
+"""Register baselines: name, title and explanation, and the functions that size it and solve for it.
 
     @baseline("svd", title="svd", about="...", paper="Eckart and Young, 1936", look=Look("#CC79A7", "^"), units=units)
     def svd(problem, shares):

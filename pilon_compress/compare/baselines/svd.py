@@ -20,7 +20,7 @@ ALPHA = 0.5  # of ASVD's scaling; the value that its authors settled on
 
 
 def units(sites: Sequence[Site]) -> list[Unit]:
-    """Every site on its own; a step is one rank."""
+    """Return a unit for each site; a step is one rank."""
     return [Unit((site,), site.d_in + site.d_out, bias_numbers([site]), min(site.d_in, site.d_out)) for site in sites]
 
 

@@ -88,7 +88,7 @@ class IntegerGrid(Grid):
         return f"holds numbers below {lowest}" if self.bits == 8 and bool((stored < lowest).any()) else None
 
     def _period(self) -> tuple[int, int, list[tuple[int, int]]]:
-        """So many numbers fill so many bytes; the byte and the bit at which each of them begins."""
+        """Return the values and bytes of a period, and the byte and bit at which each value begins."""
         whole = math.lcm(self.bits, 8)
         return whole // self.bits, whole // 8, [divmod(start, 8) for start in range(0, whole, self.bits)]
 

@@ -1,4 +1,4 @@
-"""What a number format says of itself, and the registry of all formats by name.
+"""Describe number formats, and register all of them by name.
 
     FORMATS.add("int4", QuantisedFormat("int4", IntegerGrid(bits=4, group=64), "int4, a scale for 64 numbers"))
 

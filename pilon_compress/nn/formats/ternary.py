@@ -33,7 +33,7 @@ class TernaryBank(LatentPart, PrimitiveBank):
             self.register_buffer(name, None, persistent=False)
 
     def forward(self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0) -> Tensor:
-        """As `PrimitiveBank.forward`; `group`: inputs that share a scale, 0 for all of a token's."""
+        """Compute `PrimitiveBank.forward`; `group`: inputs that share a scale, 0 for all of a token's."""
         if self.training:
             return self._compose(x, selected, weight, group)
         with torch.autocast(x.device.type, enabled=False):  # half precision would round whole numbers
@@ -57,7 +57,7 @@ class TernaryBank(LatentPart, PrimitiveBank):
         return absmean(self.A), absmean(self.B)
 
     def digits(self, selected: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the selected primitives: (k, d_in, r) and (k, r, d_out), float32."""
+        """Return the ternary weights of the selected primitives, (k, d_in, r) and (k, r, d_out), float32."""
         A_scale, B_scale = self.scales()
         if self.training and self.A_digits is not None and self.B_digits is not None:
             A = held_digits(self.A, self.A_digits, A_scale)
@@ -163,7 +163,7 @@ class TernaryLinear(LatentPart, KeptLinear):
 
     @torch.no_grad()
     def hold(self) -> None:
-        """As `TernaryBank.hold`."""
+        """Compute the ternary weights once for a step, like `TernaryBank.hold`."""
         made = digits(self.weight, self.scales(), self.rounding)
         self.weight_digits = _held(self.weight_digits, made)
 
