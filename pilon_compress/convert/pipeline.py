@@ -224,7 +224,7 @@ def improve(
 
 
 def fingerprint(job: Job, batches: list[Batch], source: Source) -> str:
-    """Of everything that a conversion's steps depend on: version, recipe, calibration text, weights."""
+    """Return a hash of all that a conversion's steps depend on: version, recipe, calibration text, weights."""
     settings = job.recipe.model_copy(update={"max_memory": None})  # which changes no result
     state = blake2b(f"{pilon_compress.__version__}\n{conversion.dump(settings)}".encode(), digest_size=16)
     for batch in batches:

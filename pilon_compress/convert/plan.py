@@ -10,7 +10,7 @@ from pilon_compress.nn.sizing import BankSize, composition_numbers
 
 @dataclass(frozen=True)
 class BankPlan:
-    """One bank to be fitted: the sites that share it and its sizes."""
+    """A bank to be fitted: the sites that share it, and its sizes."""
 
     band: int
     role: str
@@ -60,7 +60,7 @@ class BankPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every bank of a conversion."""
+    """The banks, bands and dense matrices of a conversion."""
 
     ratio: float
     bands: list[list[int]]
@@ -71,7 +71,7 @@ class Plan:
     """(d_in, d_out) in the dense model of the projections that lose neurons."""
 
     def layout(self, quantization: str | None = None) -> Layout:
-        """What the PILON model will look like, in whole numbers if `quantization` says so."""
+        """Return the layout of the PILON model, in the number format `quantization` if it is given."""
         kept = {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in self.kept}
         specs = {bank.name: BankSpec(bank.d_in, bank.d_out, bank.n_primitives, bank.rank) for bank in self.banks}
         projections = {

@@ -65,11 +65,11 @@ class Job:
     """False while `plan` is a guess by uniform shares: the calibration text decides the sizes of the layers."""
 
     def planned(self, plan: Plan) -> "Job":
-        """The same conversion with the plan that will be made."""
+        """Return the conversion with its final plan."""
         return replace(self, plan=plan, layout=plan.layout(self.quantization), final=True)
 
     def seeded(self, seed: int) -> "Job":
-        """The same conversion with another seed."""
+        """Return the conversion with another seed."""
         return replace(self, recipe=self.recipe.model_copy(update={"seed": seed}))
 
     def describe(self) -> ConversionPlan:
@@ -194,5 +194,5 @@ def check_sharing(sites: list[Site]) -> None:
 
 
 def shelf_bytes(limit: float | None) -> int:
-    """What moments, and outputs to compare with, may take in memory, each, under a memory `limit` in GiB."""
+    """Return the bytes that moments, and outputs to compare with, may each take, under a memory `limit` in GiB."""
     return min(SHELF_BYTES, int(SHELF * available(limit)))

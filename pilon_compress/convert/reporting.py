@@ -80,7 +80,7 @@ def _begins_with(job: Job) -> str | None:
 
 
 def describe_projection(site: Site, plan: Plan, solved: Solved) -> Projection:
-    """One projection's error by method, and the spectrum of its dense weight with the cut that baselines make."""
+    """Return a projection's error by method, and the spectrum of its dense weight with the baselines' cut."""
     values = solved.projections[site.name].spectrum
     points = torch.linspace(0, len(values) - 1, min(SPECTRUM_POINTS, len(values))).round().long()
     share = values / values.sum().clamp_min(1e-300)

@@ -53,7 +53,7 @@ def read_calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[Batch
 
 
 def read_lessons(job: Job, tokenizer: PreTrainedTokenizerBase, batches: list[Batch]) -> list[Batch]:
-    """What refinement learns from: more of the calibration source, where it can be read twice."""
+    """Return the refinement batches: more of the calibration source, if it can be read twice."""
     asked = job.calibration
     if not job.recipe.refine.steps or asked.data == "stdin":
         return batches

@@ -39,7 +39,7 @@ class _Follower(nn.Module):
         return self.model.base_model(**inputs, **options)
 
     def _matched(self, found: Any, wanted: Wanted, terms: Tensor, weights: Tensor) -> Tensor | float:
-        """What the states add to the loss; `weights` (B, T): how much each token counts."""
+        """Return the hidden-state term of the loss; `weights` (B, T) of the tokens."""
         if "hidden" not in wanted:
             return 0.0
         return terms[2] * mismatch(found.hidden_states[1:], wanted["hidden"], self.get_buffer("variance"), weights)

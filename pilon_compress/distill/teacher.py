@@ -107,7 +107,7 @@ def _bytes(wanted: Wanted) -> int:
 
 
 def fingerprint(reference: str) -> str:
-    """What tells one teacher from another: cheap, so files count by size and time of change, and hub ids by name.
+    """Return a cheap identity of a teacher: size and time of change of files, name of a hub id.
 
     A model in memory counts by its weights.
     """

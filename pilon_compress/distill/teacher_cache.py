@@ -40,7 +40,7 @@ ABOUT = "about.json"
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be kept: predictions for `indices`, ascending, of `dataset` with `length` tokens each.
+    """A cache request: predictions for `indices`, ascending, of `dataset` with `length` tokens each.
 
     `made_from` tells data and teacher apart from others; with the rest it is the key.
     """
@@ -121,7 +121,7 @@ def predictions(
 
 @contextmanager
 def _locked(home: Path, key: str, world: World) -> Iterator[None]:
-    """One run at a time: its first process holds the lock for all."""
+    """Hold the lock of the cache inside the block; the first process holds it for all."""
     if not world.first:
         world.wait()
         yield

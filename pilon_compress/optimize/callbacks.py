@@ -35,7 +35,7 @@ class Callback(Protocol):
 
 
 class Extension:
-    """What a research module adds to a training; modules override what they need.
+    """The additions of a research module to a training; modules override what they need.
 
     `asked`: their section of the recipe, an instance of their own `Settings`.
     """

@@ -55,7 +55,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def stream(self, step: int) -> Path:
-        """Where this process's place in streamed text is kept."""
+        """Return the file of this process's place in streamed text."""
         return self.path(step) / f"rank{self.world.rank}.stream"
 
     def save(
@@ -146,7 +146,7 @@ class Checkpoints:
 
 
 def _causes(error: BaseException) -> list[Exception]:
-    """What went wrong in each process."""
+    """Return the exceptions of all processes."""
     if isinstance(error, CheckpointException):
         return [cause for cause, _ in error.failures.values() if isinstance(cause, Exception)]
     return [error] if isinstance(error, Exception) else []
@@ -160,7 +160,7 @@ def _write(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
 
 
 def tensors_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """All tensors of a run by name: parameters, buffers, and optimiser states (zeros where there are none yet)."""
+    """Return the tensors of a run by name: parameters, buffers, optimiser states (zeros where there are none yet)."""
     found: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.named_parameters()}
     lasting = model.state_dict().keys()  # what is not is made anew
     found |= {f"buffer.{name}": tensor for name, tensor in model.named_buffers() if name in lasting}

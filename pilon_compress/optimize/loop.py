@@ -100,7 +100,7 @@ def _signals(job: Training) -> Iterator[signals.EndRequest]:
 
 
 def _step(job: Training, share: float) -> tuple[float, int, dict[str, float]]:
-    """One optimiser step: (mean loss, tokens of all processes, gradient norms)."""
+    """Run one optimiser step; return mean loss, tokens of all processes, and gradient norms."""
     world, factor = job.world, job.factor(share)
     for optimizer in job.optimizers:
         for group in optimizer.param_groups:
@@ -161,7 +161,7 @@ def _clip(job: Training) -> dict[str, float]:
 
 
 def _ran_away(job: Training, loss: float) -> str | None:
-    """Why the run cannot go on as it does, or None."""
+    """Return why the run cannot continue, or None."""
     spike = job.how.spike
     if not math.isfinite(loss):
         return f"the loss is {loss} at step {job.step}: lower optimizer.learning_rate"

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a live line on stderr, metrics.jsonl, and the trackers that were asked for."""
+"""Report a run while it trains: a live line on stderr, metrics.jsonl, and trackers."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Which parameters move how fast: groups, AdamW, and Muon for matrices and primitives.
+"""Build the optimisers: parameter groups with their rates, AdamW, and Muon for matrices and primitives.
 
 banks           primitives: (n, d_in, r) and (n, r, d_out)
 compositions    weights of compositions, and what research adds to banks and projections
@@ -27,7 +27,7 @@ LEAST = 1e-3  # root mean square that a tensor near zero is taken to have
 
 
 def group_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Every trainable parameter once, by group and name."""
+    """Return every trainable parameter once, by group and name."""
     groups: dict[str, dict[str, nn.Parameter]] = {group: {} for group in GROUPS}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
@@ -128,7 +128,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update. Parameters without a gradient stay as they are."""
+        """Update the parameters that have a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio. Each is installed by whoever wants it."""
+"""Send metrics to tensorboard, wandb or trackio, which users install themselves."""
 
 import importlib
 import importlib.util

@@ -37,7 +37,7 @@ PERPLEXITY = Figure("val_perplexity", "validation perplexity", lambda nats: math
 
 @dataclass
 class Training:
-    """All that a run consists of.
+    """The parts of a run.
 
     trainee      a module that maps what `prepare` makes of a batch to a loss, summed over what the batch scores
     run          the same, wrapped for several processes and compiled

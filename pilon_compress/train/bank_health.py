@@ -1,4 +1,4 @@
-"""How the banks fare while they are trained: looked at with every evaluation.
+"""Compute bank diagnostics during training, at every evaluation.
 
 composition_entropy   how evenly a layer spreads its energy over its bank's primitives: 0 (one does all) to 1; mean
 primitive_entropy     how evenly a bank's primitives carry the energy of all its layers: 0 to 1; mean over banks
@@ -24,7 +24,7 @@ from pilon_compress.optimize.callbacks import Callback
 
 
 class Health(Callback):
-    """As a callback it notes which primitives get a gradient; called, it says how things stand."""
+    """Callback that records which primitives get a gradient; a call returns the bank diagnostics."""
 
     def __init__(self, model: Any) -> None:
         self.banks = [(bank, [p for _, p in projections(model) if p.bank is bank]) for _, bank in banks(model)]

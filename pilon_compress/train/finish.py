@@ -131,7 +131,7 @@ def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> Tr
 
 
 def dtype_of(recipe: TrainRecipe) -> torch.dtype:
-    """Of the saved weights. Digits stand on the exact numbers behind them: rounding those moves some across."""
+    """Return the dtype of the saved weights; float32 for ternary ones, since rounding would flip weights."""
     named = checkpoint.find_dtype(recipe.dtype)
     if named is not None or recipe.ternary.enabled:
         return named or torch.float32

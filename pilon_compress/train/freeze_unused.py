@@ -1,4 +1,4 @@
-"""What took no part in a step keeps its value through it: neither weight decay nor momentum move it."""
+"""Freeze parameters that took no part in a step: neither weight decay nor momentum changes them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -37,7 +37,7 @@ MEASURED = 8  # validation rows that the variances of the teacher's states are t
 
 @dataclass
 class Healing:
-    """What a run needs beside what every run needs: `recovery` gives the student its batches.
+    """The additional parts of a recovery run: `recovery` gives the student its batches.
 
     `teacher` is None where its predictions are on disk. `of_teacher`: the teacher's own mean loss on the validation
     text.
@@ -64,7 +64,7 @@ class Healing:
         return loss, scored
 
     def told(self, loss: float, before: float) -> dict[str, Any]:
-        """What the result says besides: the figure before, the teacher's, and how they compare."""
+        """Return extra result fields: the metric before recovery, the teacher's, and their ratio."""
         told: dict[str, Any] = {"before": self.figure.of(before), "teacher_model": self.reference}
         told["teacher"] = self.figure.of(self.of_teacher)
         if self.figure is PERPLEXITY:

@@ -99,7 +99,7 @@ def train_model(
 
 
 def train_run(run: Run, resume: bool, fresh: bool) -> TrainResult | None:
-    """One stretch of training, in a folder that is claimed; a `fresh` one goes where nothing can be trained."""
+    """Run one training in a claimed folder; with `fresh`, delete a folder in which nothing was trained."""
     track: list[str] = list(run.recipe.run.track)
     try:
         job, tokenizer, corpus = set_up(run, resume)
@@ -138,7 +138,7 @@ def after_floats(run: Run, fresh: bool) -> Run:
 
 
 def before(run: Run, recipe: TrainRecipe, folder: Path, fresh: bool) -> TrainResult:
-    """What came of a stage that ends in `folder`, trained now unless that is done."""
+    """Return the result of a stage that ends in `folder`, trained now unless it is done."""
     if not (folder / RESULT).is_file():
         one = replace(run, recipe=recipe, output=folder, whole=None, stages=())
         try:
@@ -332,7 +332,7 @@ def callbacks_for(
 
 
 def prepared(batch: Batch) -> tuple[Any, ...]:
-    """What the trainee is called with."""
+    """Return the arguments of the trainee for a batch."""
     return batch.inputs(), batch.labels
 
 

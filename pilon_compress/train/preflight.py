@@ -1,4 +1,4 @@
-"""What can be told of a run before it starts: whether its recipe goes with its models, and what it would train."""
+"""Check a recipe against its models, and describe its training, before the run starts."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def check(recipe: TrainRecipe) -> None:
 
 
 def plan(recipe: TrainRecipe) -> PlannedTraining:
-    """What a run would train, from shapes alone. Raises BadInput."""
+    """Return the planned training of a recipe, from shapes alone. Raises BadInput."""
     check(recipe)
     if recipe.start is not None:
         config = checkpoint.load_config(recipe.start)

@@ -22,7 +22,7 @@ STAGES = "stages"  # folder of runs that come before, inside the output
 
 @dataclass
 class Run:
-    """One stretch of training: what it is asked for, and where it goes."""
+    """A training: its recipe and its output."""
 
     recipe: TrainRecipe
     output: Path

@@ -1,4 +1,4 @@
-"""Where the budget goes: neurons, ranks and plain matrices of all layers by what they cost the model as a whole.
+"""Allocate the budget to neurons, ranks and dense matrices of all layers by their effect on the complete model.
 
 Every block offers options (`options.options_of`) with their loss in the two-sided metric, one unit for the whole
 model, and a multi-choice knapsack takes the best set within the budget. LEMS and ROCKET allocate ranks in this way;
@@ -26,7 +26,7 @@ from pilon_compress.models.families import Site
 
 @dataclass(frozen=True)
 class Sizing:
-    """What a layer may become: `options` with their losses times `scale`, and the order in which its neurons go."""
+    """The sizes that a layer may get: `options` with losses times `scale`, and the order in which its neurons go."""
 
     layer: int
     sites: list[Site]
@@ -47,7 +47,7 @@ class Allocation:
     losses: dict[int, float]
 
     def pack(self) -> dict[str, Tensor]:
-        """All of it as tensors by name, for the journal."""
+        """Return plan, losses and neurons as tensors by name, for the journal."""
         plain = {"plan": asdict(self.plan), "losses": list(self.losses.items()), "layers": list(self.left)}
         text = torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
         return {"plain": text} | {f"left.{layer}": left for layer, left in self.left.items() if left is not None}

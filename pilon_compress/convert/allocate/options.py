@@ -1,4 +1,4 @@
-"""What a feed-forward block may become: how many neurons stay, each projection's rank, what that stores and loses."""
+"""List the options of a feed-forward block: neurons, ranks, and what each stores and loses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ MULTIPLE = 8  # neurons and ranks are multiples of it where the block is large
 
 @dataclass(frozen=True)
 class Choice:
-    """How a block is stored: `neurons` that stay (None: all), and by site name a rank, or None for one matrix."""
+    """The form of a block: remaining `neurons` (None: all), and by site name a rank, or None for a dense matrix."""
 
     neurons: int | None
     ranks: dict[str, int | None]
@@ -59,7 +59,7 @@ def options_of(ff: FeedForward, ratio: float, scale: float = 1.0, drop: bool = T
 
 
 def _savings(ff: FeedForward, site: Site, counts: Sequence[int | None]) -> dict[int | None, Tensor]:
-    """What each component of the site saves, largest first, by how many neurons stay: `Target.savings` of each.
+    """Return what each component of the site saves, largest first, by number of neurons: `Target.savings` of each.
 
     Neurons that stay are a prefix of one order, so every count's matrix grows out of the last one's, and one
     Cholesky factor of all neurons' moments holds those of every count: about the cost of the largest count alone.
@@ -125,7 +125,7 @@ def _counts(ff: FeedForward, ratio: float) -> list[int | None]:
 
 
 def _ranks(saved: Tensor, site: Site) -> list[Option]:
-    """One matrix, or two factors of some rank where they are smaller, which also store their composition: rank + 1."""
+    """Return a dense matrix and smaller pairs of factors as options; these also store compositions, so rank + 1."""
     full = site.d_in * site.d_out
     tail = torch.cat([saved.flip(0).cumsum(0).flip(0), saved.new_zeros(1)])
     price = site.d_in + site.d_out

@@ -51,7 +51,7 @@ def make_plan(sites: Sequence[Site], budget: Budget, method: Method, composition
 
 
 def preview(sites: Sequence[Site], ratio: float) -> Plan | None:
-    """What an allocation starts from: every layer keeps the same share of its neurons. None where blocks are not whole.
+    """Return the plan with an equal share of neurons in every layer; None where neurons cannot be pruned.
 
     The sizes of an allocated plan are about these; where they go, the calibration text decides.
     """
@@ -74,7 +74,7 @@ def preview(sites: Sequence[Site], ratio: float) -> Plan | None:
 
 
 def keep_whole(sites: Sequence[Site]) -> Plan:
-    """Every projection as one matrix of the dense size: the plan at ratio 1."""
+    """Return the plan at ratio 1: every projection stays a dense matrix."""
     return Plan(1.0, [[layer] for layer in sorted({site.layer for site in sites})], [], list(sites))
 
 
@@ -99,7 +99,7 @@ def size_of(empty: BankPlan, budget: Budget, private: bool) -> BankPlan:
 
 
 def limits_of(empty: BankPlan, budget: Budget) -> BankBudget:
-    """What the budget allows one bank: its share of stored numbers, and of MACs, or else the dense MACs."""
+    """Return the budget of one bank: its share of stored parameters and of MACs, or else the dense MACs."""
     pair, limit = empty.d_in + empty.d_out, budget.mac_limit
     return BankBudget(
         layers=len(empty.sites),

@@ -1,4 +1,4 @@
-"""What the projections see and what their outputs are worth: second moments over the calibration text.
+"""Gather K-FAC statistics: second moments of projections' inputs and output gradients over the calibration text.
 
     inputs       μ, C = E[(x - μ)(x - μ)ᵀ]      of every projection's input x
     gradients    G = E[g gᵀ]                    g: gradient of the model's output by the projection's output
@@ -47,7 +47,7 @@ def add_gram(square: Tensor, x: Tensor) -> Tensor:
 
 
 class Merge(NamedTuple):
-    """How a batch of rows is merged into running moments.
+    """A batch of rows, prepared for the merge into running moments.
 
     centred (N, d): its rows less their mean   shift (d,): its mean less the running one
     weight: factor on the product of shifts   share: of the batch in the merged count

@@ -1,4 +1,4 @@
-"""How far the two-sided metric is off, layer by layer: what trimming one layer really does, over what the metric says.
+"""Calibrate the two-sided metric by layer: the measured loss of trimming a layer over the metric's prediction.
 
 The metric takes the errors of different tokens as independent. They are not, least of all just before the output: in
 MiniLM's last layer the true loss is five times the predicted one, in the others 1.4 times (docs/log.md). Measuring

@@ -1,4 +1,4 @@
-"""Which components make one primitive: those that the same layers use, with similar strength."""
+"""Group components into primitives: those that the layers use together, with similar strength."""
 
 import numpy as np
 import torch

@@ -106,7 +106,7 @@ class Point:
 
     @cached_property
     def gradient(self) -> Tensor:
-        """Of the loss by x."""
+        """Return the gradient of the loss with respect to x."""
         slope = torch.zeros_like(self.x)
         d_in = len(self.A)
         for T, used, (g, CA, BG, TB, H, J) in zip(self.band.T, self.used, self.parts, strict=True):

@@ -38,7 +38,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What trials need: the dense model, and how banks are fitted."""
+    """The inputs of trials: the dense model, and the settings of bank fits."""
 
     dense: Dense
     sweeps: int
@@ -88,7 +88,7 @@ class Sharing:
         return best
 
     def trial(self, sizings: Sequence[Sizing], neurons: int | None, stored: int, band: int) -> Trial | None:
-        """One bank per role for layers with `neurons` each, within `stored` numbers; None if that is too few."""
+        """Fit a bank per role to layers with `neurons` each, within `stored` parameters; None if these are too few."""
         blocks = [self.dense.read(sizing.layer) for sizing in sizings]
         left = [sizing.left(neurons) for sizing in sizings]
         losses, targets, small = [], dict[str, list[Target]](), dict[str, list[Site]]()

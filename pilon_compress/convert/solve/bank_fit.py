@@ -79,7 +79,7 @@ def fit_private(targets: Sequence[Target], plan: BankPlan, method: str = "pilon"
 
 
 def _alone(target: Target, plan: BankPlan) -> BankFit:
-    """One primitive for one layer: the target's best factors as they are, and the loss that its eigenvalues tell."""
+    """Return the fit of one primitive to one layer: the target's best factors, and the loss by its eigenvalues."""
     A, B = _padded(target, "pilon", plan.rank)
     power = (((target.metric @ A) * A).sum(0) * B.square().sum(1)).sum() / max(target.power, 1e-300)
     loss = [float(target.two_sided[2][plan.rank :].sum())]

@@ -29,7 +29,7 @@ def eigenvectors(square: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _threads(square: Tensor) -> Iterator[None]:
-    """One thread for a small matrix on the CPU."""
+    """Use one thread inside the block for a small matrix on the CPU."""
     threads = torch.get_num_threads()
     if square.is_cuda or len(square) > SERIAL or threads == 1:
         yield

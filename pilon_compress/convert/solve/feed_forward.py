@@ -1,4 +1,4 @@
-"""One layer's feed-forward block as conversion sees it: dense weights, metrics, and what becomes of its neurons."""
+"""Describe a layer's feed-forward block for conversion: dense weights, metrics, and its remaining neurons."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -37,11 +37,11 @@ class Rounded:
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """As `Format.fill_bank` takes them."""
+        """Return the arguments of `Format.fill_bank`."""
         return {"codes": self.codes, "scale": self.scale}
 
     def pack(self, name: str) -> dict[str, Tensor]:
-        """As tensors for the journal."""
+        """Return the quantised bank as tensors for the journal."""
         return {f"{name}.codes": self.codes, f"{name}.scale": self.scale}
 
     @classmethod
@@ -125,7 +125,7 @@ def _by_primitive(columns: Tensor, n: int) -> Tensor:
 
 
 def _gains(fit: BankFit, layers: int) -> list[Tensor]:
-    """What each layer weighs each component (n·r) by; zero where it selects none."""
+    """Return each layer's weight of each component (n·r,); zero where it does not select the primitive."""
     n, _, r = fit.A.shape
     found = []
     for layer in range(layers):

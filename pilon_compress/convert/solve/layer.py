@@ -1,4 +1,4 @@
-"""One layer's projections, each in its plan's shape: up and gate first, since what they do decides what down reads."""
+"""Solve a layer's projections in the shapes of its plan: up and gate first, since down reads their outputs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from pilon_compress.nn.sizing import affordable
 
 @dataclass(frozen=True)
 class Method:
-    """How projections are solved and judged.
+    """The methods by which projections are solved and compared.
 
     name: pilon, whitened-svd or svd
     baselines: methods whose error is reported beside, at the stored `ratio` of each projection
@@ -34,7 +34,7 @@ class Method:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer becomes: `banks` of its projections by site name, the neurons that stay (None: all).
+    """The form of a converted layer: `banks` of its projections by site name, remaining neurons (None: all).
 
     `shared`: fitted banks of several layers, by bank name.
     """

@@ -1,4 +1,4 @@
-"""One weight at a time: the metric it is judged by, and its best rank-r factors in that metric."""
+"""Compute the metric of one weight, and its best rank-r factors in that metric."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +45,7 @@ def factor(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Target:
-    """One dense weight and the metric it is judged by; everything float64.
+    """A dense weight and the metric of its approximation; everything float64.
 
     weight (d_in, d_out)   metric C (d_in, d_in)   gradient G (d_out, d_out), None for the identity
     loss(Ŵ) = tr((W - Ŵ)ᵀ C (W - Ŵ) G). With G = I it is the expected squared output error per token (DRONE, Chen et
@@ -167,7 +167,7 @@ class Target:
 
     @cached_property
     def plain(self) -> tuple[Tensor, Tensor]:
-        """The same for W itself: plain SVD, which knows no activations."""
+        """Return the right singular vectors of W itself, for plain SVD, which ignores activations."""
         return _right_vectors(self.weight)
 
     def components(self, method: str, rank: int) -> tuple[Tensor, Tensor]:

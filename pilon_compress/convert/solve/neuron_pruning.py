@@ -1,4 +1,4 @@
-"""Which neurons of a feed-forward block can go: eliminated one after another, the others making up for them.
+"""Prune neurons of a feed-forward block one after another, with `down` refitted to compensate.
 
     y = act(x W_up) W_down        neuron j: column j of up (and gate), row j of down
 

@@ -1,4 +1,4 @@
-"""One layer after another: each is fitted to what the dense model does, given what the converted layers before it did.
+"""Compute sequential targets: each layer fits the dense outputs, given the errors of the converted layers before.
 
     x, t    the dense stream: a projection's input, and what it should put out
     x̂       the same input in the converted stream, which carries the errors of all layers before
@@ -138,7 +138,7 @@ class Pair:
 
 
 class _Enough(Exception):
-    """All inputs that were asked for have been seen: the rest of the block need not run."""
+    """Raised when all requested inputs have been recorded, so that the rest of the block need not run."""
 
 
 class _Notes:

@@ -1,4 +1,4 @@
-"""What conversion found: every projection's weights with its errors, and the banks that layers share."""
+"""Hold the results of a conversion: weights of every projection with their errors, and the shared banks."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -77,7 +77,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class SolvedProjection:
-    """One projection: its weights and bias (d_out,), and what they lose.
+    """A converted projection: its weights, bias (d_out,), and errors.
 
     errors: by method, the relative squared output error on the dense model's own inputs
     spectrum: output power of each component of the whitened dense weight, largest first
@@ -128,7 +128,7 @@ def unpack_layer(tensors: Mapping[str, Tensor], quantization: str | None) -> Sol
 
 @dataclass(frozen=True)
 class Solved:
-    """All projections by `Site.name`, and all banks by name."""
+    """The converted projections by `Site.name`, and the banks by name."""
 
     projections: dict[str, SolvedProjection]
     banks: dict[str, SolvedBank]

@@ -106,7 +106,7 @@ def balance(bank: PrimitiveBank, users: Sequence[ComposedLinear]) -> None:
 def _refit(
     model: PreTrainedModel, layers: Mapping[str, Layer], was: Mapping[str, Was], inputs: Mapping[str, Any]
 ) -> None:
-    """One forward pass: each projection is refitted when its inputs arrive, before it runs itself."""
+    """Run a forward pass in which each projection is refitted when its inputs arrive, before it runs itself."""
     mask = inputs.get("attention_mask")
     counts = None if mask is None else mask.bool().flatten()
 
@@ -163,7 +163,7 @@ def refit_composition(layer: ComposedLinear, x: Tensor, wanted: Tensor) -> None:
 
 @torch.no_grad()
 def refit_scale(layer: Any, x: Tensor, wanted: Tensor) -> None:
-    """As `refit_composition`: the scale of a ternary matrix, and the bias.
+    """Refit the scale of a ternary matrix, and the bias, to the outputs `wanted`, like `refit_composition`.
 
     The numbers are scaled, so that their digits stay and their mean magnitude is the scale.
     """
