@@ -18,10 +18,17 @@ from pilon_compress.nn.size import ffn_size
 RATIOS = (0.3, 0.5, 0.8)
 
 
-def sized(tiny, family, **scope):
-    """Return every layer of a tiny model as a `FeedForward`, measured on a little random text."""
+def sized(tiny, family, falling=False, **scope):
+    """Return every layer of a tiny model as a `FeedForward`, measured on a little random text.
+
+    `falling`: singular values fall as they do in trained models, so that factors are worth their place.
+    """
     model = tiny.tiny_model(family)
     source, sites = Source(model), find_sites(model, **scope)
+    for site in sites if falling else ():
+        weight = model.base_model.get_submodule(site.name).weight.data
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        weight.copy_(U * (S * torch.exp(-torch.arange(len(S)) / 4)) @ Vh)
     ids = torch.randint(5, 200, (8, 24), generator=torch.Generator().manual_seed(0))
     moments = gather(source, [Batch(ids, torch.ones_like(ids))], sites, causal=family not in tiny.ENCODERS)
     dense = Dense(source, sites, moments)
@@ -47,7 +54,7 @@ def by_hand(block, choice):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "bert"])
 def test_an_options_loss_and_size_are_those_of_the_approximation(tiny, family):
-    block = sized(tiny, family)[1]
+    block = sized(tiny, family, falling=True)[1]
     options = options_of(block, 0.5)
     assert {option.what.neurons for option in options} > {None}, "whole, and with fewer neurons"
     assert any(rank is not None for option in options for rank in option.what.ranks.values())
@@ -68,7 +75,7 @@ def test_an_allocation_counts_what_its_layout_stores(tiny, family, ratio):
     sizings = [Sizing(b.layer, b.sites, options_of(b, ratio), 1.0, b.elimination) for b in blocks]
     found = allocate(sizings, ratio, mac_ratio=ratio)
     size = ffn_size(found.plan.layout())
-    assert 0.85 * ratio < size.stored / size.dense_stored <= ratio
+    assert 0.95 * ratio < size.stored / size.dense_stored <= ratio
     assert size.macs / size.dense_macs <= ratio
     assert sum(bank.stored() for bank in found.plan.banks) + sum(s.parameters for s in found.plan.kept) == size.stored
     for block in blocks:

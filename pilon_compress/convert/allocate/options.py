@@ -55,7 +55,26 @@ def options_of(ff: FeedForward, ratio: float, scale: float = 1.0, drop: bool = T
                     Choice(neurons, ranks),  # type: ignore[arg-type]
                 )
             )
-    return pareto(found)
+    return pareto(found + (_pruned(ff, scale) if drop else []))
+
+
+def _pruned(ff: FeedForward, scale: float) -> list[Option]:
+    """Plain matrices of every number of neurons: one elimination has the loss of all, so the budget is met closely."""
+    if ff.down is None or ff.elimination is None:
+        return []
+    found = []
+    for neurons in range(_step(ff.down.d_in), ff.down.d_in, _step(ff.down.d_in)):
+        sites = [trimmed(site, neurons, ff.down.d_in) for site in ff.sites]
+        macs = sum(site.d_in * site.d_out for site in sites)
+        stored = sum(site.parameters for site in sites)
+        whole = Choice(neurons, {site.name: None for site in sites})
+        found.append(Option(scale * ff.elimination.loss(neurons), stored, macs, whole))
+    return found
+
+
+def _step(full: int) -> int:
+    """Multiple of neurons that is tried, of `full`."""
+    return MULTIPLE if full >= 32 * MULTIPLE else 1
 
 
 def _savings(ff: FeedForward, site: Site, counts: Sequence[int | None]) -> dict[int | None, Tensor]:
@@ -119,7 +138,7 @@ def _counts(ff: FeedForward, ratio: float) -> list[int | None]:
     if ff.down is None:
         return [None]
     full = ff.down.d_in
-    step = MULTIPLE if full >= 32 * MULTIPLE else 1
+    step = _step(full)
     counts = {max(step, round(full * ratio**power / step) * step) for power in POWERS}
     return [None, *(count for count in sorted(counts) if count < full)]
 
