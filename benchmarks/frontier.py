@@ -19,7 +19,6 @@ from pilon_compress.compare import our_methods
 from pilon_compress.compare.baselines import rtn_gptq
 from pilon_compress.compare.candidate import baseline, dense_size, install, problem_of
 from pilon_compress.config import conversion
-from pilon_compress.convert import texts
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.plan import Plan
 from pilon_compress.convert.prepare import Job, prepare
@@ -52,8 +51,8 @@ class Bench:
     def __init__(self, model: str) -> None:
         self.job = self.job_for(model, "auto", 1.0)
         self.tokenizer = checkpoint.load_tokenizer(model)
-        self.batches = texts.read_calibration(self.job, self.tokenizer)
-        documents = texts.read_evaluation(self.job)
+        self.batches = self.job.read_calibration(self.tokenizer)
+        documents = self.job.read_evaluation()
         assert not isinstance(documents, str), documents
         self.documents, self.dense = documents, checkpoint.load_model(model, dtype="float32")
         self.source, self.sites = Source(self.dense), self.job.sites

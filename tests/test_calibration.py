@@ -6,7 +6,6 @@ import torch
 
 from pilon_compress.config import conversion
 from pilon_compress.convert.prepare import prepare
-from pilon_compress.convert.texts import read_calibration
 from pilon_compress.data.calibration import causal_batches, encoder_batches
 from pilon_compress.data.sequences import windows
 
@@ -36,7 +35,7 @@ def test_blocks_of_a_language_model_are_drawn_by_the_seed(tiny, tmp_path):
 
     def drawn(**seed):
         job = prepare(conversion.build({"model": str(tmp_path / "model"), "calibration": asked, **seed}))
-        return torch.cat([batch.input_ids for batch in read_calibration(job, tiny.tiny_tokenizer())])
+        return torch.cat([batch.input_ids for batch in job.read_calibration(tiny.tiny_tokenizer())])
 
     one, again, other = drawn(seed=1), drawn(seed=1), drawn(seed=2)
     assert one.shape == (8, 16) and torch.equal(one, again)

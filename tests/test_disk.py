@@ -8,16 +8,16 @@ import pytest
 
 from pilon_compress.io import manifest
 from pilon_compress.io.checksum import MANIFEST, damage
-from pilon_compress.io.disk import move_into, part_of, whole_file, whole_folder
+from pilon_compress.io.disk import atomic_file, atomic_folder, move_into, part_of
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from pilon_compress.io import signals
-from pilon_compress.io.disk import whole_file, whole_folder
+from pilon_compress.io.disk import atomic_file, atomic_folder
 signals.listen()
 place, number = Path(sys.argv[1]), int(sys.argv[3])
-with (whole_folder if sys.argv[2] == "folder" else whole_file)(place) as work:
+with (atomic_folder if sys.argv[2] == "folder" else atomic_file)(place) as work:
     (work / "half" if sys.argv[2] == "folder" else work).write_text("half")
     os.kill(os.getpid(), number)
 """
@@ -30,11 +30,11 @@ def names(folder):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyError), whole_file(path) as part:
+    with pytest.raises(KeyError), atomic_file(path) as part:
         part.write_text("half")
         raise KeyError
     assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         part.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and names(tmp_path) == ["a.txt"]
@@ -44,11 +44,11 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     place = tmp_path / "here"
     place.mkdir()
     (place / "old").write_text("old")
-    with pytest.raises(KeyError), whole_folder(place) as work:
+    with pytest.raises(KeyError), atomic_folder(place) as work:
         (work / "half").write_text("half")
         raise KeyError
     assert names(place) == ["old"] and names(tmp_path) == ["here"]
-    with whole_folder(place, manifest.write) as work:
+    with atomic_folder(place, manifest.write) as work:
         (work / "new").write_text("new")
         assert names(place) == ["old"]
     assert names(place) == [MANIFEST, "new"] and names(tmp_path) == ["here"]
@@ -59,7 +59,7 @@ def test_a_folder_whose_last_touch_fails_is_not_made(tmp_path):
     def refuse(_folder):
         raise OSError("no")
 
-    with pytest.raises(OSError, match="no"), whole_folder(tmp_path / "here", refuse) as work:
+    with pytest.raises(OSError, match="no"), atomic_folder(tmp_path / "here", refuse) as work:
         (work / "new").write_text("new")
     assert names(tmp_path) == []
 
@@ -72,7 +72,7 @@ def test_a_process_that_ends_midway_leaves_nothing_in_the_way(tmp_path, what, nu
     assert ended.returncode in (-number, 128 + number) and not place.exists()
     if number == signal.SIGTERM:
         assert names(tmp_path) == [], "a signal that can be handled cleans up"
-    with (whole_folder if what == "folder" else whole_file)(place) as work:
+    with (atomic_folder if what == "folder" else atomic_file)(place) as work:
         assert what == "file" or not list(work.iterdir())
         (work / "new" if what == "folder" else work).write_text("new")
     assert names(tmp_path) == ["place"]

@@ -21,7 +21,7 @@ from pilon_compress.compare.candidate import baseline, dense_size, problem_of
 from pilon_compress.compare.our_methods import OURS
 from pilon_compress.config import conversion
 from pilon_compress.config.comparison import CompareCommand
-from pilon_compress.convert import pipeline, texts
+from pilon_compress.convert import pipeline
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.prepare import Job, prepare
 from pilon_compress.data import calibration
@@ -173,12 +173,12 @@ def _compare(asked: Asked, output: Path, overwrite: bool, command: str, device: 
     """Compare into `output`, which this process holds."""
     started, job = time.perf_counter(), asked.base
     tokenizer = checkpoint.load_tokenizer(job.recipe.model)
-    exam = texts.read_evaluation(job)
+    exam = job.read_evaluation()
     if isinstance(exam, str):
         raise BadInput(f"a comparison needs text to judge by: {exam}")
-    drawn = {seed: texts.read_calibration(job.seeded(seed), tokenizer) for seed in asked.seeds}
+    drawn = {seed: job.seeded(seed).read_calibration(tokenizer) for seed in asked.seeds}
     where = checkpoint.find_device(device)
-    dtype = pipeline.compute_dtype(job, where)
+    dtype = pipeline.compute_dtype(job.dtype, where)
     bench = Bench(
         job, checkpoint.load_model(job.recipe.model, dtype=dtype, device=str(where), share=True), tokenizer, exam
     )

@@ -8,12 +8,13 @@ Data goes down this list; each step is a function below that reads in one sittin
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
 from pilon_compress.config import conversion
@@ -28,7 +29,7 @@ from pilon_compress.convert.sharing.shared_banks import fit_shared
 from pilon_compress.convert.solve.layer import Method
 from pilon_compress.convert.solve.layerwise import solve
 from pilon_compress.convert.solve.solved import Solved
-from pilon_compress.convert.texts import read_calibration, read_evaluation, read_lessons, say_beginning
+from pilon_compress.convert.texts import lessons_of, say_beginning
 from pilon_compress.data.batch import Batch
 from pilon_compress.distill.refine import refine
 from pilon_compress.errors import BadInput
@@ -106,13 +107,15 @@ def _convert(
     torch.manual_seed(settings.seed)
     device = checkpoint.find_device(settings.device)
     tokenizer = checkpoint.load_tokenizer(settings.model)
-    job = say_beginning(job, tokenizer)
-    batches = read_calibration(job, tokenizer)
-    lessons = read_lessons(job, tokenizer, batches)
-    exam = read_evaluation(job)
+    job = begun(job, tokenizer)
+    batches = job.read_calibration(tokenizer)
+    lessons = batches
+    if job.recipe.refine.steps and job.calibration.data != "stdin":  # which can be read once
+        lessons = job.read_calibration(tokenizer, lessons_of(job.calibration, job.recipe.refine.samples))
+    exam = job.read_evaluation()
     source = open_dense(job, device)
     check_stream(source, batches[0], head=job.causal)
-    journal = Journal(output, fingerprint(job, batches, source))
+    journal = Journal(output, fingerprint(job.recipe, batches, source))
     with journal.open():
         planned = plan_conversion(source, job, batches, journal)
         job = planned.job
@@ -155,14 +158,21 @@ def settle(job: Job) -> Job:
         return job
     torch.manual_seed(job.recipe.seed)
     tokenizer = checkpoint.load_tokenizer(job.recipe.model)
-    job = say_beginning(job, tokenizer)
-    batches = read_calibration(job, tokenizer)
-    read_evaluation(job)
+    job = begun(job, tokenizer)
+    batches = job.read_calibration(tokenizer)
+    job.read_evaluation()
     source = open_dense(job, checkpoint.find_device(job.recipe.device))
     check_stream(source, batches[0], head=job.causal)
     with TemporaryDirectory(prefix="pilon-compress-") as scratch:  # what does not fit in memory, see `put_away`
         journal = Journal(Path(scratch) / "plan") if source.streamed else Journal()
         return plan_conversion(source, job, batches, journal).job
+
+
+def begun(job: Job, tokenizer: PreTrainedTokenizerBase) -> Job:
+    """The job with the tokens that begin every sequence in its recipe: see `texts.say_beginning`."""
+    if not job.causal:  # texts of an encoder are framed by the tokenizer alone
+        return job
+    return replace(job, recipe=say_beginning(job.recipe, tokenizer))
 
 
 def compress(
@@ -202,7 +212,7 @@ def solve_plan(
 
 def open_dense(job: Job, device: torch.device) -> Source:
     """The dense model, streamed where it is large. Raises BadInput if it is to be refined, which needs all of it."""
-    limit, dtype = job.recipe.max_memory, getattr(torch, compute_dtype(job, device))
+    limit, dtype = job.recipe.max_memory, compute_dtype(job.dtype, device)
     parameters = sum(parameter.numel() for parameter in job.dense.parameters())
     source = open_source(job.recipe.model, parameters, dtype, device, limit)
     if source.streamed and job.recipe.refine.steps:
@@ -223,9 +233,9 @@ def improve(
     return refine(model, dense, lessons, steps=asked.steps, minutes=asked.minutes, seed=settings.seed)
 
 
-def fingerprint(job: Job, batches: list[Batch], source: Source) -> str:
+def fingerprint(recipe: conversion.Recipe, batches: list[Batch], source: Source) -> str:
     """Return a hash of all that a conversion's steps depend on: version, recipe, calibration text, weights."""
-    settings = job.recipe.model_copy(update={"max_memory": None})  # which changes no result
+    settings = recipe.model_copy(update={"max_memory": None})  # which changes no result
     state = blake2b(f"{pilon_compress.__version__}\n{conversion.dump(settings)}".encode(), digest_size=16)
     for batch in batches:
         state.update(batch.input_ids.numpy().tobytes())
@@ -234,6 +244,6 @@ def fingerprint(job: Job, batches: list[Batch], source: Source) -> str:
     return state.hexdigest()
 
 
-def compute_dtype(job: Job, device: torch.device) -> str:
-    """Half precision is slow on CPUs and lossy for moments: compute in float32 there, as stored on a GPU."""
-    return "float32" if device.type == "cpu" else str(job.dtype).removeprefix("torch.")
+def compute_dtype(saved: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in: float32 on CPUs, where half precision is slow, else as weights are saved."""
+    return torch.float32 if device.type == "cpu" else saved

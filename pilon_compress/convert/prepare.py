@@ -3,13 +3,15 @@
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress.config.conflicts import fixed_shape
 from pilon_compress.config.conversion import Recipe
 from pilon_compress.config.effort import EFFORTS
 from pilon_compress.convert.allocate.uniform import check_limits, keep_whole, make_plan, preview
 from pilon_compress.convert.plan import Plan, down_of
+from pilon_compress.convert.texts import Calibration, read_calibration, read_evaluation
+from pilon_compress.data.batch import Batch
 from pilon_compress.data.text import DEFAULT_ENCODER, DEFAULT_LM
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate.inspect import stored_dtype
@@ -20,6 +22,7 @@ from pilon_compress.models.limits import check_length, longest_input
 from pilon_compress.models.source import available
 from pilon_compress.models.stream_check import check_walk
 from pilon_compress.nn.formats.registry import grids
+from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import ffn_size, model_size
 from pilon_compress.report.layout_parts import layout_parts
@@ -31,16 +34,6 @@ CAUSAL_LENGTH = 512
 PARAGRAPH = 0.42  # of an encoder's sequence length that a docstring's paragraph fills, measured
 SHELF, SHELF_BYTES = 1 / 16, 2**28  # of the memory, and at most: what a shelf holds before it turns to files
 PROCESS_BYTES = 700 * 2**20  # Python with torch and transformers, measured
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The calibration text as it will be read."""
-
-    data: str
-    samples: int
-    sequence_length: int
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +64,16 @@ class Job:
     def seeded(self, seed: int) -> "Job":
         """Return the conversion with another seed."""
         return replace(self, recipe=self.recipe.model_copy(update={"seed": seed}))
+
+    def read_calibration(self, tokenizer: PreTrainedTokenizerBase, text: Calibration | None = None) -> list[Batch]:
+        """Read the calibration text, or another `text` of the same model: see `texts.read_calibration`."""
+        size, seed = vocabulary(self.config), self.recipe.seed
+        asked = text or self.calibration
+        return read_calibration(asked, tokenizer, causal=self.causal, vocabulary=size, seed=seed)
+
+    def read_evaluation(self) -> list[str] | str:
+        """Read the documents to judge by, or say why there are none: see `texts.read_evaluation`."""
+        return read_evaluation(self.recipe.evaluation, self.calibration.data, self.causal)
 
     def describe(self) -> ConversionPlan:
         """The plan and its sizes; before the plan is `final` no bank is listed, and sizes are about."""
