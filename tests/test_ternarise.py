@@ -29,7 +29,7 @@ from pilon_compress.nn.layout import (
     projections,
 )
 from pilon_compress.train.pipeline import train_model
-from pilon_compress.train.ternary.initialise import balance, refit_composition, refit_scale, ternarise
+from pilon_compress.train.ternary.initialise import equalise_components, refit_composition, refit_scale, ternarise
 
 LENGTH = 64
 COMPOSITIONS = ("component", "scalar", "softmax")
@@ -73,7 +73,7 @@ def test_balancing_changes_no_output_and_evens_sizes_out(tiny, composition, late
     inputs = text(model)
     before = model(**inputs).logits
     for _, bank in banks(model):
-        balance(bank, [layer for _, layer in projections(model) if layer.bank is bank])
+        equalise_components(bank, [layer for _, layer in projections(model) if layer.bank is bank])
         if composition == "component":
             sizes = bank.B.square().mean(2)
             assert torch.allclose(sizes, sizes.mean().expand_as(sizes), rtol=1e-3)

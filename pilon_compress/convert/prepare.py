@@ -21,8 +21,8 @@ from pilon_compress.models.families import Site, find_sites
 from pilon_compress.models.limits import check_length, longest_input
 from pilon_compress.models.source import available
 from pilon_compress.models.stream_check import check_walk
-from pilon_compress.nn.formats.registry import grids
 from pilon_compress.models.task import vocabulary
+from pilon_compress.nn.formats.registry import grids
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import ffn_size, model_size
 from pilon_compress.report.layout_parts import layout_parts

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 RANKS = (64, 32, 16, 8, 4, 2, 1)  # multiples of 16 suit the kernels; small models need finer steps
+FITTED_RANKS = RANKS[2:]  # of banks fitted to dense weights: wider primitives leave a layer little to choose from
 WASTE = 0.04  # share of the budget that rounding to whole primitives may leave unused
 COUNTS = 64  # numbers of primitives that are tried where only top_k is given
 UNLIMITED = 1 << 60  # components, where MACs are not limited at all

@@ -23,7 +23,7 @@ GROUPS = ("banks", "compositions", "embeddings", "matrices", "vectors")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients and steps of Jordan et al., 2024
 NEWTON_SCHULZ_STEPS = 5
 MOMENTUM = 0.95
-LEAST = 1e-3  # root mean square that a tensor near zero is taken to have
+LEAST_RMS = 1e-3  # root mean square that a tensor near zero is taken to have
 
 
 def group_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -100,7 +100,7 @@ def make_optimizers(model: nn.Module, asked: Optimizer) -> list[torch.optim.Opti
 
 def _one_each(group: dict[str, Any]) -> list[dict[str, Any]]:
     """A group of many tensors as groups of one, with rates relative to their size."""
-    sizes = [max(LEAST, float(full(p.detach().square().mean()).sqrt())) for p in group["params"]]
+    sizes = [max(LEAST_RMS, float(full(p.detach().square().mean()).sqrt())) for p in group["params"]]
     return [
         {**group, "params": [p], "lr": group["lr"] * size, "base_lr": group["base_lr"] * size}
         for p, size in zip(group["params"], sizes, strict=True)

@@ -9,10 +9,9 @@ from pilon_compress.convert.plan import BankPlan, Plan, down_of, trimmed
 from pilon_compress.errors import BadInput
 from pilon_compress.models.families import Site
 from pilon_compress.nn.bands import split_bands
-from pilon_compress.nn.sizing import RANKS, BankBudget, BankSize, affordable, size_bank, size_private
+from pilon_compress.nn.sizing import FITTED_RANKS, BankBudget, BankSize, affordable, size_bank, size_private
 
-WIDEST = 16  # rank of a primitive; wider ones leave a layer little to choose from
-OWN = 2  # primitives for each layer, at least: layers start from their own
+OWN_PRIMITIVES = 2  # primitives for each layer, at least: layers start from their own
 
 
 def make_plan(sites: Sequence[Site], budget: Budget, method: Method, composition: str) -> Plan:
@@ -90,7 +89,7 @@ def size_of(empty: BankPlan, budget: Budget, private: bool) -> BankPlan:
     limits = limits_of(empty, budget)
     if not private:
         given = (budget.n_primitives, budget.rank, budget.top_k)
-        found = size_bank(limits, *given, ranks=RANKS[RANKS.index(WIDEST) :], own=OWN)
+        found = size_bank(limits, *given, ranks=FITTED_RANKS, own=OWN_PRIMITIVES)
     elif budget.rank is not None:
         found = BankSize(1, budget.rank, 1)
     else:

@@ -20,11 +20,10 @@ from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.io.progress import track
 from pilon_compress.models.families import Site
-from pilon_compress.nn.sizing import RANKS, UNLIMITED, BankBudget, size_bank
+from pilon_compress.nn.sizing import FITTED_RANKS, UNLIMITED, BankBudget, size_bank
 
 WIDER = (1.25, 1.6, 1e9)  # a shared block keeps so many times the neurons that its layers have alone; at last all
-WIDEST = 16  # rank of a primitive
-OWN = 4  # primitives for each layer, at least: fewer leave nothing to share
+OWN_PRIMITIVES = 4  # primitives for each layer, at least: fewer leave nothing to share
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,8 @@ def _plans(sites: dict[str, list[Site]], stored: int, band: int) -> dict[str, Ba
         components=UNLIMITED,
         banks=len(sites),
     )
-    size = size_bank(budget, ranks=RANKS[RANKS.index(WIDEST) :], own=OWN)
-    if size is None or size.n_primitives < OWN * layers:
+    size = size_bank(budget, ranks=FITTED_RANKS, own=OWN_PRIMITIVES)
+    if size is None or size.n_primitives < OWN_PRIMITIVES * layers:
         return None
     return {role: BankPlan(band, role, tuple(members), *size) for role, members in sites.items()}
 

@@ -1,6 +1,6 @@
 """A model of float factors becomes ternary, in place: what a ternary training goes on from.
 
-balance   the components of a primitive get factors of one size; compositions take over what they lose
+equalise  the components of a primitive get factors of one size; compositions take over what they lose
 round     digits and scales, the same for all layers that share a bank
 refit     what stays floats, compositions, biases and scales of kept matrices: least squares on calibration inputs,
           projection after projection, each behind those that are done
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from pilon_compress.convert.calibrate.damping import damped_solve
 from pilon_compress.kernels.reference import LEAST, quantise
+from pilon_compress.models.hooks import hooked
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
@@ -48,7 +49,7 @@ def ternarise(
     was = {name: _computes(layer) for name, layer in layers.items()}
     for name, bank in list(banks(model)):
         users = [layer for layer in layers.values() if isinstance(layer, ComposedLinear) and layer.bank is bank]
-        balance(bank, users)
+        equalise_components(bank, users)
         made = carry(bank, _filled(ternary.bank(bank.d_in, bank.d_out, bank.n_primitives, bank.rank), bank))
         model.base_model.set_submodule(f"{BANKS}.{name}", made)
         for user in users:
@@ -82,7 +83,7 @@ def _computes(layer: Layer) -> Was:
 
 
 @torch.no_grad()
-def balance(bank: PrimitiveBank, users: Sequence[ComposedLinear]) -> None:
+def equalise_components(bank: PrimitiveBank, users: Sequence[ComposedLinear]) -> None:
     """Give all components factors of one size, in place, without a change of what is computed.
 
     One scale for a primitive would round small components to nothing. Weights of components take over the sizes; where
@@ -118,15 +119,13 @@ def _refit(
         else:
             refit_scale(layer, x, was[name](x))
 
-    handles = [layer.register_forward_pre_hook(partial(arrive, name)) for name, layer in layers.items()]
     training = model.training
     model.eval()
     try:
-        model.base_model(**inputs)
+        with hooked(model.base_model, [(name, partial(arrive, name)) for name in layers]):
+            model.base_model(**inputs)
     finally:
         model.train(training)
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
