@@ -8,6 +8,7 @@ hence one-line errors, panels and suggestions: this writes typer's parameters fr
 """
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -40,6 +41,7 @@ Set = Annotated[
     ),
 ]
 _EMPTY = inspect.Parameter.empty
+_FIELD = re.compile(r"(?<![\w./-])[a-z]\w*(\.[a-z]\w*)+(?![\w/])")  # a field of a section, in a message
 
 
 class Recipes(NamedTuple):
@@ -74,7 +76,16 @@ class Configured(Generic[Config]):
         """Run the command with the config of parsed `values`. Raises BadInput."""
         settings = self.read(values)
         names = set(inspect.signature(self.function).parameters)
-        self.function(settings, **{name: value for name, value in values.items() if name in names})
+        try:
+            self.function(settings, **{name: value for name, value in values.items() if name in names})
+        except BadInput as error:  # of what only the library sees: it calls fields by their dotted names
+            error.args = (_FIELD.sub(lambda word: self._option(word[0], values), str(error)),)
+            raise
+
+    def _option(self, word: str, values: dict[str, Any]) -> str:
+        """Return the option that was typed for a dotted field; any other word as it is."""
+        typed = (flag for flag in self.flags if _overrides(flag, values[_name(flag)]))
+        return next((flag.name for flag in typed if word in (flag.path, f"{self.model.SECTION}.{flag.path}")), word)
 
     def read(self, values: dict[str, Any]) -> Config:
         """Return the config of parsed `values`, by the names of typer's parameters. Raises BadInput."""

@@ -115,7 +115,10 @@ def test_flags_are_refused_like_recipe_fields(cli, tmp_path):
             "--optimize compute --mac-ratio 0.4",
             "--optimize: has no effect with --mac-ratio, which sets the limit itself",
         ),
-        ("--refine 3 --bank-dtype int4", "--refine: integers cannot be refined: leave out --refine, or --bank-dtype"),
+        (
+            "--refine 3 --bank-dtype int4",
+            "--refine: quantised weights cannot be refined: leave out --refine, or --bank-dtype",
+        ),
     ],
 )
 def test_a_mistake_is_told_by_the_options_that_were_typed(cli, words, told):
@@ -128,6 +131,13 @@ def test_a_part_of_a_list_is_told_by_the_option(cli):
     told = cli("compare", "m", "--dry-run", "--ffn-ratio", "0.5,x", code=2).stderr
     assert told.startswith("error: --ffn-ratio: must be a number") and told.endswith("(got 'x')\n")
     assert cli("convert", "", "--dry-run", code=2).stderr == "error: model: must not be empty (got '')\n"
+
+
+def test_what_the_library_refuses_is_told_by_the_option(cli, dense):
+    words = ("convert", dense / "bert", "--bank-dtype", "int5", "--dry-run")
+    assert cli(*words, code=2).stderr.startswith("error: --bank-dtype 'int5' is none of auto, int8, int4")
+    words = ("convert", dense / "bert", "--set", "form.bank_dtype=int5", "--dry-run")
+    assert cli(*words, code=2).stderr.startswith("error: form.bank_dtype 'int5' is none of")
 
 
 def test_options_take_the_place_of_the_recipe_and_of_equal_overrides(cli, tmp_path):
@@ -169,7 +179,7 @@ def test_an_encoder_has_no_windows(cli, dense, name):
 def test_eval_refuses_windows_of_an_encoder_too(cli, dense, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(f"A paragraph of some words, the {n}th of them." for n in range(40)))
     words = ("eval", dense / "bert", "--against", dense / "bert", "--data", "text.txt", "--window", "16")
-    assert "evaluation.window is for causal LMs" in cli(*words, cwd=tmp_path, code=2).stderr
+    assert "error: --window is for causal LMs" in cli(*words, cwd=tmp_path, code=2).stderr
 
 
 def test_sharing_is_refused_where_no_block_is_replaced_as_a_whole(dense):

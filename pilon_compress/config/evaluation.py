@@ -1,6 +1,6 @@
 """An evaluation on its own: of which model, against which one."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from pilon_compress.config.reading import Text
 
 class EvaluateConfig(Flat, Evaluation):
     """How a model is evaluated: which text, in which windows."""
+
+    SECTION: ClassVar[str] = "evaluation"
 
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True), Option(panel=RUNNING)] = 0
     """Seed of the sample of texts that an encoder is evaluated on."""

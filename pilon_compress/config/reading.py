@@ -84,6 +84,9 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    SECTION: ClassVar[str] = ""
+    """Name of the recipe's section that the fields are those of: messages call them by it."""
+
     MOVED: ClassVar[dict[str, str]] = {}
     """Dotted names of fields that have moved, and where to."""
 
