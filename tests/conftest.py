@@ -28,6 +28,40 @@ if (
 ):  # tests run side by side: threads of several processes would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+PROCESSES = {"cli", "command_line", "forks", "hub"}  # fixtures that start processes
+LONG = {  # files of tests that train, convert whole models, compile, or interpret GPU kernels
+    "test_bench",
+    "test_benchmarks",
+    "test_causal_road",
+    "test_compare",
+    "test_cost",
+    "test_extending",
+    "test_gguf",
+    "test_integers",
+    "test_kernels",
+    "test_kernels_gpu",
+    "test_packaging",
+    "test_readme",
+    "test_refine",
+    "test_resume",
+    "test_train_distributed",
+    "test_train_encoder",
+    "test_train_heal",
+    "test_train_heal_distributed",
+    "test_train_sft",
+    "test_train_shrink",
+    "test_train_teacher",
+    "test_train_ternary",
+    "test_train_warm",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `long` what `make test-fast` leaves out."""
+    for item in items:
+        if PROCESSES & set(getattr(item, "fixturenames", ())) or item.path.stem in LONG:
+            item.add_marker("long")
+
 
 def _load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
