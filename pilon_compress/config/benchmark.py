@@ -15,7 +15,7 @@ BLOCK = "Shape of one block"
 
 
 class BenchConfig(Flat):
-    """What is timed, and how."""
+    """Settings of a benchmark."""
 
     ffn: Annotated[Text | None, Option(panel=BLOCK, metavar="WIDTHxHIDDEN")] = None
     """Width and hidden width of one block, as in 768x3072, in place of a model. Default: a model is timed."""

@@ -15,7 +15,7 @@ WHAT, TEXT = "What is compared", "Calibration and evaluation"
 
 
 class CompareConfig(Flat):
-    """What is compared, and on which text."""
+    """Settings of a comparison: methods, ratios, calibration and evaluation text."""
 
     ffn_ratio: Annotated[Parts, Field(min_length=1), Option(panel=WHAT, metavar="RATIO")] = [0.6, 0.4]
     """Largest ratios of stored FFN parameters over dense, with commas between them."""

@@ -26,7 +26,7 @@ LARGEST_RATIO = 4.0  # with allow_larger: enough for a full-rank plan of any sha
 
 
 class Budget(Section):
-    """How large the result may be."""
+    """The size of the result."""
 
     ffn_ratio: Annotated[SizeRatio | None, Option(metavar="RATIO")] = None
     """Largest ratio of stored FFN parameters, PILON over dense: a number above 0 and at most 1, as in 0.5, 50% or 1/2,
@@ -117,7 +117,7 @@ class Form(Section):
 
 
 class Scope(Section):
-    """Which projections are replaced: exact module name, class name, or re:REGEX on the module name."""
+    """The projections to replace: exact module names, class names, or re:REGEX on the module name."""
 
     targets: Annotated[list[Selector], Option()] = []
     """Replace only these modules: exact name, class name, or re:REGEX on the name. Default: every feed-forward

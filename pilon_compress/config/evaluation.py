@@ -12,7 +12,7 @@ from pilon_compress.config.reading import Text
 
 
 class EvaluateConfig(Flat, Evaluation):
-    """How a model is evaluated: which text, in which windows."""
+    """Settings of an evaluation: text and windows."""
 
     SECTION: ClassVar[str] = "evaluation"
 

@@ -8,7 +8,7 @@ from pilon_compress.config.reading import Section, Text
 
 
 class ExportOptions(Section):
-    """What exporters leave to the user; None where it is left to the exporter."""
+    """Options of exporters; None where the exporter decides."""
 
     dtype: Annotated[DType | None, Option()] = None
     """Number type of floating-point weights. Default: auto, that of the model."""

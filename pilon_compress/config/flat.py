@@ -55,5 +55,5 @@ def _shared(flat: type[Section], section: type[Section]) -> list[str]:
 
 
 def _set(section: Section, names: Any) -> dict[str, Any]:
-    """Those of the fields `names` that were set."""
+    """Return the fields of `names` that were set."""
     return {name: getattr(section, name) for name in names if name in section.model_fields_set}

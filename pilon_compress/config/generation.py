@@ -1,4 +1,4 @@
-"""How a causal LM continues a prompt."""
+"""Configure how a causal LM continues a prompt."""
 
 import math
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""How recipes are read: checked by pydantic, options applied, mistakes reported with file and line or by the option.
+"""Read recipes: checked by pydantic, options applied, mistakes reported with file and line or by the option.
 
 What a recipe may say stands elsewhere: `conversion.Recipe` for conversions, `training.TrainRecipe` for training.
 """
@@ -92,7 +92,7 @@ class Section(BaseModel):
 
     @classmethod
     def parts(cls) -> dict[str, Any]:
-        """Every field by name, with its type: the class of a section, where it is one."""
+        """Return the type of every field by name: the class of a section, where it is one."""
         return {name: field.annotation for name, field in cls.model_fields.items()}
 
 

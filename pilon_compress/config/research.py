@@ -90,7 +90,7 @@ class Research(Section):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Every module's fields, so that editors complete them."""
+        """Return a schema with every module's fields, so that editors complete them."""
         own = handler.resolve_ref_schema(handler(core_schema))
         schemas = {name: handler(section.__pydantic_core_schema__) for name, section in cls.parts().items()}
         own["properties"] = {name: {"default": None, **schema} for name, schema in schemas.items()}

@@ -103,7 +103,7 @@ class TrainingText(Section):
 
 
 class Sequences(Section):
-    """How text becomes sequences, and the text to validate on."""
+    """Sequences of the text, and the text to validate on."""
 
     validation: Annotated[Text | None, Option(metavar="SOURCE")] = None
     """Text to validate on, named in the same way. Default: one document in five of `source`, chosen by a hash of its

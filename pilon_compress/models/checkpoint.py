@@ -179,6 +179,14 @@ def load_model(
         raise
     except UNREADABLE as error:
         raise _refusal(reference, folder, error) from error
+    _check_complete(reference, config, model, loaded)
+    model = model.to(target).eval()
+    check_finite(model)
+    return model
+
+
+def _check_complete(reference: str, config: PretrainedConfig, model: PreTrainedModel, loaded: dict[str, Any]) -> None:
+    """Raise BadInput where files and architecture hold different tensors; `loaded`: transformers' loading info."""
     unused = sorted(loaded["unexpected_keys"])
     if unused and type(model).__name__ not in (config.architectures or []):
         raise BadInput(
@@ -187,9 +195,6 @@ def load_model(
         )
     if missing := sorted(loaded["missing_keys"]):  # transformers would leave them random
         raise BadInput(f"{reference} lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}")
-    model = model.to(target).eval()
-    check_finite(model)
-    return model
 
 
 def _stored_dtype(folder: str) -> torch.dtype | None:

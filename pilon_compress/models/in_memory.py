@@ -30,7 +30,7 @@ PILON_FORMAT = {"quant_method": "pilon"}
 
 @dataclass(frozen=True)
 class Record:
-    """What belongs to a model beside its weights and config.
+    """The parts of a model folder beside weights and config.
 
     `companions`: other files of its folder, by relative name. `pages`: contents of recipe, card and report, by name.
     `report`: that of the conversion that made it, if it was made in this process.

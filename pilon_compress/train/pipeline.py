@@ -99,7 +99,7 @@ def train_model(
 
 
 def train_run(run: Run, resume: bool, fresh: bool) -> TrainResult | None:
-    """Run one training in a claimed folder; with `fresh`, delete a folder in which nothing was trained."""
+    """Run one training in a claimed folder; with `fresh`, restore the old folder if the run cannot start."""
     track: list[str] = list(run.recipe.run.track)
     try:
         job, tokenizer, corpus = set_up(run, resume)

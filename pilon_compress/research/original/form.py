@@ -84,7 +84,7 @@ class Latent(Addition):
 
 
 class Shift(Addition):
-    """What a latent bias becomes at a packed projection."""
+    """The form of a latent bias at a packed projection."""
 
     exact = ("shift",)
 

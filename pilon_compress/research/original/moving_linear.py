@@ -109,7 +109,7 @@ class StagedLinear(ComposedLinear):
         return (weight * self.bank.sizes()).norm(dim=1)
 
     def scores(self) -> Tensor:
-        """What the choice goes by, undisturbed: (n,)."""
+        """Return the scores (n,) of the selection, without noise."""
         return self.contributions() if self.gate is None else full(self.gate).detach()
 
     def settle(self) -> None:
@@ -131,7 +131,7 @@ class StagedLinear(ComposedLinear):
 
 
 def staged(model: Any) -> Iterator[tuple[str, StagedLinear]]:
-    """Every staged projection, by module name below the base model."""
+    """Yield every staged projection, by module name below the base model."""
     for name, module in projections(model):
         if isinstance(module, StagedLinear):
             yield name, module

@@ -83,7 +83,7 @@ def _split(optimizers: Sequence[torch.optim.Optimizer], bands: list[list[list[Co
 
 
 def use_of(layer: ComposedLinear) -> Tensor:
-    """How much a layer uses each primitive of its bank, (n,) with a gradient: softmax of all logits, else |g_p|²."""
+    """Return a layer's use of each primitive, (n,), with gradient: softmax of all logits, else |g_p|²."""
     weight = full(layer.weight)
     if layer.composition == "softmax":
         return weight[:, 0].softmax(0)

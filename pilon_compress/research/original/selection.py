@@ -1,4 +1,4 @@
-"""Which primitives and components take part: selections that explore, and schedules of their numbers.
+"""Select primitives and components: selections that explore, and schedules of their numbers.
 
     anneal          all primitives, then fewer and fewer: the ones that contribute most stay
     noise, gumbel   the top k of learned scores, disturbed less and less (Gumbel top-k: Kool et al., 2019)
@@ -118,7 +118,7 @@ class Choosing(Callback):
         return -scale * torch.log(-torch.log(uniform))
 
     def _due(self, layer: StagedLinear, step: int, share: float) -> bool:
-        """Whether a softmax selection is made anew: every few steps, and whenever its numbers change."""
+        """Return True if a softmax selection is due: every few steps, and whenever its numbers change."""
         before = max(0, step - 1) / self.steps
         return step % self.asked.cache_top_k == 0 or self._numbers(layer, share) != self._numbers(layer, before)
 

@@ -11,7 +11,7 @@ from pilon_compress.config.training import TrainRecipe
 
 
 class Selection(Section):
-    """Which primitives a layer of a model that is trained from scratch uses. Not for softmax compositions."""
+    """Selection of primitives in a model that is trained from scratch. Not for softmax compositions."""
 
     explore: Literal["none", "anneal", "noise", "gumbel"] = "none"
     """none: a balanced choice made at the start. anneal: all, then fewer and fewer. noise, gumbel: the top k of scores
