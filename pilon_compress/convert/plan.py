@@ -22,22 +22,27 @@ class BankPlan:
 
     @property
     def name(self) -> str:
+        """Return the bank's name in the layout."""
         return f"band{self.band}.{self.role}"
 
     @property
     def layers(self) -> list[int]:
+        """Return the layers of the sites."""
         return [site.layer for site in self.sites]
 
     @property
     def d_in(self) -> int:
+        """Return the number of inputs."""
         return self.sites[0].d_in
 
     @property
     def d_out(self) -> int:
+        """Return the number of outputs."""
         return self.sites[0].d_out
 
     @property
     def full_rank(self) -> int:
+        """Return the largest rank of a projection."""
         return min(self.d_in, self.d_out)
 
     def stored(self) -> int:
@@ -47,9 +52,11 @@ class BankPlan:
         return primitives + len(self.sites) * per_layer + self.biases()
 
     def biases(self) -> int:
+        """Return the number of bias values."""
         return sum(self.d_out for site in self.sites if site.bias)
 
     def dense_stored(self) -> int:
+        """Return the parameters of the dense projections."""
         return sum(site.parameters for site in self.sites)
 
     def macs(self) -> int:

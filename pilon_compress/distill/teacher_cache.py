@@ -55,6 +55,7 @@ class Wish:
 
     @property
     def key(self) -> str:
+        """Return the hash under which the predictions are cached."""
         state = blake2b(self.indices.tobytes(), digest_size=16)
         state.update(json.dumps([1, self.made_from, self.length, self.count, self.temperature]).encode())
         return state.hexdigest()
@@ -73,6 +74,7 @@ class Wish:
 
     @property
     def bytes(self) -> int:
+        """Return the bytes of all files."""
         return sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in self.files.values())
 
 
@@ -90,6 +92,7 @@ class Taught:
         return len(self.inner)
 
     def batch(self, indices: Sequence[int]) -> Batch:
+        """Return the rows of `indices` with the teacher's predictions. Raises IndexError for rows without."""
         places = np.searchsorted(self.maps["rows"], indices)
         if not np.array_equal(self.maps["rows"][places], indices):
             raise IndexError("the teacher has not seen these rows")

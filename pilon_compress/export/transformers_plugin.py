@@ -49,9 +49,11 @@ class PilonQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
+        """Return True: a PILON model trains like any module."""
         return True
 
     def is_serializable(self) -> bool:
+        """Return True: a PILON model can be saved."""
         return True
 
     def _process_model_before_weight_loading(self, model: Host, **kwargs: Any) -> None:

@@ -34,18 +34,22 @@ class PrimitiveBank(Part, nn.Module):
 
     @property
     def n_primitives(self) -> int:
+        """Return n, the number of primitives."""
         return self.A.shape[0]
 
     @property
     def rank(self) -> int:
+        """Return r, the rank of a primitive."""
         return self.A.shape[2]
 
     @property
     def d_in(self) -> int:
+        """Return the number of inputs."""
         return self.A.shape[1]
 
     @property
     def d_out(self) -> int:
+        """Return the number of outputs."""
         return self.B.shape[2]
 
     def forward(self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0) -> Tensor:
@@ -83,6 +87,7 @@ class PrimitiveBank(Part, nn.Module):
         self.B.normal_(0, std, generator=generator)
 
     def optimizer_group(self, leaf: str) -> str | None:
+        """Return the parameter group of the parameter `leaf`."""
         return "banks" if leaf in ("A", "B") else "compositions"
 
     @torch.no_grad()
@@ -92,6 +97,7 @@ class PrimitiveBank(Part, nn.Module):
         self.B = nn.Parameter(self.B[used].clone())
 
     def extra_repr(self) -> str:
+        """Return the sizes for `repr`."""
         return f"n_primitives={self.n_primitives}, rank={self.rank}, d_in={self.d_in}, d_out={self.d_out}"
 
 

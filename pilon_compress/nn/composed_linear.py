@@ -53,14 +53,17 @@ class ComposedLinear(Projection, nn.Module):
         self.bias = nn.Parameter(torch.zeros(bank.d_out)) if bias else None
 
     def own_types(self) -> dict[str, torch.dtype]:
+        """Return the tensors that keep a dtype of their own."""
         return {"weight": torch.float32} if self.bank.exact_compositions else {}
 
     def refuse(self) -> str | None:
+        """Return why the loaded tensors are damaged, or None."""
         if self.bank.exact_compositions and not (torch.isfinite(self.weight).all() and self.weight.any()):
             return "holds scales that are zero or not finite"
         return None
 
     def optimizer_group(self, leaf: str) -> str | None:
+        """Return the parameter group of the parameter `leaf`; None for the bias."""
         return None if leaf == "bias" else "compositions"
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
@@ -113,6 +116,7 @@ class ComposedLinear(Projection, nn.Module):
             self.selected.copy_((used.cumsum(0) - 1)[self.selected])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute `x` (..., d_in) -> (..., d_out)."""
         y = self.compose(x)
         if y.device != x.device:  # a bank shared by layers on several devices lives on one of them
             y = y.to(x.device)
@@ -128,6 +132,7 @@ class ComposedLinear(Projection, nn.Module):
         return self.bank.affine(self.coefficients()[1])
 
     def extra_repr(self) -> str:
+        """Return the sizes for `repr`."""
         bank = self.bank
         return (
             f"d_in={bank.d_in}, d_out={bank.d_out}, top_k={self.top_k} of {bank.n_primitives}, rank={bank.rank}, "

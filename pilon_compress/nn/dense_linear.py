@@ -18,8 +18,10 @@ class KeptLinear(Matrix, nn.Linear):
         self.host_shape = host_shape
 
     def matrix(self) -> Tensor:
+        """Return the weight (d_in, d_out)."""
         return self.weight.T
 
     @torch.no_grad()
     def draw(self, std: float, generator: torch.Generator | None) -> None:
+        """Fill the weight, in place, with N(0, std²)."""
         self.weight.normal_(0, std, generator=generator)

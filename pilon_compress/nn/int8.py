@@ -43,6 +43,7 @@ class Int8Linear(Int8Layer, nn.Module):
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute `x` (..., d_in) -> (..., d_out)."""
         return cpu.int8_linear(x, self.weight, self.scale.float(), self.bias)
 
 
@@ -60,6 +61,7 @@ class Int8Embedding(Int8Layer, nn.Module):
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (..., d) of token ids (...)."""
         rows = nn.functional.embedding(ids, self.weight).float()
         return (rows * nn.functional.embedding(ids, self.scale.float()[:, None])).to(self.like.dtype)
 
@@ -77,6 +79,7 @@ class Int8Head(Part, nn.Module):
     embedding: Int8Embedding
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits of hidden states (..., d)."""
         return cpu.int8_linear(x, self.weight, self.embedding.scale.float(), self.bias)
 
 

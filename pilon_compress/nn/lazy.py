@@ -21,6 +21,7 @@ class Ready(Generic[Value]):
         self._kept: list[Tensor] = []  # as long as the tensors live nothing else has their addresses
 
     def get(self, tensors: Sequence[Tensor], make: Callable[[], Value]) -> Value:
+        """Return the value of `make`, computed again if one of `tensors` was replaced or written to."""
         if torch.compiler.is_compiling():
             return make() if self.value is None else self.value
         marks = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]

@@ -52,6 +52,7 @@ class Checkpoints:
         return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
     def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of `step`."""
         return self.folder / f"step-{step:08d}"
 
     def stream(self, step: int) -> Path:

@@ -36,6 +36,7 @@ class Run:
 
     @property
     def asked(self) -> TrainRecipe:
+        """Return the recipe of the user, of which `recipe` may be a stage."""
         return self.whole or self.recipe
 
 

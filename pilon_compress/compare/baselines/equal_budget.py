@@ -22,6 +22,7 @@ class Unit:
 
     @property
     def dense(self) -> int:
+        """Return the parameters of the dense projections."""
         return sum(site.parameters for site in self.sites)
 
 
@@ -48,6 +49,7 @@ def deal(units: list[Unit], ratio: float, method: str) -> list[Share]:
 
 
 def bias_numbers(sites: Sequence[Site]) -> int:
+    """Return the number of bias values of the sites."""
     return sum(site.d_out for site in sites if site.bias)
 
 

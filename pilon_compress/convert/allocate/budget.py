@@ -35,6 +35,7 @@ class Sizing:
     elimination: Elimination | None
 
     def left(self, neurons: int | None) -> Tensor | None:
+        """Return the indices of the remaining neurons; None for all."""
         return None if neurons is None or self.elimination is None else self.elimination.left(neurons)
 
 
@@ -54,6 +55,7 @@ class Allocation:
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor]) -> "Allocation":
+        """Return the allocation that `pack` stored."""
         plain = json.loads(bytes(tensors["plain"].tolist()))
         asked = plain["plan"]
         banks = [

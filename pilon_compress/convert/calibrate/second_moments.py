@@ -106,12 +106,14 @@ class Moments:
     device: torch.device
 
     def input(self, site: Site) -> SecondMoment:
+        """Return the moments of the input of `site`."""
         moment = SecondMoment(0, device=self.device)
         moment.mean, moment.scatter = self.shelf.get(f"{site.input}.mean"), self.shelf.get(f"{site.input}.scatter")
         moment.count = int(self.shelf.get("count"))
         return moment
 
     def gradient(self, site: Site) -> Tensor:
+        """Return G (d_out, d_out) of the output of `site`, float64."""
         return self.shelf.get(f"{site.name}.gradient").double()
 
 

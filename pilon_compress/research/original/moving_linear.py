@@ -56,6 +56,7 @@ class StagedLinear(ComposedLinear):
 
     @property
     def moves(self) -> bool:
+        """Return True if primitives or components may change between steps."""
         return True
 
     @property
@@ -64,13 +65,16 @@ class StagedLinear(ComposedLinear):
         return self.explored or self.composition == "softmax"
 
     def used(self) -> Tensor:
+        """Return the mask (n,) of selected primitives."""
         counts = torch.zeros(self.bank.n_primitives, device=self.weight.device)
         return counts.index_add(0, self.selected, self.mask) > 0
 
     def active(self) -> Tensor:
+        """Return the mask (r,) of active components."""
         return self.components > 0
 
     def spread(self) -> Tensor:
+        """Return the weight of every primitive, 0 if not selected."""
         if self.explored:
             return full(self.weight).detach() * self.used()[:, None] * self.components
         return super().spread() * self.components
@@ -120,6 +124,7 @@ class StagedLinear(ComposedLinear):
         self.mask.copy_(self.mask > 0)
 
     def settled(self, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Return `state` with the tensors of a plain layer."""
         found = {key: tensor for key, tensor in state.items() if key.removeprefix(prefix) not in ("gate", *BUFFERS)}
         if self.composition == "softmax":
             return found
