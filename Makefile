@@ -48,6 +48,7 @@ fix: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/python -m pilon_compress.config.conversion > recipes/recipe.schema.json
 	$(BIN)/python -m pilon_compress.config.training > recipes/train.schema.json
+	$(BIN)/python tests/supported_models.py > docs/supported-models.md
 
 clean:
 	rm -rf .venv build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache
