@@ -70,7 +70,7 @@ def test_what_is_given_is_kept():
 @pytest.mark.parametrize("ratio", [0.5, 0.25, 0.1])
 @pytest.mark.parametrize("macs", [1.0, 0.5])
 def test_a_budget_from_scratch_is_spent(ratio, macs):
-    """Of large shapes little is left, also where MACs or stored numbers alone would allow far more."""
+    """Check that large shapes leave little of a budget, also where MACs or stored numbers alone allow far more."""
     d, inner, layers = 512, 2048, 3
     components = int(macs * d * inner / (d + inner))
     budget = BankBudget(layers, d + inner, d, ratio * layers * d * inner, components)

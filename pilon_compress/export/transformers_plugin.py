@@ -22,7 +22,7 @@ from pilon_compress.io.checksum import damage
 from pilon_compress.nn.layout import Host, Layout, install, parts, stored_types
 
 VERIFY = "PILON_VERIFY"  # environment: compare every file with its checksum when a model is loaded
-FORMAT_VERSION = 2  # 2: ternary and packed banks, whole numbers
+FORMAT_VERSION = 2  # 2: ternary and packed banks, integer banks
 
 
 class PilonConfig(QuantizationConfigMixin):

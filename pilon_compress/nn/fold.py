@@ -49,7 +49,7 @@ def fold(model: Host) -> Host:
 
     A projection becomes two Linears, or one where k·r > d_in·d_out / (d_in + d_out). The result runs faster, holds more
     memory than the shared banks, and is no longer a PILON model that could be saved as one. Raises ValueError for
-    ternary banks: their products are of whole numbers, which folding would lose.
+    ternary banks: their products are of integers, which folding would lose.
     """
     if not foldable(model):
         raise ValueError("ternary banks do not fold: export them packed")

@@ -1,6 +1,6 @@
 """The rest of a model in 8 bits: attention, head and token embeddings, which PILON leaves as they are.
 
-    Int8Linear      weight (d_out, d_in) int8, a scale per output; inputs in 8 bits per token, sums of whole numbers
+    Int8Linear      weight (d_out, d_in) int8, a scale per output; inputs in 8 bits per token, sums of integers
     Int8Embedding   weight (tokens, d) int8, a scale per token
     Int8Head        a linear that reads the embedding's numbers, where the two are tied
 

@@ -8,9 +8,9 @@ A projection on x, all in float32:
     (q, s) = quantise(x)            u = (q · A) s · scale + shift        scale (k·r) holds everything that folds:
     (q, s) = quantise(u)            y = (q · B) s + bias                 both weight scales, the composition's weight
 
-Products of digits and codes are whole numbers below 2^24, so float32 matrix products compute them exactly, in any
-order; each is scaled once. That is why packed weights and kernels reproduce the same outputs bit for bit. `quantise`
-and the product are in `kernels.reference`; what training adds to them is here.
+Sums of products of ternary weights and codes are integers below 2^24, so float32 matrix products compute them exactly,
+in any order; each is scaled once. That is why packed weights and kernels reproduce the same outputs bit for bit.
+`quantise` and the product are in `kernels.reference`; what training adds to them is here.
 """
 
 from collections.abc import Callable

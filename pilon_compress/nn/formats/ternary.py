@@ -36,7 +36,7 @@ class TernaryBank(LatentPart, PrimitiveBank):
         """Compute `PrimitiveBank.forward`; `group`: inputs that share a scale, 0 for all of a token's."""
         if self.training:
             return self._compose(x, selected, weight, group)
-        with torch.autocast(x.device.type, enabled=False):  # half precision would round whole numbers
+        with torch.autocast(x.device.type, enabled=False):  # half precision would round integers
             return self._compose(x, selected, weight, group)
 
     def _compose(self, x: Tensor, selected: Tensor, weight: Tensor, group: int) -> Tensor:
