@@ -1,13 +1,17 @@
 """The cost of a conversion before it starts: stage by stage for the progress line, seconds and memory for the plan."""
 
 import time
+from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from pilon_compress.convert.calibrate.sensitivity import PASSES, SCORED
+from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.prepare import PARAGRAPH, PROCESS_BYTES, Job, shelf_bytes
 from pilon_compress.evaluate.evaluate import EVALUATED
 from pilon_compress.models.blocks import blocks
+from pilon_compress.models.families import Site
 from pilon_compress.models.source import is_streamed
 from pilon_compress.models.task import text_config, vocabulary
 from pilon_compress.nn.size import ffn_size, model_size
@@ -41,7 +45,7 @@ def stages(job: Job) -> list[tuple[str, float]]:
     """Return (beginning of the phase's description, floating-point operations) of every phase, in order."""
     calibration = job.calibration
     tokens = calibration.samples * calibration.sequence_length * (1.0 if job.causal else PARAGRAPH)
-    body, head = _body(job), _head(job)
+    body, head = _products(job.dense, job.causal)
     squares = sum(site.d_in**2 + site.d_out**2 for site in job.sites)
     found = [
         ("calibrating, forward", PASS * tokens * body),
@@ -56,7 +60,7 @@ def stages(job: Job) -> list[tuple[str, float]]:
         sizing += sum(SIZINGS * EIGENVALUES * min(site.d_in, site.d_out) ** 3 for site in job.sites)
         sizing += sum(ELIMINATION * site.d_in**3 for site in job.sites if site.role == "down")
         found += [("reference outputs", PASS * looked_at * (body + head)), ("sizing layers", sizing)]
-    joint = _joint_fits(job)
+    joint = _joint_fits(job.plan.banks)
     if job.shares and job.allocated:
         found.append(("trying shared banks", joint))
     found.append(("fitting shared banks", joint if any(len(bank.sites) > 1 for bank in job.plan.banks) else 0.0))
@@ -75,22 +79,18 @@ def stages(job: Job) -> list[tuple[str, float]]:
     return found
 
 
-def _body(job: Job) -> int:
-    """Parameters that take part in a product for every token, the embedding and the head left out."""
-    embedding = job.dense.get_input_embeddings().weight.numel()
-    tied = getattr(text_config(job.config), "tie_word_embeddings", False)
-    return sum(p.numel() for p in job.dense.parameters()) - embedding - (0 if tied else _head(job))
+def _products(dense: PreTrainedModel, causal: bool) -> tuple[int, int]:
+    """Parameters that every token is multiplied with: those of the body, and those of the head (0 for an encoder)."""
+    embedding = dense.get_input_embeddings().weight.numel()
+    head = embedding if causal else 0
+    tied = getattr(text_config(dense.config), "tie_word_embeddings", False)
+    return sum(p.numel() for p in dense.parameters()) - embedding - (0 if tied else head), head
 
 
-def _head(job: Job) -> int:
-    """Parameters of the product that gives the logits; an encoder has none."""
-    return job.dense.get_input_embeddings().weight.numel() if job.causal else 0
-
-
-def _joint_fits(job: Job) -> float:
+def _joint_fits(banks: Sequence[BankPlan]) -> float:
     """Operations of fitting banks that several layers share."""
     total = 0.0
-    for bank in job.plan.banks:
+    for bank in banks:
         inner, width = bank.n_primitives * bank.rank, bank.d_in + bank.d_out
         total += 2 * FIT_EVALUATIONS * len(bank.sites) * inner * width * (width + 3 * inner)
     return total
@@ -115,7 +115,7 @@ def estimate(job: Job) -> Estimate:
         steps = 4 * inner * (bank.d_in + bank.d_out) * (4 * len(bank.sites) + 20) if len(bank.sites) > 1 else 0
         work = max(work, 12 * len(bank.sites) * sides + 40 * inner * inner + steps)
     states = 4 * tokens * (getattr(text_config(job.config), "hidden_size", None) or 0) * STATES
-    converting = _held(job, parameters, 4 * moments) + states + max(work, _block_bytes(job))
+    converting = _held(job, parameters, 4 * moments) + states + max(work, _block_bytes(job.sites))
     peak = PROCESS_BYTES + max(converting, _evaluation_bytes(job))
     return Estimate(seconds=seconds, peak_gib=peak / 2**30)
 
@@ -141,10 +141,10 @@ def _held(job: Job, parameters: int, moments: int) -> int:
     return 4 * outside + ffn.bytes + max(calibrating, building)
 
 
-def _block_bytes(job: Job) -> int:
+def _block_bytes(sites: Sequence[Site]) -> int:
     """Bytes that sizing one layer takes in float64: weights, metrics, and neurons' moments twice more, reordered."""
     layers: dict[int, int] = {}
-    for site in job.sites:
+    for site in sites:
         metrics = site.d_out**2 + (3 * site.d_in**2 if site.role == "down" else site.d_in**2)
         layers[site.layer] = layers.get(site.layer, 0) + 8 * (site.d_in * site.d_out + metrics)
     return max(layers.values())

@@ -54,7 +54,7 @@ def describe(
             data=job.calibration.data,
             texts=calibration.sequences(batches),
             tokens=calibration.tokens(batches),
-            begins_with=_begins_with(job),
+            begins_with=_begins_with(job.recipe.calibration.begins_with),
         ),
         refinement=refined,
         command=command,
@@ -73,9 +73,8 @@ def _bank(bank: BankPlan, solved: Solved) -> BankUsage:
     return BankUsage(band=bank.band, role=bank.role, layers=bank.layers, **usage)
 
 
-def _begins_with(job: Job) -> str | None:
-    """The tokens before every sequence, for the report."""
-    named = job.recipe.calibration.begins_with
+def _begins_with(named: str | None) -> str | None:
+    """Return the tokens before every sequence, for the report; `named` as the recipe has them."""
     return None if named == sequences.NOTHING else named
 
 
