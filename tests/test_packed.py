@@ -163,9 +163,10 @@ def test_generation_with_a_cache_and_any_batch_is_the_full_forward_pass(trained,
         alone = model(input_ids=IDS[1:2]).logits
         cache = model(input_ids=IDS[:, :10], use_cache=True).past_key_values
         steps = [model(input_ids=IDS[:, i : i + 1], past_key_values=cache).logits for i in range(10, 20)]
-    assert torch.allclose(alone, whole[1:2], atol=2e-4) and torch.allclose(
-        torch.cat(steps, 1), whole[:, 10:], atol=2e-4
-    )
+    assert torch.allclose(alone, whole[1:2], atol=2e-4)
+    apart = (torch.cat(steps, 1) - whole[:, 10:]).norm(dim=-1) / whole[:, 10:].norm(dim=-1)
+    # attention with a cache sums in another order, and a code on the edge may fall to the other side
+    assert apart.median() < 1e-5 and apart.max() < 0.02
 
 
 @pytest.fixture(scope="module")

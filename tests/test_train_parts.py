@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress.config.training import Ffn, Host, Optimizer, Schedule
+from pilon_compress.config.model import Ffn, Host
+from pilon_compress.config.training import Optimizer, Schedule
 from pilon_compress.distill.losses import next_token_sum
 from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures, checkpoint

@@ -10,8 +10,9 @@ from pilon_compress.config import reading, strict_yaml
 from pilon_compress.config.conflicts import refuse_conflicts
 from pilon_compress.config.fields import SOURCES, Device, DType
 from pilon_compress.config.flat import Flat, arranged
+from pilon_compress.config.model import Ffn, Host, Ternary
 from pilon_compress.config.option import RUNNING, Option, Options
-from pilon_compress.config.ratio import Part, Parts
+from pilon_compress.config.ratio import Parts
 from pilon_compress.config.reading import Above, Count, Number, Override, Positive, Section, Share, Switch, Text
 from pilon_compress.config.research import Research
 from pilon_compress.config.strict_yaml import Document
@@ -21,77 +22,6 @@ WHAT = "What is trained"
 HEAL = "Converted model that learns from its dense teacher; with --shrink a dense model. Default: no healing."
 SFT = "Model, dense or PILON, to fine-tune on chats. Default: no fine-tuning."
 WEIGHT_DECAY_ENDS = 0.5  # share of a ternary training, as in the second stage of BitNet b1.58 (Ma et al., 2024)
-
-
-class Host(Section):
-    """The shape of a model that is trained from scratch, in the words of its transformers config."""
-
-    family: Text = "arcee"
-    """Base architecture: arcee (RMSNorm, RoPE, ungated feed-forward), llama (the same with a gated one, SwiGLU), or
-    another that is registered."""
-    hidden_size: Positive = 512
-    """Width of the hidden states."""
-    num_hidden_layers: Positive = 8
-    """Transformer layers."""
-    num_attention_heads: Positive = 8
-    """Attention heads per layer."""
-    num_key_value_heads: Positive | None = None
-    """Heads of keys and values per layer. Default: as many as attention heads."""
-    intermediate_size: Positive = 2048
-    """Inner width of the feed-forward blocks: their neurons."""
-    hidden_act: Text | None = None
-    """Activation of the feed-forward blocks. Default: the family's, relu2 for arcee and silu for llama."""
-    vocab_size: Positive = 50257
-    """Rows of the token embedding."""
-    tie_word_embeddings: Switch = True
-    """Use the token embedding as the output head, too."""
-    tokenizer: Text = "openai-community/gpt2"
-    """Tokenizer: hub id, folder or package:NAME; or bpe, a byte-level BPE of `vocab_size` trained on the data."""
-
-
-class Ffn(Section):
-    """Form of the feed-forward projections of a model that is trained from scratch."""
-
-    kind: Annotated[Literal["pilon", "lowrank", "dense"], Option("--ffn")] = "pilon"
-    """Form of the feed-forward projections from scratch: pilon, lowrank (the control: every layer has factors of its
-    own) or dense (the baseline)."""
-    ffn_ratio: Part = 0.5
-    """Largest ratio of stored FFN parameters over dense."""
-    mac_ratio: Part = 0.5
-    """Largest ratio of FFN MACs per token over dense."""
-    neurons: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Inner width over the base architecture's. The budget stays, so fewer neurons have higher ranks."""
-    matrices: Switch = False
-    """Use narrower dense feed-forward blocks of the same budget in place of primitives (a control)."""
-    bands: Positive | list[list[int]] | None = None
-    """Bands of layers that share banks: their number, or the layers of each. Default: about three layers each."""
-    rank: Positive | None = None
-    """Rank of each primitive. Default: the largest of 64, 32, 16, ... that spends the budget well."""
-    n_primitives: Positive | None = None
-    """Primitives per bank. Default: as many as `ffn_ratio` pays for."""
-    top_k: Positive | None = None
-    """Primitives that a layer selects. Default: as many as `mac_ratio` pays for."""
-    composition: Literal["component", "scalar", "softmax"] = "component"
-    """Weights of a composition: one per component, one per primitive, or softmax over logits (the original's)."""
-    dense_until: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
-    """Share of the training during which the model is dense; it is then converted to this budget and trained on
-    (Pufferfish, Wang et al., 2021, does so with private factors). For `kind` pilon, without `matrices`."""
-    dense_after: Above = 0.67
-    """Factor on the learning rate after the dense share of the training."""
-    like: Annotated[Text | None, Option(metavar="MODEL", also={"task": "pretrain"})] = None
-    """Converted model whose layout, base architecture and tokenizer a control run takes, from random initial weights.
-    Default: none."""
-
-
-class Ternary(Section):
-    """Ternary weights (-1, 0, 1 times a scale) in banks and dense matrices, with activations quantised to 8 bits."""
-
-    enabled: Annotated[Switch, Option("--ternary")] = False
-    """Train ternary feed-forward weights; with --heal after a first share of the tokens, `ternary.after`."""
-    group: Count = 128
-    """Inputs of down projections that share a scale; with 0 all of a token's inputs share one."""
-    after: Share = 0.25
-    """Share of the tokens that heals the factors before they become ternary (task heal)."""
 
 
 class TrainingText(Section):

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from pilon_compress.config.training import Ffn, Host, Ternary
+from pilon_compress.config.model import Ffn, Host, Ternary
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.architectures.registry import ARCHITECTURES

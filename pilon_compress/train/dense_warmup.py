@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pilon_compress.config import conversion
-from pilon_compress.config.training import Distill, Ffn, Ternary, TrainRecipe
+from pilon_compress.config.model import Ffn, Ternary
+from pilon_compress.config.training import Distill, TrainRecipe
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.train.progressive import conversion_recipe
 

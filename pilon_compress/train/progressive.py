@@ -16,7 +16,8 @@ from typing import Any
 
 from pilon_compress.config import conversion
 from pilon_compress.config import training as recipes
-from pilon_compress.config.training import Ternary, TrainRecipe
+from pilon_compress.config.model import Ternary
+from pilon_compress.config.training import TrainRecipe
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.convert.prepare import CAUSAL_LENGTH
 from pilon_compress.export.run import export
