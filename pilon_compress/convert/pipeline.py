@@ -109,9 +109,7 @@ def _convert(
     tokenizer = checkpoint.load_tokenizer(settings.model)
     job = begun(job, tokenizer)
     batches = job.read_calibration(tokenizer)
-    lessons = batches
-    if job.recipe.refine.steps and job.calibration.data != "stdin":  # which can be read once
-        lessons = job.read_calibration(tokenizer, lessons_of(job.calibration, job.recipe.refine.samples))
+    lessons = read_lessons(job, tokenizer, batches)
     exam = job.read_evaluation()
     source = open_dense(job, device)
     check_stream(source, batches[0], head=job.causal)
@@ -173,6 +171,13 @@ def begun(job: Job, tokenizer: PreTrainedTokenizerBase) -> Job:
     if not job.causal:  # texts of an encoder are framed by the tokenizer alone
         return job
     return replace(job, recipe=say_beginning(job.recipe, tokenizer))
+
+
+def read_lessons(job: Job, tokenizer: PreTrainedTokenizerBase, batches: list[Batch]) -> list[Batch]:
+    """Return the refinement batches: more of the calibration source, if it can be read twice."""
+    if not job.recipe.refine.steps or job.calibration.data == "stdin":
+        return batches
+    return job.read_calibration(tokenizer, lessons_of(job.calibration, job.recipe.refine.samples))
 
 
 def compress(

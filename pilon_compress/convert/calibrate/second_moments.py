@@ -134,14 +134,7 @@ def gather(
     """
     shelf = shelf or Shelf()
     stream = Stream(source, batches)
-    for index in track(range(len(source.names)), "calibrating, forward"):
-        _put(shelf, index, stream.hidden)
-        with source.block(index) as block:
-            stream.advance(block)
-        if not all(
-            bool(states[mask].isfinite().all()) for states, mask in zip(stream.hidden, stream.masks, strict=True)
-        ):
-            raise BadInput(f"what {source.names[index]} puts out is NaN or infinite on the calibration text")
+    _run_forward(stream, shelf)
     gradients = _output_gradients(stream, causal, seed)
     stream.hidden.clear()
     for index in track(range(len(source.names) - 1, -1, -1), "calibrating, backward"):
@@ -170,9 +163,16 @@ def _cut_graphs(block: nn.Module) -> None:
                 setattr(module, name, value.detach())
 
 
-def _put(shelf: Shelf, index: int, hidden: Sequence[Tensor]) -> None:
-    for batch, states in enumerate(hidden):
-        shelf.put(f"states.{index}.{batch}", states)
+def _run_forward(stream: Stream, shelf: Shelf) -> None:
+    """Run every block, and put the states that enter it on the shelf. Raises BadInput where they are not finite."""
+    for index in track(range(len(stream.names)), "calibrating, forward"):
+        for batch, states in enumerate(stream.hidden):
+            shelf.put(f"states.{index}.{batch}", states)
+        with stream.source.block(index) as block:
+            stream.advance(block)
+        rows = (states[mask] for states, mask in zip(stream.hidden, stream.masks, strict=True))
+        if not all(bool(states.isfinite().all()) for states in rows):
+            raise BadInput(f"what {stream.names[index]} puts out is NaN or infinite on the calibration text")
 
 
 def _output_gradients(stream: Stream, causal: bool, seed: int) -> list[Tensor]:
