@@ -1,10 +1,11 @@
 """PILON: feed-forward weights as compositions of low-rank primitives that a band of layers shares.
 
-Importing this package is light (no torch) and is all that `AutoModel...from_pretrained` needs to load a PILON model:
+    import pilon_compress as pc
+    model, report = pc.compress(model, tokenizer, pc.ConvertConfig(ffn_ratio=0.5), calibration=texts)
+    pc.save(model, "out/half")
 
-    import pilon_compress
-    from transformers import AutoModel
-    model = AutoModel.from_pretrained("out/minilm-half")
+Importing this package is light (no torch) and is all that `AutoModel...from_pretrained` needs to load a PILON model.
+The calls are described in docs/python-api.md.
 """
 
 import sys
@@ -13,25 +14,103 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names as in _PUBLIC, which loads them when they are first used
+    from pilon_compress.api.context import ModelLike as ModelLike
+    from pilon_compress.api.context import Texts as Texts
+    from pilon_compress.api.conversion import compress as compress
+    from pilon_compress.api.conversion import convert_model as convert_model
+    from pilon_compress.api.conversion import load as load
+    from pilon_compress.api.conversion import save as save
+    from pilon_compress.api.exporting import export as export
+    from pilon_compress.api.measuring import benchmark as benchmark
+    from pilon_compress.api.measuring import compare as compare
+    from pilon_compress.api.measuring import evaluate as evaluate
+    from pilon_compress.api.measuring import inspect as inspect
+    from pilon_compress.api.training import heal as heal
+    from pilon_compress.api.training import train as train
+    from pilon_compress.config.benchmark import BenchConfig as BenchConfig
+    from pilon_compress.config.comparison import CompareConfig as CompareConfig
+    from pilon_compress.config.conversion import CalibrationConfig as CalibrationConfig
+    from pilon_compress.config.conversion import ConvertConfig as ConvertConfig
+    from pilon_compress.config.conversion import Recipe as Recipe
+    from pilon_compress.config.conversion import RefineConfig as RefineConfig
+    from pilon_compress.config.evaluation import EvaluateConfig as EvaluateConfig
+    from pilon_compress.config.export import ExportOptions as ExportOptions
+    from pilon_compress.config.model import FfnConfig as FfnConfig
+    from pilon_compress.config.model import HostConfig as HostConfig
+    from pilon_compress.config.model import TernaryConfig as TernaryConfig
+    from pilon_compress.config.training import HealConfig as HealConfig
+    from pilon_compress.config.training import OptimizerConfig as OptimizerConfig
+    from pilon_compress.config.training import ScheduleConfig as ScheduleConfig
+    from pilon_compress.config.training import TrainConfig as TrainConfig
+    from pilon_compress.errors import BadInput as BadInput
+    from pilon_compress.models.families import find_sites as find_sites
+    from pilon_compress.nn.bank import PrimitiveBank as PrimitiveBank
+    from pilon_compress.nn.composed_linear import ComposedLinear as ComposedLinear
+    from pilon_compress.nn.fold import fold as fold
+    from pilon_compress.nn.layout import Layout as Layout
+    from pilon_compress.nn.layout import install as install
+    from pilon_compress.results.benchmark import Benchmark as Benchmark
+    from pilon_compress.results.comparison import Comparison as Comparison
+    from pilon_compress.results.conversion import Report as Report
+    from pilon_compress.results.evaluation import Evaluation as Evaluation
+    from pilon_compress.results.export import ExportResult as ExportResult
+    from pilon_compress.results.inspection import Inspection as Inspection
+    from pilon_compress.results.sizes import Sizes as Sizes
+    from pilon_compress.results.training import TrainResult as TrainResult
 
 __version__ = "0.1.0"
 
 _REGISTRY = "transformers.quantizers.auto"
 _LOADER = "pilon_compress.export.transformers_plugin"
-_PUBLIC = {  # public name -> module, or module:name where the module's own name would be hidden (the room `convert`)
-    "ComposedLinear": "pilon_compress.nn.composed_linear",
-    "PrimitiveBank": "pilon_compress.nn.bank",
-    "Layout": "pilon_compress.nn.layout",
-    "install": "pilon_compress.nn.layout",
-    "fold": "pilon_compress.nn.fold",
-    "find_sites": "pilon_compress.models.families",
-    "Recipe": "pilon_compress.config.conversion",
-    "convert_model": "pilon_compress.convert.pipeline:convert",
-    "evaluate": "pilon_compress.evaluate.evaluate",
-    "BadInput": "pilon_compress.errors",
+_PUBLIC = {  # public name -> module
+    "compress": "api.conversion",
+    "save": "api.conversion",
+    "load": "api.conversion",
+    "heal": "api.training",
+    "train": "api.training",
+    "evaluate": "api.measuring",
+    "compare": "api.measuring",
+    "inspect": "api.measuring",
+    "benchmark": "api.measuring",
+    "export": "api.exporting",
+    "convert_model": "api.conversion",
+    "ModelLike": "api.context",
+    "Texts": "api.context",
+    "ConvertConfig": "config.conversion",
+    "CalibrationConfig": "config.conversion",
+    "RefineConfig": "config.conversion",
+    "EvaluateConfig": "config.evaluation",
+    "CompareConfig": "config.comparison",
+    "HealConfig": "config.training",
+    "TrainConfig": "config.training",
+    "HostConfig": "config.model",
+    "FfnConfig": "config.model",
+    "TernaryConfig": "config.model",
+    "OptimizerConfig": "config.training",
+    "ScheduleConfig": "config.training",
+    "BenchConfig": "config.benchmark",
+    "ExportOptions": "config.export",
+    "Recipe": "config.conversion",
+    "Report": "results.conversion",
+    "TrainResult": "results.training",
+    "Evaluation": "results.evaluation",
+    "Comparison": "results.comparison",
+    "Inspection": "results.inspection",
+    "Benchmark": "results.benchmark",
+    "ExportResult": "results.export",
+    "Sizes": "results.sizes",
+    "BadInput": "errors",
+    "ComposedLinear": "nn.composed_linear",
+    "PrimitiveBank": "nn.bank",
+    "Layout": "nn.layout",
+    "install": "nn.layout",
+    "fold": "nn.fold",
+    "find_sites": "models.families",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
 
 class _RegisterWithTransformers(MetaPathFinder):
@@ -78,9 +157,12 @@ class _Front(ModuleType):
 
 sys.modules[__name__].__class__ = _Front
 
+if not TYPE_CHECKING:  # which would take every name for one of the package's
 
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        module, _, attribute = _PUBLIC[name].partition(":")
-        return getattr(import_module(module), attribute or name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+    def __dir__() -> list[str]:
+        return sorted(__all__)

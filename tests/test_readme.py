@@ -99,13 +99,3 @@ def test_search_example_agrees_with_the_dense_model(demo):
     printed = run(ROOT / "examples/semantic_search.py", *words, cwd=demo).stdout
     ours, dense = ({line[8:] for line in part.splitlines()[1:]} for part in printed.strip().split("\n\n"))
     assert len(ours) == len(dense) == 3 and ours & dense
-
-
-def test_python_example(tiny, tmp_path):
-    tiny.save_tiny("bert", tmp_path / "dense")
-    words = " ".join(f"word{i % 97} and its neighbour number {i}." + "\n\n" * (i % 5 == 0) for i in range(4000))
-    (tmp_path / "text.txt").write_text(words)
-    printed = run(ROOT / "examples/convert_from_python.py", "dense", "out", "text.txt", cwd=tmp_path).stdout
-    assert "whitened loss, svd" in printed and "BertForMaskedLM with " in printed
-    plan = json.loads((tmp_path / "out/report.json").read_text())["plan"]
-    assert sorted({layer for bank in plan["banks"] for layer in bank["layers"]}) == [1, 2]

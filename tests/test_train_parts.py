@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress.config.model import Ffn, Host
+from pilon_compress.config.model import FfnConfig, HostConfig
 from pilon_compress.config.training import Optimizer, Schedule
 from pilon_compress.distill.losses import next_token_sum
 from pilon_compress.errors import BadInput
@@ -19,18 +19,18 @@ from pilon_compress.nn.size import ffn_size
 from pilon_compress.optimize import schedule
 from pilon_compress.optimize.optimizers import GROUPS, Muon, group_parameters, make_optimizers, orthogonalised, restrict
 
-SMALL = Host(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, vocab_size=64)
+SMALL = HostConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, vocab_size=64)
 
 
-HALF = Ffn(ffn_ratio=0.6, mac_ratio=0.6)
+HALF = FfnConfig(ffn_ratio=0.6, mac_ratio=0.6)
 
 
 @cache
-def sites(host: Host = SMALL):
+def sites(host: HostConfig = SMALL):
     return find_sites(checkpoint.empty_model(base_architectures.config_for(host, 64, 0)))
 
 
-def built(ffn: Ffn = HALF, host: Host = SMALL, seed: int = 0):
+def built(ffn: FfnConfig = HALF, host: HostConfig = SMALL, seed: int = 0):
     config = base_architectures.config_for(host, 64, 0)
     return base_architectures.build_with(config, base_architectures.layout_for(sites(host), ffn), seed)
 
@@ -45,7 +45,7 @@ def built(ffn: Ffn = HALF, host: Host = SMALL, seed: int = 0):
     family=st.sampled_from(["arcee", "llama"]),
 )
 def test_no_plan_is_larger_than_its_budget(kind, stored, macs, bands, composition, family):
-    ffn = Ffn(kind=kind, ffn_ratio=stored, mac_ratio=macs, bands=bands, composition=composition)
+    ffn = FfnConfig(kind=kind, ffn_ratio=stored, mac_ratio=macs, bands=bands, composition=composition)
     try:
         layout = base_architectures.layout_for(sites(SMALL.model_copy(update={"family": family})), ffn)
     except BadInput as refusal:
@@ -58,14 +58,14 @@ def test_no_plan_is_larger_than_its_budget(kind, stored, macs, bands, compositio
 @pytest.mark.parametrize(("width", "inner", "rank"), [(512, 2048, 32), (1024, 4096, 64)])
 def test_shapes_of_the_original_suit_the_kernels(width, inner, rank):
     host = SMALL.model_copy(update={"hidden_size": width, "intermediate_size": inner, "num_attention_heads": 8})
-    layout = base_architectures.layout_for(sites(host), Ffn(rank=rank))
+    layout = base_architectures.layout_for(sites(host), FfnConfig(rank=rank))
     for spec in layout.projections.values():
         assert layout.banks[spec.bank].rank % 16 == 0
         assert spec.top_k * layout.banks[spec.bank].rank <= width / 2
 
 
 def test_wider_blocks_and_plain_matrices_keep_to_the_budget():
-    for ffn in (Ffn(neurons=1.5), Ffn(neurons=0.75), Ffn(matrices=True)):
+    for ffn in (FfnConfig(neurons=1.5), FfnConfig(neurons=0.75), FfnConfig(matrices=True)):
         size = ffn_size(base_architectures.layout_for(sites(), ffn)).over_dense().dump()
         assert 0.4 < size["stored_ratio"] <= 0.5 and 0.4 < size["mac_ratio"] <= 0.5
         model = built(ffn)
@@ -73,7 +73,7 @@ def test_wider_blocks_and_plain_matrices_keep_to_the_budget():
 
 
 def test_every_primitive_is_used_and_none_by_chance():
-    model = built(Ffn(ffn_ratio=0.4, mac_ratio=0.6, bands=2))
+    model = built(FfnConfig(ffn_ratio=0.4, mac_ratio=0.6, bands=2))
     used: dict[int, list[int]] = {}
     for _, composed in projections(model):
         used.setdefault(id(composed.bank), [0] * composed.bank.n_primitives)
@@ -84,7 +84,7 @@ def test_every_primitive_is_used_and_none_by_chance():
 
 
 def test_twins_begin_with_the_same_weights_outside_the_feed_forward_part():
-    dense, pilon = built(Ffn(kind="dense")), built()
+    dense, pilon = built(FfnConfig(kind="dense")), built()
     theirs = dict(dense.named_parameters())
     shared = [name for name, p in pilon.named_parameters() if name in theirs and "mlp" not in name]
     assert len(shared) > 10
@@ -96,7 +96,7 @@ def test_the_output_of_a_new_block_varies_as_much_as_the_dense_ones():
     x = torch.randn(512, 128, generator=torch.Generator().manual_seed(0))
     spread = {}
     for kind in ("dense", "pilon", "lowrank"):
-        up = built(Ffn(kind=kind), host).model.layers[1].mlp.up_proj
+        up = built(FfnConfig(kind=kind), host).model.layers[1].mlp.up_proj
         spread[kind] = float(up(x).detach().std())
     assert spread["pilon"] == pytest.approx(spread["dense"], rel=0.15)
     assert spread["lowrank"] == pytest.approx(spread["dense"], rel=0.15)
@@ -182,7 +182,7 @@ def test_loss_in_parts_is_the_loss(monkeypatch):
 
 
 def test_layout_of_a_new_model_is_its_plan():
-    ffn = Ffn(composition="softmax")
+    ffn = FfnConfig(composition="softmax")
     layout = base_architectures.layout_for(sites(), ffn)
     layout = layout.with_addition("original", "latent_scale", layout.banks)
     model = checkpoint.build(base_architectures.config_for(SMALL, 64, 0))

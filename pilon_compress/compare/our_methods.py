@@ -78,7 +78,7 @@ def candidate(job: Job, source: Source, batches: list[Batch], moments: Moments, 
     `batches` is the text itself, `moments` what one pass over it has seen. Refinement learns from the same text only.
     """
     asked = job.seeded(seed)
-    model, solved = pipeline.compress(source, asked, batches, moments=moments)
+    model, solved = pipeline.plan_and_solve(source, asked, batches, moments=moments)
     pipeline.improve(model, source.model, batches, asked.recipe)
     losses = [errors[job.recipe.method] for errors in solved.errors.values()]
     return Candidate(model, ffn_size(layout_of(model)), losses)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from pilon_compress.config.conversion import Calibration, Evaluation, Recipe
+from pilon_compress.config.conversion import CalibrationConfig, Evaluation, Recipe
 from pilon_compress.config.fields import MODEL, Device
 from pilon_compress.config.flat import Flat
 from pilon_compress.config.option import RUNNING, Argument, Option, Options
@@ -24,7 +24,7 @@ class CompareConfig(Flat):
     compared at equal stored numbers."""
     seeds: Annotated[Positive, Option(panel=WHAT)] = 3
     """Calibration texts to draw, and to average over."""
-    calibration: Annotated[Calibration, Options(TEXT)] = Calibration()
+    calibration: Annotated[CalibrationConfig, Options(TEXT)] = CalibrationConfig()
     evaluation: Annotated[Evaluation, Options(TEXT, prefix="eval-", only=("data", "samples"))] = Evaluation()
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True), Option(panel=RUNNING)] = 0
     """First seed: the texts are drawn with this one and those that follow."""

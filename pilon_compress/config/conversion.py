@@ -126,7 +126,7 @@ class Scope(Section):
     """Keep these modules dense, also those that `targets` names. Default: none."""
 
 
-class Calibration(Section):
+class CalibrationConfig(Section):
     """The text whose activations weigh the error."""
 
     data: Annotated[Text | None, Option("--calibration", metavar="SOURCE", tail=SOURCES)] = None
@@ -145,7 +145,7 @@ class Calibration(Section):
     before a text, or `nothing`. A recipe that names others than the tokenizer puts is refused."""
 
 
-class Refine(Section):
+class RefineConfig(Section):
     """Training of the converted model to agree with the dense one, after the closed form."""
 
     steps: Annotated[int, Field(ge=0, strict=True), Option("--refine", RUNNING)] = 0
@@ -224,8 +224,8 @@ class Recipe(General, Dense):
     budget: Annotated[Budget, Options("Budget")] = Budget()
     form: Annotated[Form, Options("Form")] = Form()
     scope: Annotated[Scope, Options("What is replaced")] = Scope()
-    calibration: Annotated[Calibration, Options("Calibration and evaluation")] = Calibration()
-    refine: Annotated[Refine, Options(RUNNING)] = Refine()
+    calibration: Annotated[CalibrationConfig, Options("Calibration and evaluation")] = CalibrationConfig()
+    refine: Annotated[RefineConfig, Options(RUNNING)] = RefineConfig()
     evaluation: Annotated[
         Evaluation, Options("Calibration and evaluation", prefix="eval-", only=("data", "samples"))
     ] = Evaluation()
@@ -242,8 +242,8 @@ class ConvertConfig(Flat, Budget, Form, Scope, General):
     Raises BadInput for an unknown field, a value that is out of range, and fields that exclude each other.
     """
 
-    calibration: Calibration = Calibration()
-    refine: Refine = Refine()
+    calibration: CalibrationConfig = CalibrationConfig()
+    refine: RefineConfig = RefineConfig()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from pilon_compress.config.ratio import Part
 from pilon_compress.config.reading import Above, Count, Positive, Section, Share, Switch, Text
 
 
-class Host(Section):
+class HostConfig(Section):
     """The shape of a model that is trained from scratch, in the words of its transformers config."""
 
     family: Text = "arcee"
@@ -35,7 +35,7 @@ class Host(Section):
     """Tokenizer: hub id, folder or package:NAME; or bpe, a byte-level BPE of `vocab_size` trained on the data."""
 
 
-class Ffn(Section):
+class FfnConfig(Section):
     """Form of the feed-forward projections of a model that is trained from scratch."""
 
     kind: Annotated[Literal["pilon", "lowrank", "dense"], Option("--ffn")] = "pilon"
@@ -69,7 +69,7 @@ class Ffn(Section):
     Default: none."""
 
 
-class Ternary(Section):
+class TernaryConfig(Section):
     """Ternary weights (-1, 0, 1 times a scale) in banks and dense matrices, with activations quantised to 8 bits."""
 
     enabled: Annotated[Switch, Option("--ternary")] = False

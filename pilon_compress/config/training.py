@@ -10,7 +10,7 @@ from pilon_compress.config import reading, strict_yaml
 from pilon_compress.config.conflicts import refuse_conflicts
 from pilon_compress.config.fields import SOURCES, Device, DType
 from pilon_compress.config.flat import Flat, arranged
-from pilon_compress.config.model import Ffn, Host, Ternary
+from pilon_compress.config.model import FfnConfig, HostConfig, TernaryConfig
 from pilon_compress.config.option import RUNNING, Option, Options
 from pilon_compress.config.ratio import Parts
 from pilon_compress.config.reading import Above, Count, Number, Override, Positive, Section, Share, Switch, Text
@@ -62,7 +62,7 @@ class Rate(Section):
     mean square; encoders want less, 3e-3."""
 
 
-class Updates(Section):
+class OptimizerConfig(Section):
     """The optimiser, and learning rates beside the main one."""
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -86,7 +86,7 @@ class Updates(Section):
     """Largest norm of the gradient; longer ones are scaled down."""
 
 
-class Optimizer(Updates, Rate):
+class Optimizer(OptimizerConfig, Rate):
     """Optimiser and learning rates."""
 
 
@@ -97,7 +97,7 @@ class Length(Section):
     """Tokens to train on. Default: one pass over the text."""
 
 
-class Course(Section):
+class ScheduleConfig(Section):
     """Course of the learning rate."""
 
     kind: Literal["wsd", "cosine", "constant"] = "wsd"
@@ -110,7 +110,7 @@ class Course(Section):
     """Learning rate at the end, as a share of the highest."""
 
 
-class Schedule(Course, Length):
+class Schedule(ScheduleConfig, Length):
     """Length of the training, and course of the learning rate."""
 
 
@@ -227,9 +227,9 @@ class TrainRecipe(General, Progressive, Asked):
         "ternary.second_rate": "research.bitnet.second_rate",
     }
 
-    host: Host = Host()
-    ffn: Annotated[Ffn, Options(WHAT)] = Ffn()
-    ternary: Annotated[Ternary, Options(WHAT)] = Ternary()
+    host: HostConfig = HostConfig()
+    ffn: Annotated[FfnConfig, Options(WHAT)] = FfnConfig()
+    ternary: Annotated[TernaryConfig, Options(WHAT)] = TernaryConfig()
     data: Annotated[Data, Options("Text")] = Data()
     optimizer: Annotated[Optimizer, Options(RUNNING)] = Optimizer()
     schedule: Annotated[Schedule, Options(RUNNING)] = Schedule()
@@ -297,9 +297,9 @@ class HealConfig(Flat, Distill, Run, Sequences, Length, Rate, Progressive, Gener
     range, and fields that exclude each other.
     """
 
-    ternary: Ternary = Ternary()
-    optimizer: Updates = Updates()
-    schedule: Course = Course()
+    ternary: TernaryConfig = TernaryConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
 
     @model_validator(mode="after")
     def _every_option_counts(self) -> "HealConfig":
@@ -317,11 +317,11 @@ class TrainConfig(Flat, Run, Sequences, Length, Rate, General):
     Raises BadInput for an unknown field, a value that is out of range, and fields that exclude each other.
     """
 
-    host: Host = Host()
-    ffn: Ffn = Ffn()
-    ternary: Ternary = Ternary()
-    optimizer: Updates = Updates()
-    schedule: Course = Course()
+    host: HostConfig = HostConfig()
+    ffn: FfnConfig = FfnConfig()
+    ternary: TernaryConfig = TernaryConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
 
     @model_validator(mode="after")
     def _every_option_counts(self) -> "TrainConfig":

@@ -12,6 +12,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ from pilon_compress.convert.texts import lessons_of, say_beginning
 from pilon_compress.data.batch import Batch
 from pilon_compress.distill.refine import refine
 from pilon_compress.errors import BadInput
-from pilon_compress.export.save import save_model
+from pilon_compress.export.save import declare, save_model
 from pilon_compress.io import companions, progress
 from pilon_compress.io.folders import fresh_folder, open_output
 from pilon_compress.io.journal import Journal
@@ -41,6 +42,7 @@ from pilon_compress.io.malloc import give_back_freed, trim
 from pilon_compress.io.output_paths import check_output
 from pilon_compress.models import checkpoint
 from pilon_compress.models.companions import companions_of
+from pilon_compress.models.in_memory import copy_of, held_model
 from pilon_compress.models.source import Source, available, open_source
 from pilon_compress.models.stream_check import check_stream
 from pilon_compress.nn.layout import layout_of
@@ -51,6 +53,27 @@ from pilon_compress.results.conversion import DryRun, Estimate, Refinement, Repo
 log = logging.getLogger(__name__)
 
 BASELINES = ("whitened-svd", "svd")  # what every report sets the conversion against, at equal stored size
+
+
+class Opened(NamedTuple):
+    """A conversion whose model and texts are open. `exam`: documents of the evaluation, or why there are none."""
+
+    job: Job
+    tokenizer: PreTrainedTokenizerBase
+    batches: list[Batch]
+    lessons: list[Batch]
+    exam: list[str] | str
+    source: Source
+    expected: Estimate
+
+
+class Converted(NamedTuple):
+    """A converted model, and what belongs beside it. `companions`: other files of the dense one, by relative name."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    companions: dict[str, Path]
+    report: Report
 
 
 def convert(
@@ -75,7 +98,7 @@ def convert(
             on_start(job, estimate(job))
         give_back_freed(scarce=settings.max_memory is not None)
         with progress.stages(stages(job)):
-            return _convert(settings, path, overwrite, command, job, on_plan)
+            return _convert(path, overwrite, command, job, on_plan)
 
 
 def dry_run(settings: conversion.Recipe, output: str | Path | None = None, *, overwrite: bool = False) -> DryRun:
@@ -92,48 +115,92 @@ def dry_run(settings: conversion.Recipe, output: str | Path | None = None, *, ov
     return DryRun(dry_run=True, final=job.final, estimate=expected, **vars(job.describe()))
 
 
-def _convert(
-    settings: conversion.Recipe,
-    output: Path,
-    overwrite: bool,
-    command: str,
-    job: Job,
-    on_plan: Callable[[Job], None] | None,
-) -> Report:
+def _convert(output: Path, overwrite: bool, command: str, job: Job, on_plan: Callable[[Job], None] | None) -> Report:
     """Convert into `output`, which this process holds."""
     started = time.perf_counter()
+    beside = companions_of(job.recipe.model)
+    opened = open_job(job)
+    source, tokenizer = opened.source, opened.tokenizer
+    journal = Journal(output, fingerprint(opened.job.recipe, opened.batches, source))
+    with journal.open():
+        model, job, report = solve_opened(opened, journal, command, on_plan)
+        with fresh_folder(output, overwrite) as folder:
+            save_model(model, tokenizer, folder, job.dtype)
+            companions.copy(beside, folder)
+            del model
+            trim()
+
+            def load(dtype: torch.dtype) -> PreTrainedModel:
+                return checkpoint.load_model(str(folder), dtype=dtype, device=str(source.device))
+
+            report = finished(report, judge(job, load, source, tokenizer, opened.exam), time.perf_counter() - started)
+            report = report.model_copy(update={"output": str(output)})
+            write_pages(report, folder)
+    journal.remove()
+    return report
+
+
+def convert_in_memory(settings: conversion.Recipe) -> Converted:
+    """Convert the dense model that `settings` names as `convert` does, without a folder; nothing is written that stays.
+
+    Weights are rounded to the dtype of the recipe, as a folder would hold them. Raises BadInput as `convert` does.
+    """
+    started, job = time.perf_counter(), prepare(settings)
+    give_back_freed(scarce=settings.max_memory is not None)
+    with progress.stages(stages(job)):
+        beside = companions_of(settings.model)
+        opened = open_job(job)
+        source, tokenizer = opened.source, opened.tokenizer
+        with TemporaryDirectory(prefix="pilon-compress-") as scratch:  # for what does not fit in memory
+            journal = Journal(Path(scratch) / "plan") if source.streamed else Journal()
+            model, job, report = solve_opened(opened, journal)
+        model = as_saved(model, job.dtype, share=held_model(settings.model) is None)
+        trim()
+
+        def load(dtype: torch.dtype) -> PreTrainedModel:
+            return copy_of(model, dtype, source.device, share=True)
+
+        judged = judge(job, load, source, tokenizer, opened.exam)
+    return Converted(model, tokenizer, beside, finished(report, judged, time.perf_counter() - started))
+
+
+def as_saved(model: PreTrainedModel, dtype: torch.dtype, share: bool) -> PreTrainedModel:
+    """Return a copy of a model that was converted as it comes back from a folder; `share`: see `copy_of`."""
+    made = copy_of(model, dtype, model.device, share)
+    declare(made, dtype)
+    made.config._name_or_path = made.name_or_path = ""  # what it says is where the dense model comes from
+    return made
+
+
+def open_job(job: Job) -> Opened:
+    """Open model and texts, and check that the one can be converted on the others. Raises BadInput."""
     expected = estimate(job)
-    beside = companions_of(settings.model)
-    torch.manual_seed(settings.seed)
-    device = checkpoint.find_device(settings.device)
-    tokenizer = checkpoint.load_tokenizer(settings.model)
+    torch.manual_seed(job.recipe.seed)
+    device = checkpoint.find_device(job.recipe.device)
+    tokenizer = checkpoint.load_tokenizer(job.recipe.model)
     job = begun(job, tokenizer)
     batches = job.read_calibration(tokenizer)
     lessons = read_lessons(job, tokenizer, batches)
     exam = job.read_evaluation()
     source = open_dense(job, device)
     check_stream(source, batches[0], head=job.causal)
-    journal = Journal(output, fingerprint(job.recipe, batches, source))
-    with journal.open():
-        planned = plan_conversion(source, job, batches, journal)
-        job = planned.job
-        if on_plan is not None:
-            on_plan(job)
-        model, solved = solve_plan(source, planned, batches, journal)
-        del planned
-        trim()
-        refined = improve(model, source.model, lessons, settings)
-        report = describe(job, solved, batches, refined, expected, command)
-        with fresh_folder(output, overwrite) as folder:
-            save_model(model, tokenizer, folder, job.dtype)
-            companions.copy(beside, folder)
-            del model, solved
-            trim()
-            report = finished(report, judge(job, folder, source, tokenizer, exam), time.perf_counter() - started)
-            report = report.model_copy(update={"output": str(output)})
-            write_pages(report, folder)
-    journal.remove()
-    return report
+    return Opened(job, tokenizer, batches, lessons, exam, source, expected)
+
+
+def solve_opened(
+    opened: Opened, journal: Journal, command: str = "", on_plan: Callable[[Job], None] | None = None
+) -> tuple[PreTrainedModel, Job, Report]:
+    """Plan, solve and refine: the model, the job with its plan, and the report without an evaluation."""
+    source, batches = opened.source, opened.batches
+    planned = plan_conversion(source, opened.job, batches, journal)
+    job = planned.job
+    if on_plan is not None:
+        on_plan(job)
+    model, solved = solve_plan(source, planned, batches, journal)
+    del planned
+    trim()
+    refined = improve(model, source.model, opened.lessons, job.recipe)
+    return model, job, describe(job, solved, batches, refined, opened.expected, command)
 
 
 def write_pages(report: Report, folder: Path) -> None:
@@ -154,16 +221,10 @@ def settle(job: Job) -> Job:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         log.info("%s holds no weights: sizes are about, layers are sized by calibration", job.recipe.model)
         return job
-    torch.manual_seed(job.recipe.seed)
-    tokenizer = checkpoint.load_tokenizer(job.recipe.model)
-    job = begun(job, tokenizer)
-    batches = job.read_calibration(tokenizer)
-    job.read_evaluation()
-    source = open_dense(job, checkpoint.find_device(job.recipe.device))
-    check_stream(source, batches[0], head=job.causal)
+    opened = open_job(job)
     with TemporaryDirectory(prefix="pilon-compress-") as scratch:  # what does not fit in memory, see `put_away`
-        journal = Journal(Path(scratch) / "plan") if source.streamed else Journal()
-        return plan_conversion(source, job, batches, journal).job
+        journal = Journal(Path(scratch) / "plan") if opened.source.streamed else Journal()
+        return plan_conversion(opened.source, opened.job, opened.batches, journal).job
 
 
 def begun(job: Job, tokenizer: PreTrainedTokenizerBase) -> Job:
@@ -180,7 +241,7 @@ def read_lessons(job: Job, tokenizer: PreTrainedTokenizerBase, batches: list[Bat
     return job.read_calibration(tokenizer, lessons_of(job.calibration, job.recipe.refine.samples))
 
 
-def compress(
+def plan_and_solve(
     source: Source,
     job: Job,
     batches: list[Batch],

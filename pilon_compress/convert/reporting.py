@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,9 +96,13 @@ def describe_projection(site: Site, plan: Plan, solved: Solved) -> Projection:
 
 
 def judge(
-    job: Job, folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, exam: list[str] | str
+    job: Job,
+    load: Callable[[torch.dtype], PreTrainedModel],
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    exam: list[str] | str,
 ) -> Evaluation | str:
-    """Load the saved folder back and measure it against the dense model; the reason where that is not done."""
+    """Measure the saved model against the dense one; the reason where that is not done. `load`: in that dtype."""
     dense = source.model
     if source.streamed and not isinstance(exam, str):
         held = (2 * sum(p.numel() for p in job.dense.parameters()) * dense.dtype.itemsize + PROCESS_BYTES) / 2**30
@@ -106,9 +110,9 @@ def judge(
         if held > memory:
             exam = f"both models in memory take {held:.3g} GiB of {memory:.3g}; `eval` scores the converted one alone"
         else:
-            dense = checkpoint.load_model(job.recipe.model, dtype=dense.dtype, device=str(source.device))
+            dense = checkpoint.load_model(job.recipe.model, dtype=dense.dtype, device=str(source.device), share=True)
     dtype = job.dtype if source.streamed and isinstance(exam, str) else dense.dtype
-    saved = checkpoint.load_model(str(folder), dtype=dtype, device=str(source.device))
+    saved = load(dtype)
     return exam if isinstance(exam, str) else compared(job, saved, dense, tokenizer, exam)
 
 

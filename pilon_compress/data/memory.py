@@ -8,24 +8,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from hashlib import blake2b
+from typing import TypeAlias
 
 from pilon_compress.data.readers.registry import Source
 from pilon_compress.errors import BadInput
 
 SCHEME = "memory"
-Texts = str | Sequence[str]
+Texts: TypeAlias = str | Sequence[str]
 """A text source by name, or texts."""
 
 _held: ContextVar[dict[str, list[str]]] = ContextVar("texts held in memory", default={})  # noqa: B039 (never changed)
 
 
 @contextmanager
-def hold(texts: Texts) -> Iterator[str]:
-    """Yield the name of a source of `texts` inside the context; a source that has a name already keeps it.
+def hold(texts: Texts | None) -> Iterator[str | None]:
+    """Yield the name of a source of `texts` inside the context; a source that has a name already keeps it, or None.
 
     Equal texts have equal names. Raises BadInput for what is no list of strings.
     """
-    if isinstance(texts, str):
+    if texts is None or isinstance(texts, str):
         yield texts
         return
     documents = list(texts)

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pilon_compress.evaluate.untouched import notes, untouched
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import Site, find_sites
+from pilon_compress.models.in_memory import held_model, record_of
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import bank_size, ffn_size, linear_macs, model_size
 from pilon_compress.nn.stored import stored_layout
@@ -100,7 +101,7 @@ def _form(model: str, empty: PreTrainedModel, layout: Layout, parts: list[Part],
 def _report(model: str) -> dict[str, Any]:
     """Return `evaluation` and `source_dtype` of the report.json beside the weights; {} where it cannot be read."""
     try:
-        found = json.loads((Path(checkpoint.resolve(model)) / "report.json").read_text("utf-8"))
+        found = json.loads(_page(model))
         figures = found["evaluation"]
         known = figures and {key: value for key, value in figures.items() if key in Evaluation.model_fields}
         return {
@@ -109,6 +110,14 @@ def _report(model: str) -> dict[str, Any]:
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _page(model: str) -> bytes:
+    """Return the report.json beside the weights, or that of a model in memory."""
+    if (held := held_model(model)) is not None:
+        record = record_of(held)
+        return record.report.model_dump_json().encode() if record.report else record.pages["report.json"]
+    return (Path(checkpoint.resolve(model)) / "report.json").read_bytes()
 
 
 def _storage(layout: Layout | None, name: str) -> str | None:

@@ -27,9 +27,7 @@ def save_model(
     max_shard_size: str = "5GB",
 ) -> None:
     """Write weights (safetensors, in `dtype`), config and tokenizer of a PILON or dense model into a fresh `folder`."""
-    layout = layout_of(model)
-    if layout.projections or layout.kept:
-        model.config.quantization_config = PilonConfig(layout.to_dict(), 2 if layout.quantized else 1)
+    declare(model, dtype)
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=_narrowed(model, dtype), max_shard_size=max_shard_size)
         model.config.dtype = dtype  # save_pretrained notes the dtype of the module, not of the state that it was given
@@ -37,6 +35,14 @@ def save_model(
         tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner only
+
+
+def declare(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Say in the config which PILON layout a model has, if it has one, and the dtype of its plain numbers."""
+    layout = layout_of(model)
+    if layout.projections or layout.kept:
+        model.config.quantization_config = PilonConfig(layout.to_dict(), 2 if layout.quantized else 1)
+    model.config.dtype = dtype
 
 
 def _narrowed(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:

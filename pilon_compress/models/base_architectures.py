@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from pilon_compress.config.model import Ffn, Host, Ternary
+from pilon_compress.config.model import FfnConfig, HostConfig, TernaryConfig
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.architectures.registry import ARCHITECTURES
@@ -39,7 +39,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedToke
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=EOS)
 
 
-def config_for(host: Host, sequence_length: int, eos: int | None) -> PretrainedConfig:
+def config_for(host: HostConfig, sequence_length: int, eos: int | None) -> PretrainedConfig:
     """Return the config of a base architecture for sequences of `sequence_length` tokens; `eos` is also its BOS id.
 
     Raises BadInput for an architecture that nobody registered, for a hidden size that the attention heads do not
@@ -89,7 +89,7 @@ def layout_in(config: PretrainedConfig) -> Layout | None:
     return stored_layout(config)
 
 
-def layout_for(sites: Sequence[Site], ffn: Ffn, ternary: Ternary = Ternary()) -> Layout | None:  # noqa: B008
+def layout_for(sites: Sequence[Site], ffn: FfnConfig, ternary: TernaryConfig = TernaryConfig()) -> Layout | None:  # noqa: B008
     """Return banks and projections of at most `ffn_ratio` of the sites' parameters and `mac_ratio` of their MACs.
 
     lowrank: one primitive for each projection. dense: the matrices unchanged, None if they are not ternary either.
@@ -109,13 +109,13 @@ def kept_whole(sites: Sequence[Site]) -> Layout:
     return Layout({}, {}, {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in sites})
 
 
-def with_ternary(layout: Layout, sites: Sequence[Site], ternary: Ternary) -> Layout:
+def with_ternary(layout: Layout, sites: Sequence[Site], ternary: TernaryConfig) -> Layout:
     """Return `layout` with ternary weights, where `ternary` enables them."""
     down = [site.name for site in sites if site.role == "down"]
     return layout.ternary(down, ternary.group) if ternary.enabled else layout
 
 
-def _composed(sites: Sequence[Site], ffn: Ffn) -> Layout:
+def _composed(sites: Sequence[Site], ffn: FfnConfig) -> Layout:
     """Return a layout of banks that the layers of a band share, or one bank for each layer (lowrank)."""
     wide = _widened(sites, ffn.neurons)
     layers = sorted({site.layer for site in sites})
@@ -149,7 +149,7 @@ def _widened(sites: Sequence[Site], neurons: float) -> list[Site]:
     ]
 
 
-def _narrowed(sites: Sequence[Site], ffn: Ffn) -> Layout:
+def _narrowed(sites: Sequence[Site], ffn: FfnConfig) -> Layout:
     """Return a layout of dense matrices with fewer neurons, as in a small dense model."""
     down = next(site for site in sites if site.role == "down")
     width = int(min(ffn.ffn_ratio, ffn.mac_ratio) * down.d_in)
@@ -161,7 +161,7 @@ def _narrowed(sites: Sequence[Site], ffn: Ffn) -> Layout:
     return Layout({}, {}, kept, {site.name: (site.d_in, site.d_out) for site in sites})
 
 
-def _size(members: Sequence[Site], dense: Sequence[Site], ffn: Ffn) -> tuple[BankSpec, int]:
+def _size(members: Sequence[Site], dense: Sequence[Site], ffn: FfnConfig) -> tuple[BankSpec, int]:
     """Return the bank of one band and role, and the number of its primitives that a layer selects."""
     site = members[0]
     pair = site.d_in + site.d_out

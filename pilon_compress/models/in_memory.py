@@ -95,6 +95,16 @@ def hold(model: str | Path | PreTrainedModel | None, tokenizer: PreTrainedTokeni
         _held.reset(token)
 
 
+@contextmanager
+def hold_or_none(model: str | Path | PreTrainedModel | None) -> Iterator[str | None]:
+    """Yield a reference to `model` as `hold` does, or None for None."""
+    if model is None:
+        yield None
+        return
+    with hold(model) as reference:
+        yield reference
+
+
 def _check(model: object) -> None:
     """Raise BadInput for what cannot be held."""
     kind = type(model).__name__

@@ -82,9 +82,9 @@ def _recipe(folder: Path) -> dict[str, object]:
 def _located(reference: object, folder: str | None) -> str | None:
     """Resolve a reference in a folder's recipe: a path counts from that folder, or else from the working directory.
 
-    None for a model that was in memory, unless it still is.
+    None for a model that was in memory: its name may be another one's by now.
     """
-    if not isinstance(reference, str) or in_memory(reference) and held_model(reference) is None:
+    if not isinstance(reference, str) or in_memory(reference):
         return None
     path = Path(reference).expanduser()
     if folder is not None and not path.is_absolute() and (Path(folder) / path).is_dir():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pilon_compress.config import conversion
-from pilon_compress.config.model import Ffn, Ternary
+from pilon_compress.config.model import FfnConfig, TernaryConfig
 from pilon_compress.config.training import Distill, TrainRecipe
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.train.progressive import conversion_recipe
@@ -32,7 +32,7 @@ def stages(settings: TrainRecipe, folder: Path) -> tuple[TrainRecipe, TrainRecip
     assert whole.tokens is not None
     early = {"tokens": max(1, round(share * whole.tokens)), "warmup": min(1.0, whole.warmup / share), "decay": 0.0}
     late = {"tokens": max(1, round((1 - share) * whole.tokens)), "warmup": WARMUP, "decay": DECAY}
-    plain = {"ffn": Ffn(kind="dense"), "ternary": Ternary(), "schedule": whole.model_copy(update=early)}
+    plain = {"ffn": FfnConfig(kind="dense"), "ternary": TernaryConfig(), "schedule": whole.model_copy(update=early)}
     first = settings.model_copy(update=plain)
     rate = settings.optimizer.learning_rate * settings.ffn.dense_after
     changes: dict[str, Any] = {
@@ -40,7 +40,7 @@ def stages(settings: TrainRecipe, folder: Path) -> tuple[TrainRecipe, TrainRecip
         "start": str(folder / "converted"),
         "teacher": str(folder / "dense"),
         "seed": (settings.seed + 1) % 2**32,
-        "ffn": Ffn(),
+        "ffn": FfnConfig(),
         "optimizer": settings.optimizer.model_copy(update={"learning_rate": rate, "banks": 1.0, "compositions": 1.0}),
         "schedule": whole.model_copy(update=late),
         "distill": Distill(kl=0.0, next_token=1.0, hidden=0.0, keep_best=False),

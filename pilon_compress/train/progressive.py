@@ -16,7 +16,7 @@ from typing import Any
 
 from pilon_compress.config import conversion
 from pilon_compress.config import training as recipes
-from pilon_compress.config.model import Ternary
+from pilon_compress.config.model import TernaryConfig
 from pilon_compress.config.training import TrainRecipe
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.convert.prepare import CAUSAL_LENGTH
@@ -77,7 +77,7 @@ def _stage(settings: TrainRecipe, source: str, ratio: float, folder: Path, heal:
         "start": str(converted),
         "teacher": settings.teacher or settings.start,
         "shrink": [],
-        "ternary": settings.ternary if ratio == settings.shrink[-1] else Ternary(),
+        "ternary": settings.ternary if ratio == settings.shrink[-1] else TernaryConfig(),
         "schedule": settings.schedule.model_copy(update={"tokens": share}),
     }
     return heal(settings.model_copy(update=changes), healed)
