@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {"pilon_compress": "pilon_compress", "cli": "pilon_compress/cli", "recipes": "pilon_compress/recipes"}
-SHIPPED = {".py", ".j2", ".yaml", ".json", ".cpp", ".h"}
+SHIPPED = {".py", ".typed", ".j2", ".yaml", ".json", ".cpp", ".h"}
 LONGEST = 400  # lines
 
 PROBE = """

@@ -24,7 +24,7 @@ def export(
 
     model   an object, which does not change, or a reference
     to      dense: stock transformers loads it, at the dense model's size. self-contained: brings its own code.
-            packed: ternary weights in bytes. Other exporters may be registered (docs/extending.md).
+            packed: ternary weights in bytes. Other exporters may be registered (docs/extending).
 
     Raises BadInput for a form that there is not, or that cannot take the model.
     """

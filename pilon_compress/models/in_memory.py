@@ -147,12 +147,17 @@ def config_of(model: PreTrainedModel) -> PretrainedConfig:
     """Return a copy of the model's config, with class, dtype and layout of the object."""
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype
-    if not config.architectures:
-        config.architectures = [type(model).__name__]
+    _name_class(config, model)
     layout = layout_of(model)
     if layout.projections or layout.kept:
         config.quantization_config = {**PILON_FORMAT, "layout": layout.to_dict()}
     return config
+
+
+def _name_class(config: PretrainedConfig, model: PreTrainedModel) -> None:
+    """Let `config` name the class of the object: AutoModel keeps the name of a head that it leaves out."""
+    if not config.architectures or type(model).__module__.startswith("transformers."):
+        config.architectures = [type(model).__name__]
 
 
 @torch.no_grad()
@@ -172,6 +177,7 @@ def copy_of(
         memo[id(tensor)] = nn.Parameter(made, made.is_floating_point()) if isinstance(tensor, nn.Parameter) else made
     memo[id(getattr(model, RECORD, None))] = getattr(model, RECORD, None)  # shared, not copied
     copied: PreTrainedModel = copy.deepcopy(model, memo)
+    _name_class(copied.config, model)
     return copied.eval()
 
 
