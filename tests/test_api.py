@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import pilon_compress as pc
 from pilon_compress.nn.layout import layout_of
@@ -66,7 +66,20 @@ def test_an_object_is_compressed_and_stays_as_it_was(tiny, tokenizer):
     assert report.evaluation.data == f"{report.calibration.data} (held-out part)"
     own = {tensor.data_ptr() for tensor in dense.state_dict().values()}
     assert not any(tensor.data_ptr() in own for tensor in model.state_dict().values()), "no tensor is shared"
-    assert type(model) is type(dense) and not model.training and layout_of(model).projections
+    layout = layout_of(model)
+    assert type(model) is type(dense) and not model.training
+    assert layout.projections.keys() | layout.kept.keys() == {
+        name for name, _ in dense.model.named_modules() if "_proj" in name and "mlp" in name
+    }, "every projection has factors or fewer neurons"
+
+
+def test_an_object_without_its_head_is_an_encoder(tiny, tokenizer, tmp_path):
+    tiny.save_tiny("llama", tmp_path / "dense")
+    bare = AutoModel.from_pretrained(tmp_path / "dense")
+    assert bare.config.architectures == ["LlamaForCausalLM"], "transformers keeps the name of the head"
+    model, report = pc.compress(bare, tokenizer, FAST, calibration=TEXTS)
+    assert type(model) is type(bare) and report.evaluation.kind == "encoder"
+    assert model.config.architectures == ["LlamaModel"] and bare.config.architectures == ["LlamaForCausalLM"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
