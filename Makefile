@@ -42,6 +42,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy pilon_compress cli
+	$(BIN)/mypy --strict --follow-imports=silent pilon_compress/__init__.py pilon_compress/api pilon_compress/results pilon_compress/config
 
 fix: $(READY)
 	$(BIN)/ruff check --fix .

@@ -53,6 +53,7 @@ LONG = {  # files of tests that train, convert whole models, compile, or interpr
     "test_train_teacher",
     "test_train_ternary",
     "test_train_warm",
+    "test_types",
 }
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pilon_compress.report import plot_style
 from pilon_compress.report.formatting import in_order
-from pilon_compress.report.methods import DENSE, METHODS, Curve, method_of
+from pilon_compress.report.methods import DENSE, REFERENCES, Curve, method_of
 
 Row = Mapping[str, Any]
 COSTS = {"bytes_ratio": "FFN bytes ÷ dense", "mac_ratio": "FFN MACs per token ÷ dense"}
@@ -23,7 +23,7 @@ def frontier(rows: Sequence[Row], key: str, label: str, dense: float) -> str:
     `label` names the metric, `dense` is the dense model's value.
     """
     curves = {curve.name: curve for curve in (method_of(row["method"]).curve for row in rows)}
-    order = in_order(curves, list(dict.fromkeys(method.curve.name for method in METHODS.values())))
+    order = in_order(curves, list(REFERENCES))
     values = [row[key][end] for row in rows for end in ("low", "high")]
     with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(plot_style.WIDTH, 4.2), layout="constrained")
