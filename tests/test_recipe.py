@@ -276,3 +276,9 @@ def test_dump_is_short_and_always_says_what_matters_most():
     assert lines[:5] == ["model: gpt2", "method: pilon", "seed: 0", "budget:", "  ffn_ratio: 0.5"]
     assert "  bands: [[0, 1], [2]]" in lines and "calibration:" in lines
     assert not any(line.startswith(("device", "scope", "evaluation")) for line in lines)
+
+
+def test_a_healing_at_the_rate_of_other_tasks_is_written_down(tmp_path):
+    written = training.build({"task": "heal", "start": "m", "optimizer": {"learning_rate": 1e-3}})
+    (tmp_path / "recipe.yaml").write_text(training.dump(written))
+    assert training.load(str(tmp_path / "recipe.yaml")).optimizer.learning_rate == 1e-3

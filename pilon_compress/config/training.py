@@ -351,8 +351,12 @@ def build(
 
 
 def dump(recipe: TrainRecipe) -> str:
-    """Return YAML that `load` reads as an equal recipe: what differs from the defaults."""
+    """Return YAML that `load` reads as an equal recipe: what differs from the defaults, and all that a task presets."""
     shown = {"task": recipe.task, "seed": recipe.seed} | json.loads(recipe.model_dump_json(exclude_defaults=True))
+    if recipe.task == "heal":  # a value that is the default of other tasks must not be read as healing's
+        every = recipe.model_dump(mode="json")
+        for section, presets in HEALING.items():
+            shown[section] = shown.get(section, {}) | {field: every[section][field] for field in presets}
     return strict_yaml.dump({field: shown[field] for field in TrainRecipe.model_fields if field in shown})
 
 
