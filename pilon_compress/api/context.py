@@ -1,4 +1,4 @@
-"""What every call has in common: models and texts as they may be given, and a process that stays as it was."""
+"""Read the models and texts that calls are given, and leave the process as it was."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -121,7 +121,7 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreT
 
 
 def read_record(reference: str) -> Record:
-    """What stands beside the weights of a model, for its record."""
+    """Record the files that stand beside the weights of a model."""
     tokenizer = None
     with suppress(BadInput):  # models without a tokenizer load, too
         tokenizer = checkpoint.load_tokenizer(reference)

@@ -29,7 +29,7 @@ class Document:
     """Parsed data, and where each part of it stands."""
 
     origin: str
-    """What messages call it: a file, or the option it came from."""
+    """Name in messages: a file, or the option that the text came from."""
     data: Any
     root: yaml.Node | None = None
 

@@ -18,7 +18,7 @@ class Part:
         return None
 
     def optimizer_group(self, leaf: str) -> str | None:
-        """Return the group of `train.optim.GROUPS` that a parameter of the module learns in; None: by its shape."""
+        """Return the group (of `optimize.optimizers.GROUPS`) that a parameter learns in; None: by its shape."""
         return None
 
 

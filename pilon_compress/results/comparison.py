@@ -23,7 +23,7 @@ class Figures(Result):
     bytes_ratio: Spread
     mac_ratio: Spread
     model_stored_ratio: Spread
-    """Of the whole model; the three before are of its feed-forward projections."""
+    """Stored ratio of the whole model; the ratios above are of its feed-forward part."""
     whitened_loss: Spread
     cosine: Spread | None = None
     neighbors10: Spread | None = None

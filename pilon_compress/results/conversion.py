@@ -34,9 +34,9 @@ class ConversionPlan(Result):
 
     plan: Plan
     dtype: str
-    """Of the saved weights."""
+    """Number format of the saved weights."""
     source_dtype: str
-    """Of the dense model's file."""
+    """Number format of the dense model's file."""
     ffn: Sizes
     """The feed-forward projections that are replaced."""
     model: Sizes
@@ -44,7 +44,7 @@ class ConversionPlan(Result):
     untouched: list[Share]
     """Experts and routers that stay as they are."""
     notes: list[str]
-    """The same in words."""
+    """Sentences about `untouched` and the sizes."""
 
 
 class DryRun(ConversionPlan):
@@ -116,7 +116,7 @@ class Refinement(Result):
     rate: float
     """Learning rate, relative to each tensor's root mean square, after the halvings."""
     halvings: int
-    """How often the loss ran away, and the rate was halved."""
+    """Times that the loss ran away and the rate was halved."""
     before: float
     """Held-out loss, as `after`: mean 1 - cosine of the embeddings, or mean KL(dense ‖ converted) in nats."""
     after: float

@@ -41,7 +41,7 @@ class Evaluation(Result):
     texts: int | None = None
     """Texts that were embedded (encoder)."""
     model: str | None = None
-    """What was evaluated."""
+    """Reference of the model that was evaluated."""
     against: str | None = None
     """The dense model that it was compared with."""
     data: str | None = None

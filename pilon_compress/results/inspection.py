@@ -45,9 +45,9 @@ class Inspection(Result):
     architecture: str
     form: Literal["dense", "pilon"]
     dtype: str
-    """Of the model's file."""
+    """Number format of the model's file."""
     parameters: int
-    """Of the dense model, as all that follows."""
+    """Parameters of the dense model, which the figures below count, too."""
     macs: int
     """Multiply-accumulates per token."""
     replaced: int
@@ -57,12 +57,12 @@ class Inspection(Result):
     untouched: list[Share]
     """Experts and routers that stay as they are."""
     notes: list[str]
-    """The same in words."""
+    """Sentences about `untouched` and the sizes."""
     parts: list[Part] | None = None
     """PILON: banks and dense matrices, as all that follows."""
     banks: dict[str, InspectedBank] | None = None
     source_dtype: str | None = None
-    """Of the dense model's file."""
+    """Number format of the dense model's file."""
     ffn: Sizes | None = None
     model_size: Sizes | None = None
     evaluation: Evaluation | None = None

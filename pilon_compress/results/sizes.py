@@ -40,7 +40,7 @@ class Part(Result):
     """A bank with the projections that it makes, or a dense matrix."""
 
     names: list[str]
-    """Of the projections, below the base model."""
+    """Names of the projections, below the base model."""
     role: str
     """up, gate, gate_up or down."""
     layers: list[int]
@@ -57,7 +57,7 @@ class Part(Result):
     quantization: str
     """none, or the number format of the weights."""
     bits: float
-    """Of a weight."""
+    """Bits of a weight."""
     stored: int
     bytes: int
     macs: int

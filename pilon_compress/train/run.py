@@ -30,9 +30,9 @@ class Run:
     command: str
     quiet: bool
     whole: TrainRecipe | None = None
-    """What the user asked for, where `recipe` is a stage of it."""
+    """Recipe of the user, where `recipe` is a stage of it."""
     stages: tuple[TrainResult, ...] = ()
-    """What came of the stages before."""
+    """Results of the stages before."""
 
     @property
     def asked(self) -> TrainRecipe:

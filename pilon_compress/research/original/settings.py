@@ -19,7 +19,7 @@ class Selection(Section):
     until: Share = 0.4
     """Share of the training after which the choice is final."""
     temperature: Above = 1.0
-    """Of the disturbance at the start."""
+    """Temperature of the disturbance at the start."""
 
 
 class Staged(Section):
