@@ -68,7 +68,7 @@ def test_an_object_is_compressed_and_stays_as_it_was(tiny, tokenizer):
     assert not any(tensor.data_ptr() in own for tensor in model.state_dict().values()), "no tensor is shared"
     layout = layout_of(model)
     assert type(model) is type(dense) and not model.training
-    assert layout.projections.keys() | layout.kept.keys() == {
+    assert layout.projections.keys() | layout.matrices.keys() == {
         name for name, _ in dense.model.named_modules() if "_proj" in name and "mlp" in name
     }, "every projection has factors or fewer neurons"
 

@@ -14,7 +14,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.export.save import save_model
 from pilon_compress.kernels import cpu, dispatch
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install, projections
+from pilon_compress.nn.layout import BankSpec, DenseSpec, Layout, ProjectionSpec, install, projections
 
 BLOCK = {"dense_bf16", "dense_int8", "dense_ternary", "pilon_fp32", "pilon_bf16", "pilon_int8", "pilon_ternary"}
 
@@ -29,13 +29,13 @@ def hang_together(variants: Mapping[str, Mapping[str, float]]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
-    """A tiny Llama whose first two layers share banks of rank 16, with a kept matrix among them."""
+    """A tiny Llama whose first two layers share banks of rank 16, with a dense matrix among them."""
     model = tiny.tiny_model("llama")
     names = [f"layers.{layer}.mlp.{role}_proj" for layer in (0, 1) for role in ("gate", "up", "down")]
     banks = {f"band0.{role}": BankSpec(32, 64, 3, 16) for role in ("gate", "up")}
     banks["band0.down"] = BankSpec(64, 32, 3, 16)
     taken = {name: ProjectionSpec(f"band0.{name.split('.')[3][:-5]}", 2, False) for name in names[:-1]}
-    layout = Layout(banks, taken, {names[-1]: KeptSpec(64, 32, False)})
+    layout = Layout(banks, taken, {names[-1]: DenseSpec(64, 32, False)})
     initialise(install(model, layout), 0.05, torch.Generator().manual_seed(0))
     path = tmp_path_factory.mktemp("bench") / "pilon"
     path.mkdir()

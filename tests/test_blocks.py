@@ -77,7 +77,9 @@ def test_an_allocation_counts_what_its_layout_stores(tiny, family, ratio):
     size = ffn_size(found.plan.layout())
     assert 0.95 * ratio < size.stored / size.dense_stored <= ratio
     assert size.macs / size.dense_macs <= ratio
-    assert sum(bank.stored() for bank in found.plan.banks) + sum(s.parameters for s in found.plan.kept) == size.stored
+    assert (
+        sum(bank.stored() for bank in found.plan.banks) + sum(s.parameters for s in found.plan.matrices) == size.stored
+    )
     for block in blocks:
         left = found.left[block.layer]
         for site in block.sites:

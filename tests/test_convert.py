@@ -68,7 +68,7 @@ def test_the_card_loads_on_the_hub_and_its_code_runs(converted, monkeypatch):
     monkeypatch.chdir(folder)
     found: dict = {}
     exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], found)
-    assert layout_of(found["model"]).projections or layout_of(found["model"]).kept
+    assert layout_of(found["model"]).projections or layout_of(found["model"]).matrices
 
 
 def test_size_is_what_the_file_holds(cli, converted):

@@ -13,7 +13,7 @@ from pilon_compress.data import token_files
 from pilon_compress.errors import BadInput
 from pilon_compress.io.journal import Journal
 from pilon_compress.models import provenance
-from pilon_compress.nn.layout import BankSpec, KeptSpec, Layout, ProjectionSpec
+from pilon_compress.nn.layout import BankSpec, DenseSpec, Layout, ProjectionSpec
 from pilon_compress.optimize.checkpoints import Checkpoints
 from pilon_compress.parallel import World
 
@@ -21,7 +21,7 @@ VALUES = ({}, [], None, -1, 0, 3, "x", 1e9, True, 10**12, [1, 2, 3])
 LAYOUT = Layout(
     banks={"band0.up": BankSpec(8, 16, 4, 2)},
     projections={"h.0.up": ProjectionSpec("band0.up", 2, True, "scalar", 4)},
-    kept={"h.0.down": KeptSpec(16, 8, True, "int4")},
+    matrices={"h.0.down": DenseSpec(16, 8, True, "int4")},
     host={"h.0.down": (32, 8)},
     rest={"wte": "embedding"},
 )

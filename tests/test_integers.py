@@ -25,7 +25,7 @@ from pilon_compress.models.families import find_sites
 from pilon_compress.nn.fold import fold, prune_unused
 from pilon_compress.nn.formats.registry import grids
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import banks, install, kept_matrices, layout_of, projections
+from pilon_compress.nn.layout import banks, dense_matrices, install, layout_of, projections
 from pilon_compress.nn.size import ffn_size, model_size
 
 KINDS = ("int8", "int4", "int3", "int2")
@@ -56,7 +56,7 @@ def float_twin(tiny, family, dtype=torch.float32):
         elif role == "down":
             shared.banks.append(BankPlan(1, role, tuple(members), 1, 9, 1))
         else:
-            shared.kept.extend(members)
+            shared.matrices.extend(members)
     generator = torch.Generator().manual_seed(0)
     return initialise(install(model, shared.layout()), 0.1, generator).to(dtype).eval(), shared
 
@@ -73,7 +73,7 @@ def rounded(tiny, family, quantization, dtype=torch.float32):
                 found = nearest((factor.transpose(1, 2) if turned else factor).double(), quantization)
                 getattr(bank, side).put(found.codes, found.scale)
                 factor.copy_(found.values.transpose(1, 2) if turned else found.values)
-        for (_, mine), (_, theirs) in zip(kept_matrices(whole), kept_matrices(plain), strict=True):
+        for (_, mine), (_, theirs) in zip(dense_matrices(whole), dense_matrices(plain), strict=True):
             found = nearest(theirs.weight.T[None].double(), quantization)
             mine.put(found.codes, found.scale)
             theirs.weight.copy_(found.values[0].T)
@@ -260,8 +260,8 @@ def test_conversion_reports_the_bytes_that_it_writes(tiny, place, tmp_path, quan
     assert report["ffn"]["bytes_ratio"] < 0.45 * report["ffn"]["stored_ratio"] * 2  # float32 elsewhere
     model = AutoModel.from_pretrained(tmp_path / "out")
     layout = layout_of(model)
-    assert layout.banks or layout.kept
-    assert {spec.quantization for spec in (*layout.banks.values(), *layout.kept.values())} == {quantization}
+    assert layout.banks or layout.matrices
+    assert {spec.quantization for spec in (*layout.banks.values(), *layout.matrices.values())} == {quantization}
     written = on_disk(tmp_path / "out", ("pilon_banks", "intermediate.dense", "output.dense"))
     attention = on_disk(tmp_path / "out", ("attention.output.dense",))
     assert report["ffn"]["bytes"] == written - attention

@@ -23,7 +23,7 @@ from pilon_compress.export.run import export
 from pilon_compress.export.save import save_model
 from pilon_compress.models.families import FAMILIES, find_sites
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import Layout, install, kept_matrices, layout_of, projections
+from pilon_compress.nn.layout import Layout, dense_matrices, install, layout_of, projections
 from pilon_compress.nn.size import model_size
 
 ENCODERS = ("bert", "roberta", "distilbert")
@@ -40,7 +40,7 @@ def pilon(tiny, family, **config):
 def trimmed_pilon(tiny, family):
     """Return the layout with 40 of 64 neurons: dense ups in the first layer, downs in the second, all in the third.
 
-    Kept matrices and banks compute at the smaller width.
+    Dense matrices and banks compute at the smaller width.
     """
     model = tiny.tiny_model(family)
     plan = Plan(0.6, [[0], [1], [2]], [])
@@ -48,16 +48,16 @@ def trimmed_pilon(tiny, family):
         small = trimmed(site, 40, 64)
         plan.host[site.name] = (site.d_in, site.d_out)
         if site.layer == 2 or (site.role == "down") == (site.layer == 1):
-            plan.kept.append(small)
+            plan.matrices.append(small)
         else:
             plan.banks.append(BankPlan(site.layer, site.role, (small,), 1, 9, 1))
     generator = torch.Generator().manual_seed(0)
     initialise(install(model, plan.layout()), 0.1, generator)
     with torch.no_grad():
-        for _, kept in kept_matrices(model):
-            kept.weight.normal_(0, 0.1, generator=generator)
-            if kept.bias is not None:
-                kept.bias.normal_(0, 0.1, generator=generator)
+        for _, matrix in dense_matrices(model):
+            matrix.weight.normal_(0, 0.1, generator=generator)
+            if matrix.bias is not None:
+                matrix.bias.normal_(0, 0.1, generator=generator)
     return model.eval()
 
 

@@ -67,7 +67,7 @@ def test_the_best_weights_are_kept_not_the_last():
     train(job, told)
     losses = {step: figures["val_perplexity"] for step, figures in told.lines if "val_perplexity" in figures}
     last = float((slope.x.detach() - 0.5).square())
-    put(slope, job.kept)
+    put(slope, job.best_weights)
     assert float((slope.x.detach() - 0.5).square()) == job.best < last
     assert min(losses.values()) == job.figure.of(job.best) < losses[60] and list(losses) == list(range(0, 61, 5))
     assert told.shown == 60
@@ -100,7 +100,7 @@ def test_nothing_but_nan_ends_the_run_with_the_first_weights():
     job = job_of(slope, keep_best=True)
     with pytest.raises(Diverged, match=f"loss is nan at step {RESTARTS + 1}.*after {RESTARTS} restarts"):
         train(job, Told())
-    assert job.kept["x"] == 1 and job.best == job.before
+    assert job.best_weights["x"] == 1 and job.best == job.before
 
 
 def test_a_run_that_keeps_no_weights_ends_at_the_first_nan():

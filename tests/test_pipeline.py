@@ -8,7 +8,7 @@ from pilon_compress.config.conversion import build
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.evaluate.inspect import anatomy
 from pilon_compress.models.families import FAMILIES
-from pilon_compress.nn.layout import kept_matrices, projections
+from pilon_compress.nn.layout import dense_matrices, projections
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 PROSE = "\n\n".join(
@@ -75,7 +75,7 @@ def test_targets_and_ignore_decide_what_is_replaced_and_nothing_else_changes(tin
     scope = {"targets": [r"re:.*mlp\.(up|down)_proj"], "ignore": [r"re:layers\.1\."]}
     run(tmp_path / "dense", prose, tmp_path / "some", scope=scope)
     dense, some = (AutoModel.from_pretrained(tmp_path / name) for name in ("dense", "some"))
-    replaced = {name for name, _ in (*projections(some), *kept_matrices(some))}
+    replaced = {name for name, _ in (*projections(some), *dense_matrices(some))}
     assert replaced == {f"layers.{layer}.mlp.{role}_proj" for layer in (0, 2) for role in ("up", "down")}
     kept = {k: v for k, v in dense.state_dict().items() if k.rpartition(".")[0] not in replaced}
     assert len(kept) > 20 and all(torch.equal(v, some.state_dict()[k]) for k, v in kept.items())

@@ -19,12 +19,12 @@ from pilon_compress.nn.fold import dense
 from pilon_compress.nn.formats.ternary import TernaryBank, TernaryLinear
 from pilon_compress.nn.layout import (
     BankSpec,
-    KeptSpec,
+    DenseSpec,
     Layout,
     ProjectionSpec,
     banks,
+    dense_matrices,
     install,
-    kept_matrices,
     layout_of,
     projections,
 )
@@ -48,7 +48,7 @@ def small(tiny, composition="component", bias=False, latent=()):
     use = {
         name: ProjectionSpec("band0.up" if "up" in name else "band0.down", 2, bias, composition) for name in places[1:]
     }
-    layout = Layout(made, use, {places[0]: KeptSpec(d, h, bias)})
+    layout = Layout(made, use, {places[0]: DenseSpec(d, h, bias)})
     for kind in latent:
         layout = layout.with_addition("original", kind, made)
     install(model, layout)
@@ -187,7 +187,7 @@ def test_healing_digits_beats_rounding_and_says_what_each_stage_brought(home, tm
     assert recipes.load(str(tmp_path / "out/recipe.yaml")).start == str(home / "pilon")
     model = checkpoint.load_model(str(tmp_path / "out"))
     assert all(isinstance(bank, TernaryBank) for _, bank in banks(model)) and layout_of(model).is_ternary
-    assert all(isinstance(matrix, TernaryLinear) for _, matrix in kept_matrices(model))
+    assert all(isinstance(matrix, TernaryLinear) for _, matrix in dense_matrices(model))
     assert evaluate(str(tmp_path / "out"), data=str(home / "text.jsonl")).dump()["against"] == str(home / "dense")
     with pytest.raises(BadInput, match="is ternary already"):
         train_model(healing(home, start=str(tmp_path / "out")), tmp_path / "again", quiet=True)

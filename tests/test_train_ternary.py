@@ -16,7 +16,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures
 from pilon_compress.nn.additions import added
 from pilon_compress.nn.formats.ternary import TernaryBank, TernaryLinear
-from pilon_compress.nn.layout import banks, kept_matrices, layout_of, projections
+from pilon_compress.nn.layout import banks, dense_matrices, layout_of, projections
 from pilon_compress.optimize.callbacks import extensions
 from pilon_compress.optimize.monitor import read_metrics
 from pilon_compress.optimize.optimizers import group_parameters, make_optimizers
@@ -124,14 +124,14 @@ def test_decoding_batches_and_prefixes_do_not_change_what_is_predicted(family):
 
 def test_dense_hosts_are_ternary_one_flag_away_and_norms_can_be_alike():
     model, _ = built("ffn.kind=dense", bitnet={"sub_norm": True})
-    layers = dict(kept_matrices(model))
+    layers = dict(dense_matrices(model))
     assert len(layers) == 12 and all(isinstance(layer, TernaryLinear) for layer in layers.values())
     assert {name.rsplit(".", 1)[1] for name, layer in layers.items() if added(layer)} == {"down_proj"}
     for kind in ("pilon", "lowrank", "dense"):
         model, _ = built(f"ffn.kind={kind}", enabled=False, bitnet={"sub_norm": True})
         assert not layout_of(model).is_ternary and len([n for n in model.state_dict() if "norm.weight" in n]) == 4 + 9
     model, _ = built("ffn.kind=dense", enabled=False)
-    assert not layout_of(model).kept
+    assert not layout_of(model).matrices
 
 
 @pytest.mark.parametrize("kind", ["pilon", "dense"])
@@ -140,7 +140,7 @@ def test_outputs_start_as_large_as_those_of_dense_weights(kind):
     model, _ = built(f"ffn.kind={kind}", "host.hidden_size=64", "host.intermediate_size=256")
     model.eval()
     x = torch.randn(200, 64)
-    layers = [layer for name, layer in (*projections(model), *kept_matrices(model)) if "up_proj" in name]
+    layers = [layer for name, layer in (*projections(model), *dense_matrices(model)) if "up_proj" in name]
     sizes = torch.stack([layer(x).std() for layer in layers])
     assert sizes.mean() == pytest.approx(0.02 * 8, rel=0.15)
 

@@ -24,7 +24,7 @@ def test_one_run_ends_as_a_pilon_model_of_the_budget_and_is_not_made_again(tmp_p
     early, late = (one["val_perplexity"] for one in result["stages"])
     assert result["val_perplexity"] == late < early
     layout = layout_of(AutoModelForCausalLM.from_pretrained(output))
-    assert layout.projections or layout.kept
+    assert layout.projections or layout.matrices
     assert json.loads((output / "train.json").read_text()) == result
     assert "dense for the first 50% of its tokens" in (output / "README.md").read_text()
     again = train_model(asked, output, resume=True, quiet=True).dump()

@@ -19,7 +19,7 @@ from pilon_compress.models import checkpoint
 from pilon_compress.models.families import find_sites
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.fold import fold
-from pilon_compress.nn.layout import BANKS, kept_matrices, projections
+from pilon_compress.nn.layout import BANKS, dense_matrices, projections
 
 
 class TernaryProjection(nn.Module):
@@ -110,7 +110,7 @@ def pilon_ternary(pilon: PreTrainedModel) -> PreTrainedModel:
             raise NotHere(f"there is a bank of rank {bank.rank}: the ternary kernel takes multiples of 16")
         projection = ternary_bank(bank.d_in, bank.d_out, k * bank.rank, bank.rank, bank.n_primitives)
         model.base_model.set_submodule(name, carry(composed, TernaryProjection(_biased(projection, composed.bias))))
-    for name, dense in list(kept_matrices(model)):
+    for name, dense in list(dense_matrices(model)):
         projection = ternary_matrix(dense.in_features, dense.out_features)
         model.base_model.set_submodule(name, carry(dense, TernaryProjection(_biased(projection, dense.bias))))
     delattr(model.base_model, BANKS)

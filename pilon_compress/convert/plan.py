@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from pilon_compress.models.families import Site
-from pilon_compress.nn.layout import BankSpec, KeptSpec, Layout, ProjectionSpec
+from pilon_compress.nn.layout import BankSpec, DenseSpec, Layout, ProjectionSpec
 from pilon_compress.nn.sizing import BankSize, composition_numbers
 
 
@@ -72,21 +72,21 @@ class Plan:
     ratio: float
     bands: list[list[int]]
     banks: list[BankPlan]
-    kept: list[Site] = field(default_factory=list)
+    matrices: list[Site] = field(default_factory=list)
     """Projections that stay one matrix."""
     host: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(d_in, d_out) in the dense model of the projections that lose neurons."""
 
     def layout(self, quantization: str | None = None) -> Layout:
         """Return the layout of the PILON model, in the number format `quantization` if it is given."""
-        kept = {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in self.kept}
+        matrices = {site.name: DenseSpec(site.d_in, site.d_out, site.bias) for site in self.matrices}
         specs = {bank.name: BankSpec(bank.d_in, bank.d_out, bank.n_primitives, bank.rank) for bank in self.banks}
         projections = {
             site.name: ProjectionSpec(bank.name, bank.top_k, site.bias, bank.composition)
             for bank in self.banks
             for site in bank.sites
         }
-        made = Layout(specs, projections, kept, self.host)
+        made = Layout(specs, projections, matrices, self.host)
         return made if quantization is None else made.in_format(quantization)
 
 

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from pilon_compress.config.conflicts import fixed_shape
 from pilon_compress.config.conversion import Recipe
 from pilon_compress.config.effort import EFFORTS
-from pilon_compress.convert.allocate.uniform import check_limits, keep_whole, make_plan, preview
+from pilon_compress.convert.allocate.uniform import check_limits, dense_plan, make_plan, preview
 from pilon_compress.convert.plan import Plan, down_of
 from pilon_compress.convert.texts import Calibration, read_calibration, read_evaluation
 from pilon_compress.data.batch import Batch
@@ -123,9 +123,9 @@ def initial_plan(recipe: Recipe, sites: list[Site]) -> Plan:
     if allocated(recipe):
         guess = preview(sites, min(asked.ratio, asked.mac_limit or 1))
         return guess or make_plan(sites, asked, "whitened-svd", recipe.form.composition)
-    kept = recipe.method == "pilon" and recipe.form.composition == "component" and not fixed_shape(recipe)
-    if kept and asked.ratio == 1:
-        return keep_whole(sites)
+    whole = recipe.method == "pilon" and recipe.form.composition == "component" and not fixed_shape(recipe)
+    if whole and asked.ratio == 1:
+        return dense_plan(sites)
     plan = make_plan(sites, asked, recipe.method, recipe.form.composition)
     check_limits(plan, asked)
     return plan
@@ -144,7 +144,7 @@ def asked_format(recipe: Recipe) -> str | None:
 
 def describe_plan(plan: Plan, itemsize: int, quantization: str | None = None) -> conversion.Plan:
     """The plan bank by bank and matrix by matrix, for the terminal, report.json and the card."""
-    sites = [site for bank in plan.banks for site in bank.sites] + plan.kept
+    sites = [site for bank in plan.banks for site in bank.sites] + plan.matrices
     band = {layer: index for index, layers in enumerate(plan.bands) for layer in layers}
     parts = layout_parts(plan.layout(quantization), sites, itemsize)
     entries = [conversion.PlannedPart(band=band[part.layers[0]], **vars(part)) for part in parts]

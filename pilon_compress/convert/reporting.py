@@ -49,7 +49,7 @@ def describe(
         whitened_loss={method: sum(values) / len(values) for method, values in losses.items()},
         projections=[describe_projection(site, job.plan, solved) for site in job.sites],
         banks=[_bank(bank, solved) for bank in job.plan.banks],
-        kept=size.kept(job.dense, job.layout),
+        kept=size.unchanged(job.dense, job.layout),
         calibration=CalibrationText(
             data=job.calibration.data,
             texts=calibration.sequences(batches),

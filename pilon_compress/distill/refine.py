@@ -70,7 +70,7 @@ def refine(
             train(job, line)
         kept = job.best < job.before
         if kept:
-            put(job.trainee, job.kept)
+            put(job.trainee, job.best_weights)
         else:  # bit for bit what it was, scales included
             put(model, original)
     return Refinement(

@@ -31,7 +31,7 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
     empty = checkpoint.empty_model(config)
     layout = stored_layout(config)
     if layout and not targets:
-        targets = [*layout.projections, *layout.kept]  # the replaced projections, which --targets may have chosen
+        targets = [*layout.projections, *layout.matrices]  # the replaced projections, which --targets may have chosen
     sites = find_sites(empty, targets, ignore)
     dtype = stored_dtype(config)
     parts = layout_parts(layout, sites, dtype.itemsize) if layout else []
@@ -122,7 +122,7 @@ def _page(model: str) -> bytes:
 
 def _storage(layout: Layout | None, name: str) -> str | None:
     """Return the bank of a converted projection, or its matrix's shape; None for one that was not converted."""
-    if layout is None or name not in {**layout.projections, **layout.kept}:
+    if layout is None or name not in {**layout.projections, **layout.matrices}:
         return None
     if name in layout.projections:
         return layout.projections[name].bank

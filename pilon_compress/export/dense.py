@@ -14,7 +14,7 @@ from pilon_compress.models import checkpoint
 from pilon_compress.models.families import family_of
 from pilon_compress.nn.additions import addition
 from pilon_compress.nn.fold import dense
-from pilon_compress.nn.layout import BANKS, kept_matrices, layout_of, linear_shape, projections
+from pilon_compress.nn.layout import BANKS, dense_matrices, layout_of, linear_shape, projections
 from pilon_compress.results.export import Exported
 
 
@@ -52,7 +52,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     family = family_of(whole)
     fused = family.projections.get("gate_up", "") if family else ""
     found = [(name, *dense(one)) for name, one in projections(model)]
-    found += [(name, one.matrix(), one.bias) for name, one in kept_matrices(model)]
+    found += [(name, one.matrix(), one.bias) for name, one in dense_matrices(model)]
     for name, weight, bias in found:
         host = skeleton.get_submodule(name)
         d_in, d_out = linear_shape(host)

@@ -16,7 +16,7 @@ from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.int8 import to_int8
-from pilon_compress.nn.layout import BANKS, banks, kept_matrices, layout_of, projections
+from pilon_compress.nn.layout import BANKS, banks, dense_matrices, layout_of, projections
 from pilon_compress.nn.size import ffn_size, model_size
 from pilon_compress.report.card import packed_card
 from pilon_compress.results.export import Exported
@@ -93,7 +93,7 @@ def packed(model: PreTrainedModel, encoding: str) -> PreTrainedModel:
     for name, layer in list(projections(model)):
         projection = packing(layer.bank).pack_projection(layer, made[id(layer.bank)][1])
         model.base_model.set_submodule(name, carry(layer, projection))
-    for name, matrix in list(kept_matrices(model)):
+    for name, matrix in list(dense_matrices(model)):
         model.base_model.set_submodule(name, carry(matrix, packing(matrix).pack_matrix(matrix)))
     for name, bank in made.values():
         model.base_model.set_submodule(f"{BANKS}.{name}", bank)

@@ -19,7 +19,7 @@ from pilon_compress.models.architectures.registry import ARCHITECTURES
 from pilon_compress.models.families import Site
 from pilon_compress.nn.bands import split_bands
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import BankSpec, KeptSpec, Layout, ProjectionSpec, install
+from pilon_compress.nn.layout import BankSpec, DenseSpec, Layout, ProjectionSpec, install
 from pilon_compress.nn.sizing import BankBudget, size_bank, size_private
 from pilon_compress.nn.stored import stored_layout
 
@@ -98,15 +98,15 @@ def layout_for(sites: Sequence[Site], ffn: FfnConfig, ternary: TernaryConfig = T
     if ffn.kind == "dense" and not ffn.matrices:
         if not ternary.enabled:
             return None
-        layout = kept_whole(sites)
+        layout = dense_layout(sites)
     else:
         layout = _narrowed(sites, ffn) if ffn.matrices else _composed(sites, ffn)
     return with_ternary(layout, sites, ternary)
 
 
-def kept_whole(sites: Sequence[Site]) -> Layout:
+def dense_layout(sites: Sequence[Site]) -> Layout:
     """Return the layout that keeps every projection a dense matrix of its own size."""
-    return Layout({}, {}, {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in sites})
+    return Layout({}, {}, {site.name: DenseSpec(site.d_in, site.d_out, site.bias) for site in sites})
 
 
 def with_ternary(layout: Layout, sites: Sequence[Site], ternary: TernaryConfig) -> Layout:
@@ -157,8 +157,8 @@ def _narrowed(sites: Sequence[Site], ffn: FfnConfig) -> Layout:
     if width < 1:
         raise BadInput(f"ffn_ratio {ffn.ffn_ratio:g} is too small for one neuron: raise ffn_ratio or mac_ratio")
     narrow = [replace(s, d_in=width) if s.role == "down" else replace(s, d_out=width) for s in sites]
-    kept = {site.name: KeptSpec(site.d_in, site.d_out, site.bias) for site in narrow}
-    return Layout({}, {}, kept, {site.name: (site.d_in, site.d_out) for site in sites})
+    matrices = {site.name: DenseSpec(site.d_in, site.d_out, site.bias) for site in narrow}
+    return Layout({}, {}, matrices, {site.name: (site.d_in, site.d_out) for site in sites})
 
 
 def _size(members: Sequence[Site], dense: Sequence[Site], ffn: FfnConfig) -> tuple[BankSpec, int]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from pilon_compress.nn.part import Matrix
 
 
-class KeptLinear(Matrix, nn.Linear):
+class DenseLinear(Matrix, nn.Linear):
     """An nn.Linear in the place of a host projection of `host_shape` (d_in, d_out), at that size or smaller.
 
     Dropping a neuron of a feed-forward block takes a column of up (and gate) and a row of down; the function of the

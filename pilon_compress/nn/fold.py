@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.layout import BANKS, Host, banks, kept_matrices, projections
+from pilon_compress.nn.layout import BANKS, Host, banks, dense_matrices, projections
 
 
 def pair_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
@@ -54,10 +54,10 @@ def fold(model: Host) -> Host:
     if not foldable(model):
         raise ValueError("ternary banks do not fold: export them packed")
     base = model.base_model
-    for name, kept in list(kept_matrices(model)):
-        if kept.unfolds:
-            plain: nn.Module = _linear(kept.matrix().to(base.dtype), kept.bias)
-            base.set_submodule(name, carry(kept, plain))
+    for name, matrix in list(dense_matrices(model)):
+        if matrix.unfolds:
+            plain: nn.Module = _linear(matrix.matrix().to(base.dtype), matrix.bias)
+            base.set_submodule(name, carry(matrix, plain))
     for name, composed in list(projections(model)):
         bank = composed.bank
         if pair_is_cheaper(composed.top_k * bank.rank, bank.d_in, bank.d_out):

@@ -2,7 +2,7 @@
 
 import torch
 
-from pilon_compress.nn.layout import Host, kept_matrices, projections
+from pilon_compress.nn.layout import Host, dense_matrices, projections
 
 
 @torch.no_grad()
@@ -11,7 +11,7 @@ def initialise(model: Host, std: float, generator: torch.Generator | None = None
 
     A composed weight is a sum of k·r products a·g·b, so Var W = k·r · Var a · E[g²] · Var b, which is set to std².
     Component and scalar weights start as random signs, so that layers which share a bank start apart; softmax logits
-    near zero, hence weights near 1/k. A and B get the same scale. Kept matrices are drawn as the dense ones are.
+    near zero, hence weights near 1/k. A and B get the same scale. Dense matrices are drawn as the dense ones are.
     Ternary ones are scaled so that the variance is right as their digits have it, which is less than the numbers' own.
     """
     done: set[int] = set()
@@ -32,7 +32,7 @@ def initialise(model: Host, std: float, generator: torch.Generator | None = None
         weight_square = 1 / k**2 if softmax else 1.0
         factor_std = (std**2 / (k * bank.rank * weight_square)) ** 0.25
         bank.draw(factor_std, generator)
-    for _, matrix in kept_matrices(model):
+    for _, matrix in dense_matrices(model):
         matrix.draw(std, generator)
         if matrix.bias is not None:
             matrix.bias.zero_()

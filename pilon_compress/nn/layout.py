@@ -50,7 +50,7 @@ class ProjectionSpec:
 
 
 @dataclass(frozen=True)
-class KeptSpec:
+class DenseSpec:
     """A projection that stays one matrix: at the host's size, or smaller where its block lost neurons."""
 
     d_in: int
@@ -60,12 +60,13 @@ class KeptSpec:
     group: int = 0
 
 
-SPECS = {"banks": BankSpec, "projections": ProjectionSpec, "kept": KeptSpec}  # by part of a layout
+# by key of config.json: the field of `Layout` and its specifications
+PARTS = {"banks": ("banks", BankSpec), "projections": ("projections", ProjectionSpec), "kept": ("matrices", DenseSpec)}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Banks by name (`band0.up`); projections and kept matrices by module name below the base model (`h.0.mlp.c_fc`).
+    """Banks by name (`band0.up`); projections and dense matrices by module name below the base model (`h.0.mlp.c_fc`).
 
     `host`: (d_in, d_out) of the host model's projection, for those that lost inputs or outputs with the neurons of
     their block. The up, gate and down projections of one block agree on the neurons that are left. `rest`: what else
@@ -75,15 +76,16 @@ class Layout:
 
     banks: dict[str, BankSpec]
     projections: dict[str, ProjectionSpec]
-    kept: dict[str, KeptSpec] = field(default_factory=dict)
+    matrices: dict[str, DenseSpec] = field(default_factory=dict)
     host: dict[str, tuple[int, int]] = field(default_factory=dict)
     rest: dict[str, str] = field(default_factory=dict)
     research: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> set[str]:
-        """The quantizations of banks and kept matrices."""
-        return {spec.quantization for spec in self.banks.values()} | {one.quantization for one in self.kept.values()}
+        """The quantizations of banks and dense matrices."""
+        specs: list[BankSpec | DenseSpec] = [*self.banks.values(), *self.matrices.values()]
+        return {spec.quantization for spec in specs}
 
     @property
     def quantized(self) -> bool:
@@ -93,15 +95,15 @@ class Layout:
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, without what is at its default: older versions read what they can compute."""
         plain: dict[str, Any] = {
-            part: {name: _written(spec) for name, spec in getattr(self, part).items()}
-            for part in ("banks", "projections", "kept")
+            key: {name: _written(spec) for name, spec in getattr(self, part).items()}
+            for key, (part, _) in PARTS.items()
         }
         plain["host"] = {name: list(shape) for name, shape in self.host.items()}
         return plain | {part: getattr(self, part) for part in ("rest", "research") if getattr(self, part)}
 
     def shape(self, name: str) -> tuple[int, int]:
         """(d_in, d_out) of a projection as it is computed here."""
-        spec = self.kept.get(name) or self.banks[self.projections[name].bank]
+        spec = self.matrices.get(name) or self.banks[self.projections[name].bank]
         return spec.d_in, spec.d_out
 
     def host_shape(self, name: str) -> tuple[int, int]:
@@ -112,18 +114,18 @@ class Layout:
     def from_dict(cls, data: Any) -> "Layout":
         """Read what `to_dict` wrote. Raises ValueError, in one line, for anything else: see `_checked`."""
         parts = _table(data, "the layout")
-        if unknown := set(parts) - {one.name for one in fields(cls)}:
+        if unknown := set(parts) - {*PARTS, "host", "rest", "research"}:
             raise ValueError(f"the layout has unknown parts {sorted(unknown)}: written by a newer pilon-compress?")
         if lost := {"banks", "projections"} - set(parts):
             raise ValueError(f"the layout is incomplete: it lacks {min(lost)}")
         specs = dict[str, dict[str, Any]]()
-        for part, kind in SPECS.items():
-            table = _table(parts.get(part, {}), f"the layout's {part}")
-            specs[part] = {name: _read(kind, entry, f"{part} {name}") for name, entry in table.items()}
+        for key, (part, kind) in PARTS.items():
+            table = _table(parts.get(key, {}), f"the layout's {key}")
+            specs[part] = {name: _read(kind, entry, f"{key} {name}") for name, entry in table.items()}
         host = {name: _shape(shape, name) for name, shape in _table(parts.get("host", {}), "the layout's host").items()}
         rest = _table(parts.get("rest", {}), "the layout's rest")
         research = places_of(parts.get("research", {}))
-        made = cls(specs["banks"], specs["projections"], specs["kept"], host, rest, research)
+        made = cls(specs["banks"], specs["projections"], specs["matrices"], host, rest, research)
         made._check()
         return made
 
@@ -141,13 +143,13 @@ class Layout:
                 raise ValueError(f"projection {name} composes from bank {spec.bank!r}, which the layout does not have")
             if spec.composition != "softmax" and spec.top_k > bank.n_primitives:
                 raise ValueError(f"projection {name} selects {spec.top_k} of the {bank.n_primitives} of {spec.bank}")
-            if name in self.kept:
-                raise ValueError(f"{name} is both composed and kept")
+            if name in self.matrices:
+                raise ValueError(f"{name} is both composed and dense")
         for name in self.host:
-            if name not in self.projections and name not in self.kept:
+            if name not in self.projections and name not in self.matrices:
                 raise ValueError(f"the layout's host names {name!r}, which it does not replace")
         for name, _, place in self.additions():
-            if place not in self.banks and place not in self.projections and place not in self.kept:
+            if place not in self.banks and place not in self.projections and place not in self.matrices:
                 raise ValueError(f"the layout's research.{name} names {place!r}, which it does not have")
         for name, kind in self.rest.items():
             if kind not in REST:
@@ -156,8 +158,8 @@ class Layout:
     def in_format(self, quantization: str) -> "Layout":
         """Return the layout with every bank and matrix in the number format `quantization`."""
         banks = {name: replace(spec, quantization=quantization) for name, spec in self.banks.items()}
-        kept = {name: replace(spec, quantization=quantization) for name, spec in self.kept.items()}
-        return replace(self, banks=banks, kept=kept)
+        matrices = {name: replace(spec, quantization=quantization) for name, spec in self.matrices.items()}
+        return replace(self, banks=banks, matrices=matrices)
 
     def additions(self) -> Iterator[tuple[str, str, str]]:
         """(research module, kind, bank or projection) of every addition."""
@@ -174,10 +176,11 @@ class Layout:
         groups = dict.fromkeys(grouped, group)
         banks = {name: replace(spec, quantization="ternary") for name, spec in self.banks.items()}
         projections = {name: replace(spec, group=groups.get(name, 0)) for name, spec in self.projections.items()}
-        kept = {
-            name: replace(spec, quantization="ternary", group=groups.get(name, 0)) for name, spec in self.kept.items()
+        matrices = {
+            name: replace(spec, quantization="ternary", group=groups.get(name, 0))
+            for name, spec in self.matrices.items()
         }
-        return replace(self, banks=banks, projections=projections, kept=kept)
+        return replace(self, banks=banks, projections=projections, matrices=matrices)
 
     @property
     def is_ternary(self) -> bool:
@@ -237,7 +240,7 @@ def _checked(value: Any, name: str, kind: Any, where: str) -> Any:
 
 
 def install(model: Host, layout: Layout) -> Host:
-    """Put a `ComposedLinear` or `KeptLinear`, uninitialised, in the place of every projection of `layout`.
+    """Put a `ComposedLinear` or `DenseLinear`, uninitialised, in the place of every projection of `layout`.
 
     `model` may have a head or not: banks go to its base model, once each, so that every head class reads the same keys.
     Raises ValueError if the model has no such projection or its shape differs.
@@ -247,7 +250,7 @@ def install(model: Host, layout: Layout) -> Host:
         name: FORMATS[spec.quantization].bank(spec.d_in, spec.d_out, spec.n_primitives, spec.rank)
         for name, spec in layout.banks.items()
     }
-    for name in (*layout.projections, *layout.kept):
+    for name in (*layout.projections, *layout.matrices):
         try:
             dense = base.get_submodule(name)
         except AttributeError:
@@ -279,9 +282,9 @@ def install(model: Host, layout: Layout) -> Host:
 
 def _module(layout: Layout, name: str, banks: dict[str, PrimitiveBank]) -> nn.Module:
     host_shape = layout.host_shape(name)
-    if name in layout.kept:
-        kept = layout.kept[name]
-        return FORMATS[kept.quantization].matrix(kept.d_in, kept.d_out, kept.bias, host_shape, kept.group)
+    if name in layout.matrices:
+        matrix = layout.matrices[name]
+        return FORMATS[matrix.quantization].matrix(matrix.d_in, matrix.d_out, matrix.bias, host_shape, matrix.group)
     spec = layout.projections[name]
     return ComposedLinear(banks[spec.bank], spec.top_k, spec.bias, spec.composition, host_shape, spec.group)
 
@@ -303,7 +306,7 @@ def projections(model: Host) -> Iterator[tuple[str, ComposedLinear]]:
             yield name, module
 
 
-def kept_matrices(model: Host) -> Iterator[tuple[str, Any]]:
+def dense_matrices(model: Host) -> Iterator[tuple[str, Any]]:
     """Yield every dense projection of a PILON model, a `Matrix`, by module name below the base model."""
     for name, module in model.base_model.named_modules():
         if isinstance(module, Matrix):
@@ -341,13 +344,13 @@ def layout_of(model: Host) -> Layout:
         name: ProjectionSpec(names[id(p.bank)], p.top_k, p.bias is not None, p.composition, p.group)
         for name, p in projections(model)
     }
-    kept = {
-        name: KeptSpec(m.in_features, m.out_features, m.bias is not None, m.format, m.group)
-        for name, m in kept_matrices(model)
+    matrices = {
+        name: DenseSpec(m.in_features, m.out_features, m.bias is not None, m.format, m.group)
+        for name, m in dense_matrices(model)
     }
-    layers = [*projections(model), *kept_matrices(model)]
+    layers = [*projections(model), *dense_matrices(model)]
     host = {name: layer.host_shape for name, layer in layers if layer.host_shape != linear_shape(layer)}
-    layout = Layout(specs, composed, kept, host, installed(model))
+    layout = Layout(specs, composed, matrices, host, installed(model))
     for name, research, kind in ((name, *one) for name, module in (*banks(model), *layers) for one in added(module)):
         layout = layout.with_addition(research, kind, [name])
     return layout

@@ -86,9 +86,9 @@ def _added(layout: Layout, place: str, exact: bool = False) -> int:
     return sum(one.numbers(layout, place) for one in here if not exact or one.exact)
 
 
-def kept_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
+def dense_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
     """Return the size of a dense projection, beside that of the base architecture."""
-    spec, (d_in, d_out) = layout.kept[name], layout.host_shape(name)
+    spec, (d_in, d_out) = layout.matrices[name], layout.host_shape(name)
     macs, dense_macs = spec.d_in * spec.d_out, d_in * d_out
     rest = spec.bias * spec.d_out + _added(layout, name)
     kind = FORMATS[spec.quantization]
@@ -99,9 +99,9 @@ def kept_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Size
 
 
 def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
-    """Everything that the layout names: composed projections with their banks, and kept matrices."""
+    """Everything that the layout names: composed projections with their banks, and dense matrices."""
     parts = [bank_size(layout, bank, itemsize) for bank in layout.banks]
-    parts += [kept_size(layout, name, itemsize) for name in layout.kept]
+    parts += [dense_size(layout, name, itemsize) for name in layout.matrices]
     return sum(parts, Size(0, 0, 0, 0, 0, 0))
 
 
@@ -135,9 +135,9 @@ def linear_macs(model: nn.Module) -> int:
     return total
 
 
-def kept(dense: PreTrainedModel, layout: Layout) -> list[Share]:
+def unchanged(dense: PreTrainedModel, layout: Layout) -> list[Share]:
     """Parameters that the layout leaves alone, by place, with their share of the dense model's, largest first."""
-    replaced = {f"{name}." for name in (*layout.projections, *layout.kept)}
+    replaced = {f"{name}." for name in (*layout.projections, *layout.matrices)}
     prefix = dense.base_model_prefix + "."
     groups: dict[str, int] = {}
     total = 0

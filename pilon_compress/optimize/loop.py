@@ -54,7 +54,7 @@ def train(job: Training, monitor: Monitor) -> None:
     """Train to the end, from where `job` stands.
 
     Raises Stopped on a signal, with the state saved, and Diverged where the loss runs away for good. The best weights
-    are in `job.kept`, not yet in the trainee.
+    are in `job.best_weights`, not yet in the trainee.
     """
     clock, saved, job.began = Clock(), time.monotonic(), time.perf_counter()
     if job.step == 0 and job.judge_first:
@@ -178,11 +178,11 @@ def _is_sound(job: Training, loss: float) -> bool:
 
 def _restart(job: Training, reason: str, monitor: Monitor) -> None:
     """Go back to the best weights, at half the rate. Raises Diverged where none are kept, or after RESTARTS."""
-    if not job.kept or job.halvings == RESTARTS:
-        again = f", after {RESTARTS} restarts from the best weights" if job.kept else ""
+    if not job.best_weights or job.halvings == RESTARTS:
+        again = f", after {RESTARTS} restarts from the best weights" if job.best_weights else ""
         standing = f"; {job.checkpoints.standing()}" if job.checkpoints is not None else ""
         raise Diverged(f"{reason}{again}{standing}")
-    put(job.trainee, job.kept)
+    put(job.trainee, job.best_weights)
     for optimizer in job.optimizers:
         optimizer.state.clear()
     job.halvings, job.restarted, job.mean = job.halvings + 1, job.share, math.nan
@@ -231,8 +231,8 @@ def _judge(job: Training, monitor: Monitor) -> float:
     """The mean loss on the validation text; remembers the weights if they are the best and that matters."""
     loss = validation_loss(job)
     value = job.figure.of(loss)
-    if job.keep_best and (loss < job.best or not job.kept):
-        job.kept = weights(job.trainee)
+    if job.keep_best and (loss < job.best or not job.best_weights):
+        job.best_weights = weights(job.trainee)
     job.best = min(job.best, loss)
     figures: dict[str, Any] = {job.figure.name: value, "tokens": job.tokens}
     if job.health is not None:

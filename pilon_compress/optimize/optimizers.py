@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pilon_compress.config.training import Optimizer
-from pilon_compress.nn.layout import banks, kept_matrices, projections
+from pilon_compress.nn.layout import banks, dense_matrices, projections
 from pilon_compress.nn.part import Part
 from pilon_compress.nn.sharded import full
 
@@ -56,7 +56,7 @@ def restrict(model: PreTrainedModel, train: str) -> None:
     model.requires_grad_(False)
     learning = [layer for _, layer in projections(model)]
     if train == "ffn":
-        learning += [part for _, part in (*banks(model), *kept_matrices(model))]
+        learning += [part for _, part in (*banks(model), *dense_matrices(model))]
     for module in learning:
         for parameter in module.parameters():  # their additions included
             parameter.requires_grad_(True)

@@ -52,8 +52,8 @@ class Training:
     told         what the result says besides, from the mean validation loss at the end and at the start
 
     State: `before` and `best`, means of the validation loss over all processes at the start (with `judge_first`) and
-    the lowest so far; `kept`, the best weights; `mean`, the running mean of the training loss; `halvings` of the
-    learning rate, and the share of the training at which the last one `restarted` the schedule.
+    the lowest so far; `best_weights`; `mean`, the running mean of the training loss; `halvings` of the learning
+    rate, and the share of the training at which the last one `restarted` the schedule.
     """
 
     world: World
@@ -88,7 +88,7 @@ class Training:
     mean: float = math.nan
     before: float = math.nan
     best: float = math.inf
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
     halvings: int = 0
     restarted: float = 0.0
     began: float = field(default_factory=time.perf_counter)
@@ -122,7 +122,7 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 def _tensors(job: Training) -> dict[str, Tensor]:
     found = tensors_of(job.trainee, job.optimizers)
-    return found | {f"best.{name}": tensor for name, tensor in job.kept.items()}
+    return found | {f"best.{name}": tensor for name, tensor in job.best_weights.items()}
 
 
 def save(job: Training) -> None:
@@ -147,7 +147,7 @@ def restore(job: Training, step: int) -> None:
     assert job.checkpoints is not None
     plain = job.checkpoints.plain(step)
     if job.keep_best:
-        job.kept = weights(job.trainee)
+        job.best_weights = weights(job.trainee)
     job.checkpoints.load(step, _tensors(job))
     job.step, job.tokens, job.seconds = step, plain["tokens"], plain["seconds"]
     job.halvings, job.restarted = plain["halvings"], plain["restarted"]

@@ -6,7 +6,7 @@ from typing import Any
 from pilon_compress.models.families import Site
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.layout import Layout
-from pilon_compress.nn.size import Size, bank_size, kept_size
+from pilon_compress.nn.size import Size, bank_size, dense_size
 from pilon_compress.results.sizes import Part
 
 
@@ -21,11 +21,11 @@ def layout_parts(layout: Layout, sites: Sequence[Site], itemsize: int) -> list[P
             shape: dict[str, Any] = {"n_primitives": spec.n_primitives, "rank": spec.rank, "top_k": user.top_k}
             shape["composition"] = user.composition
             parts.append(_part(layout, users, bank_size(layout, name, itemsize), spec.quantization, itemsize, shape))
-    for name, kept in layout.kept.items():
+    for name, matrix in layout.matrices.items():
         if name in by_name:
             shape = dict.fromkeys(("n_primitives", "rank", "top_k", "composition"))
-            size = kept_size(layout, name, itemsize)
-            parts.append(_part(layout, [by_name[name]], size, kept.quantization, itemsize, shape))
+            size = dense_size(layout, name, itemsize)
+            parts.append(_part(layout, [by_name[name]], size, matrix.quantization, itemsize, shape))
     order = {site.role: place for place, site in reversed(list(enumerate(sites)))}
     return sorted(parts, key=lambda part: (part.layers[0], order[part.role]))
 

@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> TrainResult | None:
     """Judge the final weights and write the model folder; the figures, on the first process."""
-    if job.kept:
-        put(job.trainee, job.kept)
+    if job.best_weights:
+        put(job.trainee, job.best_weights)
     for _, layer in projections(job.trainee.model):
         layer.settle()
     round_to(job.trainee, dtype_of(run.recipe))
@@ -85,7 +85,7 @@ def gathered(job: Training) -> PreTrainedModel:
     plain = copy.copy(model.config)
     fresh = checkpoint.build(plain).to("meta")
     layout = layout_of(model)
-    if layout.projections or layout.kept:
+    if layout.projections or layout.matrices:
         install(fresh, layout)
     fresh.load_state_dict(state, assign=True)
     fresh.tie_weights()

@@ -61,9 +61,10 @@ class Allocation:
         banks = [
             BankPlan(**{**bank, "sites": tuple(Site(**site) for site in bank["sites"])}) for bank in asked["banks"]
         ]
-        kept, host = [Site(**site) for site in asked["kept"]], {name: (a, b) for name, (a, b) in asked["host"].items()}
+        matrices = [Site(**site) for site in asked["matrices"]]
+        host = {name: (a, b) for name, (a, b) in asked["host"].items()}
         left = {layer: tensors.get(f"left.{layer}") for layer in plain["layers"]}
-        return cls(Plan(asked["ratio"], asked["bands"], banks, kept, host), left, dict(map(tuple, plain["losses"])))
+        return cls(Plan(asked["ratio"], asked["bands"], banks, matrices, host), left, dict(map(tuple, plain["losses"])))
 
 
 def size_layers(
@@ -126,6 +127,6 @@ def _plan_layer(plan: Plan, band: int, sizing: Sizing, choice: Choice) -> None:
             plan.host[site.name] = (site.d_in, site.d_out)
         rank = choice.ranks[site.name]
         if rank is None:
-            plan.kept.append(small)
+            plan.matrices.append(small)
         else:
             plan.banks.append(BankPlan(band, site.role, (small,), 1, rank, 1))

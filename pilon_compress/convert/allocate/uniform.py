@@ -67,12 +67,12 @@ def preview(sites: Sequence[Site], ratio: float) -> Plan | None:
         if neurons < 1:
             return None
         for site in members:
-            plan.kept.append(trimmed(site, neurons, down.d_in))
+            plan.matrices.append(trimmed(site, neurons, down.d_in))
             plan.host[site.name] = (site.d_in, site.d_out)
     return plan
 
 
-def keep_whole(sites: Sequence[Site]) -> Plan:
+def dense_plan(sites: Sequence[Site]) -> Plan:
     """Return the plan at ratio 1: every projection stays a dense matrix."""
     return Plan(1.0, [[layer] for layer in sorted({site.layer for site in sites})], [], list(sites))
 

@@ -62,9 +62,9 @@ class Sharing:
             plan.bands.append(list(layers))
             plan.banks.extend(bank for bank, _ in found.banks)
             fits |= {bank.name: fit for bank, fit in found.banks}
-            for sizing, kept, loss in zip(members, found.left, found.losses, strict=True):
-                left[sizing.layer], losses[sizing.layer] = kept, loss
-                if kept is not None:
+            for sizing, indices, loss in zip(members, found.left, found.losses, strict=True):
+                left[sizing.layer], losses[sizing.layer] = indices, loss
+                if indices is not None:
                     plan.host.update({site.name: (site.d_in, site.d_out) for site in sizing.sites})
         return Allocation(plan, left, losses), fits
 
@@ -72,10 +72,10 @@ class Sharing:
         """The best way for a band to share within what its layers store alone; None if alone is better."""
         layers = [sizing.layer for sizing in sizings]
         stored = sum(bank.stored() for bank in alone.plan.banks if bank.layers[0] in layers)
-        stored += sum(site.parameters for site in alone.plan.kept if site.layer in layers)
+        stored += sum(site.parameters for site in alone.plan.matrices if site.layer in layers)
         down = down_of(sizings[0].sites)
         assert down is not None
-        widths = [down.d_in if (kept := alone.left[layer]) is None else len(kept) for layer in layers]
+        widths = [down.d_in if (indices := alone.left[layer]) is None else len(indices) for layer in layers]
         best, least = None, sum(alone.losses[layer] for layer in layers)
         for wider in WIDER:
             neurons = min(down.d_in, max(1, round(wider * sum(widths) / len(widths))))
@@ -91,11 +91,11 @@ class Sharing:
         blocks = [self.dense.read(sizing.layer) for sizing in sizings]
         left = [sizing.left(neurons) for sizing in sizings]
         losses, targets, small = [], dict[str, list[Target]](), dict[str, list[Site]]()
-        for sizing, block, kept in zip(sizings, blocks, left, strict=True):
+        for sizing, block, indices in zip(sizings, blocks, left, strict=True):
             cut = sizing.elimination if neurons is not None else None
             losses.append(0.0 if cut is None or neurons is None else sizing.scale * cut.loss(neurons))
             for site in sizing.sites:
-                target = block.target(site, kept)
+                target = block.target(site, indices)
                 assert target.gradient is not None
                 targets.setdefault(site.role, []).append(replace(target, gradient=sizing.scale * target.gradient))
                 narrow = site if cut is None or neurons is None else trimmed(site, neurons, len(cut.order))
@@ -134,7 +134,7 @@ def _copy_layer(alone: Allocation, layer: int, plan: Plan) -> None:
     band = len(plan.bands)
     plan.bands.append([layer])
     plan.banks.extend(replace(bank, band=band) for bank in alone.plan.banks if bank.layers == [layer])
-    mine = [site for site in alone.plan.kept if site.layer == layer]
-    plan.kept.extend(mine)
+    mine = [site for site in alone.plan.matrices if site.layer == layer]
+    plan.matrices.extend(mine)
     names = {site.name for site in mine} | {s.name for bank in plan.banks if bank.band == band for s in bank.sites}
     plan.host.update({name: shape for name, shape in alone.plan.host.items() if name in names})

@@ -28,9 +28,9 @@ def fit_shared(
     shared = [bank for bank in plan.banks if len(bank.sites) > 1]
     found = {}
     for bank in track(shared, "fitting shared banks") if shared else []:
-        kept: BankFit | None = journal.get(f"bank.{bank.name}", BankFit.unpack)
-        fit = kept or known.get(bank.name) or fit_bank(dense.targets(bank, left), bank, seed, sweeps)
-        if kept is None:
+        done: BankFit | None = journal.get(f"bank.{bank.name}", BankFit.unpack)
+        fit = done or known.get(bank.name) or fit_bank(dense.targets(bank, left), bank, seed, sweeps)
+        if done is None:
             journal.put(f"bank.{bank.name}", fit.pack())
         found[bank.name] = fit
     return found

@@ -1,7 +1,7 @@
 """Floating-point numbers in the dtype of the model: the format `none`."""
 
 from pilon_compress.nn.bank import PrimitiveBank
-from pilon_compress.nn.dense_linear import KeptLinear
+from pilon_compress.nn.dense_linear import DenseLinear
 from pilon_compress.nn.formats.registry import FORMATS, Format
 
 
@@ -13,8 +13,8 @@ class PlainFormat(Format):
     def bank(self, d_in: int, d_out: int, n_primitives: int, rank: int) -> PrimitiveBank:
         return PrimitiveBank(d_in, d_out, n_primitives, rank)
 
-    def matrix(self, d_in: int, d_out: int, bias: bool, host_shape: tuple[int, int], group: int) -> KeptLinear:
-        return KeptLinear(d_in, d_out, bias, host_shape)
+    def matrix(self, d_in: int, d_out: int, bias: bool, host_shape: tuple[int, int], group: int) -> DenseLinear:
+        return DenseLinear(d_in, d_out, bias, host_shape)
 
     def matrix_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         return rows * columns * itemsize

@@ -88,7 +88,7 @@ class QuantisedBank(PrimitiveBank):
 
 
 class QuantisedLinear(Matrix, Quantised):
-    """A dense matrix of codes; as `KeptLinear`."""
+    """A dense matrix of codes; as `DenseLinear`."""
 
     unfolds = True
 

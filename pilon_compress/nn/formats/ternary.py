@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pilon_compress.kernels.reference import product, quantise
 from pilon_compress.nn.bank import PrimitiveBank
-from pilon_compress.nn.dense_linear import KeptLinear
+from pilon_compress.nn.dense_linear import DenseLinear
 from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.part import LatentPart
 from pilon_compress.nn.sharded import full
@@ -99,7 +99,7 @@ class TernaryBank(LatentPart, PrimitiveBank):
         return A * A_scale, B * B_scale
 
 
-class TernaryLinear(LatentPart, KeptLinear):
+class TernaryLinear(LatentPart, DenseLinear):
     """A dense matrix of ternary digits: one scale, the mean magnitude.
 
     `rounding` and `weight_digits` (d_out, d_in) are for training, as in `TernaryBank`.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pilon_compress.models.base_architectures import kept_whole
+from pilon_compress.models.base_architectures import dense_layout
 from pilon_compress.models.families import Site
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.part import LatentPart
@@ -61,7 +61,7 @@ class Extension(callbacks.Extension):
         if not self.asked.sub_norm:
             return layout
         down = [site.name for site in sites if site.role == "down"]
-        return (layout or kept_whole(sites)).with_addition("bitnet", "sub_norm", down)
+        return (layout or dense_layout(sites)).with_addition("bitnet", "sub_norm", down)
 
     def stage(self, model: PreTrainedModel) -> None:
         if self.recipe.ternary.enabled and self.asked.warmup:

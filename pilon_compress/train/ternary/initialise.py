@@ -2,7 +2,7 @@
 
 equalise  the components of a primitive get factors of one size; compositions take over what they lose
 round     digits and scales, the same for all layers that share a bank
-refit     what stays floats, compositions, biases and scales of kept matrices: least squares on calibration inputs,
+refit     what stays floats, compositions, biases and scales of dense matrices: least squares on calibration inputs,
           projection after projection, each behind those that are done
 """
 
@@ -22,7 +22,7 @@ from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.fold import factors
 from pilon_compress.nn.formats.registry import FORMATS
-from pilon_compress.nn.layout import BANKS, banks, kept_matrices, layout_of, projections
+from pilon_compress.nn.layout import BANKS, banks, dense_matrices, layout_of, projections
 from pilon_compress.nn.ternary_quantizer import restored
 
 RIDGE = 1e-4  # of the mean diagonal: pulls towards what a composition was
@@ -39,13 +39,13 @@ def ternarise(
     *,
     group: int = 0,
 ) -> None:
-    """Replace banks and kept matrices by ternary ones. `grouped` and `group`: see `Layout.ternary`.
+    """Replace banks and dense matrices by ternary ones. `grouped` and `group`: see `Layout.ternary`.
 
     `inputs`: keyword arguments of the base model, calibration text, on its device; where an `attention_mask` (B, T) is
     among them, its zeros do not count. None: nothing is refitted. Selections stay.
     """
     layout, ternary = layout_of(model).ternary(grouped, group), FORMATS["ternary"]
-    layers: dict[str, Layer] = dict([*projections(model), *kept_matrices(model)])
+    layers: dict[str, Layer] = dict([*projections(model), *dense_matrices(model)])
     was = {name: _computes(layer) for name, layer in layers.items()}
     for name, bank in list(banks(model)):
         users = [layer for layer in layers.values() if isinstance(layer, ComposedLinear) and layer.bank is bank]
@@ -59,7 +59,7 @@ def ternarise(
             layer.group = layout.projections[name].group
         else:
             shape = (layer.in_features, layer.out_features, layer.bias is not None, layer.host_shape)
-            made = _filled(ternary.matrix(*shape, layout.kept[name].group), layer)
+            made = _filled(ternary.matrix(*shape, layout.matrices[name].group), layer)
             layers[name] = made
             model.base_model.set_submodule(name, carry(layer, made))
     if inputs is not None:

@@ -14,7 +14,7 @@ from pilon_compress.train.heal import teacher_of
 
 
 class Rounding(Callback):
-    """Makes the digits of banks and kept matrices once before each step, for all layers and micro batches.
+    """Makes the digits of banks and dense matrices once before each step, for all layers and micro batches.
 
     Parts that are sharded make theirs when they are gathered. Only buffers change: all steps are one graph.
     """
