@@ -21,7 +21,7 @@ from pilon_compress.compare.candidate import baseline, dense_size, install, prob
 from pilon_compress.config import conversion
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.plan import Plan
-from pilon_compress.convert.prepare import Job, prepare
+from pilon_compress.convert.prepare import ConversionJob, prepare
 from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.convert.solve.layer import Method
 from pilon_compress.convert.solve.layerwise import solve
@@ -61,7 +61,7 @@ class Bench:
         self.problem = problem_of(self.dense, self.sites, inputs)
 
     @staticmethod
-    def job_for(model: str, bank_dtype: str, ratio: float) -> Job:
+    def job_for(model: str, bank_dtype: str, ratio: float) -> ConversionJob:
         """Return the job of a conversion of `model` with this number format and FFN ratio."""
         recipe = {"model": model, "budget": {"ffn_ratio": ratio}, "form": {"bank_dtype": bank_dtype}}
         recipe |= CAUSAL if checkpoint.is_causal(checkpoint.load_config(model)) else ENCODER

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from pilon_compress.convert.calibrate.second_moments import PANEL, SecondMoment, add_gram, gather
 from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
-from pilon_compress.io.offload import Shelf
+from pilon_compress.io.tensor_store import TensorStore
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.source import Source
 
@@ -144,13 +144,13 @@ def test_gradients_of_an_encoder_are_those_of_its_embedding(tiny):
         assert error < 0.12, f"{site.name}: {error:.3f}"
 
 
-def test_a_shelf_on_disk_changes_nothing(tiny, tmp_path):
+def test_a_store_on_disk_changes_nothing(tiny, tmp_path):
     model = tiny.tiny_model("gpt2")
     sites = find_sites(model)
     batches = [Batch(*text(seed=1)), Batch(*text(seed=2))]
     held = gather(Source(model), batches, sites, causal=True)
-    stored = gather(Source(model), batches, sites, causal=True, shelf=Shelf(tmp_path / "shelf", limit=0))
-    assert any((tmp_path / "shelf").iterdir())
+    stored = gather(Source(model), batches, sites, causal=True, store=TensorStore(tmp_path / "store", limit=0))
+    assert any((tmp_path / "store").iterdir())
     for site in sites:
         assert torch.equal(held.input(site).scatter, stored.input(site).scatter)
         assert torch.equal(held.gradient(site), stored.gradient(site))

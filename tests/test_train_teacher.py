@@ -15,7 +15,7 @@ from pilon_compress.distill import teacher_cache
 from pilon_compress.distill.kl import divergences, largest
 from pilon_compress.distill.students import Following
 from pilon_compress.distill.teacher import Teacher
-from pilon_compress.distill.teacher_cache import Wish
+from pilon_compress.distill.teacher_cache import CacheRequest
 from pilon_compress.parallel import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -88,16 +88,16 @@ def asked(tiny, tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     blocks = BlockDataset(tokenise(str(tmp_path / "t.jsonl"), tiny.tiny_tokenizer(), "all", tmp_path / "tokens"), 16)
     teacher = Teacher(tiny.tiny_model("llama"))
-    return teacher, Wish(blocks, np.arange(len(blocks)), 16, 8, tiny.VOCAB, 1.0, "this teacher, that text")
+    return teacher, CacheRequest(blocks, np.arange(len(blocks)), 16, 8, tiny.VOCAB, 1.0, "this teacher, that text")
 
 
 def test_predictions_from_disk_are_what_the_teacher_says(asked, tmp_path):
-    teacher, wish = asked
-    taught = teacher_cache.predictions(wish, lambda: teacher, ALONE, 5, tmp_path / "cache")
+    teacher, request = asked
+    taught = teacher_cache.predictions(request, lambda: teacher, ALONE, 5, tmp_path / "cache")
     picked = [3, 0, 17, 3]
     batch = taught.batch(picked)
-    plain = wish.dataset.batch(picked)
-    assert torch.equal(batch.input_ids, plain.input_ids) and len(taught) == len(wish.dataset)
+    plain = request.dataset.batch(picked)
+    assert torch.equal(batch.input_ids, plain.input_ids) and len(taught) == len(request.dataset)
     values, tokens, rest = teacher.largest(plain, 8, 1.0)
     assert torch.equal(batch.goal["tokens"], tokens)
     assert torch.allclose(batch.goal["values"].float(), values, atol=4e-3)
@@ -106,29 +106,29 @@ def test_predictions_from_disk_are_what_the_teacher_says(asked, tmp_path):
 
 
 def test_a_teacher_runs_once_and_another_wish_is_another_folder(asked, tmp_path):
-    teacher, wish = asked
+    teacher, request = asked
     home = tmp_path / "cache"
-    teacher_cache.predictions(wish, lambda: teacher, ALONE, 5, home)
+    teacher_cache.predictions(request, lambda: teacher, ALONE, 5, home)
 
     def never():
         raise AssertionError("asked again")
 
-    again = teacher_cache.predictions(wish, never, ALONE, 5, home)
-    for change in ({"count": 4}, {"temperature": 2.0}, {"made_from": "another"}, {"indices": wish.indices[::2]}):
-        other = replace(wish, **change)
+    again = teacher_cache.predictions(request, never, ALONE, 5, home)
+    for change in ({"count": 4}, {"temperature": 2.0}, {"made_from": "another"}, {"indices": request.indices[::2]}):
+        other = replace(request, **change)
         assert teacher_cache.predictions(other, lambda: teacher, ALONE, 5, home).folder != again.folder
     with pytest.raises(IndexError):
-        other = teacher_cache.predictions(replace(wish, indices=wish.indices[::2]), never, ALONE, 5, home)
+        other = teacher_cache.predictions(replace(request, indices=request.indices[::2]), never, ALONE, 5, home)
         other.batch([1])
 
 
 def test_what_was_cut_short_is_made_again(asked, tmp_path):
-    teacher, wish = asked
+    teacher, request = asked
     home = tmp_path / "cache"
-    folder = teacher_cache.predictions(wish, lambda: teacher, ALONE, 5, home).folder
+    folder = teacher_cache.predictions(request, lambda: teacher, ALONE, 5, home).folder
     whole = (folder / "values.bin").read_bytes()
     (folder / "values.bin").write_bytes(whole[:-2])
-    teacher_cache.predictions(wish, lambda: teacher, ALONE, 7, home)
+    teacher_cache.predictions(request, lambda: teacher, ALONE, 7, home)
     assert (folder / "values.bin").read_bytes() == whole
 
     def fails(batch, count, temperature):
@@ -138,21 +138,21 @@ def test_what_was_cut_short_is_made_again(asked, tmp_path):
     broken = Teacher(teacher.model)
     broken.largest = fails
     with pytest.raises(KeyboardInterrupt):
-        teacher_cache.predictions(wish, lambda: broken, ALONE, 5, home)
+        teacher_cache.predictions(request, lambda: broken, ALONE, 5, home)
     assert not (folder / "about.json").exists(), "half a cache is none"
-    teacher_cache.predictions(wish, lambda: teacher, ALONE, 5, home)
+    teacher_cache.predictions(request, lambda: teacher, ALONE, 5, home)
     assert (folder / "values.bin").read_bytes() == whole
 
 
 def test_the_shares_of_several_processes_are_the_whole(asked, tmp_path):
-    teacher, wish = asked
-    folder = teacher_cache.predictions(wish, lambda: teacher, ALONE, 5, tmp_path / "one").folder
+    teacher, request = asked
+    folder = teacher_cache.predictions(request, lambda: teacher, ALONE, 5, tmp_path / "one").folder
     parts = tmp_path / "parts"
     parts.mkdir()
-    for name in wish.files:
+    for name in request.files:
         (parts / f"{name}.bin").touch()
     for rank in (2, 0, 1):
-        teacher_cache._write(parts, wish, teacher, World(rank, 3, torch.device("cpu")), 4)
+        teacher_cache._write(parts, request, teacher, World(rank, 3, torch.device("cpu")), 4)
     for name in ("values", "tokens", "rest"):
         assert (parts / f"{name}.bin").read_bytes() == (folder / f"{name}.bin").read_bytes()
 

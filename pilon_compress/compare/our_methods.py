@@ -4,7 +4,7 @@ from pilon_compress.compare.candidate import Candidate
 from pilon_compress.config import conversion
 from pilon_compress.convert import pipeline
 from pilon_compress.convert.calibrate.second_moments import Moments
-from pilon_compress.convert.prepare import Job
+from pilon_compress.convert.prepare import ConversionJob
 from pilon_compress.data.batch import Batch
 from pilon_compress.models.source import Source
 from pilon_compress.nn.formats.registry import grids
@@ -72,7 +72,7 @@ def settings(base: conversion.Recipe, method: str, ratio: float) -> conversion.R
     return conversion.build(base.model_dump(exclude_none=True), [size, *OURS[method]])
 
 
-def candidate(job: Job, source: Source, batches: list[Batch], moments: Moments, seed: int) -> Candidate:
+def candidate(job: ConversionJob, source: Source, batches: list[Batch], moments: Moments, seed: int) -> Candidate:
     """The model that `convert` would make of `job` from this calibration text; the only place that calls the pipeline.
 
     `batches` is the text itself, `moments` what one pass over it has seen. Refinement learns from the same text only.

@@ -23,7 +23,7 @@ from pilon_compress.config import conversion
 from pilon_compress.config.comparison import CompareCommand
 from pilon_compress.convert import pipeline
 from pilon_compress.convert.calibrate.second_moments import gather
-from pilon_compress.convert.prepare import Job, prepare
+from pilon_compress.convert.prepare import ConversionJob, prepare
 from pilon_compress.data import calibration
 from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
@@ -82,11 +82,11 @@ class Asked:
     `ratios` are those of all methods together: 1 is among them for those that keep all numbers.
     """
 
-    base: Job
+    base: ConversionJob
     ratios: list[float]
     methods: list[str]
     seeds: list[int]
-    jobs: dict[tuple[str, float], Job]
+    jobs: dict[tuple[str, float], ConversionJob]
     work: list[tuple[str, float]]
 
     def describe(self) -> PlannedComparison:
@@ -215,7 +215,7 @@ class Bench:
     """The dense model and the text that every candidate is judged by, the same for all."""
 
     def __init__(
-        self, job: Job, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]
+        self, job: ConversionJob, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]
     ) -> None:
         self.job, self.dense, self.tokenizer, self.documents = job, dense, tokenizer, documents
         self.size = dense_size(job.sites)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from pilon_compress.convert.calibrate.sensitivity import PASSES, SCORED
 from pilon_compress.convert.plan import BankPlan
-from pilon_compress.convert.prepare import PARAGRAPH, PROCESS_BYTES, Job, shelf_bytes
+from pilon_compress.convert.prepare import PARAGRAPH, PROCESS_BYTES, ConversionJob, store_bytes
 from pilon_compress.evaluate.evaluate import EVALUATED
 from pilon_compress.models.blocks import blocks
 from pilon_compress.models.families import Site
@@ -41,7 +41,7 @@ ANCHOR = 4  # passes of a layer that is fitted behind converted ones
 REFERENCE, PRODUCTS = 3.5e11, 0.4
 
 
-def stages(job: Job) -> list[tuple[str, float]]:
+def stages(job: ConversionJob) -> list[tuple[str, float]]:
     """Return (beginning of the phase's description, floating-point operations) of every phase, in order."""
     calibration = job.calibration
     tokens = calibration.samples * calibration.sequence_length * (1.0 if job.causal else PARAGRAPH)
@@ -96,7 +96,7 @@ def _joint_fits(banks: Sequence[BankPlan]) -> float:
     return total
 
 
-def estimate(job: Job) -> Estimate:
+def estimate(job: ConversionJob) -> Estimate:
     """Return the time and memory that the conversion will take here, from operations and this machine's speed.
 
     A guide, not a promise: the speed is measured on one matrix product, and the fit may stop early.
@@ -120,7 +120,7 @@ def estimate(job: Job) -> Estimate:
     return Estimate(seconds=seconds, peak_gib=peak / 2**30)
 
 
-def _evaluation_bytes(job: Job) -> int:
+def _evaluation_bytes(job: ConversionJob) -> int:
     """Bytes of both models in float32 and of what they predict for one window, where the result is judged."""
     if job.recipe.evaluation.data == "none":
         return 0
@@ -129,12 +129,12 @@ def _evaluation_bytes(job: Job) -> int:
     return 4 * (whole.stored + whole.dense_stored) + 3 * logits
 
 
-def _held(job: Job, parameters: int, moments: int) -> int:
+def _held(job: ConversionJob, parameters: int, moments: int) -> int:
     """Bytes of weights, moments and results that are in memory together, read whole or block by block."""
     limit = job.recipe.max_memory
     ffn = ffn_size(job.layout, job.dtype.itemsize)
     if not is_streamed(job.recipe.model, parameters, limit):
-        return 4 * parameters + min(moments, shelf_bytes(limit)) + 2 * 4 * ffn.stored
+        return 4 * parameters + min(moments, store_bytes(limit)) + 2 * 4 * ffn.stored
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(job.dense).values()]
     outside, rest = parameters - sum(sizes), sum(sizes) - ffn.dense_stored
     calibrating, building = 8 * max(sizes), job.dtype.itemsize * rest + ffn.bytes

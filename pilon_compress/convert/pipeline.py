@@ -24,7 +24,7 @@ from pilon_compress.convert.build_model import build
 from pilon_compress.convert.calibrate.second_moments import Moments
 from pilon_compress.convert.cost import estimate, stages
 from pilon_compress.convert.planning import Planned, plan_conversion
-from pilon_compress.convert.prepare import Job, prepare
+from pilon_compress.convert.prepare import ConversionJob, prepare
 from pilon_compress.convert.reporting import describe, finished, judge
 from pilon_compress.convert.sharing.shared_banks import fit_shared
 from pilon_compress.convert.solve.layer import Method
@@ -58,7 +58,7 @@ BASELINES = ("whitened-svd", "svd")  # what every report sets the conversion aga
 class Opened(NamedTuple):
     """A conversion whose model and texts are open. `exam`: documents of the evaluation, or why there are none."""
 
-    job: Job
+    job: ConversionJob
     tokenizer: PreTrainedTokenizerBase
     batches: list[Batch]
     lessons: list[Batch]
@@ -82,8 +82,8 @@ def convert(
     *,
     overwrite: bool = False,
     command: str = "",
-    on_start: Callable[[Job, Estimate], None] | None = None,
-    on_plan: Callable[[Job], None] | None = None,
+    on_start: Callable[[ConversionJob, Estimate], None] | None = None,
+    on_plan: Callable[[ConversionJob], None] | None = None,
 ) -> Report:
     """Convert the dense model that `settings` names and write a PILON model folder to `output`.
 
@@ -115,7 +115,9 @@ def dry_run(settings: conversion.Recipe, output: str | Path | None = None, *, ov
     return DryRun(dry_run=True, final=job.final, estimate=expected, **vars(job.describe()))
 
 
-def _convert(output: Path, overwrite: bool, command: str, job: Job, on_plan: Callable[[Job], None] | None) -> Report:
+def _convert(
+    output: Path, overwrite: bool, command: str, job: ConversionJob, on_plan: Callable[[ConversionJob], None] | None
+) -> Report:
     """Convert into `output`, which this process holds."""
     started = time.perf_counter()
     beside = companions_of(job.recipe.model)
@@ -172,7 +174,7 @@ def as_saved(model: PreTrainedModel, dtype: torch.dtype, share: bool) -> PreTrai
     return made
 
 
-def open_job(job: Job) -> Opened:
+def open_job(job: ConversionJob) -> Opened:
     """Open model and texts, and check that the one can be converted on the others. Raises BadInput."""
     expected = estimate(job)
     torch.manual_seed(job.recipe.seed)
@@ -188,8 +190,8 @@ def open_job(job: Job) -> Opened:
 
 
 def solve_opened(
-    opened: Opened, journal: Journal, command: str = "", on_plan: Callable[[Job], None] | None = None
-) -> tuple[PreTrainedModel, Job, Report]:
+    opened: Opened, journal: Journal, command: str = "", on_plan: Callable[[ConversionJob], None] | None = None
+) -> tuple[PreTrainedModel, ConversionJob, Report]:
     """Plan, solve and refine: the model, the job with its plan, and the report without an evaluation."""
     source, batches = opened.source, opened.batches
     planned = plan_conversion(source, opened.job, batches, journal)
@@ -210,7 +212,7 @@ def write_pages(report: Report, folder: Path) -> None:
     conversion_page.write_report(report.dump(), folder)
 
 
-def settle(job: Job) -> Job:
+def settle(job: ConversionJob) -> ConversionJob:
     """The job with the plan that `convert` would make of it: reads text and weights where that needs them.
 
     Writes nothing that stays. A model whose weights are not there keeps its plan as it is, not final, and says so.
@@ -227,14 +229,14 @@ def settle(job: Job) -> Job:
         return plan_conversion(opened.source, opened.job, opened.batches, journal).job
 
 
-def begun(job: Job, tokenizer: PreTrainedTokenizerBase) -> Job:
+def begun(job: ConversionJob, tokenizer: PreTrainedTokenizerBase) -> ConversionJob:
     """The job with the tokens that begin every sequence in its recipe: see `texts.say_beginning`."""
     if not job.causal:  # texts of an encoder are framed by the tokenizer alone
         return job
     return replace(job, recipe=say_beginning(job.recipe, tokenizer))
 
 
-def read_lessons(job: Job, tokenizer: PreTrainedTokenizerBase, batches: list[Batch]) -> list[Batch]:
+def read_lessons(job: ConversionJob, tokenizer: PreTrainedTokenizerBase, batches: list[Batch]) -> list[Batch]:
     """Return the refinement batches: more of the calibration source, if it can be read twice."""
     if not job.recipe.refine.steps or job.calibration.data == "stdin":
         return batches
@@ -243,7 +245,7 @@ def read_lessons(job: Job, tokenizer: PreTrainedTokenizerBase, batches: list[Bat
 
 def plan_and_solve(
     source: Source,
-    job: Job,
+    job: ConversionJob,
     batches: list[Batch],
     journal: Journal | None = None,
     moments: Moments | None = None,
@@ -276,7 +278,7 @@ def solve_plan(
     return model, solved
 
 
-def open_dense(job: Job, device: torch.device) -> Source:
+def open_dense(job: ConversionJob, device: torch.device) -> Source:
     """The dense model, streamed where it is large. Raises BadInput if it is to be refined, which needs all of it."""
     limit, dtype = job.recipe.max_memory, compute_dtype(job.dtype, device)
     parameters = sum(parameter.numel() for parameter in job.dense.parameters())

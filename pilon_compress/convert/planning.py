@@ -13,13 +13,13 @@ from pilon_compress.config.effort import EFFORTS
 from pilon_compress.convert.allocate.budget import Allocation, allocate, size_layers
 from pilon_compress.convert.calibrate.second_moments import Moments, gather
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
-from pilon_compress.convert.prepare import Job, shelf_bytes
+from pilon_compress.convert.prepare import ConversionJob, store_bytes
 from pilon_compress.convert.sharing.search import Sharing
 from pilon_compress.convert.solve.bank_fit import BankFit
 from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.data.batch import Batch
 from pilon_compress.io.journal import Journal
-from pilon_compress.io.offload import Shelf
+from pilon_compress.io.tensor_store import TensorStore
 from pilon_compress.models.families import Site
 from pilon_compress.models.source import Source
 from pilon_compress.nn.bands import split_bands
@@ -34,7 +34,7 @@ class Planned:
     `left`: by layer the neurons that stay (None: all). `fits`: shared banks by name, as the allocation fitted them.
     """
 
-    job: Job
+    job: ConversionJob
     dense: Dense
     left: dict[int, Tensor | None] = field(default_factory=dict)
     fits: dict[str, BankFit] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Planned:
 
 def plan_conversion(
     source: Source,
-    job: Job,
+    job: ConversionJob,
     batches: Sequence[Batch],
     journal: Journal | None = None,
     moments: Moments | None = None,
@@ -50,8 +50,8 @@ def plan_conversion(
     """Settle the plan: moments (where not given), then the allocation of the budget where the text decides sizes."""
     journal, limit = journal or Journal(), job.recipe.max_memory
     if moments is None:
-        shelf = put_away(journal, "moments", source.streamed, limit)
-        moments = take_moments(source, batches, job.sites, job.causal, job.recipe.seed, shelf, journal)
+        store = put_away(journal, "moments", source.streamed, limit)
+        moments = take_moments(source, batches, job.sites, job.causal, job.recipe.seed, store, journal)
     dense = Dense(source, job.sites, moments)
     if not job.allocated:
         return Planned(job, dense)
@@ -78,30 +78,30 @@ def take_moments(
     sites: Sequence[Site],
     causal: bool,
     seed: int,
-    shelf: Shelf,
+    store: TensorStore,
     journal: Journal,
 ) -> Moments:
     """The moments; of a streamed model they and the states between its blocks are files, which outlive a kill."""
     if source.streamed and journal.folder is not None:
         sums = journal.get_plain("moments")
         if isinstance(sums, dict):
-            reason = shelf.damage(sums)
+            reason = store.damage(sums)
             if reason is None:
-                shelf.adopt(sums, source.device)
-                return Moments(shelf, source.device)
+                store.adopt(sums, source.device)
+                return Moments(store, source.device)
             log.warning("%s: the moments are taken again", reason)
-            shelf.clear()
-    moments = gather(source, batches, sites, causal=causal, seed=seed, shelf=shelf)
+            store.clear()
+    moments = gather(source, batches, sites, causal=causal, seed=seed, store=store)
     if source.streamed:
-        journal.put_plain("moments", shelf.checksums())
+        journal.put_plain("moments", store.checksums())
     return moments
 
 
-def put_away(journal: Journal, name: str, streamed: bool, limit: float | None) -> Shelf:
-    """A shelf that turns to files beside the output, if there is one.
+def put_away(journal: Journal, name: str, streamed: bool, limit: float | None) -> TensorStore:
+    """A tensor store that turns to files beside the output, if there is one.
 
     It does so at once for a streamed model, else beyond a share of the memory (`limit` in GiB).
     """
     if journal.folder is None:
-        return Shelf()
-    return Shelf(journal.folder / name, 0 if streamed else shelf_bytes(limit))
+        return TensorStore()
+    return TensorStore(journal.folder / name, 0 if streamed else store_bytes(limit))

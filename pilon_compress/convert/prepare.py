@@ -32,12 +32,12 @@ from pilon_compress.results.conversion import ConversionPlan
 ENCODER_LENGTH = 128
 CAUSAL_LENGTH = 512
 PARAGRAPH = 0.42  # of an encoder's sequence length that a docstring's paragraph fills, measured
-SHELF, SHELF_BYTES = 1 / 16, 2**28  # of the memory, and at most: what a shelf holds before it turns to files
+STORE_SHARE, STORE_BYTES = 1 / 16, 2**28  # of the memory, and bytes at most, that a tensor store holds
 PROCESS_BYTES = 700 * 2**20  # Python with torch and transformers, measured
 
 
 @dataclass(frozen=True)
-class Job:
+class ConversionJob:
     """A conversion before it starts. `dense` is the model on the meta device: shapes without weights.
 
     `recipe` has every default that depends on the model filled in, so that saving it pins the run down.
@@ -57,11 +57,11 @@ class Job:
     final: bool = True
     """False while `plan` is a guess by uniform shares: the calibration text decides the sizes of the layers."""
 
-    def planned(self, plan: Plan) -> "Job":
+    def planned(self, plan: Plan) -> "ConversionJob":
         """Return the conversion with its final plan."""
         return replace(self, plan=plan, layout=plan.layout(self.quantization), final=True)
 
-    def seeded(self, seed: int) -> "Job":
+    def seeded(self, seed: int) -> "ConversionJob":
         """Return the conversion with another seed."""
         return replace(self, recipe=self.recipe.model_copy(update={"seed": seed}))
 
@@ -153,7 +153,7 @@ def describe_plan(plan: Plan, itemsize: int, quantization: str | None = None) ->
     return conversion.Plan(ffn_ratio=plan.ratio, bands=plan.bands, banks=entries)
 
 
-def prepare(recipe: Recipe) -> Job:
+def prepare(recipe: Recipe) -> ConversionJob:
     """Read the config, find the projections and solve the plan. Loads no weights. Raises BadInput."""
     asked_format(recipe)
     config = checkpoint.load_config(recipe.model)
@@ -179,7 +179,7 @@ def prepare(recipe: Recipe) -> Job:
     stored = stored_dtype(config)
     dtype = checkpoint.find_dtype(recipe.dtype) or stored
     pinned = recipe.model_copy(update={"calibration": asked.model_copy(update=vars(calibration))})
-    job = Job(pinned, config, dense, causal, sites, plan, plan.layout(), calibration, dtype, stored)
+    job = ConversionJob(pinned, config, dense, causal, sites, plan, plan.layout(), calibration, dtype, stored)
     return replace(job.planned(plan), final=not job.allocated)
 
 
@@ -196,6 +196,6 @@ def check_sharing(sites: list[Site]) -> None:
         )
 
 
-def shelf_bytes(limit: float | None) -> int:
+def store_bytes(limit: float | None) -> int:
     """Return the bytes that moments, and outputs to compare with, may each take, under a memory `limit` in GiB."""
-    return min(SHELF_BYTES, int(SHELF * available(limit)))
+    return min(STORE_BYTES, int(STORE_SHARE * available(limit)))

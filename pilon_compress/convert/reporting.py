@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import pilon_compress
 from pilon_compress.config import conversion
 from pilon_compress.convert.plan import BankPlan, Plan
-from pilon_compress.convert.prepare import PROCESS_BYTES, Job
+from pilon_compress.convert.prepare import PROCESS_BYTES, ConversionJob
 from pilon_compress.convert.solve.layer import uniform_rank
 from pilon_compress.convert.solve.solved import Solved
 from pilon_compress.data import calibration, sequences
@@ -35,7 +35,12 @@ SPECTRUM_POINTS = 128
 
 
 def describe(
-    job: Job, solved: Solved, batches: list[Batch], refined: Refinement | None, expected: Estimate, command: str
+    job: ConversionJob,
+    solved: Solved,
+    batches: list[Batch],
+    refined: Refinement | None,
+    expected: Estimate,
+    command: str,
 ) -> Report:
     """The report of a solved conversion; evaluation, output and time are for the caller to fill in."""
     methods = next(iter(solved.errors.values()))
@@ -96,7 +101,7 @@ def describe_projection(site: Site, plan: Plan, solved: Solved) -> Projection:
 
 
 def judge(
-    job: Job,
+    job: ConversionJob,
     load: Callable[[torch.dtype], PreTrainedModel],
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
@@ -117,7 +122,11 @@ def judge(
 
 
 def compared(
-    job: Job, model: PreTrainedModel, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[str]
+    job: ConversionJob,
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
 ) -> Evaluation:
     """The figures of the converted model against the dense one, by the recipe's evaluation."""
     asked = evaluate.affordable(job.recipe.evaluation, dense)

@@ -39,7 +39,7 @@ ABOUT = "about.json"
 
 
 @dataclass(frozen=True)
-class Wish:
+class CacheRequest:
     """A cache request: predictions for `indices`, ascending, of `dataset` with `length` tokens each.
 
     `made_from` tells data and teacher apart from others; with the rest it is the key.
@@ -78,14 +78,14 @@ class Wish:
         return sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in self.files.values())
 
 
-class Taught:
+class DistillationDataset:
     """The rows of a run, each with what the teacher predicts for it. Only rows that are kept may be asked for."""
 
-    def __init__(self, dataset: Dataset, folder: Path, wish: Wish) -> None:
+    def __init__(self, dataset: Dataset, folder: Path, request: CacheRequest) -> None:
         self.inner, self.folder = dataset, folder
         self.maps = {
             name: np.memmap(folder / f"{name}.bin", dtype, "r", shape=shape)
-            for name, (dtype, shape) in wish.files.items()
+            for name, (dtype, shape) in request.files.items()
         }
 
     def __len__(self) -> int:
@@ -105,21 +105,26 @@ class Taught:
 
 
 def predictions(
-    wish: Wish, teacher: Callable[[], Teacher], world: World, size: int, folder: Path | None = None, quiet: bool = True
-) -> Taught:
+    request: CacheRequest,
+    teacher: Callable[[], Teacher],
+    world: World,
+    size: int,
+    folder: Path | None = None,
+    quiet: bool = True,
+) -> DistillationDataset:
     """The rows with their predictions, from `folder` if they are there already; the teacher is asked for only if not.
 
     All processes take part, each for its share of the rows, `size` at a time; files appear whole or not at all.
     `folder` is that of token files unless given. Raises BadInput where the disk is full.
     """
     home = (folder or cache_folder()).absolute()
-    place = home / f"teacher-{wish.key}"
-    with _locked(home, wish.key, world):
-        if not world.total(float(world.first and _whole(place, wish)))[0]:
+    place = home / f"teacher-{request.key}"
+    with _locked(home, request.key, world):
+        if not world.total(float(world.first and _whole(place, request)))[0]:
             if world.first and not quiet:
-                log.info("the teacher's predictions: %s MiB in %s", f"{wish.bytes / 2**20:,.0f}", place)
-            _build(place, wish, teacher(), world, size)
-    return Taught(wish.dataset, place, wish)
+                log.info("the teacher's predictions: %s MiB in %s", f"{request.bytes / 2**20:,.0f}", place)
+            _build(place, request, teacher(), world, size)
+    return DistillationDataset(request.dataset, place, request)
 
 
 @contextmanager
@@ -144,7 +149,7 @@ def _locked(home: Path, key: str, world: World) -> Iterator[None]:
         lock.release()
 
 
-def _whole(place: Path, wish: Wish) -> bool:
+def _whole(place: Path, request: CacheRequest) -> bool:
     """True for files that are there with the contents that they were made with; a line says if they are damaged."""
     if not place.is_dir():
         return False
@@ -153,57 +158,62 @@ def _whole(place: Path, wish: Wish) -> bool:
         log.warning("%s: the teacher is asked again", reason)
         return False
     try:
-        if json.loads((place / ABOUT).read_text("utf-8")) != _about(wish):
+        if json.loads((place / ABOUT).read_text("utf-8")) != _about(request):
             return False
         return all(
             (place / f"{name}.bin").stat().st_size == np.dtype(dtype).itemsize * int(np.prod(shape))
-            for name, (dtype, shape) in wish.files.items()
+            for name, (dtype, shape) in request.files.items()
         )
     except (OSError, ValueError):
         return False
 
 
-def _about(wish: Wish) -> dict[str, Any]:
-    return {"rows": len(wish.indices), "length": wish.length, "count": wish.count, "temperature": wish.temperature}
+def _about(request: CacheRequest) -> dict[str, Any]:
+    return {
+        "rows": len(request.indices),
+        "length": request.length,
+        "count": request.count,
+        "temperature": request.temperature,
+    }
 
 
-def _build(place: Path, wish: Wish, teacher: Teacher, world: World, size: int) -> None:
+def _build(place: Path, request: CacheRequest, teacher: Teacher, world: World, size: int) -> None:
     """Make the folder `place`: every process writes its share of the rows, the first one everything else."""
     opened = atomic_folder(place, manifest.write) if world.first else nullcontext(part_of(place))
     try:
         with opened as work:
             if world.first:
-                for name in wish.files:
+                for name in request.files:
                     (work / f"{name}.bin").touch()
             world.wait()
             failure: OSError | None = None
             try:
-                _write(work, wish, teacher, world, size)
+                _write(work, request, teacher, world, size)
             except OSError as error:
                 failure = error
             if world.total(float(failure is not None))[0]:
                 raise failure or OSError(None, "another process could not")
             if world.first:
-                wish.indices.astype(np.int64).tofile(work / "rows.bin")
-                (work / ABOUT).write_text(json.dumps(_about(wish)), "utf-8")
+                request.indices.astype(np.int64).tofile(work / "rows.bin")
+                (work / ABOUT).write_text(json.dumps(_about(request)), "utf-8")
     except OSError as error:
         reason = disk_full(error) or error.strerror or str(error)
         raise BadInput(f"cannot write {place}: {reason}; PILON_CACHE can name another") from error
     world.wait()
 
 
-def _write(work: Path, wish: Wish, teacher: Teacher, world: World, size: int) -> None:
+def _write(work: Path, request: CacheRequest, teacher: Teacher, world: World, size: int) -> None:
     """This process's share: written, not mapped, so that a full disk is an error and not a signal."""
-    total = len(wish.indices)
+    total = len(request.indices)
     first, last = (total * edge // world.size for edge in (world.rank, world.rank + 1))
     for start in track(range(first, last, size), "teacher", total=-(-(last - first) // size)):
-        mine = wish.indices[start : min(last, start + size)]
-        batch = wish.dataset.batch([int(index) for index in mine]).to(world.device)
+        mine = request.indices[start : min(last, start + size)]
+        batch = request.dataset.batch([int(index) for index in mine]).to(world.device)
         found = dict(
-            zip(("values", "tokens", "rest"), teacher.largest(batch, wish.count, wish.temperature), strict=True)
+            zip(("values", "tokens", "rest"), teacher.largest(batch, request.count, request.temperature), strict=True)
         )
         for name, tensor in found.items():
-            dtype, shape = wish.files[name]
+            dtype, shape = request.files[name]
             with (work / f"{name}.bin").open("r+b") as file:
                 file.seek(start * int(np.prod(shape[1:])) * np.dtype(dtype).itemsize)
                 file.write(tensor.cpu().numpy().astype(dtype).tobytes())

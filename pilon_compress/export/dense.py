@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pilon_compress.config.export import ExportOptions
 from pilon_compress.errors import BadInput
-from pilon_compress.export.registry import DEFAULTS, Job, exporter
+from pilon_compress.export.registry import DEFAULTS, ExportJob, exporter
 from pilon_compress.export.save import drop_bundled, save_beside
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import family_of
@@ -32,7 +32,7 @@ def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | N
     load="AutoModel.from_pretrained({folder!r})",
     refuse=refuse,
 )
-def write(model: PreTrainedModel, job: Job) -> Exported:
+def write(model: PreTrainedModel, job: ExportJob) -> Exported:
     """Write the dense model: it computes what the PILON model computes (logits agree to about 1e-5 in float32)."""
     to_dense(model)
     save_beside(model, job, model.dtype)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 import pilon_compress
 from pilon_compress.config.export import ExportOptions
-from pilon_compress.export.registry import Job, exporter
+from pilon_compress.export.registry import ExportJob, exporter
 from pilon_compress.export.save import drop_bundled, save_beside
 from pilon_compress.models import checkpoint
 from pilon_compress.models.provenance import lineage
@@ -47,7 +47,7 @@ def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
     options=("encoding", "rest", "dtype"),
     dtype_when_saved=True,  # rounding to fewer bits first would move ternary weights
 )
-def write(model: PreTrainedModel, job: Job) -> Exported:
+def write(model: PreTrainedModel, job: ExportJob) -> Exported:
     """Write `model` with its ternary weights packed, `encoding` base3 or 2bit, and with `rest` int8 all else rounded.
 
     `dtype`: of what is neither ternary nor a scale. Of a model in integers the rest is all that is left to round.

@@ -5,8 +5,8 @@
         ...
         return Exported()
 
-The function gets a PILON model, loaded, and a `Job`; it writes `job.output` by `io.folders.fresh_folder` and returns
-figures for the caller.
+The function gets a PILON model, loaded, and an `ExportJob`; it writes `job.output` by `io.folders.fresh_folder` and
+returns figures for the caller.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ DEFAULTS = ExportOptions()
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportJob:
     """An export: the folder `source`, as the user names it, its output and options."""
 
     source: str
@@ -48,7 +48,7 @@ class Exporter:
     name: str
     about: str
     load: str
-    write: Callable[[PreTrainedModel, Job], Exported]
+    write: Callable[[PreTrainedModel, ExportJob], Exported]
     refuse: Callable[[PreTrainedModel, ExportOptions], str | None]
     options: tuple[str, ...] = ("dtype",)
     dtype_when_saved: bool = False
@@ -63,7 +63,7 @@ class Exporter:
 
 
 EXPORTERS: Registry[Exporter] = Registry("export target", "pilon_compress.export")
-Write = Callable[[PreTrainedModel, Job], Exported]
+Write = Callable[[PreTrainedModel, ExportJob], Exported]
 
 
 def exporter(

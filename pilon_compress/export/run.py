@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from pilon_compress.config.export import ExportOptions
 from pilon_compress.errors import BadInput
-from pilon_compress.export.registry import DEFAULTS, EXPORTERS, Job
+from pilon_compress.export.registry import DEFAULTS, EXPORTERS, ExportJob
 from pilon_compress.io import manifest
 from pilon_compress.io.folders import open_output
 from pilon_compress.models import checkpoint
@@ -35,7 +35,7 @@ def export(
         model = load_pilon(source, dtype)
         if reason := exporter.refuse(model, options):
             raise BadInput(f"{source} {reason}")
-        figures = exporter.write(model, Job(source, path, options, overwrite))
+        figures = exporter.write(model, ExportJob(source, path, options, overwrite))
     load = exporter.load.format(folder=str(output))
     return ExportResult(source=source, output=str(output), to=to, load=load, figures=figures)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pilon_compress.export.registry import Job
+from pilon_compress.export.registry import ExportJob
 from pilon_compress.export.transformers_plugin import PilonConfig
 from pilon_compress.io import companions
 from pilon_compress.io.folders import fresh_folder
@@ -58,7 +58,7 @@ def _narrowed(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def save_beside(
     model: PreTrainedModel,
-    job: Job,
+    job: ExportJob,
     dtype: torch.dtype,
     add: Callable[[Path], None] | None = None,
 ) -> None:

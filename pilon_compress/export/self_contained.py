@@ -13,7 +13,7 @@ from pilon_compress.config.export import ExportOptions
 from pilon_compress.config.research import bound
 from pilon_compress.export import transformers_plugin
 from pilon_compress.export.bundle import bundle
-from pilon_compress.export.registry import Job, exporter
+from pilon_compress.export.registry import ExportJob, exporter
 from pilon_compress.export.save import MODELING_FILE, save_beside
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.layout import Layout, layout_of
@@ -45,7 +45,7 @@ def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
     refuse=refuse,
     options=(),
 )
-def write(model: PreTrainedModel, job: Job) -> Exported:
+def write(model: PreTrainedModel, job: ExportJob) -> Exported:
     """Write the folder, its code declared in config.json's `auto_map`; it loads as any PILON folder does, too."""
     classes = host_classes(model)
     stem = MODELING_FILE.removesuffix(".py")

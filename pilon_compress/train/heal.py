@@ -19,7 +19,7 @@ from pilon_compress.data.corpus import Corpus
 from pilon_compress.data.loader import Dataset, Loader, in_order
 from pilon_compress.distill.recovery import Recovery, hidden_weight, student_of
 from pilon_compress.distill.teacher import Teacher, fingerprint, open_teacher
-from pilon_compress.distill.teacher_cache import Taught, Wish, predictions
+from pilon_compress.distill.teacher_cache import CacheRequest, DistillationDataset, predictions
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate.embeddings import NEIGHBORS, shared_neighbours
 from pilon_compress.io import manifest
@@ -119,12 +119,12 @@ def open_healing(recipe: TrainRecipe, world: World, model: PreTrainedModel, corp
         teacher = teacher or open_teacher(reference, model, world.device, hidden)
         return teacher
 
-    kept: Path | None = None
+    cache: Path | None = None
     if asked.cache_teacher:
-        taught, kept = remembered(recipe, world, model, corpus, reference, opened, quiet)
-        corpus = replace(corpus, batches=taught)
-    of_teacher = judged(corpus.validation, recipe, world, opened, kept) if causal else 0.0
-    shown = None if kept is not None else opened()
+        batches, cache = remembered(recipe, world, model, corpus, reference, opened, quiet)
+        corpus = replace(corpus, batches=batches)
+    of_teacher = judged(corpus.validation, recipe, world, opened, cache) if causal else 0.0
+    shown = None if cache is not None else opened()
     first = corpus.validation.batch(range(min(MEASURED, len(corpus.validation))))
     student = student_of(model, asked, shown, first.to(world.device))
     if recipe.run.gradient_checkpointing:
@@ -157,7 +157,7 @@ def remembered(
     if steps * recipe.run.batch_size < len(loader.dataset):
         seen = sorted({index for step in range(steps) for index in loader.indices(step)})  # type: ignore[assignment]
     tokens: Any = loader.dataset
-    wish = Wish(
+    request = CacheRequest(
         dataset=loader.dataset,
         indices=np.array(seen, np.int64),
         length=recipe.data.sequence_length,
@@ -166,19 +166,19 @@ def remembered(
         temperature=asked.temperature,
         made_from=f"{fingerprint(reference)}\n{tokens.tokens.about.key}\n{recipe.data.respect_documents}",
     )
-    taught: Taught = predictions(wish, teacher, world, size_of(recipe), quiet=quiet)
-    return Loader(taught, loader.batch_size, loader.seed, loader.micro_batches), taught.folder
+    dataset: DistillationDataset = predictions(request, teacher, world, size_of(recipe), quiet=quiet)
+    return Loader(dataset, loader.batch_size, loader.seed, loader.micro_batches), dataset.folder
 
 
 def judged(
-    rows: Dataset, recipe: TrainRecipe, world: World, teacher: Callable[[], Teacher], kept: Path | None
+    rows: Dataset, recipe: TrainRecipe, world: World, teacher: Callable[[], Teacher], cache: Path | None
 ) -> float:
-    """The teacher's mean loss on the validation text; it is remembered in `kept`, so that it is run once."""
+    """The teacher's mean loss on the validation text; it is stored in `cache`, so that it is run once."""
     batches = list(in_order(rows, size_of(recipe), world.rank, world.size))
     state = blake2b(digest_size=16)
     for batch in batches:
         state.update(batch.targets.numpy().tobytes())
-    path = kept / JUDGED if kept is not None else None
+    path = cache / JUDGED if cache is not None else None
     known = manifest.read_json(path) if path is not None else None
     known = known if isinstance(known, dict) else {}
     key = state.hexdigest()

@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
-from pilon_compress.io.offload import Shelf
 from pilon_compress.io.progress import track
+from pilon_compress.io.tensor_store import TensorStore
 from pilon_compress.models.families import Site
 from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.hooks import hooked
@@ -100,21 +100,21 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments by site, kept on a shelf: `input(site)` of what it reads, `gradient(site)` (d_out, d_out) float64."""
+    """Moments by site, in a tensor store: `input(site)` of what it reads, `gradient(site)` (d_out, d_out) float64."""
 
-    shelf: Shelf
+    store: TensorStore
     device: torch.device
 
     def input(self, site: Site) -> SecondMoment:
         """Return the moments of the input of `site`."""
         moment = SecondMoment(0, device=self.device)
-        moment.mean, moment.scatter = self.shelf.get(f"{site.input}.mean"), self.shelf.get(f"{site.input}.scatter")
-        moment.count = int(self.shelf.get("count"))
+        moment.mean, moment.scatter = self.store.get(f"{site.input}.mean"), self.store.get(f"{site.input}.scatter")
+        moment.count = int(self.store.get("count"))
         return moment
 
     def gradient(self, site: Site) -> Tensor:
         """Return G (d_out, d_out) of the output of `site`, float64."""
-        return self.shelf.get(f"{site.name}.gradient").double()
+        return self.store.get(f"{site.name}.gradient").double()
 
 
 def gather(
@@ -124,17 +124,17 @@ def gather(
     *,
     causal: bool,
     seed: int = 0,
-    shelf: Shelf | None = None,
+    store: TensorStore | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Moments:
     """Run the dense model forward over `batches`, then backward block by block, and return the moments of all `sites`.
 
-    Padding does not count. One block is in memory at a time; the states between blocks, and the moments, are on the
-    shelf. Raises BadInput if an activation is not finite.
+    Padding does not count. One block is in memory at a time; the states between blocks, and the moments, are in the
+    store. Raises BadInput if an activation is not finite.
     """
-    shelf = shelf or Shelf()
+    store = store or TensorStore()
     stream = Stream(source, batches)
-    _run_forward(stream, shelf)
+    _run_forward(stream, store)
     gradients = _output_gradients(stream, causal, seed)
     stream.hidden.clear()
     for index in track(range(len(source.names) - 1, -1, -1), "calibrating, backward"):
@@ -145,13 +145,13 @@ def gather(
         ):
             for batch in range(len(batches)):
                 watch.batch = batch
-                states = shelf.take(f"states.{index}.{batch}").detach().requires_grad_()
+                states = store.take(f"states.{index}.{batch}").detach().requires_grad_()
                 with torch.enable_grad():
                     output = stream.call(block, batch, states, position=index)
                 (gradients[batch],) = grad(output, states, gradients[batch])
             _cut_graphs(block)
-        watch.store(shelf)
-    return Moments(shelf, source.device)
+        watch.save(store)
+    return Moments(store, source.device)
 
 
 def _cut_graphs(block: nn.Module) -> None:
@@ -163,11 +163,11 @@ def _cut_graphs(block: nn.Module) -> None:
                 setattr(module, name, value.detach())
 
 
-def _run_forward(stream: Stream, shelf: Shelf) -> None:
-    """Run every block, and put the states that enter it on the shelf. Raises BadInput where they are not finite."""
+def _run_forward(stream: Stream, store: TensorStore) -> None:
+    """Run every block, and store the states that enter it. Raises BadInput where they are not finite."""
     for index in track(range(len(stream.names)), "calibrating, forward"):
         for batch, states in enumerate(stream.hidden):
-            shelf.put(f"states.{index}.{batch}", states)
+            store.put(f"states.{index}.{batch}", states)
         with stream.source.block(index) as block:
             stream.advance(block)
         rows = (states[mask] for states, mask in zip(stream.hidden, stream.masks, strict=True))
@@ -231,22 +231,22 @@ class _Watch:
 
         y.register_hook(back)
 
-    def store(self, shelf: Shelf) -> None:
-        """Put what was seen on the shelf. Raises BadInput where it is not finite."""
+    def save(self, store: TensorStore) -> None:
+        """Store the moments. Raises BadInput where it is not finite."""
         for name, moment in self.inputs.items():
             if not bool(torch.isfinite(moment.scatter).all() & torch.isfinite(moment.mean).all()):
                 raise BadInput(
                     f"the input of {name} is NaN or infinite on the calibration text: no moments can be taken"
                 )
-            shelf.put(f"{name}.mean", moment.mean)
-            shelf.put(f"{name}.scatter", moment.scatter)
-            shelf.put("count", torch.tensor(moment.count))
+            store.put(f"{name}.mean", moment.mean)
+            store.put(f"{name}.scatter", moment.scatter)
+            store.put("count", torch.tensor(moment.count))
         for site in self.sites:
             gradient = self.gradients.get(site.name)
             if gradient is None or not bool(torch.isfinite(gradient).all()):
                 raise BadInput(f"the gradient at {site.name} is missing or not finite: no moments can be taken")
             count = sum(int(mask.sum()) for mask in self.masks)
-            shelf.put(f"{site.name}.gradient", gradient / count)
+            store.put(f"{site.name}.gradient", gradient / count)
 
 
 @contextmanager

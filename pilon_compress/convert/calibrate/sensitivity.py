@@ -16,8 +16,8 @@ from torch.nn.functional import normalize
 from pilon_compress.convert.calibrate.second_moments import COPIES
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.calibration import sequences, tokens
-from pilon_compress.io.offload import Shelf
 from pilon_compress.io.progress import track
+from pilon_compress.io.tensor_store import TensorStore
 from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.source import Source
 from pilon_compress.nn.functional import kl_divergence, mean_pooled, rows_at_once
@@ -29,18 +29,20 @@ SCORED = 2048  # predictions of a language model, at most: layers are then on on
 class Sensitivity:
     """Measures one layer after the other, first to last, on a part of the calibration text.
 
-    What the dense model makes of that text waits on the shelf; of a language model it is large.
+    What the dense model makes of that text waits in the store; of a language model it is large.
     """
 
-    def __init__(self, source: Source, batches: Sequence[Batch], causal: bool, shelf: Shelf | None = None) -> None:
-        self.source, self.causal, self.shelf = source, causal, shelf or Shelf()
+    def __init__(
+        self, source: Source, batches: Sequence[Batch], causal: bool, store: TensorStore | None = None
+    ) -> None:
+        self.source, self.causal, self.store = source, causal, store or TensorStore()
         self.stream = Stream(source, _part(batches, PASSES / (len(source.names) / 2 + 2), causal))
         stream = self.stream.fork()
         for index in track(range(len(source.names)), "reference outputs"):
             with source.block(index) as block:
                 stream.advance(block)
         for name, part in self._outputs(stream):
-            self.shelf.put(name, part)
+            self.store.put(name, part)
 
     @torch.no_grad()
     def measure(self, layer: int, change: Callable[[nn.Module], None], predicted: float) -> float:
@@ -58,7 +60,7 @@ class Sensitivity:
             self.stream.advance(module)
         while stream.position < len(self.source.names):
             self._advance(stream, stream.position)
-        lost = [self._distance(part, self.shelf.get(name)) for name, part in self._outputs(stream)]
+        lost = [self._distance(part, self.store.get(name)) for name, part in self._outputs(stream)]
         tokens = sum(int(mask.sum()) for mask in stream.masks)
         true = math.fsum(lost) / tokens
         return true / predicted if predicted > 0 and true > 0 else 1.0

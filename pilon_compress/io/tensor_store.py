@@ -11,7 +11,7 @@ from torch import Tensor
 from pilon_compress.io.checksum import digest
 
 
-class Shelf:
+class TensorStore:
     """Tensors by name: in memory up to `limit` bytes, further ones in `folder`, one safetensors file each.
 
     Without a folder all stay in memory.
