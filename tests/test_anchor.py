@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pilon_compress.convert.solve.low_rank import Target
-from pilon_compress.convert.solve.sequential_targets import Pair
+from pilon_compress.convert.solve.sequential_targets import BlockPair
 from pilon_compress.data.batch import Batch
 from pilon_compress.models.blocks import blocks
 from pilon_compress.models.families import find_sites
@@ -31,7 +31,7 @@ def start(tiny, family, perturbed):
     theirs.advance(first)
     ours.advance(damaged)
     module = list(blocks(model).values())[1]
-    return model, module, Pair(module, copy.deepcopy(module), theirs, ours), source.names[1]
+    return model, module, BlockPair(module, copy.deepcopy(module), theirs, ours), source.names[1]
 
 
 def local(model, prefix, role):

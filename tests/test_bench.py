@@ -154,12 +154,12 @@ def test_on_a_gpu_ternary_contenders_run_its_kernels_and_compute_the_same(name, 
     assert there.dtype == torch.bfloat16 and there.run(x.bfloat16()).dtype == torch.bfloat16
     assert 0.9 < there.bytes / here.bytes < 1.1
     monkeypatch.setattr(dispatch, "_works", lambda device: False)
-    with pytest.raises(block_variants.NotHere, match="Triton kernels do not run here"):
+    with pytest.raises(block_variants.Unavailable, match="Triton kernels do not run here"):
         block_variants.VARIANTS[name](shape, torch.device("cpu"))
 
 
 def test_what_a_device_lacks_is_left_out_and_said(monkeypatch):
     monkeypatch.setattr(cpu, "_loaded", False)
     shape = block_variants.Shape(64, 128, 32, 16, False, "relu2", 1)
-    with pytest.raises(block_variants.NotHere, match="unavailable"):
+    with pytest.raises(block_variants.Unavailable, match="unavailable"):
         block_variants.pilon_ternary(shape, torch.device("cpu"))

@@ -270,7 +270,7 @@ def test_cells_are_reused_only_for_the_same_model_text_and_settings(inside):
         dense = checkpoint.load_model("causal", dtype="float32")
         with torch.no_grad():
             dense.transformer.h[1].mlp.c_fc.bias[0] += change
-        return comparing.Bench(job, dense, checkpoint.load_tokenizer("causal"), [text]).fingerprint()
+        return comparing.Evaluator(job, dense, checkpoint.load_tokenizer("causal"), [text]).fingerprint()
 
     first = fingerprint()
     assert fingerprint(ratio=0.4) == first, "a ratio may be added to a comparison that was interrupted"
@@ -305,8 +305,8 @@ def test_every_method_is_explained_and_drawn_apart():
     curves = {method.curve.name: method.curve for method in methods}
     assert all(curve.about for curve in curves.values())
     assert len({method.title for method in methods}) == len(methods)
-    assert len({curve.look.colour for curve in curves.values()}) == len(curves)
-    assert len({(curve.look.marker, curve.look.line) for curve in curves.values()}) == len(curves)
+    assert len({curve.style.colour for curve in curves.values()}) == len(curves)
+    assert len({(curve.style.marker, curve.style.line) for curve in curves.values()}) == len(curves)
 
 
 def test_the_list_of_methods_says_what_each_is_compared_at(cli):

@@ -9,7 +9,7 @@ from pilon_compress.convert.calibrate.damping import damped_cholesky, damped_inv
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.convert.solve.neuron_pruning import eliminate, refit
-from pilon_compress.convert.solve.sequential_targets import Cross
+from pilon_compress.convert.solve.sequential_targets import CrossMoments
 from pilon_compress.errors import BadInput
 
 
@@ -56,7 +56,7 @@ def test_what_is_not_finite_is_refused_by_name(value):
 def test_inputs_that_never_vary_leave_the_weight_alone():
     weight = torch.randn(6, 4, dtype=torch.float64)
     start = Target("down", 0, weight, torch.eye(6, dtype=torch.float64))
-    cross = Cross.empty(6, 4, torch.zeros(1))
+    cross = CrossMoments.empty(6, 4, torch.zeros(1))
     cross.update(torch.zeros(10, 6), torch.randn(10, 4))
     for centred in (True, False):
         assert torch.equal(cross.target(start, centred).weight, weight)

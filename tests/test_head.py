@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pilon_compress.data.batch import Batch
 from pilon_compress.distill.losses import NextToken
-from pilon_compress.distill.students import Following
+from pilon_compress.distill.students import CausalStudent
 from pilon_compress.distill.teacher import Teacher
 from pilon_compress.models.forward import run_base
 from pilon_compress.models.head import Head
@@ -52,7 +52,7 @@ def test_students_and_losses_use_the_models_own_logits(family):
     nats = -ours.gather(-1, labels[..., None]).sum()
     kl = (theirs.exp() * (theirs - ours)).sum()
     torch.testing.assert_close(NextToken(model)(batch.inputs(), labels), nats)
-    student, teacher = Following(model, next_token=True), Teacher(dense)
+    student, teacher = CausalStudent(model, next_token=True), Teacher(dense)
     wanted = teacher.wanted(batch)
     for terms, expected in (((1.0, 0.0, 0.0, 0.0), kl), ((0.0, 1.0, 0.0, 0.0), nats)):
         loss = student(batch.inputs(), labels, wanted, torch.tensor(terms))

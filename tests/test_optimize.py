@@ -45,7 +45,7 @@ class Told:
 def job_of(slope, steps=60, **changes):
     """A run whose validation loss is lowest at x = 0.5, which it passes by."""
     batch = Batch(torch.zeros(1, 1, dtype=torch.long)).labelled(causal=False)
-    options = {"validate": lambda: (float((slope.x.detach() - 0.5).square()), 1), "judge_first": True} | changes
+    options = {"validate": lambda: (float((slope.x.detach() - 0.5).square()), 1), "evaluate_first": True} | changes
     return Training(
         world=World(0, 1, torch.device("cpu")),
         trainee=slope,
@@ -69,7 +69,7 @@ def test_the_best_weights_are_kept_not_the_last():
     last = float((slope.x.detach() - 0.5).square())
     put(slope, job.best_weights)
     assert float((slope.x.detach() - 0.5).square()) == job.best < last
-    assert min(losses.values()) == job.figure.of(job.best) < losses[60] and list(losses) == list(range(0, 61, 5))
+    assert min(losses.values()) == job.metric.of(job.best) < losses[60] and list(losses) == list(range(0, 61, 5))
     assert told.shown == 60
 
 

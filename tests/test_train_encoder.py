@@ -9,7 +9,7 @@ from pilon_compress.config import conversion
 from pilon_compress.config import training as recipes
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.data.paragraph_dataset import SortedLoader, SpacedRows, tokenise_paragraphs
-from pilon_compress.distill.students import FollowingEmbeddings
+from pilon_compress.distill.students import EmbeddingStudent
 from pilon_compress.distill.teacher import Teacher
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate.evaluate import evaluate
@@ -95,7 +95,7 @@ def test_padding_changes_nothing_and_texts_count_alike(home, tiny):
     picked = [int(sizes[0]), int(sizes[-1])]
     batch = rows.batch(picked)
     assert batch.input_ids.shape[1] == rows.sizes[picked[1]] and batch.attention_mask[0].sum() == rows.sizes[picked[0]]
-    trainee = FollowingEmbeddings(student, teacher.variance(batch)).eval()
+    trainee = EmbeddingStudent(student, teacher.variance(batch)).eval()
     terms = torch.ones(4)
 
     def loss(indices):

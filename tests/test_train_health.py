@@ -10,8 +10,8 @@ from pilon_compress.models import base_architectures
 from pilon_compress.nn.layout import banks, projections
 from pilon_compress.optimize.optimizers import learning, make_optimizers
 from pilon_compress.research.original.moving_linear import settle, staged
-from pilon_compress.research.original.selection import Choosing, stage
-from pilon_compress.train.bank_health import Health
+from pilon_compress.research.original.selection import SelectionSchedule, stage
+from pilon_compress.train.bank_diagnostics import BankDiagnostics
 from pilon_compress.train.preflight import layout_asked
 
 IDS = torch.arange(24).reshape(2, 12) % 40
@@ -49,7 +49,7 @@ def learn(model, settings, health):
 def test_even_compositions_have_the_entropy_of_k_of_n():
     model, _ = built()
     even(model)
-    found = Health(model)()
+    found = BankDiagnostics(model)()
     # two layers select 3 of 8 each, by turns: 0-2 and 3-5
     assert found["composition_entropy"] == pytest.approx(math.log(3) / math.log(8))
     assert found["primitive_entropy"] == pytest.approx(math.log(6) / math.log(8))
@@ -65,7 +65,7 @@ def test_one_primitive_that_does_all_has_entropy_0():
         for _, layer in projections(model):
             layer.selected.copy_(torch.arange(3))
             layer.weight[1:] = 0
-    found = Health(model)()
+    found = BankDiagnostics(model)()
     assert found["composition_entropy"] == found["primitive_entropy"] == 0
     assert found["primitive_gini"] == pytest.approx(7 / 8)
     assert found["utilisation"] == pytest.approx(3 / 8)
@@ -73,7 +73,7 @@ def test_one_primitive_that_does_all_has_entropy_0():
 
 def test_selected_primitives_without_a_gradient_since_the_last_look_are_dead():
     model, settings = built()
-    health = Health(model)
+    health = BankDiagnostics(model)
     for step in range(2):
         model.zero_grad()
         learn(model, settings, health)
@@ -97,23 +97,23 @@ def test_selected_primitives_without_a_gradient_since_the_last_look_are_dead():
 )
 def test_energies_are_those_of_the_model_that_is_left(composition, explore):
     model, settings = built(composition, explore, staged={"phases": [1.0], "rank": [2]})
-    choosing = Choosing(model, settings.research.sections["original"], settings.seed, 10)
+    choosing = SelectionSchedule(model, settings.research.sections["original"], settings.seed, 10)
     for step in (4, 9):
         choosing.before(step, step / 10)
     before = [layer.energy() for _, layer in staged(model)]
-    figures = Health(model)()
+    figures = BankDiagnostics(model)()
     settle(model)
     after = [layer.energy() for _, layer in projections(model)]
     assert before and all(torch.allclose(a, b) for a, b in zip(before, after, strict=True))
-    assert Health(model)() == pytest.approx(figures)
+    assert BankDiagnostics(model)() == pytest.approx(figures)
     for energy, (_, layer) in zip(after, projections(model), strict=True):
         assert int((energy > 0).sum()) == layer.top_k == 3
 
 
 def test_looking_while_all_primitives_take_part():
     model, settings = built("component", "anneal")
-    Choosing(model, settings.research.sections["original"], settings.seed, 10).before(0, 0.0)
-    found = Health(model)()
+    SelectionSchedule(model, settings.research.sections["original"], settings.seed, 10).before(0, 0.0)
+    found = BankDiagnostics(model)()
     assert found["utilisation"] == 1 and found["dead_share"] == 0
     assert 0.8 < found["composition_entropy"] < 1
 
@@ -121,7 +121,7 @@ def test_looking_while_all_primitives_take_part():
 def test_a_dense_model_has_no_figures():
     settings = training.build({"task": "pretrain", "host": SHAPE, "ffn": {"kind": "dense"}})
     config = base_architectures.config_for(settings.host, 32, 0)
-    assert Health(base_architectures.build_with(config, layout_asked(settings, config), 0))() == {}
+    assert BankDiagnostics(base_architectures.build_with(config, layout_asked(settings, config), 0))() == {}
 
 
 def test_frozen_groups_do_not_count_in_the_norm_that_is_clipped():

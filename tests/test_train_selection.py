@@ -15,9 +15,9 @@ from pilon_compress.nn.layout import banks, layout_of, projections
 from pilon_compress.optimize.monitor import read_metrics
 from pilon_compress.optimize.optimizers import group_parameters, make_optimizers
 from pilon_compress.research.original.moving_linear import settle, staged
-from pilon_compress.research.original.selection import Choosing, stage
+from pilon_compress.research.original.selection import SelectionSchedule, stage
 from pilon_compress.train.finish import plain_state
-from pilon_compress.train.freeze_unused import UnusedStay
+from pilon_compress.train.freeze_unused import FreezeUnused
 from pilon_compress.train.pipeline import train_model
 from pilon_compress.train.preflight import layout_asked
 
@@ -42,7 +42,7 @@ def built(settings):
 
 
 def choosing_for(model, settings):
-    return Choosing(model, settings.research.sections["original"], settings.seed, STEPS)
+    return SelectionSchedule(model, settings.research.sections["original"], settings.seed, STEPS)
 
 
 def layers_of(model):
@@ -61,7 +61,7 @@ def learn(model, settings, steps=range(STEPS), callbacks=()):
             callback.before(step, step / STEPS)
         loss_of(model).backward()
         yield step
-        with UnusedStay(model).around():
+        with FreezeUnused(model).around():
             for optimizer in optimizers:
                 optimizer.step()
         model.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ from pilon_compress.optimize.optimizers import make_optimizers
 from pilon_compress.research.original.moving_linear import settle, staged
 from pilon_compress.research.original.rates import entropy, similarity, use_of
 from pilon_compress.research.original.selection import ramp
-from pilon_compress.train.freeze_unused import UnusedStay
+from pilon_compress.train.freeze_unused import FreezeUnused
 from pilon_compress.train.pipeline import callbacks_for
 from pilon_compress.train.preflight import layout_asked
 
@@ -55,7 +55,7 @@ class Twin:
     def step(self, step):
         self.before(step)
         self.backward()
-        masks = [callback.around() for callback in self.callbacks if isinstance(callback, UnusedStay)]
+        masks = [callback.around() for callback in self.callbacks if isinstance(callback, FreezeUnused)]
         for mask in masks:
             mask.__enter__()
         for optimizer in self.optimizers:

@@ -13,7 +13,7 @@ from pilon_compress.data.block_dataset import BlockDataset
 from pilon_compress.data.token_files import tokenise
 from pilon_compress.distill import teacher_cache
 from pilon_compress.distill.kl import divergences, largest
-from pilon_compress.distill.students import Following
+from pilon_compress.distill.students import CausalStudent
 from pilon_compress.distill.teacher import Teacher
 from pilon_compress.distill.teacher_cache import CacheRequest
 from pilon_compress.parallel import World
@@ -28,14 +28,14 @@ def rows():
     head, theirs = nn.Linear(D, V, bias=False), nn.Linear(D, V)
     labels = torch.randint(V, (N,)).masked_fill(torch.arange(N) % 5 == 0, -100)
     hidden = torch.randn(N, D, requires_grad=True)
-    goal = {"states": 3 * torch.randn(N, D), "head": theirs.weight.detach(), "bias": theirs.bias.detach()}
-    return head, hidden, labels, goal
+    soft_targets = {"states": 3 * torch.randn(N, D), "head": theirs.weight.detach(), "bias": theirs.bias.detach()}
+    return head, hidden, labels, soft_targets
 
 
-def reference(head, hidden, labels, goal, temperature):
+def reference(head, hidden, labels, soft_targets, temperature):
     """T² · KL, in float64, term by term."""
     ours = (hidden.double() @ head.weight.double().T / temperature).log_softmax(-1)
-    theirs = goal["states"].double() @ goal["head"].double().T + goal["bias"].double()
+    theirs = soft_targets["states"].double() @ soft_targets["head"].double().T + soft_targets["bias"].double()
     theirs = (theirs / temperature).log_softmax(-1)
     each = (theirs.exp() * (theirs - ours)).sum(-1)
     return temperature**2 * each[labels != -100].sum()
@@ -45,9 +45,9 @@ def reference(head, hidden, labels, goal, temperature):
 @pytest.mark.parametrize("at_once", [2**26, 2 * V * 7])
 def test_divergence_and_its_gradient_equal_a_reference_whole_and_in_parts(rows, monkeypatch, temperature, at_once):
     monkeypatch.setattr("pilon_compress.nn.functional.LOGITS", at_once)
-    head, hidden, labels, goal = rows
-    found = divergences(head, hidden, labels, goal, temperature, next_token=True)
-    wanted = reference(head, hidden, labels, goal, temperature)
+    head, hidden, labels, soft_targets = rows
+    found = divergences(head, hidden, labels, soft_targets, temperature, next_token=True)
+    wanted = reference(head, hidden, labels, soft_targets, temperature)
     nats = nn.functional.cross_entropy(head(hidden), labels, ignore_index=-100, reduction="sum")
     assert found[0].item() == pytest.approx(wanted.item(), rel=1e-5)
     assert found[1].item() == pytest.approx(nats.item(), rel=1e-5)
@@ -58,9 +58,9 @@ def test_divergence_and_its_gradient_equal_a_reference_whole_and_in_parts(rows, 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_k_values_bound_the_divergence_from_below_and_all_of_them_give_it(rows, temperature):
-    head, hidden, labels, goal = rows
-    logits = goal["states"] @ goal["head"].T + goal["bias"]
-    exact = divergences(head, hidden, labels, goal, temperature, False)[0].item()
+    head, hidden, labels, soft_targets = rows
+    logits = soft_targets["states"] @ soft_targets["head"].T + soft_targets["bias"]
+    exact = divergences(head, hidden, labels, soft_targets, temperature, False)[0].item()
     found = []
     for k in (1, 4, 16, V):
         values, tokens, rest = largest(logits, k, temperature)
@@ -73,13 +73,13 @@ def test_k_values_bound_the_divergence_from_below_and_all_of_them_give_it(rows, 
 
 
 def test_a_student_that_predicts_the_same_is_not_apart(rows):
-    _, _, labels, goal = rows
+    _, _, labels, soft_targets = rows
     head = nn.Linear(D, V)
-    head.weight.data, head.bias.data = goal["head"].clone(), goal["bias"].clone()
-    logits = goal["states"] @ goal["head"].T + goal["bias"]
+    head.weight.data, head.bias.data = soft_targets["head"].clone(), soft_targets["bias"].clone()
+    logits = soft_targets["states"] @ soft_targets["head"].T + soft_targets["bias"]
     kept = dict(zip(("values", "tokens", "rest"), largest(logits, 8, 1.0), strict=True))
-    for one in (goal, kept):
-        assert abs(float(divergences(head, goal["states"], labels, one, 1.0, False)[0])) < 1e-4
+    for one in (soft_targets, kept):
+        assert abs(float(divergences(head, soft_targets["states"], labels, one, 1.0, False)[0])) < 1e-4
 
 
 @pytest.fixture
@@ -99,9 +99,9 @@ def test_predictions_from_disk_are_what_the_teacher_says(asked, tmp_path):
     plain = request.dataset.batch(picked)
     assert torch.equal(batch.input_ids, plain.input_ids) and len(taught) == len(request.dataset)
     values, tokens, rest = teacher.largest(plain, 8, 1.0)
-    assert torch.equal(batch.goal["tokens"], tokens)
-    assert torch.allclose(batch.goal["values"].float(), values, atol=4e-3)
-    assert torch.allclose(batch.goal["rest"].float(), rest, atol=4e-3)
+    assert torch.equal(batch.soft_targets["tokens"], tokens)
+    assert torch.allclose(batch.soft_targets["values"].float(), values, atol=4e-3)
+    assert torch.allclose(batch.soft_targets["rest"].float(), rest, atol=4e-3)
     assert torch.allclose(values.exp().sum(-1) + rest.exp(), torch.ones(4, 16), atol=1e-5)
 
 
@@ -167,7 +167,7 @@ def test_terms_whose_weights_change_are_compiled_once(tiny):
         ids = torch.randint(5, 200, (2, 16), generator=torch.Generator().manual_seed(seed))
         return Batch(ids, labels=ids.roll(-1, 1))
 
-    trainee = Following(student, 1.0, True, teacher.variance(batch(0))).eval()
+    trainee = CausalStudent(student, 1.0, True, teacher.variance(batch(0))).eval()
     compiled = torch.compile(trainee, dynamic=False, backend="eager")
     graphs = []
     for step in range(3):

@@ -14,7 +14,7 @@ from pilon_compress.compare.baselines.problem import Problem, Solution
 from pilon_compress.compare.baselines.registry import baseline
 from pilon_compress.models.families import Site
 from pilon_compress.nn.size import DENSE_ITEMSIZE
-from pilon_compress.report.methods import Look
+from pilon_compress.report.methods import PlotStyle
 
 
 def units(sites: Sequence[Site]) -> list[Unit]:
@@ -33,7 +33,7 @@ def size(sites: Sequence[Site], shares: list[Share]) -> int:
     title="magnitude pruning",
     about="the smallest weights of every matrix are set to zero; multiply-accumulates stay those of the dense matrix",
     paper="Han et al., 2015",
-    look=Look("#6b4226", "1", "-"),
+    style=PlotStyle("#6b4226", "1", "-"),
     units=units,
     size=size,
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pilon_compress.bench.block_variants import BASELINE, VARIANTS, Block, NotHere, Shape
+from pilon_compress.bench.block_variants import BASELINE, VARIANTS, Block, Shape, Unavailable
 from pilon_compress.bench.timing import bandwidth, interleaved
 from pilon_compress.config.benchmark import BenchConfig
 from pilon_compress.errors import BadInput
@@ -42,7 +42,7 @@ def bench_block(config: BenchConfig) -> Benchmark:
     for name in names:
         try:
             blocks[name] = [VARIANTS[name](shape, target) for _ in range(copies)]
-        except NotHere as reason:
+        except Unavailable as reason:
             skipped[name] = str(reason)
     runs = {name: _passes(members, shape, target) for name, members in blocks.items()}
     memory = bandwidth(target)

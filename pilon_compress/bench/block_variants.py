@@ -22,7 +22,7 @@ Linear = Callable[[Tensor], Tensor]
 BASELINE = "dense_fp32"
 
 
-class NotHere(Exception):
+class Unavailable(Exception):
     """Raised where a variant does not run on this device; the message says why in a few words."""
 
 
@@ -65,13 +65,13 @@ def dense_bf16(shape: Shape, device: torch.device) -> Block:
 
 
 def dense_int8(shape: Shape, device: torch.device) -> Block:
-    """Return dense matrices in int8, by torch's faster product. Raises NotHere without one."""
+    """Return dense matrices in int8, by torch's faster product. Raises Unavailable without one."""
     parts = [[_weight(d_in, d_out, device)] for d_in, d_out in shape.projections]
     return _int8(shape, parts, device)
 
 
 def dense_ternary(shape: Shape, device: torch.device) -> Block:
-    """Return dense ternary matrices, by this package's kernels. Raises NotHere where they do not run."""
+    """Return dense ternary matrices, by this package's kernels. Raises Unavailable where they do not run."""
     if device.type in dispatch.TRITON:
         return _ternary_matrices_on_gpu(shape, device)
     needs_kernel(device)
@@ -89,14 +89,14 @@ def pilon_bf16(shape: Shape, device: torch.device) -> Block:
 
 
 def pilon_int8(shape: Shape, device: torch.device) -> Block:
-    """Return two factors per projection in int8, by torch's faster product. Raises NotHere without one."""
+    """Return two factors per projection in int8, by torch's faster product. Raises Unavailable without one."""
     return _int8(shape, _factors(shape, device), device)
 
 
 def pilon_ternary(shape: Shape, device: torch.device) -> Block:
-    """Return a ternary bank per projection, by this package's kernels. Raises NotHere where they do not run."""
+    """Return a ternary bank per projection, by this package's kernels. Raises Unavailable where they do not run."""
     if shape.rank % 16:
-        raise NotHere("ranks must be multiples of 16")
+        raise Unavailable("ranks must be multiples of 16")
     if device.type in dispatch.TRITON:
         return _ternary_banks_on_gpu(shape, device)
     needs_kernel(device)
@@ -144,7 +144,7 @@ def _int8(shape: Shape, parts: list[list[Tensor]], device: torch.device) -> Bloc
 
 @cache
 def _faster_int8(shape: Shape, factors: int, device: torch.device) -> tuple[Callable[[Tensor], Linear], torch.dtype]:
-    """Return the faster of torch's two int8 products for this shape, and the dtype of its inputs. Raises NotHere."""
+    """Return torch's faster int8 product for this shape, and the dtype of its inputs. Raises Unavailable."""
     parts = [[_weight(*sizes, device)] for sizes in shape.projections] if factors == 1 else _factors(shape, device)
     products, reason = [], ""
     for make, dtype in ((weight_only_int8, torch.bfloat16), (dynamic_int8, torch.float32)):
@@ -155,7 +155,7 @@ def _faster_int8(shape: Shape, factors: int, device: torch.device) -> tuple[Call
         except RuntimeError as error:  # raised where a device or a build of torch lacks the operator
             reason = str(error).splitlines()[0]
     if not products:
-        raise NotHere(f"torch has no int8 product here: {reason}")
+        raise Unavailable(f"torch has no int8 product here: {reason}")
     return min(products, key=lambda product: product[0])[1:]
 
 
@@ -171,7 +171,7 @@ def _ternary_matrices_on_gpu(shape: Shape, device: torch.device) -> Block:
     for d_in, d_out in shape.projections:
         matrix = dispatch.matrix(_ternary_weights(d_in, d_out).to(device), _group(d_in, d_out))
         if not isinstance(matrix, MatrixWords):
-            raise NotHere("the Triton kernels do not run here, or take no such shape")
+            raise Unavailable("the Triton kernels do not run here, or take no such shape")
         scale = torch.rand(d_out, device=device)
         runs.append(dispatch.multiplied(matrix, scale, _group(d_in, d_out)))
         stored.append([matrix.A, scale])
@@ -180,7 +180,7 @@ def _ternary_matrices_on_gpu(shape: Shape, device: torch.device) -> Block:
 
 def _ternary_banks_on_gpu(shape: Shape, device: torch.device) -> Block:
     if not dispatch.available(device.type):
-        raise NotHere("the Triton kernels do not run here")
+        raise Unavailable("the Triton kernels do not run here")
     from pilon_compress.kernels import gpu
 
     projections, k = [], shape.active // shape.rank
@@ -260,8 +260,8 @@ def _bytes(parts: list[list[Tensor]]) -> int:
 
 
 def needs_kernel(device: torch.device) -> None:
-    """Raise NotHere where the CPU's ternary kernel does not run."""
+    """Raise Unavailable where the CPU's ternary kernel does not run."""
     if device.type != "cpu":
-        raise NotHere("the ternary kernel runs on CPUs only")
+        raise Unavailable("the ternary kernel runs on CPUs only")
     if not cpu.available():
-        raise NotHere("the ternary kernel is unavailable (see the warning above)")
+        raise Unavailable("the ternary kernel is unavailable (see the warning above)")

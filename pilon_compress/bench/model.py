@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from pilon_compress.bench.block import chosen, circumstances, set_threads
-from pilon_compress.bench.block_variants import BASELINE, NotHere
+from pilon_compress.bench.block_variants import BASELINE, Unavailable
 from pilon_compress.bench.model_variants import VARIANTS
 from pilon_compress.bench.timing import interleaved
 from pilon_compress.config.benchmark import BenchCommand
@@ -44,7 +44,7 @@ def bench_model(config: BenchCommand) -> Benchmark:
     for name in names:
         try:
             variants[name] = VARIANTS[name](pilon)
-        except NotHere as reason:
+        except Unavailable as reason:
             skipped[name] = str(reason)
     ids = torch.randint(5, vocabulary(pilon.config), (batch, context), device=target)
     parts = {"prefill": {name: _prefill(variant, ids) for name, variant in variants.items()}}

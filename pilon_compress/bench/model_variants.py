@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pilon_compress.bench.block_variants import NotHere, needs_kernel, ternary_bank, ternary_matrix, weight_only_int8
+from pilon_compress.bench.block_variants import (
+    Unavailable,
+    needs_kernel,
+    ternary_bank,
+    ternary_matrix,
+    weight_only_int8,
+)
 from pilon_compress.kernels import cpu
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import find_sites
@@ -69,7 +75,7 @@ def dense_int8(pilon: PreTrainedModel) -> PreTrainedModel:
 
 
 def dense_ternary(pilon: PreTrainedModel) -> PreTrainedModel:
-    """Return the dense architecture with ternary feed-forward matrices, the rest in float32. Raises NotHere."""
+    """Return the dense architecture with ternary feed-forward matrices, the rest in float32. Raises Unavailable."""
     needs_kernel(pilon.device)
     model = dense_fp32(pilon)
     for site in find_sites(model):
@@ -83,31 +89,31 @@ def pilon_loaded(pilon: PreTrainedModel) -> PreTrainedModel:
 
 
 def pilon_fp32(pilon: PreTrainedModel) -> PreTrainedModel:
-    """Return the model with every composition folded into two dense matrices, in float32. Raises NotHere."""
+    """Return the model with every composition folded into two dense matrices, in float32. Raises Unavailable."""
     try:
         return fold(copy.deepcopy(pilon))
     except ValueError as reason:
-        raise NotHere(str(reason)) from None
+        raise Unavailable(str(reason)) from None
 
 
 def pilon_bf16(pilon: PreTrainedModel) -> PreTrainedModel:
-    """Return the folded model in bfloat16. Raises NotHere."""
+    """Return the folded model in bfloat16. Raises Unavailable."""
     return pilon_fp32(pilon).to(torch.bfloat16)
 
 
 def pilon_int8(pilon: PreTrainedModel) -> PreTrainedModel:
-    """Return the folded model with int8 weights in all linears and bfloat16 activations. Raises NotHere."""
+    """Return the folded model with int8 weights in all linears and bfloat16 activations. Raises Unavailable."""
     return _in_int8(pilon_fp32(pilon), int8_inputs=False).to(torch.bfloat16)
 
 
 def pilon_ternary(pilon: PreTrainedModel) -> PreTrainedModel:
-    """Return the model with ternary feed-forward banks and matrices, the rest in float32. Raises NotHere."""
+    """Return the model with ternary feed-forward banks and matrices, the rest in float32. Raises Unavailable."""
     needs_kernel(pilon.device)
     model = copy.deepcopy(pilon)
     for name, composed in list(projections(model)):
         bank, k = composed.bank, composed.top_k
         if bank.rank % 16:
-            raise NotHere(f"there is a bank of rank {bank.rank}: the ternary kernel takes multiples of 16")
+            raise Unavailable(f"there is a bank of rank {bank.rank}: the ternary kernel takes multiples of 16")
         projection = ternary_bank(bank.d_in, bank.d_out, k * bank.rank, bank.rank, bank.n_primitives)
         model.base_model.set_submodule(name, carry(composed, TernaryProjection(_biased(projection, composed.bias))))
     for name, dense in list(dense_matrices(model)):

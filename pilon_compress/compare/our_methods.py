@@ -11,20 +11,20 @@ from pilon_compress.nn.formats.registry import grids
 from pilon_compress.nn.layout import layout_of
 from pilon_compress.nn.size import ffn_size
 from pilon_compress.plugins import Registry
-from pilon_compress.report.methods import METHODS, REFERENCES, Curve, Look, Method, reference
+from pilon_compress.report.methods import METHODS, REFERENCES, Curve, Method, PlotStyle, reference
 
 OURS: Registry[list[str]] = Registry("method of ours")  # name -> overrides of the recipe, as in `convert --set`
 _LOOKS = {  # of number formats; that of another one follows from its name
-    "int8": Look("#7aa6c2", "p", "-."),
-    "int4": Look("#2f6f9f", "H", "-."),
-    "int3": Look("#12355b", ">", "-."),
-    "int2": Look("#4c5f9e", "8", "-."),
+    "int8": PlotStyle("#7aa6c2", "p", "-."),
+    "int4": PlotStyle("#2f6f9f", "H", "-."),
+    "int3": PlotStyle("#12355b", ">", "-."),
+    "int2": PlotStyle("#4c5f9e", "8", "-."),
 }
 
 
-def _register(name: str, overrides: list[str], title: str, about: str, look: Look) -> None:
+def _register(name: str, overrides: list[str], title: str, about: str, style: PlotStyle) -> None:
     OURS.add(name, overrides)
-    METHODS.add(name, Method(name, title, Curve(name, title, about, look)))
+    METHODS.add(name, Method(name, title, Curve(name, title, about, style)))
 
 
 _register(
@@ -40,21 +40,21 @@ _register(
     ["budget.sharing=auto"],
     "PILON, shared banks",
     "the same, but bands of layers share banks where a joint fit has the lower loss",
-    Look("#17618f", "h", "-."),
+    PlotStyle("#17618f", "h", "-."),
 )
 _register(
     "pilon-low-rank",
     ["budget.neurons=false"],
     "PILON, all neurons",
     "the same without dropping neurons: ranks alone are allocated",
-    Look("#56B4E9", "o", "--"),
+    PlotStyle("#56B4E9", "o", "--"),
 )
 _register(
     "pilon-refined",
     ["refine.steps=600"],
     "PILON, refined",
     "the same, then trained on unlabelled text to answer as the dense model does",
-    Look("#003f66", "D"),
+    PlotStyle("#003f66", "D"),
 )
 for _kind, _grid in grids().items():
     _register(

@@ -76,7 +76,7 @@ def method_table() -> tuple[list[str], list[list[str]]]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ComparisonJob:
     """A comparison before it starts. `jobs`: what our own methods would do, by method and ratio; `base`: any job.
 
     `ratios` are those of all methods together: 1 is among them for those that keep all numbers.
@@ -111,7 +111,7 @@ class Asked:
         )
 
 
-def plan(settings: conversion.Recipe, ratios: Sequence[float], methods: Sequence[str], seeds: int) -> Asked:
+def plan(settings: conversion.Recipe, ratios: Sequence[float], methods: Sequence[str], seeds: int) -> ComparisonJob:
     """Size every method at every ratio, for `seeds` calibration seeds from `settings.seed` on.
 
     Loads no weights and reads no text. Raises BadInput for an unknown method, for a ratio that is too small for one.
@@ -136,10 +136,10 @@ def plan(settings: conversion.Recipe, ratios: Sequence[float], methods: Sequence
         else:
             BASELINES[method].planned(base.sites, ratio)
     shown = sorted({ratio for _, ratio in work}, reverse=True)
-    return Asked(base, shown, methods, list(range(settings.seed, settings.seed + seeds)), jobs, work)
+    return ComparisonJob(base, shown, methods, list(range(settings.seed, settings.seed + seeds)), jobs, work)
 
 
-def planned(config: CompareCommand) -> Asked:
+def planned(config: CompareCommand) -> ComparisonJob:
     """Return the comparison that `config` asks for. Raises BadInput as `plan` does."""
     return plan(config.recipe(config.model), config.ffn_ratio, config.methods or default_methods(), config.seeds)
 
@@ -158,7 +158,7 @@ def run(config: CompareCommand, output: str | Path, *, overwrite: bool = False, 
 
 
 def compare(
-    asked: Asked, output: str | Path, *, overwrite: bool = False, command: str = "", device: str = "auto"
+    asked: ComparisonJob, output: str | Path, *, overwrite: bool = False, command: str = "", device: str = "auto"
 ) -> Comparison:
     """Measure every cell and write compare.json, compare.html and compare.md to the folder `output`.
 
@@ -169,7 +169,7 @@ def compare(
         return _compare(asked, path, overwrite, command, device)
 
 
-def _compare(asked: Asked, output: Path, overwrite: bool, command: str, device: str) -> Comparison:
+def _compare(asked: ComparisonJob, output: Path, overwrite: bool, command: str, device: str) -> Comparison:
     """Compare into `output`, which this process holds."""
     started, job = time.perf_counter(), asked.base
     tokenizer = checkpoint.load_tokenizer(job.recipe.model)
@@ -179,12 +179,12 @@ def _compare(asked: Asked, output: Path, overwrite: bool, command: str, device: 
     drawn = {seed: job.seeded(seed).read_calibration(tokenizer) for seed in asked.seeds}
     where = checkpoint.find_device(device)
     dtype = pipeline.compute_dtype(job.dtype, where)
-    bench = Bench(
+    evaluator = Evaluator(
         job, checkpoint.load_model(job.recipe.model, dtype=dtype, device=str(where), share=True), tokenizer, exam
     )
-    cells = ResultLog(output, bench.fingerprint())
-    dense = _dense(bench, cells)
-    measured = [cell for seed, batches in drawn.items() for cell in _measure(asked, seed, batches, bench, cells)]
+    cells = ResultLog(output, evaluator.fingerprint())
+    dense = _dense(evaluator, cells)
+    measured = [cell for seed, batches in drawn.items() for cell in _measure(asked, seed, batches, evaluator, cells)]
     data = {
         "format_version": 1,
         "pilon_compress": pilon_compress.__version__,
@@ -211,7 +211,7 @@ def _compare(asked: Asked, output: Path, overwrite: bool, command: str, device: 
     return result
 
 
-class Bench:
+class Evaluator:
     """The dense model and the text that every candidate is judged by, the same for all."""
 
     def __init__(
@@ -247,39 +247,43 @@ class Bench:
         return state.hexdigest()
 
 
-def _dense(bench: Bench, cells: ResultLog) -> dict[str, Any]:
+def _dense(evaluator: Evaluator, cells: ResultLog) -> dict[str, Any]:
     """The dense model judged like the others: what a perfect row looks like."""
     if "dense" not in cells.found:
         judged = Measured.model_validate(
-            {**bench.sizes(bench.size), "whitened_loss": 0.0, "quality": bench.quality(bench.dense)}
+            {**evaluator.sizes(evaluator.size), "whitened_loss": 0.0, "quality": evaluator.quality(evaluator.dense)}
         )
         cells.keep("dense", judged.dump())
     found: dict[str, Any] = cells.found["dense"]
     return found
 
 
-def _measure(asked: Asked, seed: int, batches: list[Batch], bench: Bench, cells: ResultLog) -> list[dict[str, Any]]:
+def _measure(
+    asked: ComparisonJob, seed: int, batches: list[Batch], evaluator: Evaluator, cells: ResultLog
+) -> list[dict[str, Any]]:
     """The cells of one seed: every method at every ratio. Calibrates only if one is missing."""
     ids = blake2b(b"".join(batch.input_ids.numpy().tobytes() for batch in batches), digest_size=8).hexdigest()
     work = {(method, ratio): f"{method} {ratio:g} {seed} {ids}" for method, ratio in asked.work}
     missing = [item for item, key in work.items() if key not in cells.found]
     if missing:
         torch.manual_seed(seed)
-        source = Source(bench.dense)
+        source = Source(evaluator.dense)
         check_stream(source, batches[0], head=asked.base.causal)
         moments = gather(source, batches, asked.base.sites, causal=asked.base.causal, seed=seed)
-        problem = problem_of(bench.dense, asked.base.sites, {s.input: moments.input(s) for s in asked.base.sites})
+        problem = problem_of(evaluator.dense, asked.base.sites, {s.input: moments.input(s) for s in asked.base.sites})
         for number, (method, ratio) in enumerate(missing, 1):
             began, label = time.perf_counter(), f"{number}/{len(missing)} {method} {ratio:g}"
             if method in OURS:
                 candidate = our_methods.candidate(asked.jobs[method, ratio], source, batches, moments, seed)
             else:
-                (candidate,) = [baseline(method, ratio, problem, bench.dense) for _ in track([method], label)]
+                (candidate,) = [baseline(method, ratio, problem, evaluator.dense) for _ in track([method], label)]
             figures = {
                 "whitened_loss": max(0.0, sum(candidate.losses) / len(candidate.losses)),
                 "fit_seconds": time.perf_counter() - began,
-                "quality": bench.quality(candidate.model),
+                "quality": evaluator.quality(candidate.model),
             }
             about = {"method": method, "ratio": ratio, "seed": seed}
-            cells.keep(work[method, ratio], Cell.model_validate(about | bench.sizes(candidate.size) | figures).dump())
+            cells.keep(
+                work[method, ratio], Cell.model_validate(about | evaluator.sizes(candidate.size) | figures).dump()
+            )
     return [cells.found[key] for key in work.values()]

@@ -177,7 +177,7 @@ HEALING: dict[str, dict[str, Any]] = {
 """Defaults of healing, where they differ (docs/results/training.md has what was tried)."""
 
 
-class Asked(Section):
+class TaskModels(Section):
     """The task, and the models that it begins with."""
 
     task: Task
@@ -213,7 +213,7 @@ class General(Section):
     device: Device = "auto"
 
 
-class TrainRecipe(General, Progressive, Asked):
+class TrainRecipe(General, Progressive, TaskModels):
     """Everything that decides a training run."""
 
     MOVED: ClassVar[dict[str, str]] = {

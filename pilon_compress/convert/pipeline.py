@@ -25,12 +25,12 @@ from pilon_compress.convert.calibrate.second_moments import Moments
 from pilon_compress.convert.cost import estimate, stages
 from pilon_compress.convert.planning import Planned, plan_conversion
 from pilon_compress.convert.prepare import ConversionJob, prepare
-from pilon_compress.convert.reporting import describe, finished, judge
+from pilon_compress.convert.reporting import describe, evaluate_converted, finished
 from pilon_compress.convert.sharing.shared_banks import fit_shared
 from pilon_compress.convert.solve.layer import Method
 from pilon_compress.convert.solve.layerwise import solve
 from pilon_compress.convert.solve.solved import Solved
-from pilon_compress.convert.texts import lessons_of, say_beginning
+from pilon_compress.convert.texts import refinement_text, say_beginning
 from pilon_compress.data.batch import Batch
 from pilon_compress.distill.refine import refine
 from pilon_compress.errors import BadInput
@@ -56,13 +56,13 @@ BASELINES = ("whitened-svd", "svd")  # what every report sets the conversion aga
 
 
 class Opened(NamedTuple):
-    """A conversion whose model and texts are open. `exam`: documents of the evaluation, or why there are none."""
+    """A conversion whose model and texts are open. `documents`: those of the evaluation, or why there are none."""
 
     job: ConversionJob
     tokenizer: PreTrainedTokenizerBase
     batches: list[Batch]
-    lessons: list[Batch]
-    exam: list[str] | str
+    refinement: list[Batch]
+    documents: list[str] | str
     source: Source
     expected: Estimate
 
@@ -135,7 +135,11 @@ def _convert(
             def load(dtype: torch.dtype) -> PreTrainedModel:
                 return checkpoint.load_model(str(folder), dtype=dtype, device=str(source.device))
 
-            report = finished(report, judge(job, load, source, tokenizer, opened.exam), time.perf_counter() - started)
+            report = finished(
+                report,
+                evaluate_converted(job, load, source, tokenizer, opened.documents),
+                time.perf_counter() - started,
+            )
             report = report.model_copy(update={"output": str(output)})
             write_pages(report, folder)
     journal.remove()
@@ -162,8 +166,8 @@ def convert_in_memory(settings: conversion.Recipe) -> Converted:
         def load(dtype: torch.dtype) -> PreTrainedModel:
             return copy_of(model, dtype, source.device, share=True)
 
-        judged = judge(job, load, source, tokenizer, opened.exam)
-    return Converted(model, tokenizer, beside, finished(report, judged, time.perf_counter() - started))
+        evaluation = evaluate_converted(job, load, source, tokenizer, opened.documents)
+    return Converted(model, tokenizer, beside, finished(report, evaluation, time.perf_counter() - started))
 
 
 def as_saved(model: PreTrainedModel, dtype: torch.dtype, share: bool) -> PreTrainedModel:
@@ -182,11 +186,11 @@ def open_job(job: ConversionJob) -> Opened:
     tokenizer = checkpoint.load_tokenizer(job.recipe.model)
     job = begun(job, tokenizer)
     batches = job.read_calibration(tokenizer)
-    lessons = read_lessons(job, tokenizer, batches)
-    exam = job.read_evaluation()
+    refinement = read_refinement(job, tokenizer, batches)
+    documents = job.read_evaluation()
     source = open_dense(job, device)
     check_stream(source, batches[0], head=job.causal)
-    return Opened(job, tokenizer, batches, lessons, exam, source, expected)
+    return Opened(job, tokenizer, batches, refinement, documents, source, expected)
 
 
 def solve_opened(
@@ -201,7 +205,7 @@ def solve_opened(
     model, solved = solve_plan(source, planned, batches, journal)
     del planned
     trim()
-    refined = improve(model, source.model, opened.lessons, job.recipe)
+    refined = improve(model, source.model, opened.refinement, job.recipe)
     return model, job, describe(job, solved, batches, refined, opened.expected, command)
 
 
@@ -236,11 +240,11 @@ def begun(job: ConversionJob, tokenizer: PreTrainedTokenizerBase) -> ConversionJ
     return replace(job, recipe=say_beginning(job.recipe, tokenizer))
 
 
-def read_lessons(job: ConversionJob, tokenizer: PreTrainedTokenizerBase, batches: list[Batch]) -> list[Batch]:
+def read_refinement(job: ConversionJob, tokenizer: PreTrainedTokenizerBase, batches: list[Batch]) -> list[Batch]:
     """Return the refinement batches: more of the calibration source, if it can be read twice."""
     if not job.recipe.refine.steps or job.calibration.data == "stdin":
         return batches
-    return job.read_calibration(tokenizer, lessons_of(job.calibration, job.recipe.refine.samples))
+    return job.read_calibration(tokenizer, refinement_text(job.calibration, job.recipe.refine.samples))
 
 
 def plan_and_solve(
@@ -292,13 +296,13 @@ def open_dense(job: ConversionJob, device: torch.device) -> Source:
 
 
 def improve(
-    model: PreTrainedModel, dense: PreTrainedModel, lessons: list[Batch], settings: conversion.Recipe
+    model: PreTrainedModel, dense: PreTrainedModel, refinement: list[Batch], settings: conversion.Recipe
 ) -> Refinement | None:
     """Refine the model in place if the recipe says so; what came of it."""
     asked = settings.refine
     if not asked.steps:
         return None
-    return refine(model, dense, lessons, steps=asked.steps, minutes=asked.minutes, seed=settings.seed)
+    return refine(model, dense, refinement, steps=asked.steps, minutes=asked.minutes, seed=settings.seed)
 
 
 def fingerprint(recipe: conversion.Recipe, batches: list[Batch], source: Source) -> str:

@@ -100,25 +100,27 @@ def describe_projection(site: Site, plan: Plan, solved: Solved) -> Projection:
     )
 
 
-def judge(
+def evaluate_converted(
     job: ConversionJob,
     load: Callable[[torch.dtype], PreTrainedModel],
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
-    exam: list[str] | str,
+    documents: list[str] | str,
 ) -> Evaluation | str:
     """Measure the saved model against the dense one; the reason where that is not done. `load`: in that dtype."""
     dense = source.model
-    if source.streamed and not isinstance(exam, str):
+    if source.streamed and not isinstance(documents, str):
         held = (2 * sum(p.numel() for p in job.dense.parameters()) * dense.dtype.itemsize + PROCESS_BYTES) / 2**30
         memory = available(job.recipe.max_memory) / 2**30
         if held > memory:
-            exam = f"both models in memory take {held:.3g} GiB of {memory:.3g}; `eval` scores the converted one alone"
+            documents = (
+                f"both models in memory take {held:.3g} GiB of {memory:.3g}; `eval` scores the converted one alone"
+            )
         else:
             dense = checkpoint.load_model(job.recipe.model, dtype=dense.dtype, device=str(source.device), share=True)
-    dtype = job.dtype if source.streamed and isinstance(exam, str) else dense.dtype
+    dtype = job.dtype if source.streamed and isinstance(documents, str) else dense.dtype
     saved = load(dtype)
-    return exam if isinstance(exam, str) else compared(job, saved, dense, tokenizer, exam)
+    return documents if isinstance(documents, str) else compared(job, saved, dense, tokenizer, documents)
 
 
 def compared(
@@ -134,9 +136,9 @@ def compared(
     return figures.model_copy(update={"data": asked.data or f"{job.calibration.data} (held-out part)"})
 
 
-def finished(report: Report, judged: Evaluation | str, seconds: float) -> Report:
+def finished(report: Report, evaluation: Evaluation | str, seconds: float) -> Report:
     """The report with its evaluation, or the reason why there is none, and with what the conversion took."""
-    figures = {"evaluation_skipped": judged} if isinstance(judged, str) else {"evaluation": judged}
+    figures = {"evaluation_skipped": evaluation} if isinstance(evaluation, str) else {"evaluation": evaluation}
     return report.model_copy(update={**figures, "seconds": seconds, "peak_rss_gib": peak_rss_gib()})
 
 

@@ -65,7 +65,7 @@ def read_calibration(
     return batches
 
 
-def lessons_of(asked: Calibration, samples: int | None) -> Calibration:
+def refinement_text(asked: Calibration, samples: int | None) -> Calibration:
     """Return what refinement reads of the calibration source: `samples` sequences, or more of them than calibration."""
     return replace(asked, samples=samples or LESSONS * asked.samples)
 

@@ -23,7 +23,7 @@ class Batch:
                     calibration)
     position_ids    from 0 at the start of every document if `document` is given (from 0 in every row)
     document        index of the token's document in its row (a row is one document)
-    goal            predictions of a teacher, tensors (B, T, ...) by name: see `distill.kl.Goal` (none)
+    soft_targets    predictions of a teacher, tensors (B, T, ...) by name: see `distill.kl.SoftTargets` (none)
     """
 
     input_ids: Tensor
@@ -31,7 +31,7 @@ class Batch:
     labels: Tensor | None = None
     position_ids: Tensor | None = None
     document: Tensor | None = None
-    goal: dict[str, Tensor] | None = None
+    soft_targets: dict[str, Tensor] | None = None
 
     @property
     def mask(self) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pilon_compress.data import text
 from pilon_compress.data.split import split_items
-from pilon_compress.data.token_files import PARTS, Item, Part, TokenFile, cached, described, fingerprint
+from pilon_compress.data.token_files import PARTS, Part, TokenFile, TokenizedDocument, cached, described, fingerprint
 from pilon_compress.errors import BadInput
 
 COLUMNS = ("messages", "conversations")
@@ -47,7 +47,7 @@ def tokenise_chat(source: str, tokenizer: PreTrainedTokenizerBase, part: Part, f
     return cached(about, _items(source, tokenizer, part), folder)
 
 
-def _items(source: str, tokenizer: PreTrainedTokenizerBase, part: Part) -> Iterator[Item]:
+def _items(source: str, tokenizer: PreTrainedTokenizerBase, part: Part) -> Iterator[TokenizedDocument]:
     """Yield the documents of the source. Raises BadInput if no conversation has scored tokens."""
     count = scored = 0
     refusal = ""
@@ -67,7 +67,7 @@ def _items(source: str, tokenizer: PreTrainedTokenizerBase, part: Part) -> Itera
         except (TemplateError, TypeError, ValueError) as error:
             refusal = refusal or f"; {where} does not fit the chat template: {str(error).splitlines()[0]}"
         scored += len(items)
-        yield from items or [Item([], 0, [])]
+        yield from items or [TokenizedDocument([], 0, [])]
     if not scored:
         which = "none" if part == "all" else f"none of the {part} part"
         raise BadInput(f"{source} holds {count} conversations, but {which} in which an assistant answers{refusal}")
@@ -111,7 +111,7 @@ class Rendering:
         self.marked = MARKED.search(tokenizer.get_chat_template()) is not None
         self.special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-    def documents(self, messages: list[Message]) -> list[Item]:
+    def documents(self, messages: list[Message]) -> list[TokenizedDocument]:
         """Return a conversation as documents with scored answers; [] if no assistant answers.
 
         It is one document, unless the template renders an earlier turn differently from the last one (for example
@@ -150,7 +150,7 @@ class Rendering:
             return [(rendered, [span for _, span in answers])]
         return [(after, [span]) for after, span in answers]
 
-    def _item(self, ids: list[int], scored: list[bool], rendered: str, answered: bool) -> Item:
+    def _item(self, ids: list[int], scored: list[bool], rendered: str, answered: bool) -> TokenizedDocument:
         """Return a document; score the end of each turn, and append EOS where the template ends no turn."""
         ids, scored = list(ids), list(scored)
         ended = False
@@ -161,4 +161,4 @@ class Rendering:
                 scored[place] = ended = True
         if answered and any(scored) and not ended:
             ids, scored = [*ids, self.tokenizer.eos_token_id], [*scored, True]
-        return Item(ids, len(rendered.encode()), scored)
+        return TokenizedDocument(ids, len(rendered.encode()), scored)

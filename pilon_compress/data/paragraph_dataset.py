@@ -12,7 +12,16 @@ from transformers import PreTrainedTokenizerBase
 from pilon_compress.data import text
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.loader import Dataset, Loader
-from pilon_compress.data.token_files import PARTS, UINT16_IDS, About, Item, Part, TokenFile, cached, fingerprint
+from pilon_compress.data.token_files import (
+    PARTS,
+    UINT16_IDS,
+    Metadata,
+    Part,
+    TokenFile,
+    TokenizedDocument,
+    cached,
+    fingerprint,
+)
 
 TEXTS = 256  # per call of the tokenizer
 
@@ -74,7 +83,7 @@ def tokenise_paragraphs(
     Token files are cached like those of `token_files.tokenise`. Raises BadInput for a source that cannot be read.
     """
     largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
-    about = About(
+    about = Metadata(
         kind=f"paragraphs of {length}",
         source=source,
         part=part,
@@ -87,12 +96,12 @@ def tokenise_paragraphs(
     return ParagraphDataset(cached(about, _items(texts, tokenizer, length), folder), about.eos)
 
 
-def _items(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Item]:
+def _items(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[TokenizedDocument]:
     while pending := list(islice(texts, TEXTS)):
         yield from _encoded(pending, tokenizer, length)
 
 
-def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Item]:
+def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[TokenizedDocument]:
     rows = tokenizer(list(texts), truncation=True, max_length=length, verbose=False)["input_ids"]
     for paragraph, ids in zip(texts, rows, strict=True):
-        yield Item(ids, len(paragraph.encode()))
+        yield TokenizedDocument(ids, len(paragraph.encode()))

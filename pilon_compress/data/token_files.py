@@ -32,7 +32,7 @@ Part = Literal["train", "validation", "all"]
 
 
 @dataclass(frozen=True)
-class About:
+class Metadata:
     """Metadata of a token file (about.json): its origin, and the counts from which its file sizes follow.
 
     `kind` is text, paragraphs of N, or chat, which alone has scored.bin. `prefix`: ids that every sequence begins with
@@ -67,7 +67,7 @@ class About:
         return sizes | {"scored.bin": self.tokens} if self.kind == "chat" else sizes
 
 
-class Item(NamedTuple):
+class TokenizedDocument(NamedTuple):
     """A document for a token file; `scored` None: every token counts in the loss."""
 
     ids: Sequence[int]
@@ -85,7 +85,7 @@ class TokenFile:
     """
 
     folder: Path
-    about: About
+    about: Metadata
     ids: NDArray[Any]
     starts: NDArray[np.int64]
     scored: NDArray[np.bool_] | None = None
@@ -106,11 +106,11 @@ def tokenise(source: str, tokenizer: PreTrainedTokenizerBase, part: Part, folder
     about = described("text", source, tokenizer, part, fingerprint(tokenizer))
     documents = text.open_text(source, PARTS[part])
     framed = sequences.encode_framed(tokenizer, documents)
-    items = (Item(ids, len(document.encode())) for document, ids in framed if ids)
+    items = (TokenizedDocument(ids, len(document.encode())) for document, ids in framed if ids)
     return cached(about, items, folder)
 
 
-def described(kind: str, source: str, tokenizer: PreTrainedTokenizerBase, part: Part, state: str) -> About:
+def described(kind: str, source: str, tokenizer: PreTrainedTokenizerBase, part: Part, state: str) -> Metadata:
     """Return the metadata of a token file before it is made; `state`: hash of all that decides the ids.
 
     Raises BadInput for a tokenizer without EOS.
@@ -118,7 +118,7 @@ def described(kind: str, source: str, tokenizer: PreTrainedTokenizerBase, part: 
     if tokenizer.eos_token_id is None:
         raise BadInput("the tokenizer has no eos_token, which must end every document: name one in its config")
     largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
-    return About(
+    return Metadata(
         kind=kind,
         source=source,
         part=part,
@@ -130,7 +130,7 @@ def described(kind: str, source: str, tokenizer: PreTrainedTokenizerBase, part: 
     )
 
 
-def cached(about: About, items: Iterable[Item], folder: Path | None = None) -> TokenFile:
+def cached(about: Metadata, items: Iterable[TokenizedDocument], folder: Path | None = None) -> TokenFile:
     """Return the token file in `folder` that `about` describes; make it of `items` unless it is there."""
     home = (folder or cache_folder()).absolute()
     place = home / about.key
@@ -179,7 +179,7 @@ def _opened(place: Path, quiet: bool = True) -> TokenFile | None:
             log.warning("%s: tokenising the text again", reason)
         return None
     try:
-        about = About(**json.loads((place / "about.json").read_text("utf-8")))
+        about = Metadata(**json.loads((place / "about.json").read_text("utf-8")))
         if any((place / name).stat().st_size != size for name, size in about.sizes.items()):
             return None
         ids = np.memmap(place / "tokens.bin", about.dtype, "r")
@@ -190,13 +190,13 @@ def _opened(place: Path, quiet: bool = True) -> TokenFile | None:
     return TokenFile(place, about, ids, starts, scored)
 
 
-def _build(place: Path, about: About, items: Iterable[Item]) -> None:
+def _build(place: Path, about: Metadata, items: Iterable[TokenizedDocument]) -> None:
     """Make the folder `place`, which appears complete or not at all. The caller holds the lock."""
     with atomic_folder(place, manifest.write) as work:
         _write(work, about, items)
 
 
-def _write(work: Path, about: About, items: Iterable[Item]) -> None:
+def _write(work: Path, about: Metadata, items: Iterable[TokenizedDocument]) -> None:
     tokens = documents = size = largest = 0
     with ExitStack() as stack:
         files = {name: stack.enter_context((work / name).open("wb")) for name in about.sizes}

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pilon_compress.config.training import Distill
 from pilon_compress.data.batch import Batch
-from pilon_compress.distill.students import Following, FollowingEmbeddings, Wanted
+from pilon_compress.distill.students import CausalStudent, EmbeddingStudent, Wanted
 from pilon_compress.distill.teacher import Teacher
 from pilon_compress.models.task import is_causal
 from pilon_compress.optimize import schedule
@@ -29,9 +29,9 @@ def student_of(model: PreTrainedModel, asked: Distill, teacher: Teacher | None, 
     """
     variance = teacher.variance(measured) if teacher is not None and teacher.hidden else None
     if is_causal(model.config):
-        return Following(model, asked.temperature, asked.next_token != 0, variance).eval()
+        return CausalStudent(model, asked.temperature, asked.next_token != 0, variance).eval()
     freeze_unused(model)
-    return FollowingEmbeddings(model, variance).eval()
+    return EmbeddingStudent(model, variance).eval()
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Recovery(Callback):
             return batch.inputs(), batch.targets
         return self._following(batch, (asked.kl, asked.next_token, hidden, asked.pooled))
 
-    def judged(self, batch: Batch) -> tuple[Any, ...]:
+    def arguments(self, batch: Batch) -> tuple[Any, ...]:
         """Arguments with which the student gives its distance from the teacher alone: KL, or 1 - cosine of texts."""
         return self._following(batch, (1.0, 0.0, 0.0, 1.0))
 
@@ -66,8 +66,8 @@ class Recovery(Callback):
         return batch.inputs(), batch.targets, wanted, torch.tensor(terms, device=batch.input_ids.device)
 
     def _wanted(self, batch: Batch) -> Wanted:
-        if batch.goal is not None:
-            return {"goal": {name: tensor.flatten(0, 1) for name, tensor in batch.goal.items()}}
+        if batch.soft_targets is not None:
+            return {"soft_targets": {name: tensor.flatten(0, 1) for name, tensor in batch.soft_targets.items()}}
         assert self.teacher is not None
         return self.teacher.wanted(batch)
 

@@ -16,7 +16,7 @@ from pilon_compress.data.batch import Batch
 from pilon_compress.data.loader import Shuffled
 from pilon_compress.distill.kl import COPIES
 from pilon_compress.distill.recovery import Recovery, hidden_weight, student_of
-from pilon_compress.distill.teacher import Remembering
+from pilon_compress.distill.teacher import CachingTeacher
 from pilon_compress.errors import BadInput
 from pilon_compress.io.progress import say, track
 from pilon_compress.models.task import is_causal, vocabulary
@@ -25,7 +25,7 @@ from pilon_compress.nn.rescale import rescale_banks
 from pilon_compress.optimize import schedule
 from pilon_compress.optimize.loop import Diverged, train
 from pilon_compress.optimize.optimizers import make_optimizers, restrict
-from pilon_compress.optimize.training import Figure, Training, put, weights
+from pilon_compress.optimize.training import Training, ValidationMetric, put, weights
 from pilon_compress.parallel import World
 from pilon_compress.results.conversion import Refinement
 
@@ -37,7 +37,7 @@ HELD_OUT = 10  # one batch in so many
 CACHED = 2**31  # bytes of what the dense model gives that are remembered; beyond that it runs at every step
 OPTIMIZER = Optimizer(learning_rate=RATE, relative=True, weight_decay=0.0, betas=(0.9, 0.99), clip=None)
 SCHEDULE = Schedule(kind="cosine", warmup=0.05)
-LOSS = Figure("held_out_loss", "held-out loss", lambda loss: loss)
+LOSS = ValidationMetric("held_out_loss", "held-out loss", lambda loss: loss)
 
 
 def refine(
@@ -66,7 +66,7 @@ def refine(
         rescale_banks(model)
         job = _training(model, dense, training, held, steps, seed, rate)
         job.limit = None if minutes is None else 60 * minutes - (time.perf_counter() - started)
-        with _Line(steps) as line, suppress(Diverged):
+        with _RefinementMonitor(steps) as line, suppress(Diverged):
             train(job, line)
         kept = job.best < job.before
         if kept:
@@ -97,12 +97,12 @@ def _training(
     """The run: student, teacher, text, preset."""
     causal, asked = is_causal(model.config), Distill()
     training, held = ([one.to(model.device).labelled(causal) for one in some] for some in (training, held))
-    teacher = Remembering(dense, hidden_weight(asked, causal) > 0, CACHED)
+    teacher = CachingTeacher(dense, hidden_weight(asked, causal) > 0, CACHED)
     student = student_of(model, asked, teacher, held[len(held) // 2])
     recovery = Recovery(student, asked, teacher, causal)
 
     def validate() -> tuple[float, int]:
-        losses = [float(student(*recovery.judged(batch))) for batch in held]
+        losses = [float(student(*recovery.arguments(batch))) for batch in held]
         return sum(losses), sum(batch.scored for batch in held)
 
     return Training(
@@ -119,10 +119,10 @@ def _training(
         callbacks=[recovery],
         how=Run(evaluate_every=-(-steps // CHECKS), log_every=steps, spike=None),
         rate=lambda share: schedule.rate(SCHEDULE, share),
-        judge_first=True,
+        evaluate_first=True,
         keep_best=True,
         worst=WORST,
-        figure=LOSS,
+        metric=LOSS,
     )
 
 
@@ -134,14 +134,14 @@ def _micro_batches(model: PreTrainedModel, batches: Sequence[Batch], causal: boo
     return -(-rows // rows_at_once(length * vocabulary(model.config), COPIES))
 
 
-class _Line:
+class _RefinementMonitor:
     """The monitor of a refinement: the progress of the conversion, and the held-out losses for the report."""
 
     def __init__(self, steps: int) -> None:
         self.bar: Any = track(range(steps), "refining")
         self.history: list[tuple[int, float]] = []
 
-    def __enter__(self) -> "_Line":
+    def __enter__(self) -> "_RefinementMonitor":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,9 +2,9 @@
 while training: one module and one graph for DDP, FSDP and `torch.compile`.
 
 wanted (see `teacher.Teacher.wanted`)
-  goal      causal LMs: its predictions, see `kl.Goal`
-  pooled    encoders: its embeddings (B, d)
-  hidden    states behind every block, (B, T, d) each
+  soft_targets  causal LMs: its predictions, see `kl.SoftTargets`
+  pooled        encoders: its embeddings (B, d)
+  hidden        states behind every block, (B, T, d) each
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ TERMS = ("kl", "next_token", "hidden", "pooled")
 Wanted = dict[str, Any]
 
 
-class _Follower(nn.Module):
+class _Student(nn.Module):
     """A student. `variance` (layers,): of the teacher's hidden states, where they are matched."""
 
     def __init__(self, model: PreTrainedModel, variance: Tensor | None) -> None:
@@ -45,7 +45,7 @@ class _Follower(nn.Module):
         return terms[2] * mismatch(found.hidden_states[1:], wanted["hidden"], self.get_buffer("variance"), weights)
 
 
-class Following(_Follower):
+class CausalStudent(_Student):
     """A causal LM that follows its teacher's predictions: the loss is a sum over the scored tokens."""
 
     def __init__(
@@ -67,12 +67,12 @@ class Following(_Follower):
             return next_token_sum(self.head, hidden.flatten(0, 1), labels.flatten())
         assert terms is not None
         found = self._run(inputs, wanted)
-        hidden, goal = found.last_hidden_state.flatten(0, 1), wanted["goal"]
-        sums = divergences(self.head, hidden, labels.flatten(), goal, self.temperature, self.next_token)
+        hidden, soft_targets = found.last_hidden_state.flatten(0, 1), wanted["soft_targets"]
+        sums = divergences(self.head, hidden, labels.flatten(), soft_targets, self.temperature, self.next_token)
         return (terms[:2] * sums).sum() + self._matched(found, wanted, terms, (labels != IGNORED).float())
 
 
-class FollowingEmbeddings(_Follower):
+class EmbeddingStudent(_Student):
     """An encoder that follows its teacher's embeddings of texts: the loss is a sum over texts."""
 
     def forward(self, inputs: dict[str, Any], labels: Tensor, wanted: Wanted, terms: Tensor) -> Tensor:

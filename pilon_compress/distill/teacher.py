@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pilon_compress.data.batch import Batch
-from pilon_compress.distill.kl import CONSTANT, COPIES, Goal, largest
+from pilon_compress.distill.kl import CONSTANT, COPIES, SoftTargets, largest
 from pilon_compress.distill.losses import next_token_sum
 from pilon_compress.distill.students import Wanted
 from pilon_compress.errors import BadInput
@@ -38,23 +38,23 @@ class Teacher:
         last = found.last_hidden_state
         wanted: Wanted
         if self.causal:
-            wanted = {"goal": self.goal(last.flatten(0, 1))}
+            wanted = {"soft_targets": self.soft_targets(last.flatten(0, 1))}
         else:
             wanted = {"pooled": mean_pooled(last.float(), batch.mask)}
         if self.hidden:
             wanted["hidden"] = list(found.hidden_states[1:])
         return wanted
 
-    def goal(self, states: Tensor) -> Goal:
+    def soft_targets(self, states: Tensor) -> SoftTargets:
         """Return last hidden states (N, d) as predictions."""
         assert self.head is not None
         if not self.head.is_plain:
             return {"logits": self.head(states)}
         matrix, cap = self.head.matrix, self.head.cap
-        goal = {"states": states, "head": matrix.weight.detach()}
+        soft_targets = {"states": states, "head": matrix.weight.detach()}
         if matrix.bias is not None:
-            goal["bias"] = matrix.bias.detach()
-        return goal if cap is None else goal | {"cap": torch.tensor(cap, device=states.device)}
+            soft_targets["bias"] = matrix.bias.detach()
+        return soft_targets if cap is None else soft_targets | {"cap": torch.tensor(cap, device=states.device)}
 
     @torch.no_grad()
     def largest(self, batch: Batch, count: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +81,7 @@ class Teacher:
         return torch.stack(found).clamp_min(SMALLEST)
 
 
-class Remembering(Teacher):
+class CachingTeacher(Teacher):
     """A teacher that keeps what it has given for a batch, up to `limit` bytes, for batches that come again."""
 
     def __init__(self, model: PreTrainedModel, hidden: bool, limit: int) -> None:
@@ -101,9 +101,9 @@ class Remembering(Teacher):
 
 def _bytes(wanted: Wanted) -> int:
     """Memory that what a teacher has given takes, the head left out, which is the teacher's own."""
-    goal = [tensor for name, tensor in wanted.get("goal", {}).items() if name not in CONSTANT]
+    soft_targets = [tensor for name, tensor in wanted.get("soft_targets", {}).items() if name not in CONSTANT]
     pooled = [wanted["pooled"]] if "pooled" in wanted else []
-    return sum(tensor.nbytes for tensor in (*wanted.get("hidden", ()), *goal, *pooled))
+    return sum(tensor.nbytes for tensor in (*wanted.get("hidden", ()), *soft_targets, *pooled))
 
 
 def fingerprint(reference: str) -> str:

@@ -96,12 +96,12 @@ class DistillationDataset:
         places = np.searchsorted(self.maps["rows"], indices)
         if not np.array_equal(self.maps["rows"][places], indices):
             raise IndexError("the teacher has not seen these rows")
-        goal = {
+        soft_targets = {
             "values": torch.from_numpy(self.maps["values"][places]),
             "tokens": torch.from_numpy(self.maps["tokens"][places].astype(np.int64)),
             "rest": torch.from_numpy(self.maps["rest"][places]),
         }
-        return replace(self.inner.batch(indices), goal=goal)
+        return replace(self.inner.batch(indices), soft_targets=soft_targets)
 
 
 def predictions(

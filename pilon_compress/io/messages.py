@@ -11,10 +11,10 @@ from collections.abc import Callable
 ROOT = "pilon_compress"
 
 _noted: set[str] = set()
-_shown: "Lines | None" = None
+_shown: "LineHandler | None" = None
 
 
-class Lines(logging.Handler):
+class LineHandler(logging.Handler):
     """A handler that passes messages to `write`, without level or name; with `hold`, notes wait for `write_held`."""
 
     def __init__(self, write: Callable[[str], None], hold: bool) -> None:
@@ -44,7 +44,7 @@ def note(message: str) -> None:
         logging.getLogger(ROOT).warning(message, extra={"note": True})
 
 
-def show(write: Callable[[str], None], hold: bool = False) -> Lines:
+def show(write: Callable[[str], None], hold: bool = False) -> LineHandler:
     """Pass every message to `write` from now on; with `hold`, notes wait for `release_notes`.
 
     A command that fails then prints its error alone.
@@ -53,7 +53,7 @@ def show(write: Callable[[str], None], hold: bool = False) -> Lines:
     logger = logging.getLogger(ROOT)
     if _shown is not None:
         logger.removeHandler(_shown)
-    _shown = Lines(write, hold)
+    _shown = LineHandler(write, hold)
     logger.addHandler(_shown)
     logger.setLevel(logging.INFO)
     return _shown

@@ -25,12 +25,12 @@ OLDEST_TORCH = (2, 10)  # the first whose stable ABI has all functions that the 
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
 
 
-class NoKernel(Exception):
+class KernelUnavailable(Exception):
     """Raised where the library cannot be compiled or written; the message is one line that says why."""
 
 
 def library() -> Path:
-    """Return the path of the library for this torch and machine; compile it if there is none yet. Raises NoKernel.
+    """Return the path of the library for this torch and machine; compiled if there is none. Raises KernelUnavailable.
 
     It is looked for beside this file and in `cache_folder()`. Processes that need it at once wait for the first.
     """
@@ -45,7 +45,7 @@ def library() -> Path:
             if not (home / name).is_file():
                 compile_to(home / name)
     except OSError as error:
-        raise NoKernel(
+        raise KernelUnavailable(
             f"cannot write {home}: {error.strerror or error}; set PILON_CACHE to a folder that can be written"
         ) from error
     return home / name
@@ -68,18 +68,18 @@ def cache_folder() -> Path:
 
 
 def compile_to(path: Path) -> None:
-    """Compile the library to `path`, which appears complete or not at all. Raises NoKernel."""
+    """Compile the library to `path`, which appears complete or not at all. Raises KernelUnavailable."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-        raise NoKernel(f"the kernel needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer")
+        raise KernelUnavailable(f"the kernel needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer")
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
-        raise NoKernel("there is no C++ compiler (g++ or clang++) on this machine")
+        raise KernelUnavailable("there is no C++ compiler (g++ or clang++) on this machine")
     with atomic_file(path) as built:
         _compile(compiler, built)
 
 
 def _compile(compiler: str, built: Path) -> None:
-    """Run the compiler, once more without OpenMP where that fails. Raises NoKernel with its first error."""
+    """Run the compiler, once more without OpenMP where that fails. Raises KernelUnavailable with its first error."""
     root = Path(torch.__file__).parent
     torch_flags = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     target = f"-DTORCH_TARGET_VERSION=(((0ULL+{OLDEST_TORCH[0]})<<56)|((0ULL+{OLDEST_TORCH[1]})<<48))"
@@ -88,13 +88,13 @@ def _compile(compiler: str, built: Path) -> None:
         try:
             done = subprocess.run([*command, *torch_flags], capture_output=True, text=True)
         except OSError as error:
-            raise NoKernel(f"cannot run {compiler}: {error.strerror or error}") from error
+            raise KernelUnavailable(f"cannot run {compiler}: {error.strerror or error}") from error
         if done.returncode == 0:
             return
     errors = (
         [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
     )
-    raise NoKernel(f"{compiler} failed: {errors[0]}")
+    raise KernelUnavailable(f"{compiler} failed: {errors[0]}")
 
 
 if __name__ == "__main__":

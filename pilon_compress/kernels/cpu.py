@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pilon_compress.kernels import reference
-from pilon_compress.kernels.build import NoKernel, library
+from pilon_compress.kernels.build import KernelUnavailable, library
 from pilon_compress.kernels.cpu_layout import BankTiles, CpuProjection, MatrixTiles, matrix_tiles, tiles
 from pilon_compress.kernels.reference import ACTIVATIONS, int8_rows
 
@@ -51,12 +51,12 @@ def load() -> bool:
     if _loaded is None:
         try:
             if os.environ.get("PILON_KERNELS") == "0":
-                raise NoKernel("PILON_KERNELS=0")
+                raise KernelUnavailable("PILON_KERNELS=0")
             torch.ops.load_library(str(library()))
             _register_fakes()
             torch.ops.pilon.isa()
             _loaded = True
-        except (NoKernel, OSError, RuntimeError) as error:
+        except (KernelUnavailable, OSError, RuntimeError) as error:
             _loaded = False
             reason = str(error).splitlines()[0]
             logging.getLogger(__name__).warning("ternary layers run in plain torch, much slower: %s", reason)

@@ -11,7 +11,7 @@ from pilon_compress.errors import BadInput
 
 
 @dataclass(frozen=True)
-class Call:
+class BlockArguments:
     """The arguments of one block without its hidden states. `slot`: the position or keyword of the hidden states."""
 
     args: tuple[Any, ...]
@@ -19,7 +19,7 @@ class Call:
     slot: int | str
 
     @classmethod
-    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, "Call"]:
+    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, "BlockArguments"]:
         """Return the hidden states among a block's arguments, and the other arguments.
 
         They are the keyword `hidden_states`, else the first floating-point tensor of three dimensions or more. Raises
@@ -44,7 +44,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Result:
+class BlockOutput:
     """A block's return value without its hidden states, which a stand-in for the block fills with others.
 
     `place` is the position or key of the hidden states, None where nothing else is returned.
@@ -54,7 +54,7 @@ class Result:
     place: int | str | None
 
     @classmethod
-    def split(cls, output: Any) -> "Result":
+    def split(cls, output: Any) -> "BlockOutput":
         """Return `output` without its hidden states, `hidden_of(output)`."""
         place = _place(output)
         if place is None:

@@ -61,14 +61,14 @@ def keep_record(model: PreTrainedModel, record: Record) -> None:
     setattr(model, RECORD, record)
 
 
-class Held(NamedTuple):
+class InMemory(NamedTuple):
     """A model that is held, or a tokenizer alone."""
 
     model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
 
 
-_held: ContextVar[Mapping[str, Held]] = ContextVar("models held in memory", default={})  # noqa: B039 (never changed)
+_held: ContextVar[Mapping[str, InMemory]] = ContextVar("models held in memory", default={})  # noqa: B039 (never changed)
 
 
 @contextmanager
@@ -82,12 +82,12 @@ def hold(model: str | Path | PreTrainedModel | None, tokenizer: PreTrainedTokeni
         yield str(model)
         return
     if isinstance(model, str | Path):
-        name, held = str(model), Held(None, tokenizer)
+        name, held = str(model), InMemory(None, tokenizer)
     else:
         if model is not None:
             _check(model)
             tokenizer = tokenizer or record_of(model).tokenizer
-        name, held = _name(model, _held.get()), Held(model, tokenizer)
+        name, held = _name(model, _held.get()), InMemory(model, tokenizer)
     token = _held.set({**_held.get(), name: held})
     try:
         yield name
@@ -115,7 +115,7 @@ def _check(model: object) -> None:
         raise BadInput(f"the weights of this {kind} are not all on one device: load it without device_map")
 
 
-def _name(model: PreTrainedModel | None, taken: Mapping[str, Held]) -> str:
+def _name(model: PreTrainedModel | None, taken: Mapping[str, InMemory]) -> str:
     """Return where the model was loaded from, unless another one has that name; else a name of its own."""
     place = str(getattr(model, "name_or_path", "") or "")
     if place and place not in taken:

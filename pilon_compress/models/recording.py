@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
-from pilon_compress.models.block_call import Call, Result
+from pilon_compress.models.block_call import BlockArguments, BlockOutput
 from pilon_compress.models.blocks import blocks
 from pilon_compress.models.forward import run_base
 from pilon_compress.models.source import Source
@@ -26,8 +26,8 @@ class Recording:
     time_first: True if states are (T, B, d) instead of (B, T, d)
     """
 
-    calls: list[list[Call]]
-    results: list[Result]
+    calls: list[list[BlockArguments]]
+    results: list[BlockOutput]
     time_first: bool
 
     @classmethod
@@ -59,25 +59,25 @@ class Recording:
 
 
 def _run_standing_in(
-    source: Source, batch: Batch, first: Callable[..., Any] | None, result: Result | None = None
-) -> tuple[Tensor, list[Call], Result]:
+    source: Source, batch: Batch, first: Callable[..., Any] | None, result: BlockOutput | None = None
+) -> tuple[Tensor, list[BlockArguments], BlockOutput]:
     """Run the model on `batch` with stand-ins for its blocks.
 
     Returns the states that enter the first block, every block's other arguments, and the stand-ins' return value
     without the states: `result`, or that of `first` called in the place of the first block.
     """
     entered: list[Tensor] = []
-    calls: list[tuple[int, Call]] = []
-    results: list[Result] = [] if result is None or first is not None else [result]
+    calls: list[tuple[int, BlockArguments]] = []
+    results: list[BlockOutput] = [] if result is None or first is not None else [result]
 
     def stand_in(index: int) -> Callable[..., Any]:
         def note(*args: Any, **kwargs: Any) -> Any:
-            hidden, call = Call.split(args, kwargs)
+            hidden, call = BlockArguments.split(args, kwargs)
             entered.append(hidden)
             calls.append((index, call))
             if not results:
                 assert first is not None
-                results.append(Result.split(first(*args, **kwargs)))
+                results.append(BlockOutput.split(first(*args, **kwargs)))
             return results[0].filled(hidden)
 
         return note

@@ -9,7 +9,7 @@ from torch import Tensor
 Value = TypeVar("Value")
 
 
-class Ready(Generic[Value]):
+class LazyValue(Generic[Value]):
     """A value made of tensors when it is first asked for, and again once one of them was replaced or written to.
 
     Copies, such as copies of a module have, begin without one. Compilers, which know no addresses, get what is there.
@@ -30,8 +30,8 @@ class Ready(Generic[Value]):
             self._kept = [tensor.detach() for tensor in tensors]
         return self.value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Ready[Value]":
-        return Ready()
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LazyValue[Value]":
+        return LazyValue()
 
-    def __reduce__(self) -> tuple[type["Ready[Value]"], tuple[()]]:
-        return Ready, ()
+    def __reduce__(self) -> tuple[type["LazyValue[Value]"], tuple[()]]:
+        return LazyValue, ()

@@ -74,7 +74,7 @@ def digits(weight: Tensor, scale: Tensor, rounding: Rounding = rounded) -> Tenso
     return rounding(weight.float() / scale, 1)
 
 
-class _Held(torch.autograd.Function):
+class _CachedDigits(torch.autograd.Function):
     """Digits that were made before, with the gradient that `digits` would have."""
 
     @staticmethod
@@ -95,5 +95,5 @@ class _Held(torch.autograd.Function):
 
 def held_digits(weight: Tensor, held: Tensor, scale: Tensor) -> Tensor:
     """`digits(weight, scale, ...)` that were made before, as `held`, with the gradient of making them."""
-    made: Tensor = _Held.apply(weight, held, scale)
+    made: Tensor = _CachedDigits.apply(weight, held, scale)
     return made

@@ -57,8 +57,8 @@ def train(job: Training, monitor: Monitor) -> None:
     are in `job.best_weights`, not yet in the trainee.
     """
     clock, saved, job.began = Clock(), time.monotonic(), time.perf_counter()
-    if job.step == 0 and job.judge_first:
-        job.before = _judge(job, monitor)
+    if job.step == 0 and job.evaluate_first:
+        job.before = _evaluate(job, monitor)
     with _signals(job) as asked:
         ended = job.share >= 1
         while not ended:
@@ -73,9 +73,9 @@ def train(job: Training, monitor: Monitor) -> None:
             else:
                 _restart(job, reason, monitor)
             ended = job.share >= 1
-            if ended or _judges(job, share):
+            if ended or _evaluates(job, share):
                 _flush(job, clock)
-                if not _is_sound(job, _judge(job, monitor)):
+                if not _is_sound(job, _evaluate(job, monitor)):
                     _restart(job, f"the validation loss ran away by step {job.step}", monitor)
                 clock.began = time.perf_counter()
             code = round(job.world.total(float(asked.code))[0])
@@ -137,7 +137,7 @@ def _logs(job: Training, step: int) -> bool:
     return step % job.how.log_every == 0 or step in (1, job.steps)
 
 
-def _judges(job: Training, before: float) -> bool:
+def _evaluates(job: Training, before: float) -> bool:
     """True if the step that has just been taken, at share `before`, is followed by a look at the validation text."""
     every = job.how.evaluate_every or max(1, job.steps // LOOKS)
     if job.limit is None:
@@ -227,21 +227,21 @@ def _flush(job: Training, clock: Clock) -> tuple[float, int]:
     return seconds, tokens
 
 
-def _judge(job: Training, monitor: Monitor) -> float:
+def _evaluate(job: Training, monitor: Monitor) -> float:
     """The mean loss on the validation text; remembers the weights if they are the best and that matters."""
     loss = validation_loss(job)
-    value = job.figure.of(loss)
+    value = job.metric.of(loss)
     if job.keep_best and (loss < job.best or not job.best_weights):
         job.best_weights = weights(job.trainee)
     job.best = min(job.best, loss)
-    figures: dict[str, Any] = {job.figure.name: value, "tokens": job.tokens}
-    if job.health is not None:
-        figures |= job.health()
+    figures: dict[str, Any] = {job.metric.name: value, "tokens": job.tokens}
+    if job.diagnostics is not None:
+        figures |= job.diagnostics()
     if job.sample is not None:
         figures["sample"] = job.sample()
     if job.world.first:
         monitor.log(job.step, figures)
-        monitor.say(f"step {job.step}/{job.steps}  {job.figure.words} {value:.4g}")
+        monitor.say(f"step {job.step}/{job.steps}  {job.metric.words} {value:.4g}")
         if "sample" in figures:
             monitor.say(f"  {' '.join(figures['sample'].split())}")
     return loss

@@ -24,7 +24,7 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Figure:
+class ValidationMetric:
     """The figure that a run is judged by: a function of the mean loss on the validation text, which falls with it."""
 
     name: str
@@ -32,7 +32,7 @@ class Figure:
     of: Callable[[float], float]
 
 
-PERPLEXITY = Figure("val_perplexity", "validation perplexity", lambda nats: math.exp(min(700.0, nats)))
+PERPLEXITY = ValidationMetric("val_perplexity", "validation perplexity", lambda nats: math.exp(min(700.0, nats)))
 
 
 @dataclass
@@ -49,9 +49,9 @@ class Training:
     limit        seconds after which the run ends, of one process; the schedule then follows the clock if that is faster
     keep_best    keep the weights that were best on the validation text, and go on from them where the loss runs away
     worst        validation loss over the first one from which on the loss counts as run away
-    told         what the result says besides, from the mean validation loss at the end and at the start
+    extra_fields further fields of the result, from the mean validation loss at the end and at the start
 
-    State: `before` and `best`, means of the validation loss over all processes at the start (with `judge_first`) and
+    State: `before` and `best`, means of the validation loss over all processes at the start (with `evaluate_first`) and
     the lowest so far; `best_weights`; `mean`, the running mean of the training loss; `halvings` of the learning
     rate, and the share of the training at which the last one `restarted` the schedule.
     """
@@ -74,14 +74,14 @@ class Training:
     micro_batches: int = 1
     flops_per_token: float = 0.0
     limit: float | None = None
-    judge_first: bool = False
+    evaluate_first: bool = False
     keep_best: bool = False
     worst: float = math.inf
-    health: Callable[[], dict[str, float]] | None = None
+    diagnostics: Callable[[], dict[str, float]] | None = None
     sample: Callable[[], str] | None = None
     half: bool = False
-    figure: Figure = PERPLEXITY
-    told: Callable[[float, float], dict[str, Any]] | None = None
+    metric: ValidationMetric = PERPLEXITY
+    extra_fields: Callable[[float, float], dict[str, Any]] | None = None
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0

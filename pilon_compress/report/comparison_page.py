@@ -152,7 +152,7 @@ def _circumstances(result: Result) -> str:
 def page(result: Result) -> str:
     """Return the comparison as one self-contained page: no script, nothing loaded from elsewhere."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"colour": lambda name: method_of(name).curve.look.colour}
+    environment.filters |= {"colour": lambda name: method_of(name).curve.style.colour}
     source = (
         resources.files("pilon_compress.report").joinpath("templates/comparison.html.j2").read_text(encoding="utf-8")
     )

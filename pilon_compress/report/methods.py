@@ -11,8 +11,8 @@ from pilon_compress.plugins import Registry
 OTHER_COLOURS = ("#009E73", "#56B4E9", "#D55E00")
 
 
-class Look(NamedTuple):
-    """Look of a method in plots: colour (Okabe and Ito's set), marker and line style of matplotlib."""
+class PlotStyle(NamedTuple):
+    """Style of a method in plots: colour (Okabe and Ito's set), marker and line style of matplotlib."""
 
     colour: str
     marker: str
@@ -20,11 +20,11 @@ class Look(NamedTuple):
 
 
 REFERENCES = {  # the methods that reports of a conversion draw
-    "pilon": Look("#0072B2", "o"),
-    "whitened-svd": Look("#E69F00", "s"),
-    "svd": Look("#CC79A7", "^"),
+    "pilon": PlotStyle("#0072B2", "o"),
+    "whitened-svd": PlotStyle("#E69F00", "s"),
+    "svd": PlotStyle("#CC79A7", "^"),
 }
-DENSE = Look("#1f2937", "*")
+DENSE = PlotStyle("#1f2937", "*")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Curve:
     name: str
     title: str
     about: str
-    look: Look
+    style: PlotStyle
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,6 @@ def method_of(name: str) -> Method:
     return METHODS.get(name) or Method(name, name, Curve(name, name, "", reference(name)))
 
 
-def reference(name: str) -> Look:
-    """Return the look of a method in reports of a conversion: from REFERENCES, or a colour chosen by its name."""
-    return REFERENCES.get(name) or Look(OTHER_COLOURS[sum(name.encode()) % len(OTHER_COLOURS)], "D")
+def reference(name: str) -> PlotStyle:
+    """Return the style of a method in reports of a conversion: from REFERENCES, or a colour chosen by its name."""
+    return REFERENCES.get(name) or PlotStyle(OTHER_COLOURS[sum(name.encode()) % len(OTHER_COLOURS)], "D")

@@ -8,7 +8,7 @@ progressive    converting and healing in turn
 dense_warmup   dense at first, then converted
 ternary        ternary weights: at the start, and in each step
 freeze_unused  primitives that take no part in a step keep their values
-bank_health    diagnostics of the banks at every evaluation
+bank_diagnostics  entropy, use and dead shares of the banks at every evaluation
 finish         the model folder with its report
 
 The loop, optimisers, schedule and checkpoints are in `optimize`, text and batches in `data`.

@@ -51,8 +51,8 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
         if corpus.ends and model.generation_config is not None:  # an answer ends where the chats' answers did
             model.generation_config.eos_token_id = list(corpus.ends)
         told = {"begins_with": corpus.begins_with}
-        if job.told is not None and run.asked.task == "heal":  # otherwise nobody has named a teacher
-            told |= job.told(loss, job.before)
+        if job.extra_fields is not None and run.asked.task == "heal":  # otherwise nobody has named a teacher
+            told |= job.extra_fields(loss, job.before)
         result = describe(run, job, model, loss).model_copy(update=told)
         if run.stages:
             result = summed(result, run.stages)
@@ -107,8 +107,8 @@ def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> Tr
     layout = layout_of(model)
     dense = checkpoint.empty_model(model.config)
     measured: dict[str, Any] = {
-        job.figure.name: job.figure.of(loss),
-        f"best_{job.figure.name}": job.figure.of(min(job.best, loss)),
+        job.metric.name: job.metric.of(loss),
+        f"best_{job.metric.name}": job.metric.of(min(job.best, loss)),
     }
     return TrainResult(
         format_version=1,

@@ -14,7 +14,7 @@ from pilon_compress.nn.layout import banks, projections
 from pilon_compress.optimize.callbacks import Callback
 
 
-class UnusedStay(Callback):
+class FreezeUnused(Callback):
     """Primitives that no layer selected, components out of use, and their weights, for the length of a step."""
 
     def __init__(self, model: Any) -> None:

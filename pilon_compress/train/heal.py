@@ -27,11 +27,11 @@ from pilon_compress.models import checkpoint
 from pilon_compress.models.forward import embeddings
 from pilon_compress.models.provenance import lineage
 from pilon_compress.models.task import vocabulary
-from pilon_compress.optimize.training import PERPLEXITY, Figure
+from pilon_compress.optimize.training import PERPLEXITY, ValidationMetric
 from pilon_compress.parallel import World
 
-COSINE = Figure("val_cosine", "validation cosine", lambda apart: 1 - apart)
-JUDGED = "judged.json"
+COSINE = ValidationMetric("val_cosine", "validation cosine", lambda apart: 1 - apart)
+TEACHER_LOSSES = "judged.json"
 MEASURED = 8  # validation rows that the variances of the teacher's states are taken from
 
 
@@ -47,29 +47,29 @@ class Healing:
     world: World
     corpus: Corpus
     recovery: Recovery
-    figure: Figure
+    metric: ValidationMetric
     reference: str
     of_teacher: float
 
-    def judge(self, wrapped: nn.Module) -> tuple[float, int]:
+    def validate(self, wrapped: nn.Module) -> tuple[float, int]:
         """(loss, tokens or texts) of this process's share of the validation slice."""
         loss, scored = 0.0, 0
         for batch in in_order(self.corpus.validation, size_of(self.recipe), self.world.rank, self.world.size):
             batch = batch.to(self.world.device)
-            if self.figure is PERPLEXITY:
+            if self.metric is PERPLEXITY:
                 loss += float(wrapped(batch.inputs(), batch.labels))
             else:
-                loss += float(wrapped(*self.recovery.judged(batch)))
+                loss += float(wrapped(*self.recovery.arguments(batch)))
             scored += batch.scored
         return loss, scored
 
-    def told(self, loss: float, before: float) -> dict[str, Any]:
+    def extra_fields(self, loss: float, before: float) -> dict[str, Any]:
         """Return extra result fields: the metric before recovery, the teacher's, and their ratio."""
-        told: dict[str, Any] = {"before": self.figure.of(before), "teacher_model": self.reference}
-        told["teacher"] = self.figure.of(self.of_teacher)
-        if self.figure is PERPLEXITY:
-            return told | {"perplexity_ratio": self.figure.of(loss) / told["teacher"]}
-        return told | (self.neighbours() if self.world.size == 1 else {})
+        extra: dict[str, Any] = {"before": self.metric.of(before), "teacher_model": self.reference}
+        extra["teacher"] = self.metric.of(self.of_teacher)
+        if self.metric is PERPLEXITY:
+            return extra | {"perplexity_ratio": self.metric.of(loss) / extra["teacher"]}
+        return extra | (self.neighbours() if self.world.size == 1 else {})
 
     @torch.no_grad()
     def neighbours(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def open_healing(recipe: TrainRecipe, world: World, model: PreTrainedModel, corp
     if asked.cache_teacher:
         batches, cache = remembered(recipe, world, model, corpus, reference, opened, quiet)
         corpus = replace(corpus, batches=batches)
-    of_teacher = judged(corpus.validation, recipe, world, opened, cache) if causal else 0.0
+    of_teacher = teacher_loss(corpus.validation, recipe, world, opened, cache) if causal else 0.0
     shown = None if cache is not None else opened()
     first = corpus.validation.batch(range(min(MEASURED, len(corpus.validation))))
     student = student_of(model, asked, shown, first.to(world.device))
@@ -134,7 +134,7 @@ def open_healing(recipe: TrainRecipe, world: World, model: PreTrainedModel, corp
         world=world,
         corpus=corpus,
         recovery=Recovery(student, asked, shown, causal),
-        figure=PERPLEXITY if causal else COSINE,
+        metric=PERPLEXITY if causal else COSINE,
         reference=reference,
         of_teacher=of_teacher,
     )
@@ -170,7 +170,7 @@ def remembered(
     return Loader(dataset, loader.batch_size, loader.seed, loader.micro_batches), dataset.folder
 
 
-def judged(
+def teacher_loss(
     rows: Dataset, recipe: TrainRecipe, world: World, teacher: Callable[[], Teacher], cache: Path | None
 ) -> float:
     """The teacher's mean loss on the validation text; it is stored in `cache`, so that it is run once."""
@@ -178,7 +178,7 @@ def judged(
     state = blake2b(digest_size=16)
     for batch in batches:
         state.update(batch.targets.numpy().tobytes())
-    path = cache / JUDGED if cache is not None else None
+    path = cache / TEACHER_LOSSES if cache is not None else None
     known = manifest.read_json(path) if path is not None else None
     known = known if isinstance(known, dict) else {}
     key = state.hexdigest()

@@ -47,10 +47,10 @@ from pilon_compress.optimize.optimizers import make_optimizers, restrict
 from pilon_compress.optimize.training import PERPLEXITY, Training, restore
 from pilon_compress.parallel import join, lone, spread, wrap
 from pilon_compress.results.training import TrainResult
-from pilon_compress.train.bank_health import Health
+from pilon_compress.train.bank_diagnostics import BankDiagnostics
 from pilon_compress.train.dense_warmup import convert_once, stages
 from pilon_compress.train.finish import finish
-from pilon_compress.train.freeze_unused import UnusedStay
+from pilon_compress.train.freeze_unused import FreezeUnused
 from pilon_compress.train.heal import Healing, open_healing, steps_of, tokens_of
 from pilon_compress.train.preflight import check, layout_asked, plan
 from pilon_compress.train.progressive import shrink
@@ -103,12 +103,12 @@ def train_run(run: Run, resume: bool, fresh: bool) -> TrainResult | None:
     track: list[str] = list(run.recipe.run.track)
     try:
         job, tokenizer, corpus = set_up(run, resume)
-        told = Monitor(run.output, job.steps, job.step, track, run.quiet) if run.world.first else _Silent()
+        monitors = Monitor(run.output, job.steps, job.step, track, run.quiet) if run.world.first else _NullMonitor()
     except BadInput:
         drop(run, fresh)
         raise
     settle(run)
-    with told as monitor:
+    with monitors as monitor:
         train(job, monitor)
     return finish(run, job, tokenizer, corpus)
 
@@ -183,10 +183,10 @@ def set_up(run: Run, resume: bool) -> tuple[Training, PreTrainedTokenizerBase, C
     return job, tokenizer, corpus
 
 
-class _Silent(nullcontext["_Silent"]):
+class _NullMonitor(nullcontext["_NullMonitor"]):
     """The monitor of every process but the first."""
 
-    def __enter__(self) -> "_Silent":
+    def __enter__(self) -> "_NullMonitor":
         return self
 
     def log(self, *_: Any) -> None: ...
@@ -287,7 +287,7 @@ def assemble(
     layers = list(blocks(model).values())
     wrapped = wrap(trainee, layers, world, recipe.run.parallel, half)
     compiled: Callable[..., Any] = torch.compile(wrapped, dynamic=False) if recipe.run.compile else wrapped
-    health = Health(model)
+    diagnostics = BankDiagnostics(model)
     optimizers, steps = make_optimizers(trainee, recipe.optimizer), steps_of(recipe, corpus)
     return Training(
         recipe=recipe.model_dump(mode="json"),
@@ -301,15 +301,19 @@ def assemble(
         optimizers=optimizers,
         batches=corpus.batches,
         steps=steps,
-        validate=lambda: healing.judge(wrapped) if healing else judge(wrapped, corpus, run),
+        validate=lambda: healing.validate(wrapped) if healing else validate(wrapped, corpus, run),
         checkpoints=Checkpoints(run.output, world, recipe.run.keep),
         prepare=healing.recovery.prepared if healing else prepared,
-        callbacks=[*([healing.recovery] if healing else []), *callbacks_for(recipe, model, optimizers, steps), health],
-        figure=healing.figure if healing else PERPLEXITY,
-        told=healing.told if healing else None,
-        judge_first=healing is not None,
+        callbacks=[
+            *([healing.recovery] if healing else []),
+            *callbacks_for(recipe, model, optimizers, steps),
+            diagnostics,
+        ],
+        metric=healing.metric if healing else PERPLEXITY,
+        extra_fields=healing.extra_fields if healing else None,
+        evaluate_first=healing is not None,
         keep_best=healing is not None and recipe.distill.keep_best,
-        health=health,
+        diagnostics=diagnostics,
         micro_batches=micro_batches,
         flops_per_token=6.0 * macs_per_token(model),
         half=half,
@@ -327,7 +331,7 @@ def callbacks_for(
     if rounding := Rounding.of(model, recipe, optimizers):
         found.append(rounding)
     if any(layer.moves for _, layer in projections(model)):
-        found.append(UnusedStay(model))
+        found.append(FreezeUnused(model))
     return found
 
 
@@ -336,7 +340,7 @@ def prepared(batch: Batch) -> tuple[Any, ...]:
     return batch.inputs(), batch.labels
 
 
-def judge(wrapped: nn.Module, corpus: Corpus, run: Run) -> tuple[float, int]:
+def validate(wrapped: nn.Module, corpus: Corpus, run: Run) -> tuple[float, int]:
     """(nats, tokens) of this process's share of the validation slice."""
     nats, tokens = 0.0, 0
     size = run.recipe.run.micro_batch_size or run.recipe.run.batch_size

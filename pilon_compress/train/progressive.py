@@ -48,9 +48,9 @@ def shrink(settings: TrainRecipe, output: Path, heal: Heal, *, command: str = ""
         if ratio != settings.shrink[-1] and not (folder / "dense").is_dir():
             export(str(folder / "healed"), folder / "dense", "dense")
         source = str(folder / "dense")
-    told = ("before", "val_perplexity", "val_cosine", "tokens", "seconds")
+    fields = ("before", "val_perplexity", "val_cosine", "tokens", "seconds")
     whole = {
-        "stages": [one.stage(told, ratio=ratio) for ratio, one in zip(settings.shrink, results, strict=True)],
+        "stages": [one.stage(fields, ratio=ratio) for ratio, one in zip(settings.shrink, results, strict=True)],
         "tokens": sum(one.tokens for one in results),
         "seconds": sum(one.seconds for one in results),
         "command": command,

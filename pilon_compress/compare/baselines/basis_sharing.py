@@ -15,7 +15,7 @@ from pilon_compress.convert.calibrate.damping import damped_solve
 from pilon_compress.convert.solve.eigen import eigenvectors
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.models.families import Site
-from pilon_compress.report.methods import Look
+from pilon_compress.report.methods import PlotStyle
 
 GROUP = 2  # layers that share a basis; the paper's choice for most of its tables
 
@@ -36,7 +36,7 @@ def units(sites: Sequence[Site]) -> list[Unit]:
     title="Basis Sharing",
     about="two neighbouring layers share the input side of their factors",
     paper="Wang et al., 2025",
-    look=Look("#009E73", "P"),
+    style=PlotStyle("#009E73", "P"),
     units=units,
 )
 def solve(problem: Problem, shares: list[Share]) -> Solution:

@@ -12,7 +12,7 @@ from pilon_compress.convert.calibrate.damping import damped_inverse, damped_solv
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.errors import BadInput
 from pilon_compress.models.families import Site
-from pilon_compress.report.methods import Look
+from pilon_compress.report.methods import PlotStyle
 
 RIDGE = 1.0  # of the mean eigenvalue; any from 0.3 to 10 will do, 0.1 drops a neuron that others lean on (docs/results)
 
@@ -39,7 +39,7 @@ def units(sites: Sequence[Site]) -> list[Unit]:
     about="whole neurons are dropped and the down-projection makes up for them; what stays of up and gate is exact, so "
     "all of its loss is in down",
     paper="Lin et al., 2025",
-    look=Look("#D55E00", "v"),
+    style=PlotStyle("#D55E00", "v"),
     units=units,
 )
 def solve(problem: Problem, shares: list[Share]) -> Solution:

@@ -9,7 +9,7 @@ from pilon_compress.compare.baselines.equal_budget import Share, Unit, bias_numb
 from pilon_compress.compare.baselines.problem import Problem, Solution, pair_macs
 from pilon_compress.compare.baselines.registry import baseline
 from pilon_compress.models.families import Site
-from pilon_compress.report.methods import Look
+from pilon_compress.report.methods import PlotStyle
 
 BAND = 3  # layers that share a bank
 WIDEST = 16  # rank of a primitive, less for small matrices
@@ -35,7 +35,7 @@ def units(sites: Sequence[Site]) -> list[Unit]:
     title="original PILON",
     about="primitives from a band's mean weight, mixed by softmax top-k, no activations",
     paper="the original implementation",
-    look=Look("#8a8f98", "X", ":"),
+    style=PlotStyle("#8a8f98", "X", ":"),
     units=units,
 )
 def solve(problem: Problem, shares: list[Share]) -> Solution:

@@ -1,6 +1,6 @@
 """Register baselines: name, title and explanation, and the functions that size it and solve for it.
 
-    @baseline("svd", title="svd", about="...", paper="Eckart and Young, 1936", look=Look("#CC79A7", "^"), units=units)
+    @baseline("svd", title="svd", about="...", paper="Eckart, Young 1936", style=PlotStyle("#CC79A7", "^"), units=units)
     def svd(problem, shares):
         ...
         return Solution(weights, factors, macs)
@@ -17,7 +17,7 @@ from pilon_compress.compare.baselines.problem import Problem, Solution
 from pilon_compress.models.families import Site
 from pilon_compress.nn.size import DENSE_ITEMSIZE
 from pilon_compress.plugins import Registry
-from pilon_compress.report.methods import METHODS, Curve, Look, Method
+from pilon_compress.report.methods import METHODS, Curve, Method, PlotStyle
 
 Solve = Callable[[Problem, list[Share]], Solution]
 Units = Callable[[Sequence[Site]], list[Unit]]
@@ -67,22 +67,22 @@ def baseline(
     title: str,
     about: str,
     paper: str = "",
-    look: Look,
+    style: PlotStyle,
     curve: str = "",
     curve_title: str = "",
     units: Units | None = None,
     size: SizeInBytes | None = None,
     absorbs: bool = True,
 ) -> Callable[[Solve], Solve]:
-    """Register the decorated function as the baseline `name`; see `Baseline` for `paper` and what follows `look`.
+    """Register the decorated function as the baseline `name`; see `Baseline` for `paper` and what follows `style`.
 
-    `title` stands in tables, `about` (one clause) on the page, `look` in plots. Baselines that differ in their bits
+    `title` stands in tables, `about` (one clause) on the page, `style` in plots. Baselines that differ in their bits
     alone share the `curve` of that name, which is called `curve_title`. Raises BadInput for a name that is taken.
     """
 
     def register(solve: Solve) -> Solve:
         BASELINES.add(name, Baseline(name, paper, solve, units, size, absorbs))
-        line = Curve(curve or name, curve_title or title, f"{about} ({paper})" if paper else about, look)
+        line = Curve(curve or name, curve_title or title, f"{about} ({paper})" if paper else about, style)
         METHODS.add(name, Method(name, title, line))
         return solve
 

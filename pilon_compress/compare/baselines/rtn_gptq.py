@@ -18,7 +18,7 @@ from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.models.families import Site
 from pilon_compress.nn.formats.registry import grid_of, grids
 from pilon_compress.nn.size import DENSE_ITEMSIZE
-from pilon_compress.report.methods import Look
+from pilon_compress.report.methods import PlotStyle
 
 
 def size(kind: str, sites: Sequence[Site]) -> int:
@@ -53,7 +53,7 @@ def _register(kind: str) -> None:
         f"rtn-{kind}",
         title=f"round to nearest, {kind}",
         about="all dense weights quantised, every one on its own; knows no activations",
-        look=Look("#a0522d", "D", ":"),
+        style=PlotStyle("#a0522d", "D", ":"),
         curve="rtn",
         curve_title="round to nearest",
         size=bytes_of,
@@ -68,7 +68,7 @@ def _register(kind: str) -> None:
         about="all dense weights quantised; rows that are still free make up for the rounded ones, in the metric of "
         "the inputs",
         paper="Frantar et al., 2023",
-        look=Look("#b5651d", "d", "--"),
+        style=PlotStyle("#b5651d", "d", "--"),
         curve="gptq",
         curve_title="GPTQ",
         size=bytes_of,

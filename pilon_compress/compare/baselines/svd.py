@@ -14,7 +14,7 @@ from pilon_compress.compare.baselines.problem import Problem, Solution, pair_mac
 from pilon_compress.compare.baselines.registry import baseline
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.models.families import Site
-from pilon_compress.report.methods import REFERENCES, Look
+from pilon_compress.report.methods import REFERENCES, PlotStyle
 
 ALPHA = 0.5  # of ASVD's scaling; the value that its authors settled on
 
@@ -29,7 +29,7 @@ def units(sites: Sequence[Site]) -> list[Unit]:
     title="plain SVD",
     about="each weight's nearest matrix of lower rank; knows no activations",
     paper="Eckart and Young, 1936",
-    look=REFERENCES["svd"],
+    style=REFERENCES["svd"],
     units=units,
 )
 def svd(problem: Problem, shares: list[Share]) -> Solution:
@@ -42,7 +42,7 @@ def svd(problem: Problem, shares: list[Share]) -> Solution:
     title="ASVD",
     about="SVD after scaling the input channels by the square root of their magnitude",
     paper="Yuan et al., 2023",
-    look=Look("#9a6fb0", "<"),
+    style=PlotStyle("#9a6fb0", "<"),
     units=units,
 )
 def asvd(problem: Problem, shares: list[Share]) -> Solution:
@@ -60,7 +60,7 @@ def asvd(problem: Problem, shares: list[Share]) -> Solution:
     title="whitened SVD (SVD-LLM)",
     about="SVD in the metric of the inputs' second moment",
     paper="Wang et al., 2024",
-    look=REFERENCES["whitened-svd"],
+    style=REFERENCES["whitened-svd"],
     units=units,
 )
 def whitened_svd(problem: Problem, shares: list[Share]) -> Solution:

@@ -206,7 +206,7 @@ def _draw(output: Tensor, mask: Tensor, causal: bool, generator: torch.Generator
     return (pooled * torch.randn(pooled.shape, generator=generator).to(pooled.device)).sum()
 
 
-class _Watch:
+class _MomentHooks:
     """Moments of the sites of one block, while it runs forward and backward. `batch`: the one that runs."""
 
     def __init__(self, sites: Sequence[Site], masks: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -252,8 +252,8 @@ class _Watch:
 @contextmanager
 def _watching(
     block: nn.Module, name: str, sites: Sequence[Site], masks: Sequence[Tensor], dtype: torch.dtype
-) -> Iterator[_Watch]:
+) -> Iterator[_MomentHooks]:
     """Watch the projections of a block, whose name is `name`."""
-    watch = _Watch(sites, masks, dtype)
+    watch = _MomentHooks(sites, masks, dtype)
     with hooked(block, after=[(site.name.removeprefix(f"{name}."), partial(watch.see, site)) for site in sites]):
         yield watch

@@ -11,7 +11,7 @@ from pilon_compress.convert.solve.bank_fit import fit_private, recompose
 from pilon_compress.convert.solve.feed_forward import FeedForward
 from pilon_compress.convert.solve.gptq import round_bank, round_matrix
 from pilon_compress.convert.solve.low_rank import Target
-from pilon_compress.convert.solve.sequential_targets import Cross, Pair
+from pilon_compress.convert.solve.sequential_targets import BlockPair, CrossMoments
 from pilon_compress.convert.solve.solved import SolvedBank, SolvedLayer, SolvedProjection, Weights
 from pilon_compress.models.families import Site
 from pilon_compress.nn.sizing import affordable
@@ -59,7 +59,7 @@ class LayerShape:
         return self.shared[plan.name], [one.name for one in plan.sites].index(site.name)
 
 
-def solve_layer(ff: FeedForward, shape: LayerShape, method: Method, pair: Pair | None, prefix: str) -> SolvedLayer:
+def solve_layer(ff: FeedForward, shape: LayerShape, method: Method, pair: BlockPair | None, prefix: str) -> SolvedLayer:
     """Solve the projections of a layer; with `pair`, behind the converted layers before it.
 
     `prefix`: name of the layer's transformer block. The converted block of `pair` computes with what was solved.
@@ -67,7 +67,7 @@ def solve_layer(ff: FeedForward, shape: LayerShape, method: Method, pair: Pair |
     return dict(_Solver(ff, shape, method, pair, f"{prefix}.").solved())
 
 
-def resume_layer(sites: Sequence[Site], solved: SolvedLayer, shape: LayerShape, pair: Pair, prefix: str) -> None:
+def resume_layer(sites: Sequence[Site], solved: SolvedLayer, shape: LayerShape, pair: BlockPair, prefix: str) -> None:
     """Leave `pair` as `solve_layer` would have: its converted block computes with what was solved before."""
     pair.inputs()
     for site in sites:
@@ -80,7 +80,7 @@ class _Solver:
     ff: FeedForward
     shape: LayerShape
     method: Method
-    pair: Pair | None
+    pair: BlockPair | None
     prefix: str
 
     def solved(self) -> Iterator[tuple[str, SolvedProjection]]:
@@ -88,7 +88,7 @@ class _Solver:
         downs = [site for site in ff.sites if site.role == "down"]
         down = downs[0] if len(downs) == 1 and len(ff.sites) > 1 else None
         firsts = [site for site in ff.sites if site != down]
-        crosses: dict[str, Cross] = {}
+        crosses: dict[str, CrossMoments] = {}
         if self.pair is not None:
             read = list(dict.fromkeys(self.local(site.input) for site in firsts))
             crosses = self.pair.inputs(read, None if down is None else self.local(down.name))
@@ -113,7 +113,7 @@ class _Solver:
             return weight
         return weight[:, self.ff.columns(site, self.shape.left)]
 
-    def _projection(self, site: Site, start: Target, cross: Cross | None, down: Site | None) -> SolvedProjection:
+    def _projection(self, site: Site, start: Target, cross: CrossMoments | None, down: Site | None) -> SolvedProjection:
         """Solve one projection, and let the converted block compute with it."""
         target = start if cross is None else cross.target(start, site.bias)
         weights = self._weights(site, target, sequential=cross is not None)

@@ -12,7 +12,7 @@ from pilon_compress.convert.solve.bank_fit import BankFit
 from pilon_compress.convert.solve.feed_forward import Dense, FeedForward
 from pilon_compress.convert.solve.gptq import round_bank
 from pilon_compress.convert.solve.layer import LayerShape, Method, resume_layer, solve_layer
-from pilon_compress.convert.solve.sequential_targets import Pair
+from pilon_compress.convert.solve.sequential_targets import BlockPair
 from pilon_compress.convert.solve.solved import Solved, SolvedBank, SolvedLayer, pack_layer, unpack_layer
 from pilon_compress.data.batch import Batch
 from pilon_compress.io.journal import Journal
@@ -46,7 +46,9 @@ def solve(
         if len(bank.sites) > 1
     }
     theirs = None if batches is None else Stream(dense.source, batches)
-    walk = _Walk(dense, plan, left, method, shared, theirs, None if theirs is None else theirs.fork(), journal)
+    walk = _LayerwiseSolver(
+        dense, plan, left, method, shared, theirs, None if theirs is None else theirs.fork(), journal
+    )
     solved = []
     for layer in track(range(max(dense.layers()) + 1), "converting layers"):
         found = walk.step(layer)
@@ -55,7 +57,7 @@ def solve(
 
 
 @dataclass(frozen=True)
-class _Walk:
+class _LayerwiseSolver:
     """Solves one layer after the other; `theirs` and `ours`: streams of the dense and of the converted model."""
 
     dense: Dense
@@ -74,7 +76,7 @@ class _Walk:
         with self.dense.source.block(layer) as module:
             pair = None
             if self.theirs is not None and self.ours is not None:
-                pair = Pair(module, copy.deepcopy(module), self.theirs, self.ours)
+                pair = BlockPair(module, copy.deepcopy(module), self.theirs, self.ours)
             solved: SolvedLayer = {}
             if sites:
                 banks = {site.name: bank for bank in self.plan.banks for site in bank.sites}

@@ -28,7 +28,7 @@ SKIPPED = (nn.Dropout, nn.Identity)
 
 
 @dataclass(frozen=True)
-class Cross:
+class CrossMoments:
     """Moments of paired rows x̂ (N, d) and t (N, o): those of `inputs`, the mean of t (o,), cross scatter (d, o)."""
 
     inputs: SecondMoment
@@ -36,7 +36,7 @@ class Cross:
     scatter: Tensor
 
     @classmethod
-    def empty(cls, d: int, o: int, like: Tensor) -> "Cross":
+    def empty(cls, d: int, o: int, like: Tensor) -> "CrossMoments":
         return cls(SecondMoment(d, like.dtype, like.device), like.new_zeros(o), like.new_zeros(d, o))
 
     def update(self, x: Tensor, t: Tensor) -> None:
@@ -49,9 +49,9 @@ class Cross:
         self.scatter.addmm_(batch.centred.T, other.centred).addr_(batch.shift, other.shift, alpha=batch.weight)
         self.mean.add_(other.shift * other.share)
 
-    def through(self, weight: Tensor) -> "Cross":
+    def through(self, weight: Tensor) -> "CrossMoments":
         """Return the moments with t W in the place of t, for a weight (o, d_out)."""
-        return Cross(self.inputs, self.mean @ weight, self.scatter @ weight)
+        return CrossMoments(self.inputs, self.mean @ weight, self.scatter @ weight)
 
     def target(self, start: Target, centred: bool) -> Target:
         """Return the least-squares target given the errors of the layers already converted.
@@ -77,7 +77,7 @@ class Cross:
         return self.mean.double() - self.inputs.mean.double() @ weight
 
 
-class Pair:
+class BlockPair:
     """A dense block and the converted one in its place, run side by side on their own streams."""
 
     def __init__(self, dense: nn.Module, converted: nn.Module, theirs: Stream, stream: Stream) -> None:
@@ -85,22 +85,22 @@ class Pair:
         self.sums: list[Tensor] = []  # the dense residual sum that `down` adds to
 
     @torch.no_grad()
-    def inputs(self, projections: Sequence[str] = (), down: str | None = None) -> dict[str, Cross]:
+    def inputs(self, projections: Sequence[str] = (), down: str | None = None) -> dict[str, CrossMoments]:
         """Cross moments of the inputs that `projections` (names inside the block) read in both streams.
 
         Runs the dense block for good: its stream moves on batch by batch, and the sums after `down` are remembered.
         """
-        crosses: dict[str, Cross] = {}
+        crosses: dict[str, CrossMoments] = {}
         for index, mask in enumerate(self.stream.block_masks):
             with _noting(self.dense, projections, down) as dense:
                 output = self.theirs.call(self.dense, index, self.theirs.hidden[index])
             if projections:
-                with _noting(self.converted, projections, stop=True) as converted, suppress(_Enough):
+                with _noting(self.converted, projections, stop=True) as converted, suppress(_AllRecorded):
                     self.stream.call(self.converted, index, self.stream.hidden[index])
             for name in projections:
                 x, t = (_rows(notes.inputs[name], mask) for notes in (converted, dense))
                 if name not in crosses:
-                    crosses[name] = Cross.empty(x.shape[1], t.shape[1], x)
+                    crosses[name] = CrossMoments.empty(x.shape[1], t.shape[1], x)
                 crosses[name].update(x, t)
             self.theirs.hidden[index] = output
             if down is not None:
@@ -108,15 +108,15 @@ class Pair:
         return crosses
 
     @torch.no_grad()
-    def output(self, down: str) -> Cross:
+    def output(self, down: str) -> CrossMoments:
         """Cross moments of what `down` reads in the converted block and what it should put out."""
-        cross: Cross | None = None
+        cross: CrossMoments | None = None
         for index, mask in enumerate(self.stream.block_masks):
             with _noting(self.converted, [down], down) as notes:
                 output = self.stream.call(self.converted, index, self.stream.hidden[index])
             residual = notes.sum(self.stream.turned(output)) - notes.output
             x, t = _rows(notes.inputs[down], mask), _rows(self.sums[index] - residual, mask)
-            cross = cross or Cross.empty(x.shape[1], t.shape[1], x)
+            cross = cross or CrossMoments.empty(x.shape[1], t.shape[1], x)
             cross.update(x, t)
         assert cross is not None
         return cross
@@ -137,11 +137,11 @@ class Pair:
         self.stream.advance(self.converted)
 
 
-class _Enough(Exception):
+class _AllRecorded(Exception):
     """Raised when all requested inputs have been recorded, so that the rest of the block need not run."""
 
 
-class _Notes:
+class _Recorder:
     """Inputs of some projections while their block runs; of `down` also the output, and the sum that it goes into."""
 
     def __init__(self, enough: int | None) -> None:
@@ -153,7 +153,7 @@ class _Notes:
     def see(self, name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self.inputs[name] = args[0]
         if len(self.inputs) == self.enough:
-            raise _Enough
+            raise _AllRecorded
 
     def put_out(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         self.output, self.after = output, None
@@ -171,9 +171,9 @@ class _Notes:
 @contextmanager
 def _noting(
     block: nn.Module, projections: Sequence[str], down: str | None = None, stop: bool = False
-) -> Iterator[_Notes]:
-    """Note the inputs of `projections`. With `stop` the block is left, by `_Enough`, once they are known."""
-    notes = _Notes(len(projections) if stop else None)
+) -> Iterator[_Recorder]:
+    """Note the inputs of `projections`. With `stop` the block is left, by `_AllRecorded`, once they are known."""
+    notes = _Recorder(len(projections) if stop else None)
     before: list[tuple[str, Before]] = [(name, partial(notes.see, name)) for name in projections]
     if down is not None:
         leaves = (name for name, module in block.named_modules() if name and not any(True for _ in module.children()))

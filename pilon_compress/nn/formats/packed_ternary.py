@@ -26,7 +26,7 @@ from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.formats.ternary import TernaryBank, TernaryLinear
-from pilon_compress.nn.lazy import Ready
+from pilon_compress.nn.lazy import LazyValue
 from pilon_compress.nn.part import Matrix
 from pilon_compress.nn.ternary_codec import PER_BYTE, pack, packed_size, unpack, valid
 from pilon_compress.nn.ternary_quantizer import digits
@@ -37,7 +37,9 @@ class Unpacked:
     """A bank's digits as they are computed with, and the layers that do, by the address of their weight."""
 
     digits: "BankTiles | BankWords | UnpackedBank"  # quoted: a bundle holds this file, and not the kernels
-    layers: defaultdict[int, Ready[Callable[[Tensor], Tensor]]] = field(default_factory=lambda: defaultdict(Ready))
+    layers: defaultdict[int, LazyValue[Callable[[Tensor], Tensor]]] = field(
+        default_factory=lambda: defaultdict(LazyValue)
+    )
 
 
 class PackedBank(PrimitiveBank):
@@ -56,7 +58,7 @@ class PackedBank(PrimitiveBank):
         for name, numbers in (("A_codes", d_in * rank), ("B_codes", rank * d_out)):
             shape = (n_primitives, packed_size(numbers, encoding))
             self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
-        self._unpacked: defaultdict[int, Ready[Unpacked]] = defaultdict(Ready)  # by group
+        self._unpacked: defaultdict[int, LazyValue[Unpacked]] = defaultdict(LazyValue)  # by group
 
     @property
     def n_primitives(self) -> int:
@@ -141,8 +143,8 @@ class PackedLinear(Matrix, nn.Module):
         self.register_buffer("codes", torch.empty((1, packed_size(d_in * d_out, encoding)), dtype=torch.uint8))
         self.weight = nn.Parameter(torch.empty(d_out))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
-        self._unpacked: Ready[MatrixTiles | MatrixWords | Tensor] = Ready()
-        self._computed: Ready[Callable[[Tensor], Tensor]] = Ready()
+        self._unpacked: LazyValue[MatrixTiles | MatrixWords | Tensor] = LazyValue()
+        self._computed: LazyValue[Callable[[Tensor], Tensor]] = LazyValue()
 
     def digits(self) -> Tensor:
         """(d_in, d_out), int8."""

@@ -29,7 +29,7 @@ class GradualRounding(nn.Module):
         return torch.lerp(x, rounded(x, limit), self.strength.to(x.dtype))
 
 
-class Strength(Callback):
+class RoundingSchedule(Callback):
     """Sets the strength of every rounding before each step: 0 at the start, 1 from `warmup` of the training on."""
 
     def __init__(self, roundings: Sequence[GradualRounding], warmup: float) -> None:
@@ -75,7 +75,7 @@ class Extension(callbacks.Extension):
         found: list[Callback] = []
         roundings = [module for module in model.modules() if isinstance(module, GradualRounding)]
         if roundings:
-            found.append(Strength(roundings, self.asked.warmup))
+            found.append(RoundingSchedule(roundings, self.asked.warmup))
         if self.recipe.ternary.enabled and self.asked.second_rate != 1:
             found.append(SecondStage(optimizers, self.asked.second, self.asked.second_rate))
         return found

@@ -22,7 +22,7 @@ from pilon_compress.research.original.moving_linear import StagedLinear
 from pilon_compress.research.original.settings import Staged
 
 
-class Stages(Callback):
+class RateSchedule(Callback):
     """Rates before each step, and the regularisers."""
 
     def __init__(self, model: Any, asked: Staged, optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -64,7 +64,7 @@ def ramp(share: float, ends: Sequence[float], values: Sequence[int]) -> int:
     return round(float(np.interp(share, ends, values)))
 
 
-class Choosing(Callback):
+class SelectionSchedule(Callback):
     """Chooses before each step. `steps`: of the whole training."""
 
     def __init__(self, model: Any, settings: Settings, seed: int, steps: int) -> None:

@@ -10,8 +10,8 @@ from pilon_compress.nn.layout import Layout
 from pilon_compress.optimize import callbacks
 from pilon_compress.optimize.callbacks import Callback
 from pilon_compress.research.original.moving_linear import staged
-from pilon_compress.research.original.rates import Stages
-from pilon_compress.research.original.selection import Choosing, stage
+from pilon_compress.research.original.rates import RateSchedule
+from pilon_compress.research.original.selection import SelectionSchedule, stage
 from pilon_compress.research.original.settings import Settings, Staged
 
 
@@ -34,7 +34,7 @@ class Extension(callbacks.Extension):
     ) -> list[Callback]:
         found: list[Callback] = []
         if any(staged(model)):
-            found.append(Choosing(model, self.asked, self.recipe.seed, steps))
+            found.append(SelectionSchedule(model, self.asked, self.recipe.seed, steps))
         if self.asked.staged != Staged():
-            found.append(Stages(model, self.asked.staged, optimizers))
+            found.append(RateSchedule(model, self.asked.staged, optimizers))
         return found

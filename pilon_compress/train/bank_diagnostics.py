@@ -23,7 +23,7 @@ from pilon_compress.nn.sharded import full
 from pilon_compress.optimize.callbacks import Callback
 
 
-class Health(Callback):
+class BankDiagnostics(Callback):
     """Callback that records which primitives get a gradient; a call returns the bank diagnostics."""
 
     def __init__(self, model: Any) -> None:
