@@ -28,7 +28,7 @@ if (
 ):  # tests run side by side: threads of several processes would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-PROCESSES = {"cli", "command_line", "forks", "hub"}  # fixtures that start processes
+PROCESSES = {"bare", "cli", "command_line", "hub"}  # fixtures that start processes
 LONG = {  # files of tests that train, convert whole models, compile, or interpret GPU kernels
     "test_bench",
     "test_benchmarks",
@@ -88,6 +88,14 @@ def command_line() -> ModuleType:
 def cli(command_line: ModuleType) -> Iterator[Any]:
     """`cli(*words, cwd=folder)` runs `pilon-compress` as a process of its own, without the wait for its imports."""
     forks = command_line.Forks()
+    yield forks
+    forks.end()
+
+
+@pytest.fixture(scope="session")
+def bare(command_line: ModuleType) -> Iterator[Any]:
+    """`bare.python(text)` runs a script in a process that has torch and transformers, and nothing of this package."""
+    forks = command_line.Forks(command_line.BARE)
     yield forks
     forks.end()
 

@@ -1,8 +1,6 @@
 """The worked examples of docs/extending: each adds something by one file, which every command then knows."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -125,7 +123,7 @@ def test_a_number_format_is_converted_to_loaded_and_refused_where_it_is_damaged(
         AutoModelForCausalLM.from_pretrained(tmp_path / "bad")
 
 
-def test_a_number_format_is_exported_dense_and_with_its_own_code(float8, tmp_path):
+def test_a_number_format_is_exported_dense_and_with_its_own_code(bare, float8, tmp_path):
     folder, _ = float8
     ids = torch.arange(1, 33)[None]
     export(str(folder / "small"), tmp_path / "plain", "dense")
@@ -139,8 +137,7 @@ def test_a_number_format_is_exported_dense_and_with_its_own_code(float8, tmp_pat
         f"m = M.from_pretrained({str(tmp_path / 'own')!r}, trust_remote_code=True).float(); "
         "print(float(m(input_ids=torch.arange(1, 33)[None]).logits.double().sum()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = bare.python(code, cwd=tmp_path)
     assert float(done.stdout.split()[-1]) == pytest.approx(float(expected.double().sum()), rel=1e-3, abs=1e-2)
 
 

@@ -1,8 +1,5 @@
 """Models in whole numbers: exact codecs, real folders, bytes as reported, damage refused, whole conversions."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -184,7 +181,7 @@ def test_exports_of_whole_numbers(tiny, tmp_path, quantization):
     assert f"weights: {quantization}, a scale" in (tmp_path / "rest" / "README.md").read_text()
 
 
-def test_self_contained_export_needs_no_installation(tiny, tmp_path):
+def test_self_contained_export_needs_no_installation(bare, tiny, tmp_path):
     whole, _ = rounded(tiny, "llama", "int3")
     save(tiny, whole, tmp_path / "m")
     export(str(tmp_path / "m"), tmp_path / "own", "self-contained")
@@ -194,8 +191,7 @@ def test_self_contained_export_needs_no_installation(tiny, tmp_path):
         f"torch.save(m(torch.arange(5, 25).reshape(2, 10)).logits.detach(), {str(tmp_path / 'out.pt')!r}); "
         "import sys; assert 'pilon_compress' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    bare.python(code)
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), output(whole))
 
 

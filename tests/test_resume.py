@@ -14,27 +14,24 @@ STREAMED = ("--max-memory", "0.0004")  # GiB: less than twice the tiny model
 
 
 @pytest.fixture(scope="module")
-def start(command_line):
+def start(cli):
     """`start(folder, output, *words)` starts a conversion there."""
-    return lambda folder, output, *words: command_line.start(
-        "convert", "dense", "-o", output, *WORDS, *words, cwd=folder
-    )
+    return lambda folder, output, *words: cli.start("convert", "dense", "-o", output, *WORDS, *words, cwd=folder)
 
 
 @pytest.fixture(scope="module")
-def convert(command_line, start):
+def convert(start):
     """Run the command to its end and return its output."""
-    return lambda *words: command_line.finish(start(*words)).stdout
+    return lambda *words: start(*words).end().stdout
 
 
 def kill_when(process, path):
     """SIGKILL as soon as `path` is there."""
     while not path.exists():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.end()
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.end(-signal.SIGKILL)
 
 
 def weights(folder):
@@ -52,7 +49,7 @@ def plain(convert, tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("words", [(), STREAMED], ids=["whole", "streamed"])
-def test_killed_again_and_again_and_resumed_is_never_killed(command_line, start, plain, words):
+def test_killed_again_and_again_and_resumed_is_never_killed(start, plain, words):
     output = f"killed{len(words)}"
     partial = plain / f".{output}.partial"
     for point in ("moments", "reference/0.0", "layer.4") if words else ("allocation", "layer.4"):
@@ -65,7 +62,7 @@ def test_killed_again_and_again_and_resumed_is_never_killed(command_line, start,
     while (partial / "layer.1.safetensors").exists():
         assert (partial / "layer.1.safetensors").stat().st_mtime_ns == finished, "computed again"
         time.sleep(0.02)
-    command_line.finish(process)
+    process.end()
     assert weights(plain / output) == weights(plain / "whole")
     assert not partial.exists() and not stale.exists()
 
@@ -78,8 +75,8 @@ def test_other_options_start_afresh(start, convert, plain):
     assert weights(plain / "changed") == weights(plain / "whole")
 
 
-def test_what_does_not_fit_is_said(command_line, start, convert, plain):
+def test_what_does_not_fit_is_said(start, convert, plain):
     report = convert(plain, "unscored", "--eval-data", "text.txt", *STREAMED)
     assert '"evaluation": null' in report and "both models in memory take" in report
-    err = command_line.finish(start(plain, "refined", "--refine", "5", *STREAMED), 2).stderr
+    err = start(plain, "refined", "--refine", "5", *STREAMED).end(2).stderr
     assert err.count("\n") == 1 and "--max-memory" in err

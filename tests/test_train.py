@@ -2,11 +2,10 @@
 
 import json
 import os
-import resource
 import signal
-import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,24 +22,24 @@ WORDS = ["train", "--recipe", "smoke", *(word for item in SHORT for word in ("--
 
 
 @pytest.fixture(scope="module")
-def start(command_line):
+def start(cli):
     """`start(folder, *words)` starts such a training there, whose tokens stay there too."""
-    return lambda folder, *words, **options: command_line.start(
+    return lambda folder, *words, **options: cli.start(
         *WORDS, *words, cwd=folder, PILON_CACHE=str(folder / "tokens"), **options
     )
 
 
-def until_checkpoint(folder: Path, process: subprocess.Popen) -> None:
+def until_checkpoint(folder: Path, process: Any) -> None:
     while not list(folder.glob("checkpoints/step-*/state.json")):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.end()
         time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(command_line, start, tmp_path_factory):
+def undisturbed(start, tmp_path_factory):
     """A finished smoke run: (folder, what --json printed)."""
     folder = tmp_path_factory.mktemp("smoke")
-    return folder, json.loads(command_line.finish(start(folder, "-o", "out")).stdout)
+    return folder, json.loads(start(folder, "-o", "out").end().stdout)
 
 
 def test_one_command_makes_a_model_within_its_budget_that_transformers_loads(undisturbed):
@@ -58,37 +57,30 @@ def test_one_command_makes_a_model_within_its_budget_that_transformers_loads(und
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_whatever_stops_it_resuming_ends_with_the_same_weights(
-    command_line, start, undisturbed, tmp_path, number, code
-):
+def test_whatever_stops_it_resuming_ends_with_the_same_weights(start, undisturbed, tmp_path, number, code):
     folder, expected = undisturbed
     process = start(tmp_path, "-o", "out")
     until_checkpoint(tmp_path / "out", process)
     process.send_signal(number)
-    err = command_line.finish(process, code).stderr
+    err = process.end(code).stderr
     if code > 0:
         assert "--resume" in err and "Traceback" not in err
-    out = command_line.finish(start(tmp_path, "-o", "out", "--resume")).stdout
+    out = start(tmp_path, "-o", "out", "--resume").end().stdout
     assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "out/model.safetensors").read_bytes()
     assert json.loads(out)["val_perplexity"] == expected["val_perplexity"]
     steps = [line["step"] for line in read_metrics(tmp_path / "out") if "loss" in line]
     assert steps == [1, 10, 20, 24]  # none twice
 
 
-def limited() -> None:
-    """No file above 1.5 MB, where a checkpoint has 2: what a full disk does."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-
-def test_a_full_disk_keeps_the_checkpoint_before(command_line, start, tmp_path):
+def test_a_full_disk_keeps_the_checkpoint_before(start, tmp_path):
     quick(tmp_path, "run.checkpoint_every=0.001", "schedule.tokens=8192")
     for path in (tmp_path / "out/checkpoints").glob("step-*8"):
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
-    process = start(tmp_path, "-o", "out", "--resume", "--set", "schedule.tokens=8192", preexec_fn=limited)
-    err = command_line.finish(process, 2).stderr
+    words = ("-o", "out", "--resume", "--set", "schedule.tokens=8192")
+    process = start(tmp_path, *words, file_limit=1_500_000)  # bytes; a checkpoint has 2 MB
+    err = process.end(2).stderr
     assert err.strip().splitlines()[-1] == ("error: no checkpoint of step 8: file too large; that of step 7 stays")
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir() if path.name != "tokenizer"] == [
         "step-00000007"
@@ -172,8 +164,8 @@ def test_plans_are_within_half_of_the_dense_model_stored_and_computed(name):
     assert 0.44 < planned["ffn"]["stored_ratio"] <= 0.5 and 0.44 < planned["ffn"]["mac_ratio"] <= 0.5
 
 
-def test_dry_run_writes_nothing(command_line, start, tmp_path):
-    out = command_line.finish(start(tmp_path, "-o", "out", "--dry-run")).stdout
+def test_dry_run_writes_nothing(start, tmp_path):
+    out = start(tmp_path, "-o", "out", "--dry-run").end().stdout
     assert json.loads(out)["parameters"] > 100_000 and not (tmp_path / "out").exists()
 
 

@@ -31,13 +31,14 @@ IDS = torch.randint(3, 500, (3, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def trained(command_line):
+def trained(cli):
     """`trained(folder, *words)`: what such a training there prints as JSON."""
 
     def trained(folder: Path, *words: str, processes: int = 1) -> dict:
         cache = str(folder / "tokens")
-        process = command_line.start(*WORDS, *words, cwd=folder, processes=processes, PILON_CACHE=cache)
-        return json.loads(command_line.finish(process).stdout)
+        if processes > 1:
+            return json.loads(cli.together(*WORDS, *words, processes=processes, cwd=folder, PILON_CACHE=cache).stdout)
+        return json.loads(cli(*WORDS, *words, cwd=folder, PILON_CACHE=cache).stdout)
 
     return trained
 
