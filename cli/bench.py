@@ -33,6 +33,10 @@ def print_result(result: dict[str, Any]) -> None:
         print_entries(part, entries)
     for name, reason in result["skipped"].items():
         say(f"{name} was left out: {reason}")
+    if kernels := result.get("kernels"):
+        from pilon_compress.nn.kernel_names import kernel_note
+
+        say(kernel_note(kernels, result["device"]))
     say(
         f"{result['rounds']} rounds, {result['threads']} threads, {result['hardware']}, ternary kernel: "
         f"{result['kernel']}; speedup over dense fp32: median of the rounds, 10th to 90th percentile"

@@ -75,7 +75,8 @@ def test_a_gated_block_and_a_choice_of_variants_as_a_table():
 
 def test_a_model_is_timed_reading_and_decoding(cli, folder):
     result = json.loads(cli("bench", folder, "--context", 12, "--rounds", 2, "--threads", 1, "--json").stdout)
-    assert result["skipped"] == {}
+    assert result["skipped"] == {} and len(result["kernels"]) == 6
+    assert set(result["kernels"].values()) == {"torch"}, "floats"
     for part in ("prefill", "decode"):
         assert result[part].keys() == VARIANTS.keys()
         hang_together(result[part])

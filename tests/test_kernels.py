@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pilon_compress.kernels import build, cpu, reference
+from pilon_compress.kernels import build, cpu, dispatch, reference
 from pilon_compress.kernels.cpu import CpuProjection, MatrixTiles
 from pilon_compress.kernels.cpu_layout import pack, unpack
 
@@ -273,6 +273,31 @@ def test_wrong_tensors_are_refused_before_memory_is_read(change, says):
         setattr(p, name, value)
     with pytest.raises(RuntimeError, match=says):
         cpu.project(torch.randn(1, 64), p)
+
+
+@needs_kernel
+@few
+@given(
+    rank=st.integers(1, 40),
+    n=st.integers(1, 4),
+    d_in=st.integers(1, 70),
+    d_out=st.integers(1, 40),
+    group=st.sampled_from([0, 16, 32]),
+    shift=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_exact_with_any_rank_and_width_on_the_kernel(rank, n, d_in, d_out, group, shift, seed):
+    torch.manual_seed(seed)
+    k = int(torch.randint(1, n + 1, ()))
+    A, B, selected, x = trits(n, d_in, rank), trits(n, rank, d_out), torch.randperm(n)[:k], torch.randn(3, d_in)
+    vectors = [torch.randn(k * rank) * 0.01, torch.randn(k * rank) if shift else None]
+    run = dispatch.composed(dispatch.bank(A, B, group), selected, *vectors, group)
+    assert isinstance(run, cpu.Prepared), "it is not on the kernel"
+    assert torch.equal(run(x), reference.compose(x, A, B, selected, *vectors, group=group))
+    scale = torch.randn(d_out)
+    run = dispatch.multiplied(dispatch.matrix(A[0] @ B[0] % 2, group), scale, group)
+    assert isinstance(run, cpu.Prepared)
+    assert torch.equal(run(x), reference.ternary_linear(x, A[0] @ B[0] % 2, scale, None, group))
 
 
 def test_ranks_that_are_no_whole_tiles_are_refused():

@@ -269,10 +269,28 @@ def test_without_triton_the_same_numbers_come_and_one_warning_says_why(gpu, draw
     assert torch.equal(a, b)
 
 
-def test_what_does_not_suit_the_kernels_goes_elsewhere(gpu, draw, untried):
-    for rank, group in ((24, 0), (16, 96), (16, 512)):
-        assert not isinstance(dispatch.bank(*some_digits(draw, 2, 64, rank, 32), group), gpu.BankWords)
-    assert not isinstance(dispatch.matrix(some_digits(draw, 1, 64, 24, 8)[0][0], 0), gpu.MatrixWords)
+def test_what_does_not_suit_the_kernels_goes_elsewhere_and_says_so_once(gpu, draw, untried, monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "_said", set())
+    caplog.clear()
+    for name, group in (("first", 96), ("second", 96), ("third", 512)):
+        assert not isinstance(dispatch.bank(*some_digits(draw, 2, 64, 16, 32), group, name), gpu.BankWords)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split()[0] for line in lines] == ["first", "third"] and "scales for 96 inputs" in lines[0]
+
+
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_any_rank_and_width_runs_on_the_kernels(gpu, draw, untried, tokens):
+    A, B = some_digits(draw, 3, 64, 20, 40)
+    x, selected = torch.randn(tokens, 64, generator=draw), torch.tensor([2, 0])
+    scale, shift = torch.randn(2, 40, generator=draw)
+    packed = dispatch.bank(A, B, 32)
+    assert isinstance(packed, gpu.BankWords)
+    y = dispatch.composed(packed, selected, scale, shift, 32)(x)
+    assert torch.equal(y, reference.compose(x, A, B, selected, scale, shift, None, 32))
+    packed, wide = dispatch.matrix(A[0], 0), torch.randn(20, generator=draw)
+    assert isinstance(packed, gpu.MatrixWords)
+    y = dispatch.multiplied(packed, wide)(x)
+    assert y.shape == (tokens, 20) and torch.equal(y, reference.ternary_linear(x, A[0], wide))
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ import pilon_compress  # noqa: F401  registers the format
 from pilon_compress.config import training
 from pilon_compress.config.export import ExportOptions
 from pilon_compress.errors import BadInput
+from pilon_compress.evaluate.inspect import anatomy
 from pilon_compress.export.run import export
-from pilon_compress.kernels import dispatch
+from pilon_compress.kernels import cpu, dispatch, reference
 from pilon_compress.kernels.gpu_layout import BankWords, MatrixWords
 from pilon_compress.nn.formats.packed_ternary import PackedBank, PackedLinear
 from pilon_compress.nn.ternary_codec import PER_BYTE, pack, unpack, valid
@@ -29,7 +30,7 @@ KINDS = {
     "llama": ["host.family=llama", "research.bitnet.sub_norm=true"],
     "options": [*(f"research.original.latent_{one}=true" for one in ("scale", "bias")), "ffn.composition=scalar"],
     "dense": ["ffn.kind=dense", "host.num_hidden_layers=2"],
-    # the others have ranks that no kernel takes
+    # the others have ranks that the kernels pad
     "rank16": ["ffn.rank=16", "research.original.latent_bias=true", "host.num_hidden_layers=2"],
 }
 
@@ -48,6 +49,7 @@ def logits(folder, ids, **options):
         return model(input_ids=ids).logits
 
 
+needs_kernel = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here")
 IDS = torch.randint(0, 512, (3, 20), generator=torch.Generator().manual_seed(1))
 
 
@@ -65,6 +67,50 @@ def test_bytes_that_are_no_digits_are_told():
     assert valid(torch.tensor([0b10101010], dtype=torch.uint8), "2bit")
     assert valid(torch.tensor([242], dtype=torch.uint8), "base3")
     assert not valid(torch.tensor([243], dtype=torch.uint8), "base3")
+
+
+@needs_kernel
+def test_every_rank_runs_on_the_kernel(cli, trained, tmp_path, monkeypatch, said):
+    export(str(trained), tmp_path / "packed", "packed")
+    expected = logits(trained, IDS)
+    for name in ("compose", "ternary_linear"):
+        monkeypatch.setattr(reference, name, refuse_to_compute)
+    assert torch.equal(logits(tmp_path / "packed", IDS), expected)
+    assert said() == []
+    told = json.loads(cli("inspect", tmp_path / "packed", "--json").stdout)
+    for one in told["projections"]:
+        assert one["kernel"].startswith(f"ternary {cpu.isas()[0]}"), one
+        assert ("computed as" in one["kernel"]) == bool((one["rank"] or 16) % 16), one
+    ranks = {name: bank["rank"] for name, bank in told["banks"].items()}
+    assert any(rank % 16 for rank in ranks.values()) == (trained.name in ("arcee", "llama", "options"))
+    padded = sum(one["top_k"] * -(-one["rank"] // 16) * 16 * (64 + 256) for one in told["projections"] if one["rank"])
+    assert trained.name == "dense" or told["ffn"]["macs"] == padded, "padding is computed, and so it counts"
+
+
+def refuse_to_compute(*arguments, **options):
+    raise AssertionError("plain torch ran")
+
+
+@pytest.mark.parametrize("trained", ["rank16"], indirect=True)
+def test_a_layer_that_no_kernel_takes_says_why_once(trained, tmp_path, monkeypatch, said):
+    """Groups of 100 inputs fill no tiles."""
+    export(str(trained), tmp_path / "packed", "packed")
+    path = tmp_path / "packed" / "config.json"
+    config = json.loads(path.read_text())
+    for name, spec in config["quantization_config"]["layout"]["projections"].items():
+        spec["group"] = 100 if "down" in name else 0
+    path.write_text(json.dumps(config))
+    (tmp_path / "packed" / "manifest.json").unlink()
+    monkeypatch.setattr(dispatch, "_said", set())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    with torch.no_grad():
+        for _ in range(2):
+            model(input_ids=IDS)
+    (line,) = said()
+    assert line.startswith("model.pilon_banks.band0.down runs in plain torch, slower, and so do others like it: ")
+    assert "no scales for 100 inputs" in line
+    kernels = {one.role: one.kernel for one in anatomy(str(tmp_path / "packed")).projections}
+    assert kernels["down"].startswith("torch, slow: ") and "100 inputs" in kernels["down"]
 
 
 @pytest.mark.parametrize("encoding", PER_BYTE)
@@ -87,7 +133,7 @@ def test_packed_outputs_are_bit_equal_and_bytes_are_those_on_disk(trained, tmp_p
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("trained", ["rank16", "dense"], indirect=True)
+@pytest.mark.parametrize("trained", ["rank16", "arcee", "dense"], indirect=True)
 def test_where_triton_runs_a_model_computes_the_same_by_its_kernels(trained, tmp_path, monkeypatch):
     export(str(trained), tmp_path / "packed", "packed")
     asked = [(IDS[:1, :1], torch.bfloat16), (IDS[:1, :17], torch.float32)]  # from 17 tokens on other kernels run
@@ -101,7 +147,7 @@ def test_where_triton_runs_a_model_computes_the_same_by_its_kernels(trained, tmp
         banks = [one for m in model.modules() if isinstance(m, PackedBank) for one in m._unpacked.values()]
         made = {type(one.value.digits) for one in banks}
         made |= {type(m._unpacked.value) for m in model.modules() if isinstance(m, PackedLinear)}
-        assert made == {BankWords if trained.name == "rank16" else MatrixWords}
+        assert made == {MatrixWords if trained.name == "dense" else BankWords}
 
 
 @pytest.mark.parametrize("trained", ["rank16", "dense"], indirect=True)

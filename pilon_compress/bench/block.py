@@ -11,6 +11,7 @@ from pilon_compress.config.benchmark import BenchConfig
 from pilon_compress.errors import BadInput
 from pilon_compress.kernels import cpu, dispatch
 from pilon_compress.models.checkpoint import find_device
+from pilon_compress.nn.ternary_quantizer import GROUP
 from pilon_compress.results.benchmark import Benchmark, BlockShape, Timing
 
 PASS_BYTES = 256 * 2**20  # dense weights of all copies of a block that a pass runs through: more than caches hold
@@ -53,12 +54,23 @@ def bench_block(config: BenchConfig) -> Benchmark:
     return Benchmark(
         ffn=BlockShape(**vars(shape), top_k=shape.active // shape.rank),
         **circumstances(target, rounds),
+        kernels=_kernels(shape, target.type) if "pilon_ternary" in variants else None,
         memory_bytes_per_second=memory,
         speedup={name: entry.speedup for name, entry in others.items()},
         spread={name: entry.spread for name, entry in others.items()},
         variants=variants,
         skipped=skipped,
     )
+
+
+def _kernels(shape: Shape, device: str) -> dict[str, str]:
+    """Return the kernel of each projection of `pilon_ternary`, by its shape."""
+    found, rank = {}, dispatch.padded(shape.rank)
+    pads = "" if rank == shape.rank else f", rank {shape.rank} computed as {rank}"
+    for d_in, d_out in shape.projections:
+        one = dispatch.kernel(device, d_in, GROUP if d_in > d_out else 0)
+        found[f"{d_in}→{d_out}"] = f"ternary {one.name}{pads}"
+    return found
 
 
 def _per_block(whole: Timing, size: int, copies: int, memory: float) -> Timing:

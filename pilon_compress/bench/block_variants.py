@@ -95,8 +95,6 @@ def pilon_int8(shape: Shape, device: torch.device) -> Block:
 
 def pilon_ternary(shape: Shape, device: torch.device) -> Block:
     """Return a ternary bank per projection, by this package's kernels. Raises Unavailable where they do not run."""
-    if shape.rank % 16:
-        raise Unavailable("ranks must be multiples of 16")
     if device.type in dispatch.TRITON:
         return _ternary_banks_on_gpu(shape, device)
     needs_kernel(device)
@@ -186,8 +184,8 @@ def _ternary_banks_on_gpu(shape: Shape, device: torch.device) -> Block:
     projections, k = [], shape.active // shape.rank
     for d_in, d_out in shape.projections:
         factors = (_ternary_weights(k, *sizes).to(device) for sizes in ((d_in, shape.rank), (shape.rank, d_out)))
-        words = gpu.words(*factors)
-        scale = torch.rand(shape.active, device=device)
+        words = gpu.words(*dispatch.pad_bank(*factors))
+        scale = dispatch.widened(torch.rand(shape.active, device=device), k, words.A.shape[2])
         projections.append(gpu.GpuProjection(words, torch.randperm(k, device=device), scale))
     up, *gate, down = projections
     run = partial(gpu.ffn, up=up, down=down, gate=gate[0] if gate else None, activation=shape.activation)
@@ -204,8 +202,9 @@ def ternary_bank(d_in: int, d_out: int, active: int, rank: int, n_primitives: in
     """Return a projection through a bank of random ternary weights and scales, with `active` components selected."""
     k = active // rank
     n = n_primitives or k
-    tiles = cpu.tiles(_ternary_weights(n, d_in, rank), _ternary_weights(n, rank, d_out))
-    return cpu.CpuProjection(tiles, torch.rand(active), torch.randperm(n)[:k], group=_group(d_in, d_out))
+    tiles = cpu.tiles(*dispatch.pad_bank(_ternary_weights(n, d_in, rank), _ternary_weights(n, rank, d_out)))
+    scale = dispatch.widened(torch.rand(active), k, tiles.rank)
+    return cpu.CpuProjection(tiles, scale, torch.randperm(n)[:k], group=_group(d_in, d_out))
 
 
 def _group(d_in: int, d_out: int) -> int:

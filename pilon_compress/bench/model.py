@@ -16,7 +16,8 @@ from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
-from pilon_compress.nn.layout import BANKS
+from pilon_compress.nn.kernel_names import kernel_names
+from pilon_compress.nn.layout import BANKS, layout_of
 from pilon_compress.results.benchmark import Benchmark
 
 
@@ -55,7 +56,8 @@ def bench_model(config: BenchCommand) -> Benchmark:
         times = interleaved(runs, config.rounds, target, cold=False)
         timed[part] = {name: times.summary(name, BASELINE) for name in runs}
     about = circumstances(target, config.rounds)
-    return Benchmark(model=model, context=context, batch=batch, **about, **timed, skipped=skipped)
+    kernels = kernel_names(layout_of(pilon), target.type)
+    return Benchmark(model=model, context=context, batch=batch, **about, **timed, kernels=kernels, skipped=skipped)
 
 
 def _prefill(model: Any, ids: torch.Tensor) -> Callable[[], object]:

@@ -112,8 +112,6 @@ def pilon_ternary(pilon: PreTrainedModel) -> PreTrainedModel:
     model = copy.deepcopy(pilon)
     for name, composed in list(projections(model)):
         bank, k = composed.bank, composed.top_k
-        if bank.rank % 16:
-            raise Unavailable(f"there is a bank of rank {bank.rank}: the ternary kernel takes multiples of 16")
         projection = ternary_bank(bank.d_in, bank.d_out, k * bank.rank, bank.rank, bank.n_primitives)
         model.base_model.set_submodule(name, carry(composed, TernaryProjection(_biased(projection, composed.bias))))
     for name, dense in list(dense_matrices(model)):

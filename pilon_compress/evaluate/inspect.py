@@ -12,6 +12,7 @@ from pilon_compress.evaluate.untouched import notes, untouched
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import Site, find_sites
 from pilon_compress.models.in_memory import held_model, record_of
+from pilon_compress.nn.kernel_names import kernel_names, kernel_note
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import bank_size, ffn_size, linear_macs, model_size
 from pilon_compress.nn.stored import stored_layout
@@ -35,6 +36,8 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
     sites = find_sites(empty, targets, ignore)
     dtype = stored_dtype(config)
     parts = layout_parts(layout, sites, dtype.itemsize) if layout else []
+    device = checkpoint.find_device("auto").type
+    kernels = kernel_names(layout, device) if layout else {}
     stored = {name: part for part in parts for name in part.names}
     found = Inspection(
         model=model,
@@ -45,9 +48,9 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
         macs=linear_macs(empty),
         replaced=sum(site.parameters for site in sites),
         replaced_macs=sum(site.d_in * site.d_out for site in sites),
-        projections=[_projection(site, layout, stored.get(site.name), dtype.itemsize) for site in sites],
+        projections=[_projection(site, layout, stored.get(site.name), dtype.itemsize, kernels) for site in sites],
         untouched=untouched(empty, sites),
-        notes=notes(empty, sites),
+        notes=[*notes(empty, sites), *([kernel_note(kernels, device)] if kernels else [])],
     )
     return found if layout is None else found.model_copy(update=_form(model, empty, layout, parts, dtype))
 
@@ -58,7 +61,9 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _projection(site: Site, layout: Layout | None, part: Part | None, itemsize: int) -> InspectedProjection:
+def _projection(
+    site: Site, layout: Layout | None, part: Part | None, itemsize: int, kernels: dict[str, str]
+) -> InspectedProjection:
     """Return the dense sizes of one projection, and the `part` of a PILON model that replaced it."""
     return InspectedProjection(
         name=site.name,
@@ -70,6 +75,7 @@ def _projection(site: Site, layout: Layout | None, part: Part | None, itemsize: 
         bytes=site.parameters * itemsize,
         macs=site.d_in * site.d_out,
         bank=_storage(layout, site.name),
+        kernel=kernels.get(site.name),
         **({} if part is None else _stored(site, part)),
     )
 

@@ -16,7 +16,7 @@ from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.int8 import to_int8
-from pilon_compress.nn.layout import BANKS, banks, dense_matrices, layout_of, projections
+from pilon_compress.nn.layout import BANKS, banks, dense_matrices, label_parts, layout_of, projections
 from pilon_compress.nn.size import ffn_size, model_size
 from pilon_compress.report.card import packed_card
 from pilon_compress.results.export import Exported
@@ -97,6 +97,7 @@ def packed(model: PreTrainedModel, encoding: str) -> PreTrainedModel:
         model.base_model.set_submodule(name, carry(matrix, packing(matrix).pack_matrix(matrix)))
     for name, bank in made.values():
         model.base_model.set_submodule(f"{BANKS}.{name}", bank)
+    label_parts(model)
     return model.eval()
 
 

@@ -59,7 +59,9 @@ def load() -> bool:
         except (KernelUnavailable, OSError, RuntimeError) as error:
             _loaded = False
             reason = str(error).splitlines()[0]
-            logging.getLogger(__name__).warning("ternary layers run in plain torch, much slower: %s", reason)
+            logging.getLogger(__name__).warning(
+                "all ternary and 8-bit layers run in plain torch, much slower: %s", reason
+            )
     return _loaded
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 OUTPUTS, INPUTS, BYTES = 16, 8, 32
 _SHIFTS = (0, 2, 4, 6)
-_MOST_INPUTS = 2**24 // 127  # whose sum of products, each at most 127, stays below 2^24 and so is exact in float32
+MOST_INPUTS = 2**24 // 127  # whose sum of products, each at most 127, stays below 2^24 and so is exact in float32
 
 
 @dataclass
@@ -77,7 +77,7 @@ class CpuProjection:
 
     def fits(self) -> bool:
         """Return True if the kernel computes it exactly: integer sums below 2^24, groups of complete tiles."""
-        return self.group % OUTPUTS == 0 and (self.group or self.tiles.d_in) <= _MOST_INPUTS
+        return self.group % OUTPUTS == 0 and (self.group or self.tiles.d_in) <= MOST_INPUTS
 
 
 def tiles(A: Tensor, B: Tensor) -> BankTiles:

@@ -1,11 +1,12 @@
 """Pick the kernel of a packed layer: `bank` and `matrix` decide when they pack the ternary weights.
 
-    on a CPU    cpu.py, where its kernel is available: banks whose rank is a multiple of 16, all matrices
-    on a GPU    gpu.py: ranks and outputs that are multiples of 16, scales for 32 to 256 inputs or for all
+    on a CPU    cpu.py, where its kernel is available, with scales for a multiple of 16 inputs or for all
+    on a GPU    gpu.py, with scales for 32 to 256 inputs or for all
     otherwise   reference.py
 
-All compute equal numbers. Triton is tried once: where it fails, one warning says why. PILON_KERNELS=0 selects plain
-torch on a GPU too.
+All compute equal numbers. Ranks, and on a GPU the outputs of a matrix, are padded to multiples of 16 by zeros, which
+change no sum. A layer that no kernel takes says so in one warning for each reason; where a kernel does not work at all,
+one warning says why. PILON_KERNELS=0 selects plain torch on a GPU too.
 """
 
 import logging
@@ -13,35 +14,82 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pilon_compress.kernels import cpu, reference
-from pilon_compress.kernels.cpu_layout import BankTiles, CpuProjection, MatrixTiles
+from pilon_compress.kernels.cpu_layout import MOST_INPUTS, OUTPUTS, BankTiles, CpuProjection, MatrixTiles
 from pilon_compress.kernels.gpu_layout import GROUPS, MULTIPLE, BankWords, MatrixWords, matrix_words, words
+
+log = logging.getLogger(__name__)
 
 UnpackedBank = tuple[Tensor, Tensor]  # ternary A (n, d_in, r) and B (n, r, d_out), int8
 Run = Callable[[Tensor], Tensor]  # x (..., d_in) -> (..., d_out), in the dtype of x
 TRITON = {"cuda"}  # device types; tests add "cpu" and set TRITON_INTERPRET=1 to run the kernels without a GPU
+TORCH = "torch"
+BROKEN = "the kernel does not work here"  # one warning has said why, for all layers
+_said: set[str] = set()  # reasons that a warning has given
 
 
-def bank(A: Tensor, B: Tensor, group: int) -> BankTiles | BankWords | UnpackedBank:
-    """Pack the ternary weights A (n, d_in, r) and B (n, r, d_out), int8, for the kernel that their device and rank get.
+class Kernel(NamedTuple):
+    """The kernel of a layer: an instruction set of the CPU kernel, "triton", or "torch" and the `reason` for it."""
 
-    `group`: inputs that share a scale, 0 for all.
+    name: str
+    reason: str = ""
+
+
+def kernel(device: str, d_in: int, group: int) -> Kernel:
+    """Return the kernel of ternary layers with `d_in` inputs, of which `group` (0: all) share a scale, by device type.
+
+    Compiles the CPU kernel where it is not there yet.
     """
-    rank = A.shape[2]
-    if _by_triton(A.device.type, rank, group):
-        return words(A, B)
-    return cpu.tiles(A, B) if A.device.type == "cpu" and rank % 16 == 0 and cpu.available() else (A, B)
+    if device in TRITON:
+        if group not in (0, *GROUPS):
+            return Kernel(TORCH, f"the Triton kernels take no scales for {group} inputs, only {GROUPS} or all")
+        return Kernel("triton") if available(device) else Kernel(TORCH, BROKEN)
+    if device != "cpu":
+        return Kernel(TORCH, f"there is no ternary kernel for {device} devices")
+    if group % OUTPUTS:
+        return Kernel(TORCH, f"the CPU kernel takes no scales for {group} inputs, only multiples of {OUTPUTS} or all")
+    if (group or d_in) > MOST_INPUTS:
+        return Kernel(TORCH, f"the CPU kernel takes at most {MOST_INPUTS:,} inputs that share a scale")
+    return Kernel(cpu.isas()[0]) if cpu.available() else Kernel(TORCH, BROKEN)
 
 
-def matrix(weights: Tensor, group: int) -> MatrixTiles | MatrixWords | Tensor:
-    """Pack a ternary matrix (d_in, d_out), int8, for the kernel that its device and width get; `group` as in `bank`."""
-    if _by_triton(weights.device.type, weights.shape[1], group):
-        return matrix_words(weights)
-    return cpu.matrix_tiles(weights) if weights.device.type == "cpu" and cpu.available() else weights
+def padded(size: int) -> int:
+    """Return the multiple of 16 that kernels compute a rank, or the outputs of a matrix, as."""
+    return size + -size % MULTIPLE
+
+
+def bank(A: Tensor, B: Tensor, group: int, name: str = "") -> BankTiles | BankWords | UnpackedBank:
+    """Pack the ternary weights A (n, d_in, r) and B (n, r, d_out), int8, for the kernel of their device.
+
+    `group`: inputs that share a scale, 0 for all. `name`: the module's, for the warning where no kernel takes it.
+    """
+    found = _chosen(A.device.type, A.shape[1], group, name or "a ternary bank")
+    if found == TORCH:
+        return A, B
+    A, B = pad_bank(A, B)
+    return words(A, B) if found == "triton" else cpu.tiles(A, B)
+
+
+def pad_bank(A: Tensor, B: Tensor) -> UnpackedBank:
+    """Return A (n, d_in, r) and B (n, r, d_out) with zeros for the components up to the next multiple of 16."""
+    more = padded(A.shape[2]) - A.shape[2]
+    return pad(A, (0, more)), pad(B, (0, 0, 0, more))
+
+
+def matrix(weights: Tensor, group: int, name: str = "") -> MatrixTiles | MatrixWords | Tensor:
+    """Pack a ternary matrix (d_in, d_out), int8, for the kernel of its device; `group` and `name` as in `bank`."""
+    found = _chosen(weights.device.type, weights.shape[0], group, name or "a ternary matrix")
+    if found == TORCH:
+        return weights
+    if found == "triton":
+        return matrix_words(pad(weights, (0, padded(weights.shape[1]) - weights.shape[1])))
+    return cpu.matrix_tiles(weights)
 
 
 def composed(
@@ -52,15 +100,24 @@ def composed(
     group: int = 0,
 ) -> Run:
     """Return a layer's projection through the result of `bank`; other arguments are those of `reference.compose`."""
+    if isinstance(packed, tuple) and not isinstance(packed, BankWords):
+        A, B = packed
+        return _isolated(lambda x: reference.compose(x, A, B, selected, scale, shift, None, group).to(x.dtype))
+    rank = packed.rank if isinstance(packed, BankTiles) else packed.A.shape[2]
+    scale = widened(scale, len(selected), rank)
+    shift = None if shift is None else widened(shift, len(selected), rank)
     if isinstance(packed, BankTiles):
         return _isolated(cpu.prepared(CpuProjection(packed, scale, selected, shift, None, group)))
-    if isinstance(packed, BankWords):
-        from pilon_compress.kernels import gpu
+    from pilon_compress.kernels import gpu
 
-        words = packed
-        return _isolated(lambda x: gpu.compose(x, words, selected, scale, shift, None, group))
-    A, B = packed
-    return _isolated(lambda x: reference.compose(x, A, B, selected, scale, shift, None, group).to(x.dtype))
+    words = packed
+    return _isolated(lambda x: gpu.compose(x, words, selected, scale, shift, None, group))
+
+
+def widened(vector: Tensor, k: int, rank: int) -> Tensor:
+    """Return a vector (k·r,), a number for each component, with zeros for the components up to `rank` in each."""
+    short = vector.unflatten(0, (k, -1))
+    return vector if short.shape[1] == rank else pad(short, (0, rank - short.shape[1])).flatten()
 
 
 def multiplied(packed: MatrixTiles | MatrixWords | Tensor, scale: Tensor, group: int = 0) -> Run:
@@ -70,10 +127,23 @@ def multiplied(packed: MatrixTiles | MatrixWords | Tensor, scale: Tensor, group:
     if isinstance(packed, MatrixWords):
         from pilon_compress.kernels import gpu
 
-        words = packed
-        return _isolated(lambda x: gpu.ternary_linear(x, words, scale, None, group))
+        words, d_out = packed, len(scale)
+        if d_out == words.A.shape[2]:
+            return _isolated(lambda x: gpu.ternary_linear(x, words, scale, None, group))
+        wide = pad(scale, (0, words.A.shape[2] - d_out))
+        return _isolated(lambda x: gpu.ternary_linear(x, words, wide, None, group)[..., :d_out])
     weights = packed
     return _isolated(lambda x: reference.ternary_linear(x, weights, scale, None, group).to(x.dtype))
+
+
+@torch.compiler.assume_constant_result
+def _chosen(device: str, d_in: int, group: int, name: str) -> str:
+    """Return the name of the kernel; where it is plain torch for a reason that nothing has said yet, warn."""
+    found = kernel(device, d_in, group)
+    if found.name == TORCH and found.reason != BROKEN and found.reason not in _said:
+        _said.add(found.reason)
+        log.warning("%s runs in plain torch, slower, and so do others like it: %s", name, found.reason)
+    return found.name
 
 
 def _isolated(run: Run) -> Run:
@@ -86,10 +156,6 @@ def _isolated(run: Run) -> Run:
             return run(x)
 
     return isolated
-
-
-def _by_triton(device: str, outputs: int, group: int) -> bool:
-    return device in TRITON and outputs % MULTIPLE == 0 and group in (0, *GROUPS) and available(device)
 
 
 @torch.compiler.assume_constant_result
@@ -115,7 +181,7 @@ def _works(device: str) -> bool:
                 raise RuntimeError("the kernels compute wrong numbers on this device")
     except Exception as error:  # noqa: BLE001  triton, its compiler, the driver and the GPU each raise their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        logging.getLogger(__name__).warning("ternary layers on %s run in plain torch, slower: %s", device, reason)
+        logging.getLogger(__name__).warning("all ternary layers on %s run in plain torch, slower: %s", device, reason)
         return False
     return True
 

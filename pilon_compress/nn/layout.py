@@ -274,6 +274,7 @@ def install(model: Host, layout: Layout) -> Host:
     for name, kind, place in layout.additions():
         add(banks[place] if place in banks else base.get_submodule(place), name, kind)
     install_int8(model, layout.rest)
+    label_parts(model)
     no_split = getattr(base, "_no_split_modules", None)
     if no_split is not None:  # device_map="auto" must keep a bank on one device
         base._no_split_modules = [*no_split, *sorted({type(bank).__name__ for bank in banks.values()})]
@@ -324,6 +325,12 @@ def parts(model: Host) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, Part):
             yield name, module
+
+
+def label_parts(model: Host) -> None:
+    """Tell every `Part` its name in the model, which its messages begin with."""
+    for name, part in parts(model):
+        part.label = name
 
 
 def stored_types(model: Host) -> dict[str, torch.dtype]:

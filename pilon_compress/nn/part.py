@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 class Part:
-    """Mixin of every such module."""
+    """Mixin of every such module. `label`: its name in the model, for messages; "" of one that is in none."""
+
+    label: str = ""
 
     def own_types(self) -> dict[str, torch.dtype]:
         """Return the tensors, by name in the module, that keep a dtype of their own, whatever that of the model."""

@@ -20,7 +20,8 @@ class Size:
     """Numbers stored, bytes on disk, MACs per token; of the PILON form and of the dense one that it replaces.
 
     MACs are those of matrix products with weights: attention scores, norms and look-ups do not count. A composition
-    that would cost more MACs than its dense matrix counts as the dense one, which is how `fold` runs it.
+    that would cost more MACs than its dense matrix counts as the dense one, which is how `fold` runs it; not so in a
+    format with a kernel, which counts what the kernel computes, with its padding (`Format.multiple`).
     """
 
     stored: int
@@ -53,6 +54,7 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
     numbers = spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
     numbers += _added(layout, bank)
     indices = scales = macs = dense = dense_macs = 0
+    kind = FORMATS[spec.quantization]
     for name in layout.users(bank):
         user = layout.projections[name]
         width = spec.rank if user.composition == "component" else 1
@@ -60,12 +62,12 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
         indices += 0 if user.composition == "softmax" else user.top_k
         scales += user.top_k * width + _added(layout, name, exact=True)
         numbers += _added(layout, name)
-        inner = user.top_k * spec.rank
+        inner = user.top_k * kind.computed(spec.rank)
         d_in, d_out = layout.host_shape(name)
-        macs += min(inner * (spec.d_in + spec.d_out), spec.d_in * spec.d_out)
+        pair = inner * (spec.d_in + kind.computed(spec.d_out))
+        macs += min(pair, spec.d_in * spec.d_out) if kind.multiple == 1 else pair
         dense += d_in * d_out + user.bias * d_out
         dense_macs += d_in * d_out
-    kind = FORMATS[spec.quantization]
     size = spec.n_primitives * sum(kind.matrix_bytes(d, spec.rank, itemsize) for d in (spec.d_in, spec.d_out))
     rest = numbers - spec.n_primitives * spec.rank * (spec.d_in + spec.d_out)
     exact = scales if kind.exact_compositions else 0
@@ -89,11 +91,11 @@ def _added(layout: Layout, place: str, exact: bool = False) -> int:
 def dense_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
     """Return the size of a dense projection, beside that of the base architecture."""
     spec, (d_in, d_out) = layout.matrices[name], layout.host_shape(name)
-    macs, dense_macs = spec.d_in * spec.d_out, d_in * d_out
-    rest = spec.bias * spec.d_out + _added(layout, name)
     kind = FORMATS[spec.quantization]
+    macs, dense_macs = spec.d_in * kind.computed(spec.d_out), d_in * d_out
+    rest = spec.bias * spec.d_out + _added(layout, name)
     scales = kind.matrix_scales(spec.d_out)
-    stored, dense = macs + rest + scales, dense_macs + spec.bias * d_out
+    stored, dense = spec.d_in * spec.d_out + rest + scales, dense_macs + spec.bias * d_out
     size = kind.matrix_bytes(spec.d_in, spec.d_out, itemsize) + scales * SCALE_ITEMSIZE + rest * itemsize
     return Size(stored, dense, size, dense * DENSE_ITEMSIZE, macs, dense_macs)
 

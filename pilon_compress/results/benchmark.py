@@ -46,6 +46,8 @@ class Benchmark(Result):
     hardware: str
     kernel: str
     """The ternary kernel in use."""
+    kernels: dict[str, str] | None = None
+    """Models: by projection, the kernel that computes it in the model as loaded. Blocks: that of `pilon_ternary`."""
     threads: int
     rounds: int
     torch: str

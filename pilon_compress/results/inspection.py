@@ -20,6 +20,8 @@ class InspectedProjection(Result):
     macs: int
     bank: str | None
     """PILON: the bank's name, or the shape of a dense matrix; None for a projection that was not replaced."""
+    kernel: str | None = None
+    """PILON: the kernel that computes it on this machine; after "slow:" the reason why it is none."""
     neurons: int | None = None
     rank: int | None = None
     n_primitives: int | None = None
@@ -57,7 +59,7 @@ class Inspection(Result):
     untouched: list[Share]
     """Experts and routers that stay as they are."""
     notes: list[str]
-    """Sentences about `untouched` and the sizes."""
+    """Sentences about `untouched`, the sizes and the kernels."""
     parts: list[Part] | None = None
     """PILON: banks and dense matrices, as all that follows."""
     banks: dict[str, InspectedBank] | None = None

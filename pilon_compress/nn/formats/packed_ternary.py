@@ -98,7 +98,7 @@ class PackedBank(PrimitiveBank):
         `shift` (k, r) is added to the latent behind its scale: that of `research.original.form`.
         """
         codes = (self.A_codes, self.B_codes)
-        unpacked = self._unpacked[group].get(codes, lambda: Unpacked(dispatch.bank(*self.digits(), group)))
+        unpacked = self._unpacked[group].get(codes, lambda: Unpacked(dispatch.bank(*self.digits(), group, self.label)))
         make = partial(_layer, unpacked.digits, selected, weight, shift, group)
         if torch.compiler.is_compiling():
             return make()(x)
@@ -158,7 +158,7 @@ class PackedLinear(Matrix, nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _run(self) -> Callable[[Tensor], Tensor]:
-        digits = self._unpacked.get((self.codes,), lambda: dispatch.matrix(self.digits(), self.group))
+        digits = self._unpacked.get((self.codes,), lambda: dispatch.matrix(self.digits(), self.group, self.label))
         return dispatch.multiplied(digits, self.weight.float(), self.group)
 
     def matrix(self) -> Tensor:
@@ -181,6 +181,7 @@ class PackedTernaryFormat(Format):
     packs = "ternary"
     exact_compositions = True
     travels = False  # its kernels are compiled
+    multiple = dispatch.MULTIPLE
 
     def __init__(self, encoding: str) -> None:
         super().__init__(f"ternary-{encoding}")
@@ -199,6 +200,10 @@ class PackedTernaryFormat(Format):
 
     def matrix_scales(self, d_out: int) -> int:
         return d_out
+
+    def kernel(self, device: str, d_in: int, group: int) -> str:
+        found = dispatch.kernel(device, d_in, group)
+        return f"torch, slow: {found.reason}" if found.reason else f"ternary {found.name}"
 
     def pack_bank(self, bank: TernaryBank) -> PackedBank:
         A, B = bank.eval().digits(torch.arange(bank.n_primitives, device=bank.A.device))

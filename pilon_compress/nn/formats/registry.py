@@ -76,6 +76,7 @@ class Format(ABC):
     packs: the format in training whose modules the `pack_...` methods turn into modules of this one; None: of none
     exact_compositions: compositions of its banks stay in float32
     travels: its source file is enough to compute, so that a self-contained folder can bring it along
+    multiple: ranks and outputs are computed as multiples of it, padded with zeros that are not stored
     """
 
     bits: float | None = None
@@ -85,6 +86,7 @@ class Format(ABC):
     packs: str | None = None
     exact_compositions: bool = False
     travels: bool = True
+    multiple: int = 1
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -100,6 +102,14 @@ class Format(ABC):
     @abstractmethod
     def matrix_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         """Bytes of one matrix, or of one side of one primitive; `itemsize`: bytes of a number of the model's dtype."""
+
+    def computed(self, size: int) -> int:
+        """Return the rank, or number of outputs, that `size` is computed as."""
+        return size + -size % self.multiple
+
+    def kernel(self, device: str, d_in: int, group: int) -> str:
+        """Name what computes a bank or matrix of this format on a device type, and the reason if it is slow."""
+        return "torch"
 
     def matrix_scales(self, d_out: int) -> int:
         """Count the float32 scales that are stored, as numbers of their own, with a dense matrix."""

@@ -183,6 +183,9 @@ class TernaryFormat(Format):
 
     about = "ternary, in training"
 
+    def kernel(self, device: str, d_in: int, group: int) -> str:
+        return "torch, slow: the form in training; `pilon-compress export --to packed` makes the fast one"
+
     def bank(self, d_in: int, d_out: int, n_primitives: int, rank: int) -> PrimitiveBank:
         return TernaryBank(d_in, d_out, n_primitives, rank)
 

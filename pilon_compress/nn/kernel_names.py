@@ -1,0 +1,27 @@
+"""Name the kernel that each projection of a layout runs on, as `inspect` and `bench` show it."""
+
+from collections import Counter
+
+from pilon_compress.nn.formats.registry import FORMATS
+from pilon_compress.nn.layout import Layout
+
+
+def kernel_names(layout: Layout, device: str) -> dict[str, str]:
+    """Return the kernel of each projection on a device type, with the rank that it computes where it pads the rank."""
+    found = dict[str, str]()
+    for name, spec in layout.projections.items():
+        bank = layout.banks[spec.bank]
+        kind = FORMATS[bank.quantization]
+        rank = kind.computed(bank.rank)
+        pads = "" if rank == bank.rank else f", rank {bank.rank} computed as {rank}"
+        found[name] = kind.kernel(device, bank.d_in, spec.group) + pads
+    for name, matrix in layout.matrices.items():
+        found[name] = FORMATS[matrix.quantization].kernel(device, matrix.d_in, matrix.group)
+    return found
+
+
+def kernel_note(names: dict[str, str], device: str) -> str:
+    """Return the sentence that counts projections by kernel."""
+    counts = Counter(names.values())
+    listed = "; ".join(f"{kernel} ({count} of {len(names)} projections)" for kernel, count in counts.most_common())
+    return f"Kernels on {device}: {listed}."
