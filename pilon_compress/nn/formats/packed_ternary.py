@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pilon_compress.kernels import dispatch
 from pilon_compress.kernels.cpu_layout import BankTiles, MatrixTiles
 from pilon_compress.kernels.dispatch import UnpackedBank
-from pilon_compress.kernels.gpu_layout import BankWords, MatrixWords
+from pilon_compress.kernels.gpu_layout import MULTIPLE, BankWords, MatrixWords
 from pilon_compress.nn.additions import added, addition
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
@@ -181,7 +181,7 @@ class PackedTernaryFormat(Format):
     packs = "ternary"
     exact_compositions = True
     travels = False  # its kernels are compiled
-    multiple = dispatch.MULTIPLE
+    multiple = MULTIPLE
 
     def __init__(self, encoding: str) -> None:
         super().__init__(f"ternary-{encoding}")
