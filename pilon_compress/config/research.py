@@ -68,6 +68,7 @@ class Research(Section):
 
     @classmethod
     def parts(cls) -> dict[str, Any]:
+        """Return the settings class of every research module, by name."""
         return {name: _settings(name) for name in names()}
 
     @model_validator(mode="before")

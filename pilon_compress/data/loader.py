@@ -73,6 +73,7 @@ class Shuffled:
         self.seed, self.parts = seed, [_parts(batch, micro_batches) for batch in batches]
 
     def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> Batch:
+        """Return the micro batch `micro` of a step, in the order drawn for its epoch; for one process only."""
         assert world == 1, "batches that are made already are for one process"
         epoch, place = divmod(step, len(self.parts))
         (index,) = permuted(np.array([place]), len(self.parts), self.seed, epoch)

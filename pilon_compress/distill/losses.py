@@ -19,7 +19,8 @@ class Predictor(Protocol):
     """A language-model head: last hidden states (N, d) to logits (N, V), where V is `out_features`."""
 
     @property
-    def out_features(self) -> int: ...
+    def out_features(self) -> int:
+        """Return the number of tokens that are predicted."""
 
     def __call__(self, hidden: Tensor, /) -> Tensor: ...
 

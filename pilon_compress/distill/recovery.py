@@ -45,6 +45,7 @@ class Recovery(Callback):
     share: float = 0.0
 
     def before(self, step: int, share: float) -> None:
+        """Store the share of the training that is done, on which the weights of the terms depend."""
         self.share = share
 
     def prepared(self, batch: Batch) -> tuple[Any, ...]:

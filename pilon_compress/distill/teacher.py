@@ -89,6 +89,7 @@ class CachingTeacher(Teacher):
         self.left, self.known = limit, dict[int, tuple[Tensor, Wanted]]()
 
     def wanted(self, batch: Batch) -> Wanted:
+        """Return the teacher outputs for `batch`, from the cache if they are in it."""
         key = id(batch.input_ids)  # which stays alive, and so stays its own, as long as it is known
         if key in self.known:
             return self.known[key][1]

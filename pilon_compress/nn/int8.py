@@ -23,9 +23,11 @@ class Int8Layer(Part):
     scale: Tensor
 
     def own_types(self) -> dict[str, torch.dtype]:
+        """Return the tensors that keep their dtype when a model is cast: the scales."""
         return {"scale": torch.float32}
 
     def refuse(self) -> str | None:
+        """Return why the scales are damaged; None if they are sound."""
         sound = torch.isfinite(self.scale).all() and self.scale.all()
         return None if sound else "holds scales that are zero or not finite"
 

@@ -45,9 +45,14 @@ class Diverged(BadInput):
 class Monitor(Protocol):
     """Receives the figures of a run: see `monitor.Monitor`."""
 
-    def log(self, step: int, figures: dict[str, Any]) -> None: ...
-    def show(self, step: int, figures: dict[str, Any]) -> None: ...
-    def say(self, message: str) -> None: ...
+    def log(self, step: int, figures: dict[str, Any]) -> None:
+        """Record the figures of a step."""
+
+    def show(self, step: int, figures: dict[str, Any]) -> None:
+        """Show the figures of a step while the run goes on."""
+
+    def say(self, message: str) -> None:
+        """Print a line."""
 
 
 def train(job: Training, monitor: Monitor) -> None:

@@ -123,6 +123,7 @@ class Clock:
         self.began, self.tokens = time.perf_counter(), 0
 
     def look(self) -> tuple[float, int]:
+        """Return seconds and tokens since the last call, and start anew."""
         now = time.perf_counter()
         seconds, tokens = now - self.began, self.tokens
         self.began, self.tokens = now, 0

@@ -14,9 +14,11 @@ MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio"
 class Tracker(Protocol):
     """Receives the numbers of a step."""
 
-    def log(self, step: int, figures: dict[str, float]) -> None: ...
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Record the figures of a step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write out all that was recorded."""
 
 
 class _Tensorboard:

@@ -20,7 +20,8 @@ from pilon_compress.parallel import World
 class Batches(Protocol):
     """Training data as the loop asks for it: see `data.loader.Loader`."""
 
-    def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> Batch: ...
+    def batch(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> Batch:
+        """Return the micro batch `micro` of a step, the part of process `rank` of `world`."""
 
 
 @dataclass(frozen=True)

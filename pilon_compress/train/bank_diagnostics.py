@@ -34,6 +34,7 @@ class BankDiagnostics(Callback):
 
     @contextmanager
     def around(self) -> Iterator[None]:
+        """Add up, before a step, the gradient norm of every primitive."""
         for bank, _ in self.banks:
             if bank.B.grad is not None:
                 size = bank.B.grad.norm(dim=(1, 2))

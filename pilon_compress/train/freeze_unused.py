@@ -26,6 +26,7 @@ class FreezeUnused(Callback):
     @contextmanager
     def around(self) -> Iterator[None]:
         # copies of whole tensors: picking rows would make a GPU wait for their number
+        """Restore, after a step, the values of all that took no part in it."""
         kept = [
             (parameter, parameter.detach().clone(), _spread(used, parameter))
             for bank, layers in self.users

@@ -25,9 +25,11 @@ class Point(Protocol):
     loss: float
 
     @property
-    def gradient(self) -> Tensor: ...
+    def gradient(self) -> Tensor:
+        """Return the gradient of the loss, of the shape of x."""
 
-    def precondition(self, z: Tensor) -> Tensor: ...
+    def precondition(self, z: Tensor) -> Tensor:
+        """Return the preconditioner applied to `z`, of the shape of x."""
 
 
 P = TypeVar("P", bound=Point)

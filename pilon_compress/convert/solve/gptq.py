@@ -46,6 +46,7 @@ class Rounded:
 
     @classmethod
     def unpack(cls, name: str, tensors: Mapping[str, Tensor], quantization: str) -> "Rounded":
+        """Return what `pack` stored in `tensors` under `name`."""
         return cls(tensors[f"{name}.codes"], tensors[f"{name}.scale"], quantization)
 
 

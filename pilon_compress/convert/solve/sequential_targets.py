@@ -37,6 +37,7 @@ class CrossMoments:
 
     @classmethod
     def empty(cls, d: int, o: int, like: Tensor) -> "CrossMoments":
+        """Return moments of no rows, for x̂ of width `d` and t of width `o`, with dtype and device of `like`."""
         return cls(SecondMoment(d, like.dtype, like.device), like.new_zeros(o), like.new_zeros(d, o))
 
     def update(self, x: Tensor, t: Tensor) -> None:

@@ -36,6 +36,7 @@ class IntegerGrid(Grid):
         return (-127, 127) if self.bits == 8 else (-(1 << self.bits - 1), (1 << self.bits - 1) - 1)
 
     def nearest(self, ratio: Tensor) -> Tensor:
+        """Round `ratio` (any shape) to the nearest integers of the range."""
         return ratio.round().clamp(*self.range)
 
     def scales(self, weight: Tensor) -> Tensor:
@@ -70,6 +71,7 @@ class IntegerGrid(Grid):
         return torch.stack(stored, -1).flatten(1)[:, : self.size(*codes.shape[1:])[0]]
 
     def unpack(self, stored: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Return the integers (n, *shape) of the bytes `stored` (n, bytes)."""
         if self.bits == 8:
             return stored.unflatten(1, shape)
         _, width, places = self._period()
@@ -84,6 +86,7 @@ class IntegerGrid(Grid):
         return numbers.unflatten(1, shape)
 
     def refuse(self, stored: Tensor) -> str | None:
+        """Return why the bytes are none of this grid; None if they are sound."""
         lowest = self.range[0]
         return f"holds numbers below {lowest}" if self.bits == 8 and bool((stored < lowest).any()) else None
 

@@ -62,18 +62,22 @@ class PackedBank(PrimitiveBank):
 
     @property
     def n_primitives(self) -> int:
+        """Return the number of primitives."""
         return self.shape[0]
 
     @property
     def d_in(self) -> int:
+        """Return the width of the input."""
         return self.shape[1]
 
     @property
     def rank(self) -> int:
+        """Return the rank of each primitive."""
         return self.shape[2]
 
     @property
     def d_out(self) -> int:
+        """Return the width of the output."""
         return self.shape[3]
 
     def digits(self) -> tuple[Tensor, Tensor]:
@@ -82,11 +86,13 @@ class PackedBank(PrimitiveBank):
         return A, unpack(self.B_codes, (self.rank, self.d_out), self.encoding)
 
     def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the digits of the `selected` (k,) primitives in float32: A (k, d_in, r), B (k, r, d_out)."""
         A, B = self.digits()
         return A[selected].float(), B[selected].float()
 
     @torch.no_grad()
     def keep(self, used: Tensor) -> None:
+        """Drop, in place, the primitives that the mask `used` (n,) leaves out."""
         self.A_codes, self.B_codes = self.A_codes[used].clone(), self.B_codes[used].clone()
         self.shape = (int(used.sum()), *self.shape[1:])
 
@@ -105,10 +111,12 @@ class PackedBank(PrimitiveBank):
         return unpacked.layers[weight.data_ptr()].get((selected, weight), make)(x)
 
     def refuse(self) -> str | None:
+        """Return why the bytes are no ternary digits; None if they are."""
         sound = valid(self.A_codes, self.encoding) and valid(self.B_codes, self.encoding)
         return None if sound else "holds bytes that are no ternary digits"
 
     def extra_repr(self) -> str:
+        """Return the sizes and the encoding, for `print`."""
         return f"{super().extra_repr()}, encoding={self.encoding}"
 
 
@@ -162,12 +170,15 @@ class PackedLinear(Matrix, nn.Module):
         return dispatch.multiplied(digits, self.weight.float(), self.group)
 
     def matrix(self) -> Tensor:
+        """Return the weight (d_in, d_out) in float32: digits times scales."""
         return self.digits() * self.weight
 
     def own_types(self) -> dict[str, torch.dtype]:
+        """Return the tensors that keep their dtype when a model is cast: the scales."""
         return {"weight": torch.float32}
 
     def refuse(self) -> str | None:
+        """Return why bytes or scales are damaged; None if they are sound."""
         if not valid(self.codes, self.encoding):
             return "holds bytes that are no ternary digits"
         sound = torch.isfinite(self.weight).all() and self.weight.any()
@@ -190,15 +201,19 @@ class PackedTernaryFormat(Format):
         self.about = {"base3": "ternary, five weights in a byte", "2bit": "ternary, two bits per weight"}[encoding]
 
     def bank(self, d_in: int, d_out: int, n_primitives: int, rank: int) -> PrimitiveBank:
+        """Return a bank of packed digits, not filled."""
         return PackedBank(d_in, d_out, n_primitives, rank, self.encoding)
 
     def matrix(self, d_in: int, d_out: int, bias: bool, host_shape: tuple[int, int], group: int) -> "PackedLinear":
+        """Return a matrix of packed digits, not filled."""
         return PackedLinear(d_in, d_out, bias, host_shape, self.encoding, group)
 
     def matrix_bytes(self, rows: int, columns: int, itemsize: int) -> int:
+        """Return the bytes of rows × columns packed digits."""
         return packed_size(rows * columns, self.encoding)
 
     def matrix_scales(self, d_out: int) -> int:
+        """Return the scales of a dense matrix: one for each output."""
         return d_out
 
     def kernel(self, device: str, d_in: int, group: int) -> str:
@@ -206,6 +221,7 @@ class PackedTernaryFormat(Format):
         return f"torch, slow: {found.reason}" if found.reason else f"ternary {found.name}"
 
     def pack_bank(self, bank: TernaryBank) -> PackedBank:
+        """Return a packed copy of a ternary bank."""
         A, B = bank.eval().digits(torch.arange(bank.n_primitives, device=bank.A.device))
         made = PackedBank(bank.d_in, bank.d_out, bank.n_primitives, bank.rank, self.encoding)
         made.A_codes, made.B_codes = pack(A, self.encoding), pack(B, self.encoding)
@@ -226,6 +242,7 @@ class PackedTernaryFormat(Format):
         return made
 
     def pack_matrix(self, matrix: TernaryLinear) -> "PackedLinear":
+        """Return a packed copy of a ternary matrix."""
         scale = matrix.scales()
         d_in, d_out = matrix.in_features, matrix.out_features
         made = PackedLinear(d_in, d_out, matrix.bias is not None, matrix.host_shape, self.encoding, matrix.group)

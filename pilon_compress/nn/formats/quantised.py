@@ -33,6 +33,7 @@ class Quantised(Part, nn.Module):
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Return (n, rows, columns) of the numbers that the codes stand for."""
         return len(self.weight), *self.size
 
     @torch.no_grad()
@@ -52,9 +53,11 @@ class Quantised(Part, nn.Module):
         return self.grid.unpack(stored, self.size).float() * self.grid.spread(scale.float(), self.size[0])
 
     def own_types(self) -> dict[str, torch.dtype]:
+        """Return the tensors that keep their dtype when a model is cast: the scales."""
         return {"scale": torch.bfloat16}
 
     def refuse(self) -> str | None:
+        """Return why codes or scales are damaged; None if they are sound."""
         if not (torch.isfinite(self.scale).all() and self.scale.all()):
             return "holds scales that are zero or not finite"
         return self.grid.refuse(self.weight)
@@ -74,16 +77,20 @@ class QuantisedBank(PrimitiveBank):
 
     @property
     def d_out(self) -> int:
+        """Return the width of the output."""
         return self.B.size[0]
 
     def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the `selected` (k,) primitives, dequantised: A (k, d_in, r), B (k, r, d_out)."""
         return self.A.values(selected), self.B.values(selected).transpose(1, 2)
 
     def keep(self, used: Tensor) -> None:
+        """Drop, in place, the primitives that the mask `used` (n,) leaves out."""
         self.A.keep(used)
         self.B.keep(used)
 
     def extra_repr(self) -> str:
+        """Return the sizes and the number format, for `print`."""
         return f"{super().extra_repr()}, {self.format}"
 
 
@@ -103,6 +110,7 @@ class QuantisedLinear(Matrix, Quantised):
         return functional.linear(x, self.matrix().T.to(x.dtype), self.bias)
 
     def matrix(self) -> Tensor:
+        """Return the weight (d_in, d_out), dequantised."""
         return self.values()[0]
 
 
@@ -117,18 +125,23 @@ class QuantisedFormat(Format):
         self.bits, self.about = grid.bits, about
 
     def bank(self, d_in: int, d_out: int, n_primitives: int, rank: int) -> PrimitiveBank:
+        """Return a bank of codes, not filled."""
         return QuantisedBank(d_in, d_out, n_primitives, rank, self.name, self.grid)
 
     def matrix(self, d_in: int, d_out: int, bias: bool, host_shape: tuple[int, int], group: int) -> QuantisedLinear:
+        """Return a matrix of codes, not filled."""
         return QuantisedLinear(d_in, d_out, bias, host_shape, self.name, self.grid)
 
     def matrix_bytes(self, rows: int, columns: int, itemsize: int) -> int:
+        """Return the bytes of codes and scales of a matrix."""
         return sum(self.grid.size(rows, columns))
 
     def fill_bank(self, bank: Any, side: str, values: Tensor, codes: Mapping[str, Tensor] | None) -> None:
+        """Put codes and scales into the `side` (A or B) of a bank; `values` are not read."""
         assert codes is not None
         getattr(bank, side).put(codes["codes"], codes["scale"])
 
     def fill_matrix(self, matrix: Any, values: Tensor, codes: Mapping[str, Tensor] | None) -> None:
+        """Put codes and scales into a matrix; `values` are not read."""
         assert codes is not None
         matrix.put(codes["codes"], codes["scale"])

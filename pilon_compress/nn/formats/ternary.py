@@ -83,6 +83,7 @@ class TernaryBank(LatentPart, PrimitiveBank):
         self.B_digits = _held(self.B_digits, digits(self.B, B_scale, self.rounding))
 
     def codes(self) -> Tensor:
+        """Return the digits of A and B in one dimension, int8, for comparisons."""
         return torch.cat([_codes(self.A), _codes(self.B)])
 
     @torch.no_grad()
@@ -94,6 +95,7 @@ class TernaryBank(LatentPart, PrimitiveBank):
             latent.mul_(std / counted.square().mean().sqrt())
 
     def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the `selected` (k,) primitives, digits times scales: A (k, d_in, r), B (k, r, d_out)."""
         A, B = self.digits(selected)
         A_scale, B_scale = (one.index_select(0, selected) for one in self.scales())
         return A * A_scale, B * B_scale
@@ -149,6 +151,7 @@ class TernaryLinear(LatentPart, DenseLinear):
         return absmean(self.weight)
 
     def codes(self) -> Tensor:
+        """Return the digits of the weight in one dimension, int8, for comparisons."""
         return _codes(self.weight)
 
     @torch.no_grad()
@@ -158,6 +161,7 @@ class TernaryLinear(LatentPart, DenseLinear):
         self.weight.mul_(std / self.matrix().square().mean().sqrt())
 
     def matrix(self) -> Tensor:
+        """Return the weight (d_in, d_out): digits times the scale."""
         scale = self.scales()
         return (digits(self.weight, scale) * scale).to(self.weight.dtype).T
 
@@ -187,12 +191,15 @@ class TernaryFormat(Format):
         return "torch, slow: the form in training; `pilon-compress export --to packed` makes the fast one"
 
     def bank(self, d_in: int, d_out: int, n_primitives: int, rank: int) -> PrimitiveBank:
+        """Return a bank of latent weights, uninitialised, that computes with ternary digits."""
         return TernaryBank(d_in, d_out, n_primitives, rank)
 
     def matrix(self, d_in: int, d_out: int, bias: bool, host_shape: tuple[int, int], group: int) -> TernaryLinear:
+        """Return a matrix of latent weights, uninitialised, that computes with ternary digits."""
         return TernaryLinear(d_in, d_out, bias, host_shape, group)
 
     def matrix_bytes(self, rows: int, columns: int, itemsize: int) -> int:
+        """Return the bytes of the latent weights, with `itemsize` bytes for each."""
         return rows * columns * itemsize
 
 

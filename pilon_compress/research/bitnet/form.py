@@ -17,9 +17,11 @@ class SubNorm(Addition):
     dense = "normalises the inputs of feed-forward projections, which its base architecture has no place for"
 
     def add(self, module: nn.Module) -> None:
+        """Put an RMSNorm of the width of its input before a projection."""
         self._put(module, nn.RMSNorm(linear_shape(module)[0], eps=EPS))
 
     def carry(self, old: nn.Module, new: nn.Module) -> nn.Module:
+        """Put the norm of `old` before `new`, which replaces it, and return the module to install."""
         norm = old.get_submodule("norm")
         if not isinstance(new, Projection):
             return nn.Sequential(norm, new)
@@ -28,6 +30,7 @@ class SubNorm(Addition):
         return new
 
     def numbers(self, layout: Any, place: str) -> int:
+        """Return the numbers that the norm stores: one for each input."""
         return int(layout.shape(place)[0])
 
     def _put(self, module: nn.Module, norm: nn.Module) -> None:

@@ -21,8 +21,10 @@ class Settings(ResearchSection):
 
     @property
     def weight_decay_ends(self) -> float:
+        """Return the share of the training at which weight decay ends."""
         return self.second
 
     def conflicts(self, recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
+        """Yield fields that have no effect in `recipe`, with the reason."""
         if self.sub_norm and (recipe.task != "pretrain" or recipe.warm):
             yield "sub_norm", "is for models from scratch, with ffn.dense_until 0: no conversion has it"

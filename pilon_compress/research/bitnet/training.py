@@ -26,6 +26,7 @@ class GradualRounding(nn.Module):
         self.register_buffer("strength", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor, limit: int) -> Tensor:
+        """Return `x` moved towards its rounding by `strength`, of the shape of `x`."""
         return torch.lerp(x, rounded(x, limit), self.strength.to(x.dtype))
 
 
@@ -36,6 +37,7 @@ class RoundingSchedule(Callback):
         self.roundings, self.warmup = roundings, warmup
 
     def before(self, step: int, share: float) -> None:
+        """Set the strength for a step at `share` of the training."""
         for rounding in self.roundings:
             rounding.strength.fill_(min(1.0, share / self.warmup))
 
@@ -47,6 +49,7 @@ class SecondStage(Callback):
         self.optimizers, self.second, self.rate = optimizers, second, rate
 
     def before(self, step: int, share: float) -> None:
+        """Scale the learning rates of a step that is in the second stage."""
         if share >= self.second:
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] *= self.rate
@@ -58,12 +61,14 @@ class Extension(callbacks.Extension):
     asked: Settings
 
     def layout(self, layout: Layout | None, sites: Sequence[Site]) -> Layout | None:
+        """Return the layout with a norm before every down projection, if it is asked for."""
         if not self.asked.sub_norm:
             return layout
         down = [site.name for site in sites if site.role == "down"]
         return (layout or dense_layout(sites)).with_addition("bitnet", "sub_norm", down)
 
     def stage(self, model: PreTrainedModel) -> None:
+        """Give ternary parts a gradual rounding, if a warm-up is asked for."""
         if self.recipe.ternary.enabled and self.asked.warmup:
             for part in model.modules():
                 if isinstance(part, LatentPart):
@@ -72,6 +77,7 @@ class Extension(callbacks.Extension):
     def callbacks(
         self, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], steps: int
     ) -> list[Callback]:
+        """Return the callbacks for the warm-up of rounding and the second stage of rates."""
         found: list[Callback] = []
         roundings = [module for module in model.modules() if isinstance(module, GradualRounding)]
         if roundings:

@@ -23,6 +23,7 @@ class LatentBank(PrimitiveBank):
     latent_bias: nn.Parameter | None
 
     def affine(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return factor and shift of the latent vectors, with the learned scale and bias."""
         factor, shift = super().affine(weight)
         if self.latent_bias is not None:
             shift = weight * self.latent_bias
@@ -39,10 +40,12 @@ class ShiftedLinear(ComposedLinear):
     shift: nn.Parameter
 
     def compose(self, x: Tensor) -> Tensor:
+        """Return x through the composition, shifted in latent space: (..., d_out)."""
         y: Tensor = self.bank(x, self.selected, self.weight, self.group, shift=self.shift)
         return y
 
     def affine(self) -> tuple[Tensor, Tensor | None]:
+        """Return the composition weights and the shift, both of the shape of the weights."""
         return self.weight, self.shift
 
 
@@ -53,16 +56,19 @@ class Latent(Addition):
         self.name = name
 
     def add(self, module: nn.Module) -> None:
+        """Put a latent vector (rank,), ones for a scale and zeros for a bias, into a bank."""
         assert isinstance(module, PrimitiveBank)
         self._put(module, torch.full((module.rank,), float(self.name == "latent_scale")))
 
     def carry(self, old: nn.Module, new: nn.Module) -> nn.Module:
+        """Give `new`, which replaces `old`, its latent vector, unless it is packed; return `new`."""
         if isinstance(new, PrimitiveBank) and not new.exact_compositions:
             self._put(new, getattr(old, self.name))
             mark(new, "original", self.name)
         return new
 
     def packed(self, layer: nn.Module, made: nn.Module) -> None:
+        """Store the shift of `layer` in `made`, the packed projection that replaces it."""
         if self.name == "latent_bias":
             assert isinstance(layer, ComposedLinear) and isinstance(layer.bank, TernaryBank)
             _, shift = layer.bank.folded(*layer.coefficients())
@@ -70,6 +76,7 @@ class Latent(Addition):
             SHIFT.put(made, shift.detach().reshape(-1, layer.bank.rank).clone())
 
     def numbers(self, layout: Any, place: str) -> int:
+        """Return the numbers that the latent vector stores: the rank."""
         return int(layout.banks[place].rank)
 
     def _put(self, bank: PrimitiveBank, values: Tensor) -> None:
@@ -89,6 +96,7 @@ class Shift(Addition):
     exact = ("shift",)
 
     def add(self, module: nn.Module) -> None:
+        """Put a shift of zeros, of the shape of the composition weights, into a projection."""
         assert isinstance(module, ComposedLinear)
         self._put(module, torch.zeros_like(module.weight))
 
@@ -98,6 +106,7 @@ class Shift(Addition):
         mark(module, "original", "shift")
 
     def numbers(self, layout: Any, place: str) -> int:
+        """Return the numbers that the shift stores: top_k times the rank."""
         user = layout.projections[place]
         return int(user.top_k * layout.banks[user.bank].rank)
 

@@ -40,6 +40,7 @@ class RateSchedule(Callback):
             _split(optimizers, list(bands.values()))
 
     def before(self, step: int, share: float) -> None:
+        """Scale the learning rates of a step by group and band."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] *= self.factor(group["name"], group.get("band"), share)
@@ -54,6 +55,7 @@ class RateSchedule(Callback):
         return float(rates[phase]) if rates else 1.0
 
     def penalty(self) -> Tensor | None:
+        """Return the regularisers of a step, a scalar to add to the loss; None if none is asked for."""
         asked, terms = self.asked, []
         if asked.entropy and self.banks:
             values = [entropy(use_of(layer)) for layers in self.banks for layer in layers]

@@ -75,6 +75,7 @@ class SelectionSchedule(Callback):
         self.final = math.ceil(max(self.explored.until, *moving) * steps)
 
     def before(self, step: int, share: float) -> None:
+        """Choose the primitives of every explored layer for a step at `share` of the training."""
         noise = torch.Generator().manual_seed((self.seed << 31) ^ step)
         for layer in self.layers:
             if layer.explored and step <= self.final:

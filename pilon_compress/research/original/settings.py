@@ -71,6 +71,7 @@ class Settings(ResearchSection):
     selection: Selection = Selection()
 
     def conflicts(self, recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
+        """Yield fields that have no effect in `recipe`, with the reason."""
         asked = {"selection.explore": self.selection.explore != "none"}
         asked |= {"latent_scale": self.latent_scale, "latent_bias": self.latent_bias}
         if recipe.task != "pretrain":
@@ -79,6 +80,7 @@ class Settings(ResearchSection):
             )
 
     def marks(self) -> list[tuple[float, str]]:
+        """Return shares of the training, with labels, to mark in plots."""
         found = [(end, f"phase {index + 2}") for index, end in enumerate(self.staged.phases[:-1])]
         if self.selection.explore != "none" and 0 < self.selection.until < 1:
             found.append((self.selection.until, "choice final"))

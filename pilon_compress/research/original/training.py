@@ -21,17 +21,20 @@ class Extension(callbacks.Extension):
     asked: Settings
 
     def layout(self, layout: Layout | None, sites: Sequence[Site]) -> Layout | None:
+        """Return the layout with latent scales and biases in every bank, if they are asked for."""
         for kind in ("latent_scale", "latent_bias"):
             if layout is not None and getattr(self.asked, kind):
                 layout = layout.with_addition("original", kind, layout.banks)
         return layout
 
     def stage(self, model: PreTrainedModel) -> None:
+        """Replace the projections of `model` by those that the schedules need."""
         stage(model, self.asked, self.recipe.seed)
 
     def callbacks(
         self, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], steps: int
     ) -> list[Callback]:
+        """Return the callbacks for selection and rates that are asked for."""
         found: list[Callback] = []
         if any(staged(model)):
             found.append(SelectionSchedule(model, self.asked, self.recipe.seed, steps))

@@ -35,6 +35,7 @@ class Rounding(Callback):
         return cls(parts, recipe, optimizers) if parts else None
 
     def before(self, step: int, share: float) -> None:
+        """Make the digits of a step, and end weight decay once its share has come."""
         for part in self.parts:
             part.train()  # whatever the rest does: healing runs without dropout, hence in evaluation mode
             if not isinstance(next(part.parameters()), DTensor):
