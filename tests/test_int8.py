@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 
 import pilon_compress  # noqa: F401  registers the format
 from pilon_compress.config import training
-from pilon_compress.config.conversion import Budget
+from pilon_compress.config.budget import Budget
 from pilon_compress.config.export import ExportOptions
 from pilon_compress.convert.allocate.uniform import make_plan
 from pilon_compress.errors import BadInput

@@ -15,7 +15,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from pilon_compress.config.conversion import Budget
+from pilon_compress.config.budget import Budget
 from pilon_compress.convert.allocate.uniform import make_plan
 from pilon_compress.convert.plan import BankPlan, Plan, trimmed
 from pilon_compress.export.dense import to_dense

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pilon_compress.config import conversion
-from pilon_compress.config.conversion import Budget
+from pilon_compress.config.budget import Budget
 from pilon_compress.convert import pipeline
 from pilon_compress.convert.allocate.uniform import check_limits, make_plan
 from pilon_compress.convert.prepare import prepare

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pilon_compress.config.conversion import Budget
+from pilon_compress.config.budget import Budget
 from pilon_compress.convert.allocate.uniform import make_plan
 from pilon_compress.errors import BadInput
 from pilon_compress.export.dense import to_dense

@@ -11,7 +11,7 @@ import pytest
 from pilon_compress.cli import output
 from pilon_compress.cli.output import print_table, say
 from pilon_compress.cli.part_table import SCREEN, print_parts
-from pilon_compress.config.conversion import Budget
+from pilon_compress.config.budget import Budget
 from pilon_compress.convert.allocate.uniform import make_plan
 from pilon_compress.convert.plan import Plan, trimmed
 from pilon_compress.convert.prepare import describe_plan

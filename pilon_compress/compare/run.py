@@ -20,6 +20,7 @@ from pilon_compress.compare.baselines.registry import BASELINES
 from pilon_compress.compare.candidate import baseline, dense_size, problem_of
 from pilon_compress.compare.our_methods import OURS
 from pilon_compress.config import conversion
+from pilon_compress.config.budget import Budget
 from pilon_compress.config.comparison import CompareCommand
 from pilon_compress.convert import pipeline
 from pilon_compress.convert.calibrate.second_moments import gather
@@ -237,7 +238,7 @@ class Evaluator:
 
     def fingerprint(self) -> str:
         """Return a hash of all that the cells depend on: version, settings without ratio, evaluation text, weights."""
-        settings = conversion.dump(self.job.recipe.model_copy(update={"budget": conversion.Budget()}))
+        settings = conversion.dump(self.job.recipe.model_copy(update={"budget": Budget()}))
         state = blake2b(f"{pilon_compress.__version__}\n{settings}".encode(), digest_size=16)
         for document in self.documents:
             state.update(document.encode("utf-8", "surrogatepass") + b"\0")

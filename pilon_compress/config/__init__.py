@@ -3,7 +3,8 @@
 reading        recipes from files and options: checks, and messages with a place or an option
 option         marks that make a field an option of the command line
 fields, ratio  types that several configs share
-conversion     a conversion; conflicts has the fields that switch each other off, effort what its levels spend
+conflicts      fields that another field switches off
+conversion     a conversion; budget is its first section, effort has what its levels spend
 training       a training; research has the sections of research modules
 comparison, evaluation, benchmark, generation, inspection, export    the other commands
 recipes        recipes of both kinds by name

@@ -4,106 +4,23 @@ Recipes are YAML files with the fields of `Recipe` below.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from pilon_compress.config import reading, strict_yaml
-from pilon_compress.config.conflicts import conflicts, refuse_conflicts, refuse_field
+from pilon_compress.config.budget import Budget
+from pilon_compress.config.conflicts import Context, Table, refuse_conflicts, refused, without_effect
 from pilon_compress.config.fields import MODEL, SOURCES, Device, DType
 from pilon_compress.config.flat import Flat, arranged
 from pilon_compress.config.option import RUNNING, Argument, Option, Options
-from pilon_compress.config.ratio import Part, SizeRatio
-from pilon_compress.config.reading import Override, Positive, Section, Selector, Switch, Text
+from pilon_compress.config.reading import Override, Positive, Section, Selector, Text
 from pilon_compress.config.strict_yaml import Document
 from pilon_compress.errors import BadInput
 
 Method = Literal["pilon", "whitened-svd", "svd"]
-DEFAULT_RATIO = 0.5
-LARGEST_RATIO = 4.0  # with allow_larger: enough for a full-rank plan of any shape
-
-
-class Budget(Section):
-    """The size of the result."""
-
-    ffn_ratio: Annotated[SizeRatio | None, Option(metavar="RATIO")] = None
-    """Largest ratio of stored FFN parameters, PILON over dense: a number above 0 and at most 1, as in 0.5, 50% or 1/2,
-    or a preset: minimal 0.9, baseline 0.75, mild 0.6, moderate 0.5, aggressive 0.25, extreme 0.1. Default: 0.5, or what
-    `n_primitives` and `rank` come to if both are given."""
-    allow_larger: Annotated[Switch, Option()] = False
-    """Permit a plan that is larger than the dense model, for tests and study: `ffn_ratio` may be up to 4."""
-    optimize: Annotated[Literal["storage", "compute"], Option()] = "storage"
-    """Size to limit. With storage MACs may be up to the dense model's; with compute the ratio of MACs is at most that
-    of stored parameters."""
-    mac_ratio: Annotated[Part | None, Option(metavar="RATIO")] = None
-    """Largest ratio of the FFN's MACs per token, PILON over dense: above 0 and at most 1. Not together with `optimize`
-    compute. Default: as `optimize` says."""
-    neurons: Switch = True
-    """Prune neurons of feed-forward blocks and refit the others. If false, all neurons stay: only ranks are lowered."""
-    sharing: Literal["auto", "none"] = "none"
-    """With auto, bands of about three layers share banks where a joint fit lowers the loss. It costs time, and MACs
-    where layers share."""
-    bands: Annotated[Positive | list[list[int]] | None, Option(metavar="BANDS")] = None
-    """Bands of layers that share banks: their number, or the layers of each, as in [[0, 1], [2, 3]]. Default: bands of
-    about three layers."""
-    n_primitives: Annotated[Positive | None, Option()] = None
-    """Primitives per bank. Default: as many as `ffn_ratio` pays for."""
-    rank: Annotated[Positive | None, Option()] = None
-    """Rank of each primitive. Default: the rank that spends `ffn_ratio` best."""
-    top_k: Annotated[Positive | None, Option()] = None
-    """Primitives that each layer selects from its bank. Default: as many as cost no more MACs than the dense layer."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_ratio(cls, data: Any) -> Any:
-        fixed = isinstance(data, dict) and None not in (data.get("n_primitives"), data.get("rank"))
-        fixed = fixed and data.get("optimize") != "compute"  # whose limit on MACs is the ratio
-        if isinstance(data, dict) and data.get("ffn_ratio") is None and not fixed:
-            return {**data, "ffn_ratio": DEFAULT_RATIO}
-        return data
-
-    @model_validator(mode="after")
-    def _in_range(self) -> "Budget":
-        limit = LARGEST_RATIO if self.allow_larger else 1
-        if self.ffn_ratio is not None and not 0 < self.ffn_ratio <= limit:
-            words = f"at most {limit:g}" + (
-                "" if self.allow_larger else ", the dense size, without budget.allow_larger"
-            )
-            refuse_field("ffn_ratio", f"must be above 0 and {words}", self.ffn_ratio)
-        return self
-
-    @field_validator("bands", mode="before")
-    @classmethod
-    def _bands(cls, value: Any) -> Any:
-        def count(x: Any) -> bool:
-            return isinstance(x, int) and not isinstance(x, bool) and x >= 0
-
-        def band(x: Any) -> bool:
-            return isinstance(x, list) and bool(x) and all(map(count, x))
-
-        lists = isinstance(value, list) and bool(value) and all(map(band, value))
-        if value is None or lists or (count(value) and value > 0):
-            return value
-        raise ValueError("must be a number of bands, or the layers of each band, as in [[0, 1], [2, 3]]")
-
-    @property
-    def limits_storage(self) -> bool:
-        """True if a ratio bounds what is stored; False where n_primitives and rank alone decide."""
-        return self.ffn_ratio is not None
-
-    @property
-    def mac_limit(self) -> float | None:
-        """Upper bound of the FFN's MACs per token over dense; None where storage alone counts."""
-        if self.mac_ratio is not None:
-            return self.mac_ratio
-        return min(1.0, self.ratio) if self.optimize == "compute" else None
-
-    @property
-    def ratio(self) -> float:
-        """Largest ratio of stored FFN parameters, PILON over dense."""
-        return DEFAULT_RATIO if self.ffn_ratio is None else self.ffn_ratio
 
 
 class Form(Section):
@@ -234,6 +151,56 @@ class Recipe(General, Dense):
     def _every_option_counts(self) -> "Recipe":
         refuse_conflicts(self, conflicts(self))
         return self
+
+
+FIXED = Context[Recipe](
+    lambda r: bool(r.budget.fixed_shape), lambda r: f"budget.{r.budget.fixed_shape[0]}, which fixes the banks' shape"
+)
+BASELINE = Context[Recipe](lambda r: r.method != "pilon", lambda r: f"method {r.method}")
+SCALAR = Context[Recipe](lambda r: r.form.composition == "scalar", lambda _: "form.composition scalar")
+LARGER = Context[Recipe](lambda r: r.budget.ratio > 1, lambda _: "budget.ffn_ratio above 1")
+WHOLE = Context[Recipe](lambda r: r.budget.ratio == 1, lambda _: "budget.ffn_ratio 1, which keeps every layer dense")
+MACS = Context[Recipe](
+    lambda r: r.budget.mac_ratio is not None or r.budget.optimize == "compute",
+    lambda r: (
+        "a limit on MACs ("
+        + ("budget.mac_ratio" if r.budget.mac_ratio is not None else "budget.optimize compute")
+        + ")"
+    ),
+)
+MAC_RATIO = Context[Recipe](
+    lambda r: r.budget.mac_ratio is not None, lambda _: "budget.mac_ratio, which sets the limit itself"
+)
+UNREFINED = Context[Recipe](lambda r: r.refine.steps == 0, lambda _: "refine.steps 0")
+UNEVALUATED = Context[Recipe](lambda r: r.evaluation.data == "none", lambda _: "evaluation.data none")
+
+TABLE: Table[Recipe] = {
+    "budget.sharing": (FIXED, BASELINE, SCALAR, MACS, LARGER, WHOLE),
+    "budget.neurons": (FIXED, BASELINE, SCALAR, LARGER),
+    "budget.bands": (BASELINE,),
+    "budget.n_primitives": (BASELINE,),
+    "budget.top_k": (BASELINE,),
+    "budget.optimize": (MAC_RATIO,),
+    "effort": (BASELINE,),
+    "refine.minutes": (UNREFINED,),
+    "refine.samples": (UNREFINED,),
+    "evaluation.samples": (UNEVALUATED,),
+    "evaluation.window": (UNEVALUATED,),
+    "evaluation.stride": (UNEVALUATED,),
+    "evaluation.batch_size": (UNEVALUATED,),
+}
+
+EXPLICIT = {"budget.neurons"}  # its default asks for something
+
+
+def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield (dotted field, what is wrong) for every field that is set and does not go with another."""
+    yield from refused(without_effect(recipe, TABLE, EXPLICIT))
+    budget = recipe.budget
+    if budget.top_k is not None and budget.n_primitives is not None and budget.top_k > budget.n_primitives:
+        yield "budget.top_k", f"is more than the {budget.n_primitives} primitives of a bank: lower it to that at most"
+    if recipe.refine.steps and recipe.form.bank_dtype != "auto":
+        yield "refine.steps", "quantised weights cannot be refined: leave out refine.steps, or form.bank_dtype"
 
 
 class ConvertConfig(Flat, Budget, Form, Scope, General):

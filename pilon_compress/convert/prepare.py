@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pilon_compress.config.conflicts import fixed_shape
 from pilon_compress.config.conversion import Recipe
 from pilon_compress.config.effort import EFFORTS
 from pilon_compress.convert.allocate.uniform import check_limits, dense_plan, make_plan, preview
@@ -114,7 +113,7 @@ def allocated(recipe: Recipe) -> bool:
     """True if sizes follow from the calibration text: the banks' shape is not fixed, and something must go."""
     asked, component = recipe.budget, recipe.form.composition == "component"
     smaller = asked.ratio < 1 or asked.ratio == 1 and (asked.mac_limit or 1) < 1
-    return recipe.method == "pilon" and component and smaller and not fixed_shape(recipe)
+    return recipe.method == "pilon" and component and smaller and not recipe.budget.fixed_shape
 
 
 def initial_plan(recipe: Recipe, sites: list[Site]) -> Plan:
@@ -123,7 +122,7 @@ def initial_plan(recipe: Recipe, sites: list[Site]) -> Plan:
     if allocated(recipe):
         guess = preview(sites, min(asked.ratio, asked.mac_limit or 1))
         return guess or make_plan(sites, asked, "whitened-svd", recipe.form.composition)
-    whole = recipe.method == "pilon" and recipe.form.composition == "component" and not fixed_shape(recipe)
+    whole = recipe.method == "pilon" and recipe.form.composition == "component" and not recipe.budget.fixed_shape
     if whole and asked.ratio == 1:
         return dense_plan(sites)
     plan = make_plan(sites, asked, recipe.method, recipe.form.composition)

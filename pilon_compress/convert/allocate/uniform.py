@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from pilon_compress.config.conversion import Budget, Method
+from pilon_compress.config.budget import Budget
+from pilon_compress.config.conversion import Method
 from pilon_compress.convert.plan import BankPlan, Plan, down_of, trimmed
 from pilon_compress.errors import BadInput
 from pilon_compress.models.families import Site

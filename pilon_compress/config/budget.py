@@ -1,0 +1,100 @@
+"""The section `budget` of a conversion's recipe: the size of the result."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from pilon_compress.config.conflicts import refuse_field
+from pilon_compress.config.option import Option
+from pilon_compress.config.ratio import Part, SizeRatio
+from pilon_compress.config.reading import Positive, Section, Switch
+
+DEFAULT_RATIO = 0.5
+LARGEST_RATIO = 4.0  # with allow_larger: enough for a full-rank plan of any shape
+SHAPE = ("bands", "n_primitives", "rank", "top_k")
+
+
+class Budget(Section):
+    """The size of the result."""
+
+    ffn_ratio: Annotated[SizeRatio | None, Option(metavar="RATIO")] = None
+    """Largest ratio of stored FFN parameters, PILON over dense: a number above 0 and at most 1, as in 0.5, 50% or 1/2,
+    or a preset: minimal 0.9, baseline 0.75, mild 0.6, moderate 0.5, aggressive 0.25, extreme 0.1. Default: 0.5, or what
+    `n_primitives` and `rank` come to if both are given."""
+    allow_larger: Annotated[Switch, Option()] = False
+    """Permit a plan that is larger than the dense model, for tests and study: `ffn_ratio` may be up to 4."""
+    optimize: Annotated[Literal["storage", "compute"], Option()] = "storage"
+    """Size to limit. With storage MACs may be up to the dense model's; with compute the ratio of MACs is at most that
+    of stored parameters."""
+    mac_ratio: Annotated[Part | None, Option(metavar="RATIO")] = None
+    """Largest ratio of the FFN's MACs per token, PILON over dense: above 0 and at most 1. Not together with `optimize`
+    compute. Default: as `optimize` says."""
+    neurons: Switch = True
+    """Prune neurons of feed-forward blocks and refit the others. If false, all neurons stay: only ranks are lowered."""
+    sharing: Literal["auto", "none"] = "none"
+    """With auto, bands of about three layers share banks where a joint fit lowers the loss. It costs time, and MACs
+    where layers share."""
+    bands: Annotated[Positive | list[list[int]] | None, Option(metavar="BANDS")] = None
+    """Bands of layers that share banks: their number, or the layers of each, as in [[0, 1], [2, 3]]. Default: bands of
+    about three layers."""
+    n_primitives: Annotated[Positive | None, Option()] = None
+    """Primitives per bank. Default: as many as `ffn_ratio` pays for."""
+    rank: Annotated[Positive | None, Option()] = None
+    """Rank of each primitive. Default: the rank that spends `ffn_ratio` best."""
+    top_k: Annotated[Positive | None, Option()] = None
+    """Primitives that each layer selects from its bank. Default: as many as cost no more MACs than the dense layer."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_ratio(cls, data: Any) -> Any:
+        fixed = isinstance(data, dict) and None not in (data.get("n_primitives"), data.get("rank"))
+        fixed = fixed and data.get("optimize") != "compute"  # whose limit on MACs is the ratio
+        if isinstance(data, dict) and data.get("ffn_ratio") is None and not fixed:
+            return {**data, "ffn_ratio": DEFAULT_RATIO}
+        return data
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "Budget":
+        limit = LARGEST_RATIO if self.allow_larger else 1
+        if self.ffn_ratio is not None and not 0 < self.ffn_ratio <= limit:
+            words = f"at most {limit:g}" + (
+                "" if self.allow_larger else ", the dense size, without budget.allow_larger"
+            )
+            refuse_field("ffn_ratio", f"must be above 0 and {words}", self.ffn_ratio)
+        return self
+
+    @field_validator("bands", mode="before")
+    @classmethod
+    def _bands(cls, value: Any) -> Any:
+        def count(x: Any) -> bool:
+            return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+        def band(x: Any) -> bool:
+            return isinstance(x, list) and bool(x) and all(map(count, x))
+
+        lists = isinstance(value, list) and bool(value) and all(map(band, value))
+        if value is None or lists or (count(value) and value > 0):
+            return value
+        raise ValueError("must be a number of bands, or the layers of each band, as in [[0, 1], [2, 3]]")
+
+    @property
+    def limits_storage(self) -> bool:
+        """True if a ratio bounds what is stored; False where n_primitives and rank alone decide."""
+        return self.ffn_ratio is not None
+
+    @property
+    def mac_limit(self) -> float | None:
+        """Upper bound of the FFN's MACs per token over dense; None where storage alone counts."""
+        if self.mac_ratio is not None:
+            return self.mac_ratio
+        return min(1.0, self.ratio) if self.optimize == "compute" else None
+
+    @property
+    def ratio(self) -> float:
+        """Largest ratio of stored FFN parameters, PILON over dense."""
+        return DEFAULT_RATIO if self.ffn_ratio is None else self.ffn_ratio
+
+    @property
+    def fixed_shape(self) -> list[str]:
+        """Return the fields that fix the shape of banks."""
+        return [name for name in SHAPE if getattr(self, name) is not None]
