@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
-from pilon_compress.nn.bank import banks_in
+from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.neuron_bank import NeuronBank
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def wrap(trainee: nn.Module, blocks: list[nn.Module], world: World, parallel: st
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else None
     options: dict[str, Any] = {"mesh": mesh} | ({"mp_policy": policy} if policy else {})
-    for _, module in list(banks_in(trainee)):
+    for module in [part for part in trainee.modules() if isinstance(part, PrimitiveBank | NeuronBank)]:
         fully_shard(module, reshard_after_forward=False, **options)
     for block in blocks:
         fully_shard(block, **options)

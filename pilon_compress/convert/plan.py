@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from pilon_compress.models.families import Site
-from pilon_compress.nn.layout import BankSpec, DenseSpec, Layout, ProjectionSpec
+from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.sizing import BankSize, composition_numbers
+from pilon_compress.nn.specs import BankSpec, DenseSpec, ProjectionSpec
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,15 @@ from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.int8 import to_int8
-from pilon_compress.nn.layout import BANKS, banks, dense_matrices, label_parts, layout_of, projections
+from pilon_compress.nn.layout import (
+    BANKS,
+    banks,
+    dense_matrices,
+    label_parts,
+    layout_of,
+    neuron_banks,
+    projections,
+)
 from pilon_compress.nn.size import ffn_size, model_size
 from pilon_compress.report.card import packed_card
 from pilon_compress.results.export import Exported
@@ -95,6 +103,9 @@ def packed(model: PreTrainedModel, encoding: str) -> PreTrainedModel:
         model.base_model.set_submodule(name, carry(layer, projection))
     for name, matrix in list(dense_matrices(model)):
         model.base_model.set_submodule(name, carry(matrix, packing(matrix).pack_matrix(matrix)))
+    for _, store in neuron_banks(model):
+        made_of = {role: packing(one).pack_matrix(one) for role, one in store.matrices()}
+        store.become(f"{store.format}-{encoding}", made_of)
     for name, bank in made.values():
         model.base_model.set_submodule(f"{BANKS}.{name}", bank)
     label_parts(model)

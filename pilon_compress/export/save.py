@@ -40,7 +40,7 @@ def save_model(
 def declare(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Say in the config which PILON layout a model has, if it has one, and the dtype of its plain numbers."""
     layout = layout_of(model)
-    if layout.projections or layout.matrices:
+    if layout.replaced:
         model.config.quantization_config = PilonConfig(layout.to_dict(), 2 if layout.quantized else 1)
     model.config.dtype = dtype
 

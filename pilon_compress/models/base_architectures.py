@@ -19,8 +19,9 @@ from pilon_compress.models.architectures.registry import ARCHITECTURES
 from pilon_compress.models.families import Site
 from pilon_compress.nn.bands import split_bands
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import BankSpec, DenseSpec, Layout, ProjectionSpec, install
+from pilon_compress.nn.layout import Layout, install
 from pilon_compress.nn.sizing import BankBudget, size_bank, size_private
+from pilon_compress.nn.specs import BankSpec, DenseSpec, ProjectionSpec
 from pilon_compress.nn.stored import stored_layout
 
 EOS = "<eos>"

@@ -149,7 +149,7 @@ def config_of(model: PreTrainedModel) -> PretrainedConfig:
     config.dtype = model.dtype
     _name_class(config, model)
     layout = layout_of(model)
-    if layout.projections or layout.matrices:
+    if layout.replaced:
         config.quantization_config = {**PILON_FORMAT, "layout": layout.to_dict()}
     return config
 

@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from pilon_compress.nn.part import Matrix
+from pilon_compress.nn.part import Chosen, Matrix
 
 
 class DenseLinear(Matrix, nn.Linear):
@@ -20,6 +21,20 @@ class DenseLinear(Matrix, nn.Linear):
     def matrix(self) -> Tensor:
         """Return the weight (d_in, d_out)."""
         return self.weight.T
+
+    def forward(self, x: Tensor, chosen: Chosen | None = None, inputs: bool = False) -> Tensor:
+        """Compute `Matrix.forward`; a few runs of columns or rows are read where they lie."""
+        if chosen is None:
+            return linear(x, self.weight, self.bias)
+        axis = 1 if inputs else 0  # of the weight (d_out, d_in)
+        if not chosen.runs:
+            return linear(x, self.weight.index_select(axis, chosen.indices))
+        parts = [self.weight.narrow(axis, start, end - start) for start, end in chosen.runs]
+        if not inputs:
+            return torch.cat([linear(x, part) for part in parts], -1)
+        pieces = x.split([part.shape[1] for part in parts], -1)
+        products = [linear(piece, part) for piece, part in zip(pieces, parts, strict=True)]
+        return sum(products[1:], products[0])
 
     @torch.no_grad()
     def draw(self, std: float, generator: torch.Generator | None) -> None:

@@ -5,7 +5,15 @@ from torch import Tensor, nn
 
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.layout import BANKS, Host, banks, dense_matrices, projections
+from pilon_compress.nn.layout import (
+    BANKS,
+    Host,
+    banks,
+    dense_matrices,
+    neuron_banks,
+    neuron_projections,
+    projections,
+)
 
 
 def pair_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
@@ -40,14 +48,15 @@ def dense(composed: ComposedLinear) -> tuple[Tensor, Tensor | None]:
 
 def foldable(model: Host) -> bool:
     """Return True if `fold` may change the model, which it may not with ternary banks."""
-    return all(bank.folds for _, bank in banks(model))
+    return all(bank.folds for _, bank in banks(model)) and all(store.folds for _, store in neuron_banks(model))
 
 
 @torch.no_grad()
 def fold(model: Host) -> Host:
     """Replace, in place, every composed projection by plain nn.Linear layers and drop the banks: for inference only.
 
-    A projection becomes two Linears, or one where k·r > d_in·d_out / (d_in + d_out). The result runs faster, holds more
+    A projection becomes two Linears, or one where k·r > d_in·d_out / (d_in + d_out), or where it uses a bank of
+    neurons: then that of its k neurons. The result runs faster, holds more
     memory than the shared banks, and is no longer a PILON model that could be saved as one. Raises ValueError for
     ternary banks: their products are of integers, which folding would lose.
     """
@@ -66,6 +75,9 @@ def fold(model: Host) -> Host:
         else:
             plain = _linear(*dense(composed))
         base.set_submodule(name, carry(composed, plain))
+    for name, layer in list(neuron_projections(model)):
+        weight, bias = layer.matrix()
+        base.set_submodule(name, carry(layer, _linear(weight.to(base.dtype), bias)))
     delattr(base, BANKS)
     return model
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from pilon_compress.nn.layout import Host, dense_matrices, projections
+from pilon_compress.nn.layout import Host, dense_matrices, neuron_banks, neuron_projections, projections
 
 
 @torch.no_grad()
@@ -11,7 +11,8 @@ def initialise(model: Host, std: float, generator: torch.Generator | None = None
 
     A composed weight is a sum of k·r products a·g·b, so Var W = k·r · Var a · E[g²] · Var b, which is set to std².
     Component and scalar weights start as random signs, so that layers which share a bank start apart; softmax logits
-    near zero, hence weights near 1/k. A and B get the same scale. Dense matrices are drawn as the dense ones are.
+    near zero, hence weights near 1/k. A and B get the same scale. Dense matrices and banks of neurons are drawn as
+    the dense model is, with scales of 1 and biases of 0.
     Ternary ones are scaled so that the variance is right as their digits have it, which is less than the numbers' own.
     """
     done: set[int] = set()
@@ -36,4 +37,10 @@ def initialise(model: Host, std: float, generator: torch.Generator | None = None
         matrix.draw(std, generator)
         if matrix.bias is not None:
             matrix.bias.zero_()
+    for _, store in neuron_banks(model):
+        store.draw(std, generator)
+    for _, layer in neuron_projections(model):
+        layer.weight.fill_(1)
+        if layer.bias is not None:
+            layer.bias.zero_()
     return model

@@ -1,7 +1,7 @@
 """The layout: which projection composes from which bank, which stays one matrix, and all sizes; kept in config.json."""
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,65 +9,45 @@ from torch import nn
 
 from pilon_compress.nn.additions import add, added, addition, entries, places_of
 from pilon_compress.nn.bank import PrimitiveBank, banks_in
-from pilon_compress.nn.composed_linear import COMPOSITIONS, ComposedLinear
+from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.int8 import install_int8, installed
+from pilon_compress.nn.neuron_bank import NeuronBank, Selection
+from pilon_compress.nn.neuron_linear import NeuronLinear, has_scale
 from pilon_compress.nn.part import Matrix, Part, Projection
+from pilon_compress.nn.specs import (
+    BankSpec,
+    DenseSpec,
+    NeuronBankSpec,
+    NeuronSpec,
+    ProjectionSpec,
+    read_spec,
+    shape_of,
+    table_of,
+    written,
+)
 
 Host = Any  # a transformers PreTrainedModel; transformers imports this file while that class is being made
 REST = ("linear", "embedding", "head")  # kinds of 8-bit layers, see `int8.installed`
-WIDEST, LARGEST = 1 << 26, 1 << 40  # of one size, and of the numbers of one side of a bank
-FORMER = {
-    "latent_scale",
-    "latent_bias",
-    "learned_scale",
-    "norm",
-    "shift",
-}  # fields of specifications in earlier layouts
 BANKS = "pilon_banks"  # where the base model owns its banks
 
 
-@dataclass(frozen=True)
-class BankSpec:
-    """Shape of one bank, and the number format that it is in: `quantization`, a name in `formats.registry.FORMATS`."""
-
-    d_in: int
-    d_out: int
-    n_primitives: int
-    rank: int
-    quantization: str = "none"
-
-
-@dataclass(frozen=True)
-class ProjectionSpec:
-    """Bank name (`band0.up`), number of primitives, bias, composition and group: see `ComposedLinear`."""
-
-    bank: str
-    top_k: int
-    bias: bool
-    composition: str = "component"
-    group: int = 0
-
-
-@dataclass(frozen=True)
-class DenseSpec:
-    """A projection that stays one matrix: at the host's size, or smaller where its block lost neurons."""
-
-    d_in: int
-    d_out: int
-    bias: bool
-    quantization: str = "none"
-    group: int = 0
-
-
 # by key of config.json: the field of `Layout` and its specifications
-PARTS = {"banks": ("banks", BankSpec), "projections": ("projections", ProjectionSpec), "kept": ("matrices", DenseSpec)}
+PARTS = {
+    "banks": ("banks", BankSpec),
+    "projections": ("projections", ProjectionSpec),
+    "kept": ("matrices", DenseSpec),
+    "neuron_banks": ("neuron_banks", NeuronBankSpec),
+    "neurons": ("neurons", NeuronSpec),
+}
+ALWAYS = ("banks", "projections", "kept")  # keys that are written even where they are empty
 
 
 @dataclass(frozen=True)
 class Layout:
     """Banks by name (`band0.up`); projections and dense matrices by module name below the base model (`h.0.mlp.c_fc`).
 
+    `neuron_banks` by name (`band0`), `neurons`: the projections that use them.
     `host`: (d_in, d_out) of the host model's projection, for those that lost inputs or outputs with the neurons of
     their block. The up, gate and down projections of one block agree on the neurons that are left. `rest`: what else
     is in 8 bits, as `form.int8` names it. `research`: banks and projections by research module and kind of addition,
@@ -80,11 +60,19 @@ class Layout:
     host: dict[str, tuple[int, int]] = field(default_factory=dict)
     rest: dict[str, str] = field(default_factory=dict)
     research: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    neuron_banks: dict[str, NeuronBankSpec] = field(default_factory=dict)
+    neurons: dict[str, NeuronSpec] = field(default_factory=dict)
+
+    @property
+    def replaced(self) -> list[str]:
+        """Names of all projections that the layout replaces: none of a dense model."""
+        return [*self.projections, *self.matrices, *self.neurons]
 
     @property
     def kinds(self) -> set[str]:
         """The quantizations of banks and dense matrices."""
-        specs: list[BankSpec | DenseSpec] = [*self.banks.values(), *self.matrices.values()]
+        specs: list[BankSpec | DenseSpec | NeuronBankSpec]
+        specs = [*self.banks.values(), *self.matrices.values(), *self.neuron_banks.values()]
         return {spec.quantization for spec in specs}
 
     @property
@@ -95,14 +83,19 @@ class Layout:
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, without what is at its default: older versions read what they can compute."""
         plain: dict[str, Any] = {
-            key: {name: _written(spec) for name, spec in getattr(self, part).items()}
+            key: {name: written(spec) for name, spec in getattr(self, part).items()}
             for key, (part, _) in PARTS.items()
+            if key in ALWAYS or getattr(self, part)
         }
         plain["host"] = {name: list(shape) for name, shape in self.host.items()}
         return plain | {part: getattr(self, part) for part in ("rest", "research") if getattr(self, part)}
 
     def shape(self, name: str) -> tuple[int, int]:
         """(d_in, d_out) of a projection as it is computed here."""
+        if name in self.neurons:
+            user = self.neurons[name]
+            bank, wide = self.neuron_banks[user.bank], user.top_k * (2 if user.role == "gate_up" else 1)
+            return (user.top_k, bank.d_out) if user.role == "down" else (bank.d_in, wide)
         spec = self.matrices.get(name) or self.banks[self.projections[name].bank]
         return spec.d_in, spec.d_out
 
@@ -112,27 +105,30 @@ class Layout:
 
     @classmethod
     def from_dict(cls, data: Any) -> "Layout":
-        """Read what `to_dict` wrote. Raises ValueError, in one line, for anything else: see `_checked`."""
-        parts = _table(data, "the layout")
+        """Read what `to_dict` wrote. Raises ValueError, in one line, for anything else: see `specs.checked`."""
+        parts = table_of(data, "the layout")
         if unknown := set(parts) - {*PARTS, "host", "rest", "research"}:
             raise ValueError(f"the layout has unknown parts {sorted(unknown)}: written by a newer pilon-compress?")
         if lost := {"banks", "projections"} - set(parts):
             raise ValueError(f"the layout is incomplete: it lacks {min(lost)}")
         specs = dict[str, dict[str, Any]]()
         for key, (part, kind) in PARTS.items():
-            table = _table(parts.get(key, {}), f"the layout's {key}")
-            specs[part] = {name: _read(kind, entry, f"{key} {name}") for name, entry in table.items()}
-        host = {name: _shape(shape, name) for name, shape in _table(parts.get("host", {}), "the layout's host").items()}
-        rest = _table(parts.get("rest", {}), "the layout's rest")
+            table = table_of(parts.get(key, {}), f"the layout's {key}")
+            specs[part] = {name: read_spec(kind, entry, f"{key} {name}") for name, entry in table.items()}
+        host = {
+            name: shape_of(shape, name) for name, shape in table_of(parts.get("host", {}), "the layout's host").items()
+        }
+        rest = table_of(parts.get("rest", {}), "the layout's rest")
         research = places_of(parts.get("research", {}))
-        made = cls(specs["banks"], specs["projections"], specs["matrices"], host, rest, research)
+        made = cls(**specs, host=host, rest=rest, research=research)
         made._check()
         return made
 
     def _check(self) -> None:
         """Raise ValueError where parts of the layout contradict each other."""
-        folders = {name[:end] for name in self.banks for end, letter in enumerate(name) if letter == "."}
-        for name in self.banks:
+        named = [*self.banks, *self.neuron_banks]
+        folders = {name[:end] for name in named for end, letter in enumerate(name) if letter == "."}
+        for name in named:
             if not all(part.isidentifier() and not hasattr(nn.ModuleDict, part) for part in name.split(".")):
                 raise ValueError(f"{name!r} is no name for a bank")
             if name in folders:
@@ -145,8 +141,10 @@ class Layout:
                 raise ValueError(f"projection {name} selects {spec.top_k} of the {bank.n_primitives} of {spec.bank}")
             if name in self.matrices:
                 raise ValueError(f"{name} is both composed and dense")
+        for name, one in self.neurons.items():
+            self._check_neurons(name, one)
         for name in self.host:
-            if name not in self.projections and name not in self.matrices:
+            if name not in self.replaced:
                 raise ValueError(f"the layout's host names {name!r}, which it does not replace")
         for name, _, place in self.additions():
             if place not in self.banks and place not in self.projections and place not in self.matrices:
@@ -155,11 +153,29 @@ class Layout:
             if kind not in REST:
                 raise ValueError(f"{name}: {kind!r} is none of {', '.join(REST)}")
 
+    def _check_neurons(self, name: str, spec: NeuronSpec) -> None:
+        bank, owner = self.neuron_banks.get(spec.bank), self.neurons.get(spec.selection)
+        if bank is None:
+            raise ValueError(f"projection {name} uses the bank {spec.bank!r}, which the layout does not have")
+        if spec.role in ("gate", "gate_up") and not bank.gated:
+            raise ValueError(f"projection {name} is a {spec.role}, and the neurons of {spec.bank} have no gates")
+        if spec.top_k > bank.neurons or (spec.top_k < bank.neurons) != bool(spec.selection):
+            raise ValueError(f"projection {name} selects {spec.top_k} of the {bank.neurons} neurons of {spec.bank}")
+        if spec.selection and (owner is None or owner.selection != spec.selection or owner.bank != spec.bank):
+            raise ValueError(f"projection {name} takes its selection from {spec.selection!r}, which has none for it")
+        if owner is not None and owner.top_k != spec.top_k:
+            raise ValueError(f"projection {name} selects {spec.top_k} neurons, {spec.selection} {owner.top_k}")
+        if spec.scaled and not has_scale(spec.role, bank.gated):
+            raise ValueError(f"projection {name} has a scale, which an up projection beside a gate has not")
+        if name in self.matrices or name in self.projections:
+            raise ValueError(f"projection {name} of {spec.bank} contradicts the rest of the layout")
+
     def in_format(self, quantization: str) -> "Layout":
         """Return the layout with every bank and matrix in the number format `quantization`."""
         banks = {name: replace(spec, quantization=quantization) for name, spec in self.banks.items()}
         matrices = {name: replace(spec, quantization=quantization) for name, spec in self.matrices.items()}
-        return replace(self, banks=banks, matrices=matrices)
+        neurons = {name: replace(spec, quantization=quantization) for name, spec in self.neuron_banks.items()}
+        return replace(self, banks=banks, matrices=matrices, neuron_banks=neurons)
 
     def additions(self) -> Iterator[tuple[str, str, str]]:
         """(research module, kind, bank or projection) of every addition."""
@@ -180,7 +196,12 @@ class Layout:
             name: replace(spec, quantization="ternary", group=groups.get(name, 0))
             for name, spec in self.matrices.items()
         }
-        return replace(self, banks=banks, projections=projections, matrices=matrices)
+        down = {spec.bank: groups.get(name, 0) for name, spec in self.neurons.items() if spec.role == "down"}
+        neurons = {
+            name: replace(spec, quantization="ternary", group=down.get(name, 0))
+            for name, spec in self.neuron_banks.items()
+        }
+        return replace(self, banks=banks, projections=projections, matrices=matrices, neuron_banks=neurons)
 
     @property
     def is_ternary(self) -> bool:
@@ -188,69 +209,30 @@ class Layout:
         return "ternary" in self.kinds
 
     def users(self, bank: str) -> list[str]:
-        """Names of the projections that compose from `bank`."""
-        return [name for name, spec in self.projections.items() if spec.bank == bank]
-
-
-def _written(spec: Any) -> dict[str, Any]:
-    values = {one.name: (getattr(spec, one.name), one.default) for one in fields(spec)}
-    return {name: value for name, (value, default) in values.items() if default is MISSING or value != default}
-
-
-def _table(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is no table: {value!r:.60}")
-    return dict(value)
-
-
-def _shape(value: Any, name: str) -> tuple[int, int]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError(f"host {name} is no pair of sizes: {value!r:.60}")
-    return _checked(value[0], "d_in", int, f"host {name}"), _checked(value[1], "d_out", int, f"host {name}")
-
-
-def _read(kind: type, entry: Any, where: str) -> Any:
-    """A specification of that `kind`. Raises ValueError for fields that are unknown, missing, or not `_checked`."""
-    known = {one.name: one for one in fields(kind)}
-    given = _table(entry, where)
-    if older := set(given) & FORMER:
-        raise ValueError(f"{where} has {min(older)}, of an earlier version: make the model again")
-    if unknown := set(given) - set(known):
-        raise ValueError(f"{where} has unknown fields {sorted(unknown)}: written by a newer pilon-compress?")
-    if lost := [name for name, one in known.items() if one.default is MISSING and name not in given]:
-        raise ValueError(f"{where} is incomplete: it lacks {lost[0]}")
-    made = kind(**{name: _checked(value, name, known[name].type, where) for name, value in given.items()})
-    if isinstance(made, BankSpec) and made.n_primitives * made.rank * max(made.d_in, made.d_out) > LARGEST:
-        raise ValueError(f"{where} declares more than {LARGEST:,} numbers")
-    return made
-
-
-def _checked(value: Any, name: str, kind: Any, where: str) -> Any:
-    """`value` of a field: its exact type, sizes from 1 (`group`: 0) to WIDEST, words that are known."""
-    if type(value) is not kind:
-        raise ValueError(f"{where}: {name} must be {kind.__name__}, not {value!r:.60}")
-    if kind is int and not (0 if name == "group" else 1) <= value <= WIDEST:
-        raise ValueError(f"{where}: {name} is {value}, which no model has")
-    if name == "composition" and value not in COMPOSITIONS:
-        raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
-    if name == "quantization" and value not in FORMATS:
-        newer = "written by a newer pilon-compress, or with a plug-in that PILON_PLUGINS must name?"
-        raise ValueError(f"{where}: {name} {value!r} is not known: {newer}")
-    return value
+        """Names of the projections that compose from `bank`, or use its neurons."""
+        specs: dict[str, ProjectionSpec | NeuronSpec] = {**self.projections, **self.neurons}
+        return [name for name, spec in specs.items() if spec.bank == bank]
 
 
 def install(model: Host, layout: Layout) -> Host:
-    """Put a `ComposedLinear` or `DenseLinear`, uninitialised, in the place of every projection of `layout`.
+    """Put a projection of ours, uninitialised, in the place of every projection of `layout`.
 
     `model` may have a head or not: banks go to its base model, once each, so that every head class reads the same keys.
     Raises ValueError if the model has no such projection or its shape differs.
     """
     base = model.base_model
-    banks = {
+    banks: dict[str, nn.Module] = {
         name: FORMATS[spec.quantization].bank(spec.d_in, spec.d_out, spec.n_primitives, spec.rank)
         for name, spec in layout.banks.items()
     }
-    for name in (*layout.projections, *layout.matrices):
+    for name, form in layout.neuron_banks.items():
+        banks[name] = NeuronBank(form.neurons, form.d_in, form.d_out, form.gated, form.quantization, form.group)
+    selections = {
+        name: Selection(layout.neuron_banks[spec.bank].neurons, spec.top_k)
+        for name, spec in layout.neurons.items()
+        if spec.selection == name
+    }
+    for name in layout.replaced:
         try:
             dense = base.get_submodule(name)
         except AttributeError:
@@ -258,7 +240,20 @@ def install(model: Host, layout: Layout) -> Host:
         expected = layout.host_shape(name)
         if linear_shape(dense) != expected:
             raise ValueError(f"{name} is {linear_shape(dense)} in the model, {expected} in the layout")
-        base.set_submodule(name, _module(layout, name, banks))
+        base.set_submodule(name, _module(layout, name, banks, selections))
+    setattr(base, BANKS, _tree(banks))
+    for name, kind, place in layout.additions():
+        add(banks[place] if place in banks else base.get_submodule(place), name, kind)
+    install_int8(model, layout.rest)
+    label_parts(model)
+    no_split = getattr(base, "_no_split_modules", None)
+    if no_split is not None:  # device_map="auto" must keep a bank on one device
+        base._no_split_modules = [*no_split, *sorted({type(bank).__name__ for bank in banks.values()})]
+    return model
+
+
+def _tree(banks: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """Return the banks as a tree of modules: `band0.up` is `up` in `band0`."""
     tree = nn.ModuleDict()
     for name, bank in banks.items():
         *folders, leaf = name.split(".")
@@ -270,19 +265,22 @@ def install(model: Host, layout: Layout) -> Host:
             assert isinstance(child, nn.ModuleDict)
             node = child
         node[leaf] = bank
-    setattr(base, BANKS, tree)
-    for name, kind, place in layout.additions():
-        add(banks[place] if place in banks else base.get_submodule(place), name, kind)
-    install_int8(model, layout.rest)
-    label_parts(model)
-    no_split = getattr(base, "_no_split_modules", None)
-    if no_split is not None:  # device_map="auto" must keep a bank on one device
-        base._no_split_modules = [*no_split, *sorted({type(bank).__name__ for bank in banks.values()})]
-    return model
+    return tree
 
 
-def _module(layout: Layout, name: str, banks: dict[str, PrimitiveBank]) -> nn.Module:
+def _module(layout: Layout, name: str, banks: Mapping[str, Any], selections: Mapping[str, Selection]) -> nn.Module:
     host_shape = layout.host_shape(name)
+    if name in layout.neurons:
+        one = layout.neurons[name]
+        return NeuronLinear(
+            banks[one.bank],
+            one.role,
+            selections.get(one.selection),
+            owns=one.selection == name,
+            scaled=one.scaled,
+            bias=one.bias,
+            host_shape=host_shape,
+        )
     if name in layout.matrices:
         matrix = layout.matrices[name]
         return FORMATS[matrix.quantization].matrix(matrix.d_in, matrix.d_out, matrix.bias, host_shape, matrix.group)
@@ -310,8 +308,34 @@ def projections(model: Host) -> Iterator[tuple[str, ComposedLinear]]:
 def dense_matrices(model: Host) -> Iterator[tuple[str, Any]]:
     """Yield every dense projection of a PILON model, a `Matrix`, by module name below the base model."""
     for name, module in model.base_model.named_modules():
-        if isinstance(module, Matrix):
+        if isinstance(module, Matrix) and not name.startswith(f"{BANKS}."):
             yield name, module
+
+
+def neuron_projections(model: Host) -> Iterator[tuple[str, NeuronLinear]]:
+    """Yield every projection of a PILON model that uses a bank of neurons, by module name below the base model."""
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, NeuronLinear):
+            yield name, module
+
+
+def neuron_banks(model: Host) -> Iterator[tuple[str, NeuronBank]]:
+    """Yield every bank of neurons of a PILON model by its layout name (`band0`)."""
+    for name, bank in model.base_model.named_modules():
+        if isinstance(bank, NeuronBank):
+            yield name.removeprefix(f"{BANKS}."), bank
+
+
+def neuron_blocks(model: Host) -> Iterator[dict[str, NeuronLinear]]:
+    """Yield, by role, the projections of every block whose neurons come from a bank, in layer order."""
+    block: dict[str, NeuronLinear] = {}
+    for _, layer in neuron_projections(model):
+        if layer.role in block:
+            yield block
+            block = {}
+        block[layer.role] = layer
+    if block:
+        yield block
 
 
 def banks(model: Host) -> Iterator[tuple[str, PrimitiveBank]]:
@@ -355,9 +379,20 @@ def layout_of(model: Host) -> Layout:
         name: DenseSpec(m.in_features, m.out_features, m.bias is not None, m.format, m.group)
         for name, m in dense_matrices(model)
     }
-    layers = [*projections(model), *dense_matrices(model)]
+    homes = {id(bank): name for name, bank in neuron_banks(model)}
+    owners = {id(one.selection): name for name, one in neuron_projections(model) if one.owns}
+    neurons = {
+        name: NeuronSpec(
+            homes[id(one.bank)], one.role, one.top_k, one.bias_of_dense, owners.get(id(one.selection), ""), one.scaled
+        )
+        for name, one in neuron_projections(model)
+    }
+    stores = {
+        name: NeuronBankSpec(b.neurons, b.d_in, b.d_out, b.gated, b.format, b.group) for name, b in neuron_banks(model)
+    }
+    layers = [*projections(model), *dense_matrices(model), *neuron_projections(model)]
     host = {name: layer.host_shape for name, layer in layers if layer.host_shape != linear_shape(layer)}
-    layout = Layout(specs, composed, matrices, host, installed(model))
+    layout = Layout(specs, composed, matrices, host, installed(model), {}, stores, neurons)
     for name, research, kind in ((name, *one) for name, module in (*banks(model), *layers) for one in added(module)):
         layout = layout.with_addition(research, kind, [name])
     return layout

@@ -1,6 +1,7 @@
 """The modules whose tensors a PILON checkpoint holds: banks, projections, 8-bit layers. What the rest asks of them."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,16 +36,32 @@ class Projection(Part):
     host_shape: tuple[int, int]
 
 
+class Chosen(NamedTuple):
+    """Inputs or outputs of a matrix: `indices` (k,) int64; `runs`: their (start, end) where these are few, else ()."""
+
+    indices: Tensor
+    runs: tuple[tuple[int, int], ...] = ()
+
+
 class Matrix(Projection):
     """Mixin of the projections that are one matrix: of the dense model's size, or smaller where neurons were dropped.
 
     format: name in `nn.formats`   group: inputs that share a scale of a quantiser, 0 for all of a token's
     unfolds: folding replaces it by an nn.Linear, because it restores its matrix in every call
+    folds: an nn.Linear computes the same
     """
 
     format: str = "none"
     group: int = 0
     unfolds: bool = False
+    folds: bool = True
+
+    def forward(self, x: Tensor, chosen: Chosen | None = None, inputs: bool = False) -> Tensor:
+        """Multiply `x` (..., d) with the matrix, and add the bias.
+
+        With `chosen`, of matrices without a bias: with these columns of it, or, if they are `inputs`, these rows.
+        """
+        raise NotImplementedError
 
     def matrix(self) -> Tensor:
         """Return the matrix (d_in, d_out) as it counts in the forward pass."""

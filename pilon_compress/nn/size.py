@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from pilon_compress.nn.additions import addition
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.layout import Layout, linear_shape
+from pilon_compress.nn.neuron_linear import biased_outputs
 from pilon_compress.results.sizes import Share, Sizes
 
 DENSE_ITEMSIZE = 2  # `dense_bytes` is the dense model in bfloat16, whatever it was stored in
@@ -100,10 +101,37 @@ def dense_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Siz
     return Size(stored, dense, size, dense * DENSE_ITEMSIZE, macs, dense_macs)
 
 
+def neuron_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """Return the size of a bank of neurons and its projections, as `bank_size`; a block's selection counts once."""
+    spec, users = layout.neuron_banks[bank], layout.users(bank)
+    kind = FORMATS[spec.quantization]
+    shapes = [(spec.d_in, spec.neurons)] * (1 + spec.gated) + [(spec.neurons, spec.d_out)]
+    exact = sum(kind.matrix_scales(d_out) for _, d_out in shapes)
+    size = sum(kind.matrix_bytes(d_in, d_out, itemsize) for d_in, d_out in shapes) + exact * SCALE_ITEMSIZE
+    numbers = sum(d_in * d_out for d_in, d_out in shapes) + exact
+    plain = indices = macs = dense = dense_macs = 0
+    for name in users:
+        user, (rows, columns), (d_in, d_out) = layout.neurons[name], layout.shape(name), layout.host_shape(name)
+        plain += (user.top_k if user.scaled else 1) + biased_outputs(user.role, columns, user.bias, user.scaled)
+        indices += user.top_k * (user.selection == name)
+        macs += rows * kind.computed(columns)
+        dense += d_in * d_out + user.bias * d_out
+        dense_macs += d_in * d_out
+    return Size(
+        stored=numbers + plain + indices,
+        dense_stored=dense,
+        bytes=size + plain * itemsize + indices * INDEX_ITEMSIZE,
+        dense_bytes=dense * DENSE_ITEMSIZE,
+        macs=macs,
+        dense_macs=dense_macs,
+    )
+
+
 def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
-    """Everything that the layout names: composed projections with their banks, and dense matrices."""
+    """Everything that the layout names: composed projections with their banks, dense matrices, banks of neurons."""
     parts = [bank_size(layout, bank, itemsize) for bank in layout.banks]
     parts += [dense_size(layout, name, itemsize) for name in layout.matrices]
+    parts += [neuron_size(layout, bank, itemsize) for bank in layout.neuron_banks]
     return sum(parts, Size(0, 0, 0, 0, 0, 0))
 
 
@@ -139,7 +167,7 @@ def linear_macs(model: nn.Module) -> int:
 
 def unchanged(dense: PreTrainedModel, layout: Layout) -> list[Share]:
     """Parameters that the layout leaves alone, by place, with their share of the dense model's, largest first."""
-    replaced = {f"{name}." for name in (*layout.projections, *layout.matrices)}
+    replaced = {f"{name}." for name in layout.replaced}
     prefix = dense.base_model_prefix + "."
     groups: dict[str, int] = {}
     total = 0

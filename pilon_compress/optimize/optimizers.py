@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pilon_compress.config.training import Optimizer
-from pilon_compress.nn.layout import banks, dense_matrices, projections
+from pilon_compress.nn.layout import banks, dense_matrices, neuron_banks, neuron_projections, projections
 from pilon_compress.nn.part import Part
 from pilon_compress.nn.sharded import full
 
@@ -54,9 +54,10 @@ def restrict(model: PreTrainedModel, train: str) -> None:
     if train == "all":
         return
     model.requires_grad_(False)
-    learning = [layer for _, layer in projections(model)]
+    learning: list[nn.Module] = [layer for _, layer in projections(model)]
+    learning += [layer for _, layer in neuron_projections(model)]
     if train == "ffn":
-        learning += [part for _, part in (*banks(model), *dense_matrices(model))]
+        learning += [part for _, part in (*banks(model), *dense_matrices(model), *neuron_banks(model))]
     for module in learning:
         for parameter in module.parameters():  # their additions included
             parameter.requires_grad_(True)

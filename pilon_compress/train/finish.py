@@ -85,7 +85,7 @@ def gathered(job: Training) -> PreTrainedModel:
     plain = copy.copy(model.config)
     fresh = checkpoint.build(plain).to("meta")
     layout = layout_of(model)
-    if layout.projections or layout.matrices:
+    if layout.replaced:
         install(fresh, layout)
     fresh.load_state_dict(state, assign=True)
     fresh.tie_weights()

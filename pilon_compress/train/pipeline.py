@@ -37,7 +37,7 @@ from pilon_compress.models.families import find_sites
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.layout import layout_of, projections
-from pilon_compress.nn.size import ffn_size, linear_macs
+from pilon_compress.nn.size import linear_macs, model_size
 from pilon_compress.optimize import schedule
 from pilon_compress.optimize.callbacks import Callback, extensions
 from pilon_compress.optimize.checkpoints import Checkpoints
@@ -353,4 +353,4 @@ def validate(wrapped: nn.Module, corpus: Corpus, run: Run) -> tuple[float, int]:
 def macs_per_token(model: PreTrainedModel) -> float:
     """Multiply-accumulates of all products with weights."""
     layout = layout_of(model)
-    return linear_macs(model) + (ffn_size(layout).macs if layout.projections else 0)
+    return model_size(layout, checkpoint.empty_model(model.config)).macs if layout.replaced else linear_macs(model)

@@ -100,6 +100,6 @@ def layout_asked(recipe: TrainRecipe, config: PretrainedConfig) -> Layout | None
 
 def sized(layout: Layout | None, dense: PreTrainedModel) -> dict[str, Any]:
     """Sizes over the dense model's: fields `ffn` and, of a PILON model, `model` of a result."""
-    if layout is None or not (layout.projections or layout.matrices):
+    if layout is None or not layout.replaced:
         return {"ffn": Ratios(stored_ratio=1.0, bytes_ratio=1.0, mac_ratio=1.0)}
     return {"ffn": ffn_size(layout).over_dense(), "model": model_size(layout, dense).over_dense()}

@@ -27,7 +27,7 @@ from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.formats.ternary import TernaryBank, TernaryLinear
 from pilon_compress.nn.lazy import LazyValue
-from pilon_compress.nn.part import Matrix
+from pilon_compress.nn.part import Chosen, Matrix
 from pilon_compress.nn.ternary_codec import PER_BYTE, pack, packed_size, unpack, valid
 from pilon_compress.nn.ternary_quantizer import digits
 
@@ -134,6 +134,7 @@ def _layer(
 class PackedLinear(Matrix, nn.Module):
     """A dense matrix of digits: `codes` of (d_in, d_out), packed by `encoding`, and a scale per output."""
 
+    folds = False
     codes: Tensor
 
     def __init__(
@@ -153,17 +154,28 @@ class PackedLinear(Matrix, nn.Module):
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         self._unpacked: LazyValue[MatrixTiles | MatrixWords | Tensor] = LazyValue()
         self._computed: LazyValue[Callable[[Tensor], Tensor]] = LazyValue()
+        self._parts: defaultdict[int, LazyValue[Callable[[Tensor], Tensor]]] = defaultdict(LazyValue)  # by address
 
     def digits(self) -> Tensor:
         """(d_in, d_out), int8."""
         return unpack(self.codes, (self.in_features, self.out_features), self.encoding)[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` (..., d_in) -> (..., d_out)."""
+    def forward(self, x: Tensor, chosen: Chosen | None = None, inputs: bool = False) -> Tensor:
+        """Compute `Matrix.forward`; each selection has its weights unpacked for the kernel at its first call."""
         compiling = torch.compiler.is_compiling()
-        run = self._run() if compiling else self._computed.get((self.codes, self.weight), self._run)
+        if chosen is None:
+            run = self._run() if compiling else self._computed.get((self.codes, self.weight), self._run)
+        else:
+            make = partial(self._part, chosen.indices, inputs)
+            sources = (self.codes, self.weight, chosen.indices)
+            run = make() if compiling else self._parts[chosen.indices.data_ptr()].get(sources, make)
         y = run(x)
         return y if self.bias is None else y + self.bias
+
+    def _part(self, indices: Tensor, inputs: bool) -> Callable[[Tensor], Tensor]:
+        digits = self.digits().index_select(0 if inputs else 1, indices)
+        scale = self.weight if inputs else self.weight.index_select(0, indices)
+        return dispatch.multiplied(dispatch.matrix(digits, self.group, self.label), scale.float(), self.group)
 
     def _run(self) -> Callable[[Tensor], Tensor]:
         digits = self._unpacked.get((self.codes,), lambda: dispatch.matrix(self.digits(), self.group, self.label))

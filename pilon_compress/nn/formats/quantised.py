@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.formats.registry import Format, Grid
-from pilon_compress.nn.part import Matrix, Part
+from pilon_compress.nn.part import Chosen, Matrix, Part
 
 
 class Quantised(Part, nn.Module):
@@ -105,9 +105,10 @@ class QuantisedLinear(Matrix, Quantised):
         self.in_features, self.out_features, self.host_shape = d_in, d_out, host_shape
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` (..., d_in) -> (..., d_out)."""
-        return functional.linear(x, self.matrix().T.to(x.dtype), self.bias)
+    def forward(self, x: Tensor, chosen: Chosen | None = None, inputs: bool = False) -> Tensor:
+        """Compute `Matrix.forward`, with the numbers that the codes stand for."""
+        matrix = self.matrix() if chosen is None else self.matrix().index_select(0 if inputs else 1, chosen.indices)
+        return functional.linear(x, matrix.T.to(x.dtype), self.bias)
 
     def matrix(self) -> Tensor:
         """Return the weight (d_in, d_out), dequantised."""

@@ -7,7 +7,7 @@ from pilon_compress.kernels.reference import product, quantise
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.dense_linear import DenseLinear
 from pilon_compress.nn.formats.registry import FORMATS, Format
-from pilon_compress.nn.part import LatentPart
+from pilon_compress.nn.part import Chosen, LatentPart
 from pilon_compress.nn.sharded import full
 from pilon_compress.nn.ternary_quantizer import Rounding, absmean, digits, held_digits, restored, rounded, straight
 
@@ -108,6 +108,7 @@ class TernaryLinear(LatentPart, DenseLinear):
     """
 
     format = "ternary"
+    folds = False
     rounding: Rounding
     weight_digits: Tensor | None
 
@@ -123,22 +124,24 @@ class TernaryLinear(LatentPart, DenseLinear):
         self.group, self.rounding = group, rounded
         self.register_buffer("weight_digits", None, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` (..., d_in) -> (..., d_out)."""
+    def forward(self, x: Tensor, chosen: Chosen | None = None, inputs: bool = False) -> Tensor:
+        """Compute `Matrix.forward`, with `x` in 8 bits and ternary weights."""
         if self.training:
-            y = self._multiply(x)
+            y = self._multiply(x, chosen, inputs)
         else:
             with torch.autocast(x.device.type, enabled=False):
-                y = self._multiply(x)
+                y = self._multiply(x, chosen, inputs)
         return y if self.bias is None else y + self.bias
 
-    def _multiply(self, x: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, chosen: Chosen | None, inputs: bool) -> Tensor:
         rounding = self.rounding if self.training else rounded
         scale = self.scales()
         if self.training and self.weight_digits is not None:
             matrix = held_digits(self.weight, self.weight_digits, scale).T
         else:
             matrix = digits(self.weight, scale, rounding).T
+        if chosen is not None:
+            matrix = matrix.index_select(0 if inputs else 1, chosen.indices)
         codes, scales = quantise(x, self.group, straight(rounding))
         if self.training and self.group:
             y = restored(codes, scales, self.group) @ matrix

@@ -1,0 +1,134 @@
+"""The bank of neurons: a primitive is a whole neuron of a feed-forward block, which the layers of a band share.
+
+    in_j, up_j      columns of `gate` and `up` (d, N); a block without a gate has `up` alone
+    out_j           rows of `down` (N, d)
+
+    gated           y = Σ  s'_j · act(s_j · x·in_j + b_j) · (x·up_j) · out_j      j: the k selected neurons
+    without         y = Σ  s'_j · act(s_j · x·up_j + b_j) · out_j
+
+Scales s, s' and the bias b belong to a neuron and a layer (`nn.neuron_linear`). With k = N and without them the layers
+of a band are plain blocks that share their weights.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pilon_compress.nn.formats.registry import FORMATS
+from pilon_compress.nn.lazy import LazyValue
+from pilon_compress.nn.part import Chosen, Matrix, Part
+
+SLICES = 4  # runs of neurons that are cheaper to read in place than to copy
+
+
+class Selection(Part, nn.Module):
+    """The `top_k` neurons of a bank of `neurons` that one block uses: `selected` (k,), stored once.
+
+    The block's projections call it rather than read `selected`, so that offloading can bring it first.
+    """
+
+    selected: Tensor
+
+    def __init__(self, neurons: int, top_k: int) -> None:
+        super().__init__()
+        self.neurons, self.top_k = neurons, top_k
+        self.register_buffer("selected", torch.arange(top_k))
+        self._runs: LazyValue[tuple[tuple[int, int], ...]] = LazyValue()
+
+    def forward(self) -> Chosen:
+        """Return the selection, with its runs of consecutive neurons if they are few."""
+        if torch.compiler.is_compiling() or self.selected.is_meta:
+            return Chosen(self.selected, ())
+        return Chosen(self.selected, self._runs.get((self.selected,), self._find_runs))
+
+    def _find_runs(self) -> tuple[tuple[int, int], ...]:
+        """(start, end) of each run of consecutive neurons, in the order of `selected`; () if there are many."""
+        selected = self.selected.cpu()
+        cuts = ((selected.diff() != 1).nonzero()[:, 0] + 1).tolist()
+        if len(cuts) >= SLICES:
+            return ()
+        edges = [0, *cuts, len(selected)]
+        return tuple((int(selected[a]), int(selected[b - 1]) + 1) for a, b in zip(edges, edges[1:], strict=False))
+
+    def refuse(self) -> str | None:
+        """Return why the loaded selection is damaged, or None."""
+        low, high = self.selected.aminmax()
+        if low < 0 or high >= self.neurons:
+            return f"selects neurons that are not among the {self.neurons} of its bank"
+        return None if len(self.selected.unique()) == self.top_k else "selects a neuron twice"
+
+    def extra_repr(self) -> str:
+        """Return the sizes for `repr`."""
+        return f"{self.top_k} of {self.neurons}"
+
+
+class NeuronBank(Part, nn.Module):
+    """`neurons` whole neurons for one band: the matrices `up` and, if `gated`, `gate` (d_in, N), and `down` (N, d_out).
+
+    The matrices are those of the number format `format`. The bank is owned once by the model; layers call it and do not
+    read its tensors, so that FSDP can gather them first. `group`: inputs of `down` that share a scale of a quantiser.
+    """
+
+    up: Matrix
+    down: Matrix
+
+    def __init__(self, neurons: int, d_in: int, d_out: int, gated: bool, format: str = "none", group: int = 0) -> None:
+        super().__init__()
+        self.neurons, self.d_in, self.d_out, self.gated = neurons, d_in, d_out, gated
+        self.format, self.group = format, group
+        for role, (rows, columns) in self.shapes().items():
+            own = group if role == "down" else 0
+            self.add_module(role, FORMATS[format].matrix(rows, columns, False, (rows, columns), own))
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of the bank's matrices by role."""
+        enter = {role: (self.d_in, self.neurons) for role in (("gate", "up") if self.gated else ("up",))}
+        return {**enter, "down": (self.neurons, self.d_out)}
+
+    def matrix(self, role: str) -> Matrix:
+        """Return the matrix of that role, over all neurons."""
+        found = self.get_submodule(role)
+        assert isinstance(found, Matrix)
+        return found
+
+    def matrices(self) -> Iterator[tuple[str, Matrix]]:
+        """Yield the matrices by role."""
+        return ((role, self.matrix(role)) for role in self.shapes())
+
+    def become(self, format: str, matrices: Mapping[str, nn.Module]) -> None:
+        """Take `matrices` by role, of another number format, in the place of the bank's."""
+        self.format = format
+        for role, matrix in matrices.items():
+            self.add_module(role, matrix)
+
+    @property
+    def folds(self) -> bool:
+        """Return True if plain matrices compute the same as the bank's: not so of integer products."""
+        return all(matrix.folds for _, matrix in self.matrices())
+
+    def forward(self, x: Tensor, role: str, chosen: Chosen | None = None) -> Tensor:
+        """Multiply `x` (..., d) with the matrix of that role, of the `chosen` neurons; None: of all of them."""
+        y: Tensor = self.get_submodule(role)(x, chosen, role == "down")
+        return y
+
+    def part(self, role: str, chosen: Chosen | None = None) -> Tensor:
+        """Return the matrix of that role as it counts, (d_in, k) or (k, d_out), of the `chosen` neurons."""
+        matrix = self.matrix(role).matrix()
+        return matrix if chosen is None else matrix.index_select(0 if role == "down" else 1, chosen.indices)
+
+    @torch.no_grad()
+    def draw(self, std: float, generator: torch.Generator | None) -> None:
+        """Fill the matrices, in place, with N(0, std²)."""
+        for _, matrix in self.matrices():
+            matrix.draw(std, generator)
+
+    @torch.no_grad()
+    def fill(self, matrices: Mapping[str, Tensor], codes: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+        """Copy `matrices` by role, (d_in, N) and (N, d_out), into the bank; `codes` by role where they were rounded."""
+        for role, matrix in self.matrices():
+            FORMATS[self.format].fill_matrix(matrix, matrices[role], None if codes is None else codes[role])
+
+    def extra_repr(self) -> str:
+        """Return the sizes for `repr`."""
+        return f"neurons={self.neurons}, d_in={self.d_in}, d_out={self.d_out}, gated={self.gated}, {self.format}"
