@@ -293,7 +293,11 @@ def test_exact_with_any_rank_and_width_on_the_kernel(rank, n, d_in, d_out, group
     vectors = [torch.randn(k * rank) * 0.01, torch.randn(k * rank) if shift else None]
     run = dispatch.composed(dispatch.bank(A, B, group), selected, *vectors, group)
     assert isinstance(run, cpu.Prepared), "it is not on the kernel"
-    assert torch.equal(run(x), reference.compose(x, A, B, selected, *vectors, group=group))
+    expected = reference.compose(x, A, B, selected, *vectors, group=group)
+    assert torch.equal(run(x), expected)
+    packed = dispatch.bank(*dispatch.side_by_side(A, B, selected), group)
+    run = dispatch.composed(packed, torch.zeros(1, dtype=torch.int64), *vectors, group)
+    assert isinstance(run, cpu.Prepared) and torch.equal(run(x), expected)
     scale = torch.randn(d_out)
     run = dispatch.multiplied(dispatch.matrix(A[0] @ B[0] % 2, group), scale, group)
     assert isinstance(run, cpu.Prepared)

@@ -65,8 +65,8 @@ def bench_block(config: BenchConfig) -> Benchmark:
 
 def _kernels(shape: Shape, device: str) -> dict[str, str]:
     """Return the kernel of each projection of `pilon_ternary`, by its shape."""
-    found, rank = {}, dispatch.padded(shape.rank)
-    pads = "" if rank == shape.rank else f", rank {shape.rank} computed as {rank}"
+    found, active = {}, dispatch.padded(shape.active)
+    pads = "" if active == shape.active else f", k·r {shape.active} computed as {active}"
     for d_in, d_out in shape.projections:
         one = dispatch.kernel(device, d_in, GROUP if d_in > d_out else 0)
         found[f"{d_in}→{d_out}"] = f"ternary {one.name}{pads}"

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from pilon_compress.bench.timing import once
 from pilon_compress.kernels import cpu, dispatch
-from pilon_compress.kernels.gpu_layout import MatrixWords
+from pilon_compress.kernels.gpu_layout import MULTIPLE, MatrixWords
 from pilon_compress.kernels.reference import ACTIVATIONS
 from pilon_compress.nn.ternary_quantizer import GROUP
 
@@ -182,8 +182,9 @@ def _ternary_banks_on_gpu(shape: Shape, device: torch.device) -> Block:
     from pilon_compress.kernels import gpu
 
     projections, k = [], shape.active // shape.rank
+    k, rank = (1, shape.active) if shape.rank % MULTIPLE else (k, shape.rank)  # odd ranks run side by side
     for d_in, d_out in shape.projections:
-        factors = (_ternary_weights(k, *sizes).to(device) for sizes in ((d_in, shape.rank), (shape.rank, d_out)))
+        factors = (_ternary_weights(k, *sizes).to(device) for sizes in ((d_in, rank), (rank, d_out)))
         words = gpu.words(*dispatch.pad_bank(*factors))
         scale = dispatch.widened(torch.rand(shape.active, device=device), k, words.A.shape[2])
         projections.append(gpu.GpuProjection(words, torch.randperm(k, device=device), scale))
@@ -200,6 +201,8 @@ def ternary_matrix(d_in: int, d_out: int) -> cpu.CpuProjection:
 
 def ternary_bank(d_in: int, d_out: int, active: int, rank: int, n_primitives: int | None = None) -> cpu.CpuProjection:
     """Return a projection through a bank of random ternary weights and scales, with `active` components selected."""
+    if rank % MULTIPLE:  # primitives of odd ranks run side by side
+        rank, n_primitives = active, 1
     k = active // rank
     n = n_primitives or k
     tiles = cpu.tiles(*dispatch.pad_bank(_ternary_weights(n, d_in, rank), _ternary_weights(n, rank, d_out)))

@@ -22,7 +22,7 @@ class BenchConfig(Flat):
     active_rank: Annotated[Positive | None, Option(panel=BLOCK)] = None
     """Components that are computed (k·r), a multiple of `rank`. Default: a quarter of the width."""
     rank: Annotated[Positive, Option(panel=BLOCK)] = 16
-    """Rank of a primitive; ternary kernels compute it as the next multiple of 16."""
+    """Rank of a primitive. Ternary kernels read primitives in place where it is a multiple of 16, else side by side."""
     top_k: Annotated[Positive | None, Option(panel=BLOCK)] = None
     """Primitives that are selected. Default: as many as make up `active_rank`."""
     gated: Annotated[Switch, Option(panel=BLOCK)] = False

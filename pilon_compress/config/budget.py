@@ -41,6 +41,9 @@ class Budget(Section):
     """Primitives per bank. Default: as many as `ffn_ratio` pays for."""
     rank: Annotated[Positive | None, Option()] = None
     """Rank of each primitive. Default: the rank that spends `ffn_ratio` best."""
+    rank_multiple: Annotated[Positive | None, Option()] = None
+    """Make ranks multiples of this, where the budget pays for one: 16 suits the ternary kernels, which pad others.
+    Conversions within a ternary training do so. Default: 8 in large blocks, else any rank."""
     top_k: Annotated[Positive | None, Option()] = None
     """Primitives that each layer selects from its bank. Default: as many as cost no more MACs than the dense layer."""
 

@@ -159,6 +159,7 @@ FIXED = Context[Recipe](
 BASELINE = Context[Recipe](lambda r: r.method != "pilon", lambda r: f"method {r.method}")
 SCALAR = Context[Recipe](lambda r: r.form.composition == "scalar", lambda _: "form.composition scalar")
 LARGER = Context[Recipe](lambda r: r.budget.ratio > 1, lambda _: "budget.ffn_ratio above 1")
+RANK = Context[Recipe](lambda r: r.budget.rank is not None, lambda _: "budget.rank")
 WHOLE = Context[Recipe](lambda r: r.budget.ratio == 1, lambda _: "budget.ffn_ratio 1, which keeps every layer dense")
 MACS = Context[Recipe](
     lambda r: r.budget.mac_ratio is not None or r.budget.optimize == "compute",
@@ -180,6 +181,7 @@ TABLE: Table[Recipe] = {
     "budget.bands": (BASELINE,),
     "budget.n_primitives": (BASELINE,),
     "budget.top_k": (BASELINE,),
+    "budget.rank_multiple": (RANK, WHOLE),
     "budget.optimize": (MAC_RATIO,),
     "effort": (BASELINE,),
     "refine.minutes": (UNREFINED,),

@@ -5,8 +5,9 @@
     otherwise   reference.py
 
 All compute equal numbers. Ranks, and on a GPU the outputs of a matrix, are padded to multiples of 16 by zeros, which
-change no sum. A layer that no kernel takes says so in one warning for each reason; where a kernel does not work at all,
-one warning says why. PILON_KERNELS=0 selects plain torch on a GPU too.
+change no sum; of odd ranks `side_by_side` makes one primitive for a layer, padded once. A layer that no kernel takes
+says so in one warning for each reason; where a kernel does not work at all, one warning says why. PILON_KERNELS=0
+selects plain torch on a GPU too.
 """
 
 import logging
@@ -90,6 +91,11 @@ def matrix(weights: Tensor, group: int, name: str = "") -> MatrixTiles | MatrixW
     if found == "triton":
         return matrix_words(pad(weights, (0, padded(weights.shape[1]) - weights.shape[1])))
     return cpu.matrix_tiles(weights)
+
+
+def side_by_side(A: Tensor, B: Tensor, selected: Tensor) -> UnpackedBank:
+    """Return the `selected` (k,) primitives of A (n, d_in, r) and B (n, r, d_out) as one of rank k·r."""
+    return A[selected].permute(1, 0, 2).flatten(1)[None], B[selected].flatten(0, 1)[None]
 
 
 def composed(

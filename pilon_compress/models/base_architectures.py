@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from pilon_compress.config.model import FfnConfig, HostConfig, TernaryConfig
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
+from pilon_compress.kernels.gpu_layout import MULTIPLE
 from pilon_compress.models.architectures.registry import ARCHITECTURES
 from pilon_compress.models.families import Site
 from pilon_compress.nn.bands import split_bands
@@ -101,7 +102,8 @@ def layout_for(sites: Sequence[Site], ffn: FfnConfig, ternary: TernaryConfig = T
             return None
         layout = dense_layout(sites)
     else:
-        layout = _narrowed(sites, ffn) if ffn.matrices else _composed(sites, ffn)
+        multiple = MULTIPLE if ternary.enabled else 1
+        layout = _narrowed(sites, ffn) if ffn.matrices else _composed(sites, ffn, multiple)
     return with_ternary(layout, sites, ternary)
 
 
@@ -116,8 +118,11 @@ def with_ternary(layout: Layout, sites: Sequence[Site], ternary: TernaryConfig) 
     return layout.ternary(down, ternary.group) if ternary.enabled else layout
 
 
-def _composed(sites: Sequence[Site], ffn: FfnConfig) -> Layout:
-    """Return a layout of banks that the layers of a band share, or one bank for each layer (lowrank)."""
+def _composed(sites: Sequence[Site], ffn: FfnConfig, multiple: int) -> Layout:
+    """Return a layout of banks that the layers of a band share, or one bank for each layer (lowrank).
+
+    Ranks that `ffn` leaves open are multiples of `multiple`, where the budget pays for one.
+    """
     wide = _widened(sites, ffn.neurons)
     layers = sorted({site.layer for site in sites})
     bands = [[layer] for layer in layers] if ffn.kind == "lowrank" else split_bands(layers, ffn.bands)
@@ -127,7 +132,7 @@ def _composed(sites: Sequence[Site], ffn: FfnConfig) -> Layout:
         for role in dict.fromkeys(site.role for site in wide):
             members = [site for site in wide if site.role == role and site.layer in band]
             dense = [site for site in sites if site.role == role and site.layer in band]
-            bank, top_k = _size(members, dense, ffn)
+            bank, top_k = _size(members, dense, ffn, multiple)
             name = f"band{index}.{role}"
             banks[name] = bank
             composition = "component" if ffn.kind == "lowrank" else ffn.composition
@@ -162,7 +167,7 @@ def _narrowed(sites: Sequence[Site], ffn: FfnConfig) -> Layout:
     return Layout({}, {}, matrices, {site.name: (site.d_in, site.d_out) for site in sites})
 
 
-def _size(members: Sequence[Site], dense: Sequence[Site], ffn: FfnConfig) -> tuple[BankSpec, int]:
+def _size(members: Sequence[Site], dense: Sequence[Site], ffn: FfnConfig, multiple: int) -> tuple[BankSpec, int]:
     """Return the bank of one band and role, and the number of its primitives that a layer selects."""
     site = members[0]
     pair = site.d_in + site.d_out
@@ -175,11 +180,11 @@ def _size(members: Sequence[Site], dense: Sequence[Site], ffn: FfnConfig) -> tup
         composition="component" if ffn.kind == "lowrank" else ffn.composition,
     )
     if ffn.kind == "lowrank":
-        size = size_private(budget)
+        size = size_private(budget, multiple)
         if size is None:
             raise BadInput(f"the budget pays for no rank in the {site.role} projections: raise ffn_ratio or mac_ratio")
         return BankSpec(site.d_in, site.d_out, 1, size.rank), 1
-    size = size_bank(budget, ffn.n_primitives, ffn.rank, ffn.top_k)
+    size = size_bank(budget, ffn.n_primitives, ffn.rank, ffn.top_k, multiple=multiple)
     if size is None:
         raise BadInput(f"the budget pays for no primitive in the {site.role} projections: raise ffn_ratio or mac_ratio")
     spec = BankSpec(site.d_in, site.d_out, size.n_primitives, size.rank)

@@ -7,13 +7,13 @@ from pilon_compress.nn.layout import Layout
 
 
 def kernel_names(layout: Layout, device: str) -> dict[str, str]:
-    """Return the kernel of each projection on a device type, with the rank that it computes where it pads the rank."""
+    """Return the kernel of each projection on a device type, and the number of components where the kernel pads it."""
     found = dict[str, str]()
     for name, spec in layout.projections.items():
         bank = layout.banks[spec.bank]
         kind = FORMATS[bank.quantization]
-        rank = kind.computed(bank.rank)
-        pads = "" if rank == bank.rank else f", rank {bank.rank} computed as {rank}"
+        active = spec.top_k * bank.rank
+        pads = "" if active == kind.computed(active) else f", k·r {active} computed as {kind.computed(active)}"
         found[name] = kind.kernel(device, bank.d_in, spec.group) + pads
     for name, matrix in layout.matrices.items():
         found[name] = FORMATS[matrix.quantization].kernel(device, matrix.d_in, matrix.group)

@@ -63,7 +63,7 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
         indices += 0 if user.composition == "softmax" else user.top_k
         scales += user.top_k * width + _added(layout, name, exact=True)
         numbers += _added(layout, name)
-        inner = user.top_k * kind.computed(spec.rank)
+        inner = kind.computed(user.top_k * spec.rank)
         d_in, d_out = layout.host_shape(name)
         pair = inner * (spec.d_in + kind.computed(spec.d_out))
         macs += min(pair, spec.d_in * spec.d_out) if kind.multiple == 1 else pair

@@ -72,10 +72,14 @@ def affordable(limit: float, fixed: float, price: float, most: int) -> int:
     return max(0, min(most, int((limit - fixed) // price)))
 
 
-def size_private(budget: BankBudget) -> BankSize | None:
-    """Size one primitive for every layer: the largest rank within both limits; None if there is none."""
+def size_private(budget: BankBudget, multiple: int = 1) -> BankSize | None:
+    """Size one primitive for every layer: the largest rank within both limits; None if there is none.
+
+    It is a multiple of `multiple` unless even that is too large.
+    """
     most = min(budget.full_rank, budget.components)
-    return _largest(lambda rank: BankSize(1, rank, 1), most, budget)
+    found = _largest(lambda rank: BankSize(1, rank, 1), most, budget)
+    return found if found is None or found.rank < multiple else BankSize(1, found.rank // multiple * multiple, 1)
 
 
 def size_bank(
@@ -86,14 +90,24 @@ def size_bank(
     *,
     ranks: Sequence[int] = RANKS,
     own: int = 0,
+    multiple: int = 1,
 ) -> BankSize | None:
     """Size a bank so that it fills the budget; None if not even the smallest one fits.
 
     What is given is kept, n_primitives and rank together even where they exceed the budget. With the rank open it is
     the largest of `ranks` that fills the budget to within WASTE, lets a layer select two primitives, and has `own`
     primitives for each layer; failing that, the one that stores most. Every primitive can be selected: n_primitives is
-    at most top_k times the layers, but for softmax.
+    at most top_k times the layers, but for softmax. An open rank is a multiple of `multiple` where the budget pays for
+    one, even if that leaves more of it than WASTE.
     """
+    if multiple > 1 and rank is None:
+        ranks_of = [one for one in ranks if one % multiple == 0] or [multiple]
+        if n_primitives is not None or top_k is not None:
+            found = _size_rank(budget, n_primitives, top_k, multiple)
+        else:
+            found = size_bank(budget, ranks=ranks_of, own=own)
+        if found is not None:
+            return found
     if n_primitives is not None and rank is not None:
         return BankSize(n_primitives, rank, _top_k(budget, n_primitives, rank, top_k))
     if rank is None and (n_primitives is not None or top_k is not None):
@@ -125,7 +139,9 @@ def _most_primitives(budget: BankBudget, rank: int, top_k: int | None) -> BankSi
     return None if found is None or found.n_primitives < (top_k or 1) else found
 
 
-def _size_rank(budget: BankBudget, n_primitives: int | None, top_k: int | None) -> BankSize | None:
+def _size_rank(
+    budget: BankBudget, n_primitives: int | None, top_k: int | None, multiple: int = 1
+) -> BankSize | None:
     """Size the rank of a bank whose n_primitives or top_k is given, or both.
 
     Of the banks that store the most, to within WASTE, it is one whose rank is a multiple of 16 if there is any, and of
@@ -143,9 +159,10 @@ def _size_rank(budget: BankBudget, n_primitives: int | None, top_k: int | None) 
         most = min(budget.full_rank, max(budget.components // selected, not budget.mac_limited))
         largest = _largest(lambda rank, n=n: BankSize(n, rank, _top_k(budget, n, rank, top_k)), most, budget)  # type: ignore[misc]
         if largest is not None:
-            rounded = largest.rank // 16 * 16
+            step = max(multiple, 16)
+            rounded = largest.rank // step * step
             found += [largest, *([BankSize(n, rounded, _top_k(budget, n, rounded, top_k))] if rounded else [])]
-    found = [size for size in found if budget.stored_by(size) <= budget.stored]
+    found = [size for size in found if budget.stored_by(size) <= budget.stored and size.rank % multiple == 0]
     if not found:
         return None
     enough = (1 - WASTE) * max(budget.stored_by(size) for size in found)

@@ -87,14 +87,14 @@ def size_of(empty: BankPlan, budget: Budget, private: bool) -> BankPlan:
         raise BadInput(
             f"rank {budget.rank} is above the full rank {empty.full_rank} of {empty.name}: lower it to that at most"
         )
-    limits = limits_of(empty, budget)
+    limits, multiple = limits_of(empty, budget), budget.rank_multiple or 1
     if not private:
         given = (budget.n_primitives, budget.rank, budget.top_k)
-        found = size_bank(limits, *given, ranks=FITTED_RANKS, own=OWN_PRIMITIVES)
+        found = size_bank(limits, *given, ranks=FITTED_RANKS, own=OWN_PRIMITIVES, multiple=multiple)
     elif budget.rank is not None:
         found = BankSize(1, budget.rank, 1)
     else:
-        found = size_private(limits)
+        found = size_private(limits, multiple)
     return _too_small(empty, budget) if found is None else replace(empty, **found._asdict())
 
 

@@ -34,9 +34,12 @@ from pilon_compress.nn.ternary_quantizer import digits
 
 @dataclass
 class Unpacked:
-    """A bank's digits as they are computed with, and the layers that do, by the address of their weight."""
+    """A bank's digits as they are computed with, and the layers that do, by the address of their weight.
 
-    digits: "BankTiles | BankWords | UnpackedBank"  # quoted: a bundle holds this file, and not the kernels
+    None where the rank suits no kernel: each layer then holds the primitives that it selects, side by side.
+    """
+
+    digits: "BankTiles | BankWords | UnpackedBank | None"  # quoted: a bundle holds this file, and not the kernels
     layers: defaultdict[int, LazyValue[Callable[[Tensor], Tensor]]] = field(
         default_factory=lambda: defaultdict(LazyValue)
     )
@@ -58,6 +61,7 @@ class PackedBank(PrimitiveBank):
         for name, numbers in (("A_codes", d_in * rank), ("B_codes", rank * d_out)):
             shape = (n_primitives, packed_size(numbers, encoding))
             self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
+        self._gathered: defaultdict[int, LazyValue[Unpacked]] = defaultdict(LazyValue)
         self._unpacked: defaultdict[int, LazyValue[Unpacked]] = defaultdict(LazyValue)  # by group
 
     @property
@@ -104,11 +108,20 @@ class PackedBank(PrimitiveBank):
         `shift` (k, r) is added to the latent behind its scale: that of `research.original.form`.
         """
         codes = (self.A_codes, self.B_codes)
+        if self.rank % MULTIPLE and not torch.compiler.is_compiling():  # which knows no addresses
+            layers = self._gathered[group].get(codes, lambda: Unpacked(None)).layers
+            gather = partial(self._gather, selected, weight, shift, group)
+            return layers[weight.data_ptr()].get((selected, weight), gather)(x)
         unpacked = self._unpacked[group].get(codes, lambda: Unpacked(dispatch.bank(*self.digits(), group, self.label)))
+        assert unpacked.digits is not None
         make = partial(_layer, unpacked.digits, selected, weight, shift, group)
         if torch.compiler.is_compiling():
             return make()(x)
         return unpacked.layers[weight.data_ptr()].get((selected, weight), make)(x)
+
+    def _gather(self, selected: Tensor, weight: Tensor, shift: Tensor | None, group: int) -> Callable[[Tensor], Tensor]:
+        digits = dispatch.bank(*dispatch.side_by_side(*self.digits(), selected), group, self.label)
+        return _layer(digits, selected.new_zeros(1), weight, shift, group)
 
     def refuse(self) -> str | None:
         """Return why the bytes are no ternary digits; None if they are."""

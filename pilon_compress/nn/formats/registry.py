@@ -76,7 +76,7 @@ class Format(ABC):
     packs: the format in training whose modules the `pack_...` methods turn into modules of this one; None: of none
     exact_compositions: compositions of its banks stay in float32
     travels: its source file is enough to compute, so that a self-contained folder can bring it along
-    multiple: ranks and outputs are computed as multiples of it, padded with zeros that are not stored
+    multiple: components of a layer and outputs are computed as multiples of it, with zeros that are not stored
     """
 
     bits: float | None = None
@@ -104,7 +104,7 @@ class Format(ABC):
         """Bytes of one matrix, or of one side of one primitive; `itemsize`: bytes of a number of the model's dtype."""
 
     def computed(self, size: int) -> int:
-        """Return the rank, or number of outputs, that `size` is computed as."""
+        """Return the number of a layer's components, or of outputs, that `size` is computed as."""
         return size + -size % self.multiple
 
     def kernel(self, device: str, d_in: int, group: int) -> str:
