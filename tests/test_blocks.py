@@ -90,6 +90,17 @@ def test_an_allocation_counts_what_its_layout_stores(tiny, family, ratio):
                 assert own == narrow
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_ranks_can_be_asked_to_be_multiples(tiny, family):
+    blocks = sized(tiny, family, falling=True)
+    for block in blocks:
+        ranks = [rank for one in options_of(block, 0.5, multiple=4) for rank in one.what.ranks.values() if rank]
+        assert ranks and all(rank % 4 == 0 for rank in ranks)
+    sizings = [Sizing(b.layer, b.sites, options_of(b, 0.5, multiple=4), 1.0, b.elimination) for b in blocks]
+    size = ffn_size(allocate(sizings, 0.5).plan.layout())
+    assert 0.95 * 0.5 < size.stored / size.dense_stored <= 0.5, "neurons spend what ranks leave"
+
+
 def test_a_ratio_below_the_smallest_options_is_refused(tiny):
     sizings = [Sizing(b.layer, b.sites, options_of(b, 0.5), 1.0, b.elimination) for b in sized(tiny, "gpt2")]
     with pytest.raises(BadInput, match="too small"):

@@ -26,9 +26,13 @@ from pilon_compress.nn.ternary_codec import PER_BYTE, pack, unpack, valid
 from pilon_compress.train.pipeline import train_model
 
 KINDS = {
-    "arcee": [],
-    "llama": ["host.family=llama", "research.bitnet.sub_norm=true"],
-    "options": [*(f"research.original.latent_{one}=true" for one in ("scale", "bias")), "ffn.composition=scalar"],
+    "arcee": ["ffn.rank=20"],
+    "llama": ["ffn.rank=3", "host.family=llama", "research.bitnet.sub_norm=true"],
+    "options": [
+        "ffn.rank=8",
+        *(f"research.original.latent_{one}=true" for one in ("scale", "bias")),
+        "ffn.composition=scalar",
+    ],
     "dense": ["ffn.kind=dense", "host.num_hidden_layers=2"],
     # the others have ranks that the kernels pad
     "rank16": ["ffn.rank=16", "research.original.latent_bias=true", "host.num_hidden_layers=2"],
@@ -89,7 +93,7 @@ def test_every_rank_runs_on_the_kernel(cli, trained, tmp_path, monkeypatch, said
 
 
 def refuse_to_compute(*arguments, **options):
-    raise AssertionError("plain torch ran")
+    raise AssertionError("another kernel ran")
 
 
 @pytest.mark.parametrize("trained", ["rank16"], indirect=True)
@@ -139,6 +143,8 @@ def test_where_triton_runs_a_model_computes_the_same_by_its_kernels(trained, tmp
     export(str(trained), tmp_path / "packed", "packed")
     asked = [(IDS[:1, :1], torch.bfloat16), (IDS[:1, :17], torch.float32)]  # from 17 tokens on other kernels run
     before = [logits(tmp_path / "packed", ids, dtype=dtype) for ids, dtype in asked]
+    for where, name in ((reference, "compose"), (reference, "ternary_linear"), (cpu, "prepared")):
+        monkeypatch.setattr(where, name, refuse_to_compute)
     monkeypatch.setattr(dispatch, "TRITON", {"cpu"})  # as if this were a GPU: in the interpreter (conftest.py)
     for (ids, dtype), expected in zip(asked, before, strict=True):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype).eval()
@@ -148,7 +154,7 @@ def test_where_triton_runs_a_model_computes_the_same_by_its_kernels(trained, tmp
         banks = [one for m in model.modules() if isinstance(m, PackedBank) for one in m._unpacked.values()]
         made = {type(one.value.digits) for one in banks}
         made |= {type(m._unpacked.value) for m in model.modules() if isinstance(m, PackedLinear)}
-        assert made == {MatrixWords if trained.name == "dense" else BankWords}
+        assert made == {"rank16": {BankWords}, "arcee": set(), "dense": {MatrixWords}}[trained.name]
 
 
 @pytest.mark.parametrize("trained", ["rank16", "dense"], indirect=True)

@@ -57,6 +57,20 @@ def test_another_rank_that_fills_the_budget_better_is_no_larger(budget, other):
         assert budget.stored_by(size) >= budget.stored_by(rival) and not good
 
 
+@settings(max_examples=200, deadline=None)
+@given(budgets, st.sampled_from([2, 16]), st.sampled_from([{}, {"n_primitives": 3}, {"top_k": 2}]))
+def test_ranks_are_multiples_where_the_budget_pays_for_one(budget, multiple, given_sizes):
+    size = size_bank(budget, **given_sizes, multiple=multiple)
+    if size is None:
+        assert size_bank(budget, **given_sizes) is None
+        return
+    assert budget.stored_by(size) <= budget.stored
+    if size.rank % multiple:
+        assert size == size_bank(budget, **given_sizes), "as if nothing was asked for"
+        fits = multiple <= budget.full_rank and not (budget.mac_limited and multiple > budget.components)
+        assert given_sizes or not fits or numbers_by_hand(budget, BankSize(1, multiple, 1)) > budget.stored
+
+
 def test_what_is_given_is_kept():
     budget = BankBudget(3, 1920, 384, 0.5 * 3 * 384 * 1536, 150)
     for given_sizes in ({"n_primitives": 12}, {"rank": 8}, {"top_k": 4}, {"n_primitives": 20, "top_k": 8}):
@@ -82,6 +96,7 @@ def test_private_factors_have_the_largest_rank_that_fits():
     budget = BankBudget(1, 100, 40, 1000, 40)
     assert size_private(budget) == (1, 9, 1), "9 · 100 + 9 + 1 numbers"
     assert size_private(BankBudget(1, 100, 40, 1000, 5)) == (1, 5, 1)
+    assert size_private(budget, 4) == (1, 8, 1) and size_private(budget, 16) == (1, 9, 1)
     assert size_private(BankBudget(1, 100, 40, 50, 5)) is None
 
 

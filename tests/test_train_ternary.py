@@ -17,6 +17,7 @@ from pilon_compress.models import base_architectures
 from pilon_compress.nn.additions import added
 from pilon_compress.nn.formats.ternary import TernaryBank, TernaryLinear
 from pilon_compress.nn.layout import banks, dense_matrices, layout_of, projections
+from pilon_compress.nn.size import ffn_size
 from pilon_compress.optimize.callbacks import extensions
 from pilon_compress.optimize.monitor import read_metrics
 from pilon_compress.optimize.optimizers import group_parameters, make_optimizers
@@ -256,8 +257,34 @@ def test_recipes_that_cannot_be_are_refused(data, message):
 
 
 def test_plans_of_ternary_models_are_the_same_size():
-    plain, ternary = (plan(training.load("smoke", [f"ternary.enabled={asked}"])).dump() for asked in ("false", "true"))
+    words = [["ffn.rank=8", f"ternary.enabled={asked}"] for asked in ("false", "true")]
+    plain, ternary = (plan(training.load("smoke", each)).dump() for each in words)
     assert plain["ffn"]["stored_ratio"] == ternary["ffn"]["stored_ratio"]
+
+
+@pytest.mark.parametrize("more", ["ffn.kind=pilon", "ffn.kind=lowrank", "ffn.n_primitives=2", "ffn.ffn_ratio=0.9"])
+@pytest.mark.parametrize("recipe", ["smoke", "tiny", "48m"])
+def test_open_ranks_are_multiples_of_16_within_the_budget(recipe, more):
+    asked = training.load(recipe, ["ternary.enabled=true", "ffn.dense_until=0", more])
+    config = base_architectures.config_for(asked.host, asked.data.sequence_length, None)
+    layout = layout_asked(asked, config)
+    assert layout.banks and all(bank.rank % 16 == 0 for bank in layout.banks.values())
+    sizes = ffn_size(layout).over_dense()
+    assert sizes.stored_ratio <= asked.ffn.ffn_ratio and sizes.mac_ratio <= asked.ffn.mac_ratio
+
+
+def test_a_budget_too_small_for_rank_16_gets_what_it_pays_for_and_one_that_is_not_spent_says_so(said):
+    tight = layout_asked(*small_recipe("ffn.mac_ratio=0.2"))
+    assert all(0 < bank.rank < 16 for bank in tight.banks.values())
+    assert said() == []
+    assert all(bank.rank == 16 for bank in layout_asked(*small_recipe()).banks.values())
+    (line,) = said()
+    assert "0.31 of the dense numbers are stored; --set ffn.rank=8 would store 0.47" in line
+
+
+def small_recipe(*overrides):
+    asked = training.load("smoke", ["ternary.enabled=true", *overrides])
+    return asked, base_architectures.config_for(asked.host, asked.data.sequence_length, None)
 
 
 def test_a_selection_that_explores_can_be_ternary(tmp_path, monkeypatch):

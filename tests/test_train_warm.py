@@ -31,6 +31,13 @@ def test_one_run_ends_as_a_pilon_model_of_the_budget_and_is_not_made_again(tmp_p
     assert again["val_perplexity"] == late
 
 
+def test_a_ternary_one_is_converted_to_ranks_of_whole_tiles(tmp_path):
+    asked = [*ASKED, "ternary.enabled=true", "schedule.tokens=4096"]
+    train_model(training.load("smoke", asked), tmp_path / "out", quiet=True)
+    layout = layout_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert layout.is_ternary and all(bank.rank % 16 == 0 for bank in layout.banks.values())
+
+
 def test_the_schedule_is_cut_in_two():
     asked = training.load("smoke", [*ASKED, "schedule.warmup=0.1", "schedule.decay=0.3", "ffn.dense_after=0.5"])
     first, second = stages(asked, Path("stages"))

@@ -59,12 +59,13 @@ def plan_conversion(
     if known is not None:
         return Planned(job.planned(known.plan), dense, known.left)
     budget, outputs = job.recipe.budget, put_away(journal, "reference", source.streamed, limit)
-    sizings = size_layers(dense, budget.ratio, Sensitivity(source, batches, job.causal, outputs), budget.neurons)
+    sensitivity = Sensitivity(source, batches, job.causal, outputs)
+    sizings = size_layers(dense, budget.ratio, sensitivity, budget.neurons, budget.rank_multiple)
     outputs.clear()
     found, fits = allocate(sizings, budget.ratio, budget.mac_limit), dict[str, BankFit]()
     if job.shares:
         bands = split_bands([sizing.layer for sizing in sizings], None)
-        sharing = Sharing(dense, EFFORTS[job.recipe.effort].sweeps, job.recipe.seed)
+        sharing = Sharing(dense, EFFORTS[job.recipe.effort].sweeps, job.recipe.seed, budget.rank_multiple or 1)
         found, fits = sharing.apply(sizings, found, bands)
         for name, fit in fits.items():
             journal.put(f"bank.{name}", fit.pack())

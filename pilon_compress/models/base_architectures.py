@@ -14,18 +14,21 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from pilon_compress.config.model import FfnConfig, HostConfig, TernaryConfig
 from pilon_compress.errors import BadInput
-from pilon_compress.models import checkpoint
+from pilon_compress.io.messages import note
 from pilon_compress.kernels.gpu_layout import MULTIPLE
+from pilon_compress.models import checkpoint
 from pilon_compress.models.architectures.registry import ARCHITECTURES
 from pilon_compress.models.families import Site
 from pilon_compress.nn.bands import split_bands
 from pilon_compress.nn.init import initialise
 from pilon_compress.nn.layout import Layout, install
+from pilon_compress.nn.size import ffn_size
 from pilon_compress.nn.sizing import BankBudget, size_bank, size_private
 from pilon_compress.nn.specs import BankSpec, DenseSpec, ProjectionSpec
 from pilon_compress.nn.stored import stored_layout
 
 EOS = "<eos>"
+NOTED = 0.1  # of the budget's numbers: more is not left unspent without a word
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -102,9 +105,21 @@ def layout_for(sites: Sequence[Site], ffn: FfnConfig, ternary: TernaryConfig = T
             return None
         layout = dense_layout(sites)
     else:
-        multiple = MULTIPLE if ternary.enabled else 1
-        layout = _narrowed(sites, ffn) if ffn.matrices else _composed(sites, ffn, multiple)
+        layout = _narrowed(sites, ffn) if ffn.matrices else _composed(sites, ffn, MULTIPLE if ternary.enabled else 1)
+        if ternary.enabled and not ffn.matrices:
+            _note_waste(layout, _composed(sites, ffn, 1))
     return with_ternary(layout, sites, ternary)
+
+
+def _note_waste(layout: Layout, free: Layout) -> None:
+    """Say how much of the budget `layout`, of ranks that suit the kernels, leaves, where `free` ranks leave less."""
+    found, other = (ffn_size(one).over_dense().stored_ratio for one in (layout, free))
+    if found < (1 - NOTED) * other:
+        ranks = sorted({bank.rank for bank in free.banks.values()})
+        note(
+            f"ranks are multiples of {MULTIPLE}, which ternary kernels need not pad: {found:.2f} of the dense numbers "
+            f"are stored; --set ffn.rank={ranks[-1]} would store {other:.2f}"
+        )
 
 
 def dense_layout(sites: Sequence[Site]) -> Layout:

@@ -139,9 +139,7 @@ def _most_primitives(budget: BankBudget, rank: int, top_k: int | None) -> BankSi
     return None if found is None or found.n_primitives < (top_k or 1) else found
 
 
-def _size_rank(
-    budget: BankBudget, n_primitives: int | None, top_k: int | None, multiple: int = 1
-) -> BankSize | None:
+def _size_rank(budget: BankBudget, n_primitives: int | None, top_k: int | None, multiple: int = 1) -> BankSize | None:
     """Size the rank of a bank whose n_primitives or top_k is given, or both.
 
     Of the banks that store the most, to within WASTE, it is one whose rank is a multiple of 16 if there is any, and of

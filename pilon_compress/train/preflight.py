@@ -8,6 +8,8 @@ from pilon_compress.config.training import TrainRecipe
 from pilon_compress.data.corpus import source_of
 from pilon_compress.data.text import DEFAULT_ENCODER
 from pilon_compress.errors import BadInput
+from pilon_compress.io.messages import note
+from pilon_compress.kernels.gpu_layout import MULTIPLE
 from pilon_compress.models import base_architectures, checkpoint
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.limits import longest_input
@@ -39,6 +41,7 @@ def check(recipe: TrainRecipe) -> None:
             raise BadInput(f"{model} is dense: convert it, or name --shrink")
         if layout.is_ternary:
             raise BadInput(f"{model} is ternary already: leave --ternary out")
+        note_odd_ranks(layout)
     if not checkpoint.is_causal(config):
         if recipe.task != "heal":
             raise BadInput(f"{model} predicts no next token: an encoder can be healed, not trained otherwise")
@@ -48,6 +51,19 @@ def check(recipe: TrainRecipe) -> None:
     longest = longest_input(checkpoint.empty_model(config))
     if longest is not None and recipe.data.sequence_length > longest:
         raise BadInput(f"{model} takes {longest} tokens: --sequence-length {longest}, or less")
+
+
+def note_odd_ranks(layout: Layout) -> None:
+    """Say how many projections have ranks that the ternary kernels pad, and what that costs."""
+    packed = layout.in_format("ternary-base3")
+    odd = [name for name, spec in layout.projections.items() if spec.top_k * layout.banks[spec.bank].rank % MULTIPLE]
+    if odd:
+        before, after = (ffn_size(one).over_dense().mac_ratio for one in (layout, packed))
+        note(
+            f"{len(odd)} of {len(layout.projections)} projections have ranks that are no multiples of {MULTIPLE}: the "
+            f"ternary kernels pad them, MACs {before:.3f} -> {after:.3f} of the dense ones "
+            f"(`convert --rank-multiple {MULTIPLE}` avoids it)"
+        )
 
 
 def plan(recipe: TrainRecipe) -> PlannedTraining:

@@ -22,6 +22,7 @@ from pilon_compress.convert.pipeline import convert
 from pilon_compress.convert.prepare import CAUSAL_LENGTH
 from pilon_compress.export.run import export
 from pilon_compress.io import manifest
+from pilon_compress.kernels.gpu_layout import MULTIPLE
 from pilon_compress.models import checkpoint
 from pilon_compress.results.training import TrainResult
 from pilon_compress.train.run import RESULT, STAGES, read_result
@@ -93,7 +94,10 @@ def conversion_recipe(settings: TrainRecipe, source: str, ratio: float) -> conve
             "model": source,
             "seed": settings.seed,
             "device": settings.device,
-            "budget": {"ffn_ratio": ratio},
+            "budget": {
+                "ffn_ratio": ratio,
+                "rank_multiple": MULTIPLE if settings.ternary.enabled and ratio < 1 else None,
+            },
             "calibration": calibration,
             "evaluation": {"data": "none"},
         }

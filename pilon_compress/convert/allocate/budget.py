@@ -72,10 +72,11 @@ def size_layers(
     ratio: float,
     sensitivity: Sensitivity | None = None,
     neurons: bool = True,
+    multiple: int | None = None,
 ) -> list[Sizing]:
     """The options of every layer around a stored ratio, in the two-sided metric, put right by `sensitivity`.
 
-    `neurons`: whether blocks may lose some.
+    `neurons`: whether blocks may lose some. `multiple`: of ranks, see `Budget.rank_multiple`.
     """
     layers = dense.layers()
 
@@ -86,7 +87,7 @@ def size_layers(
             count = max(1, round(ratio * ff.down.d_in))
             prune = partial(ff.prune, prefix=dense.source.names[layer], neurons=count)
             scale = sensitivity.measure(layer, prune, ff.elimination.loss(count))
-        return Sizing(layer, ff.sites, options_of(ff, ratio, scale, neurons), scale, ff.elimination)
+        return Sizing(layer, ff.sites, options_of(ff, ratio, scale, neurons, multiple), scale, ff.elimination)
 
     # in a function, so that one layer's tensors are freed before the next one's are there
     return [size(layer) for layer in track(layers, "sizing layers")]

@@ -27,10 +27,12 @@ class Choice:
     ranks: dict[str, int | None]
 
 
-def options_of(ff: FeedForward, ratio: float, scale: float = 1.0, drop: bool = True) -> list[Option]:
+def options_of(
+    ff: FeedForward, ratio: float, scale: float = 1.0, drop: bool = True, multiple: int | None = None
+) -> list[Option]:
     """List what the block may become, smaller and smaller, with its loss in the metrics of the sites times `scale`.
 
-    `drop`: whether neurons may go.
+    `drop`: whether neurons may go. `multiple`: ranks are multiples of it, of matrices that are large enough.
     """
     found: list[Option] = []
     counts = _counts(ff, ratio) if drop else [None]
@@ -41,7 +43,8 @@ def options_of(ff: FeedForward, ratio: float, scale: float = 1.0, drop: bool = T
             assert ff.elimination is not None and ff.down is not None
             dropped = ff.elimination.loss(neurons)
             sites = [trimmed(site, neurons, ff.down.d_in) for site in ff.sites]
-        menus = [_ranks(saved[site.name][neurons], small) for site, small in zip(ff.sites, sites, strict=True)]
+        pairs = zip(ff.sites, sites, strict=True)
+        menus = [_ranks(saved[site.name][neurons], small, multiple) for site, small in pairs]
         fixed = sum(small.d_out for small in sites if small.bias)
         highest = max(item.loss for menu in menus for item in menu) or 1.0
         for price in torch.logspace(-14, 1, 60, base=10).tolist():  # loss per number: the convex hull of all sums
@@ -143,13 +146,16 @@ def _counts(ff: FeedForward, ratio: float) -> list[int | None]:
     return [None, *(count for count in sorted(counts) if count < full)]
 
 
-def _ranks(saved: Tensor, site: Site) -> list[Option]:
+def _ranks(saved: Tensor, site: Site, multiple: int | None) -> list[Option]:
     """Return a dense matrix and smaller pairs of factors as options; these also store compositions, so rank + 1."""
     full = site.d_in * site.d_out
     tail = torch.cat([saved.flip(0).cumsum(0).flip(0), saved.new_zeros(1)])
     price = site.d_in + site.d_out
     largest = (full - 2) // (price + 1)
     step = max(1, largest // RANKS_TRIED)
-    step = max(step, MULTIPLE * round(step / MULTIPLE)) if largest >= 8 * MULTIPLE else step
+    if multiple is not None and largest >= multiple:
+        step = multiple * max(1, round(step / multiple))
+    elif largest >= 8 * MULTIPLE:
+        step = max(step, MULTIPLE * round(step / MULTIPLE))
     ranks = range(step, largest + 1, step)
     return [Option(0.0, full, full, None)] + [Option(float(tail[r]), r * price + r + 1, r * price, r) for r in ranks]

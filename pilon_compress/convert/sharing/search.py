@@ -37,11 +37,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sharing:
-    """The inputs of trials: the dense model, and the settings of bank fits."""
+    """The inputs of trials: the dense model, and the settings of bank fits; ranks are multiples of `multiple`."""
 
     dense: Dense
     sweeps: int
     seed: int = 0
+    multiple: int = 1
 
     def apply(
         self, sizings: Sequence[Sizing], alone: Allocation, bands: Sequence[Sequence[int]]
@@ -100,7 +101,7 @@ class Sharing:
                 targets.setdefault(site.role, []).append(replace(target, gradient=sizing.scale * target.gradient))
                 narrow = site if cut is None or neurons is None else trimmed(site, neurons, len(cut.order))
                 small.setdefault(site.role, []).append(narrow)
-        plans = _plans(small, stored, band)
+        plans = _plans(small, stored, band, self.multiple)
         if plans is None:
             return None
         banks = [(bank, fit_bank(targets[role], bank, self.seed, self.sweeps)) for role, bank in plans.items()]
@@ -109,7 +110,7 @@ class Sharing:
         return Trial(banks, left, losses)
 
 
-def _plans(sites: dict[str, list[Site]], stored: int, band: int) -> dict[str, BankPlan] | None:
+def _plans(sites: dict[str, list[Site]], stored: int, band: int, multiple: int) -> dict[str, BankPlan] | None:
     """Banks of equally many primitives for every role, as many as `stored` pays for; None if that is too few.
 
     Every layer selects every primitive.
@@ -123,7 +124,7 @@ def _plans(sites: dict[str, list[Site]], stored: int, band: int) -> dict[str, Ba
         components=UNLIMITED,
         banks=len(sites),
     )
-    size = size_bank(budget, ranks=FITTED_RANKS, own=OWN_PRIMITIVES)
+    size = size_bank(budget, ranks=FITTED_RANKS, own=OWN_PRIMITIVES, multiple=multiple)
     if size is None or size.n_primitives < OWN_PRIMITIVES * layers:
         return None
     return {role: BankPlan(band, role, tuple(members), *size) for role, members in sites.items()}
