@@ -11,7 +11,7 @@ from pilon_compress.data.text import open_text, paragraphs
 from pilon_compress.models.checkpoint import load_model, load_tokenizer
 
 compressed, dense, query = sys.argv[1:]
-sentences = list(paragraphs(open_text("stdlib:topics")))[:400]
+sentences = list(paragraphs(open_text("stdlib:topics")))[:200]
 tokenizer = load_tokenizer(compressed)
 
 
@@ -25,7 +25,7 @@ def embed(model, texts):
 
 
 for name in (compressed, dense):
-    model = load_model(name)
+    model = load_model(name, dtype="float32")
     scores = (embed(model, sentences) @ embed(model, [query]).T)[:, 0]
     print(f"\n{name}")
     for index in scores.topk(3).indices:

