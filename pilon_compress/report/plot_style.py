@@ -56,6 +56,15 @@ def panels(count: int, height: float, columns: int, share_y: bool = False) -> tu
     return figure, list(grid.flat)
 
 
+def lay_out(figure: Figure) -> Figure:
+    """Place the panels of a figure that is complete, and return it. Saving then draws once: with its layout engine on,
+    matplotlib draws a figure for the layout and again for the file."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+    return figure
+
+
 def log_axis(axis: Axes, low: float, high: float) -> None:
     """Make the y axis logarithmic with plain numbers; ticks also at 2 and 5 where powers of ten would be too few."""
     axis.set_yscale("log")
@@ -68,7 +77,7 @@ def log_axis(axis: Axes, low: float, high: float) -> None:
 def svg(figure: Figure, name: str, title: str) -> str:
     """Return the figure as an `<svg>` element: scalable, with ids that begin with `name`, loading nothing."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    lay_out(figure).savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)

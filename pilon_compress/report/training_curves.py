@@ -41,16 +41,29 @@ DPI = 150
 def svg(lines: Sequence[Line], marks: Sequence[Mark] = ()) -> str:
     """Return the figure as an `<svg>` element. `marks`: (tokens, label) of changes during the training."""
     with matplotlib.rc_context(plot_style.STYLE):
-        return plot_style.svg(
-            _figure(lines, marks), "curves", "Loss, perplexity, rates and bank diagnostics over the training"
-        )
+        return _svg(_figure(lines, marks))
 
 
 def png(lines: Sequence[Line], marks: Sequence[Mark] = ()) -> bytes:
     """Return the figure as a PNG; equal lines give equal bytes."""
-    buffer = io.BytesIO()
     with matplotlib.rc_context(plot_style.STYLE):
-        _figure(lines, marks).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        return _png(_figure(lines, marks))
+
+
+def both(lines: Sequence[Line], marks: Sequence[Mark] = ()) -> tuple[str, bytes]:
+    """Return what `svg` and `png` return, from one figure: its layout takes as long as drawing it."""
+    with matplotlib.rc_context(plot_style.STYLE):
+        figure = _figure(lines, marks)
+        return _svg(figure), _png(figure)
+
+
+def _svg(figure: Figure) -> str:
+    return plot_style.svg(figure, "curves", "Loss, perplexity, rates and bank diagnostics over the training")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    plot_style.lay_out(figure).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -30,13 +30,16 @@ DIAGNOSTICS = {
 
 def write_pages(result: Result, recipe: TrainRecipe, lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write the page and the picture of a training into `folder`; equal figures give equal bytes."""
-    drawn = marks(recipe, lines)
-    (folder / PICTURE).write_bytes(training_curves.png(lines, drawn))
-    (folder / PAGE).write_text(page(result, recipe, lines), encoding="utf-8", newline="\n")
+    plot, picture = training_curves.both(lines, marks(recipe, lines))
+    (folder / PICTURE).write_bytes(picture)
+    (folder / PAGE).write_text(page(result, recipe, lines, plot), encoding="utf-8", newline="\n")
 
 
-def page(result: Result, recipe: TrainRecipe, lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page: no script, nothing loaded from elsewhere, all text from data and models escaped."""
+def page(result: Result, recipe: TrainRecipe, lines: Sequence[Mapping[str, Any]], plot: str = "") -> str:
+    """Return the page: no script, nothing loaded from elsewhere, all text from data and models escaped.
+
+    `plot`: the curves as an `<svg>` element, where they are drawn already.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": formatting.number, "short": formatting.short_count}
     source = resources.files("pilon_compress.report").joinpath("templates/training.html.j2").read_text(encoding="utf-8")
@@ -46,7 +49,7 @@ def page(result: Result, recipe: TrainRecipe, lines: Sequence[Mapping[str, Any]]
         recipe=recipe,
         title=title(recipe),
         description=description(recipe),
-        plot=Markup(training_curves.svg(lines, marks(recipe, lines))),
+        plot=Markup(plot or training_curves.svg(lines, marks(recipe, lines))),
         marks=[label for _, label in marks(recipe, lines)],
         main_metric=main_metric(result),
         best=formatting.number(result["best_val_perplexity"]) if "best_val_perplexity" in result else "",
