@@ -2,7 +2,7 @@
 #   make demo                       convert a real model, load it back, evaluate it, write the report
 #   make demo-lm                    the same with a language model: SmolLM2-135M in four bits, then a question to it
 #   make test / make check / make fix
-#   make test-fast                  the tests that start no processes and train nothing
+#   make test-fast                  two thousand of the tests in two minutes: none that starts processes, trains to an end or compiles
 #   make test-slow                  tests on SmolLM2-135M, which it installs
 #   make PYTHON=python3.12 ...      another Python for .venv (3.11 or newer)
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...    where to get torch: CPU only, or another CUDA
@@ -32,7 +32,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow and not long" -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -q -m "not slow and not long" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)
 	$(SMOLLM2)

@@ -68,12 +68,12 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
 def recipe_of(options: argparse.Namespace) -> tuple[str, list[str]]:
     """Return the recipe of an arm and its overrides; write the text, and keep its tokens beside it."""
     os.environ.setdefault("PILON_CACHE", str(options.output.parent / "tokens"))
-    megabytes = 2 if options.smoke else options.megabytes
+    megabytes = 0.5 if options.smoke else options.megabytes
     text = corpus.write(options.output.parent / f"text-{options.megabytes:g}.jsonl", megabytes)
     overrides = [f"data.source={text}", "data.streaming=false", "host.tokenizer=bpe", f"seed={options.seed}"]
     overrides += ["run.checkpoint_every=120", "run.sample=null", *ARMS[options.arm]]
     if options.smoke:
-        return "smoke", [*overrides, "schedule.tokens=8192", "device=cpu"]
+        return "smoke", [*overrides, "schedule.tokens=8192", "data.validation_sequences=8", "device=cpu"]
     overrides += [f"schedule.tokens={options.tokens}", f"run.batch_size={options.batch_size}", "host.vocab_size=32768"]
     return options.recipe, overrides
 

@@ -29,21 +29,21 @@ if (
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PROCESSES = {"bare", "cli", "command_line", "hub"}  # fixtures that start processes
-LONG = {  # files of tests that train, convert whole models, compile, or interpret GPU kernels
-    "test_bench",
+LONG = {  # files of ten CPU seconds or so: they train, compile, convert whole models or interpret GPU kernels
     "test_benchmarks",
     "test_causal_road",
     "test_compare",
-    "test_cost",
+    "test_examples",
     "test_extending",
     "test_gguf",
     "test_integers",
-    "test_kernels",
+    "test_kernels_compiled",
     "test_kernels_gpu",
     "test_packaging",
     "test_readme",
     "test_refine",
     "test_resume",
+    "test_train",
     "test_train_distributed",
     "test_train_encoder",
     "test_train_heal",

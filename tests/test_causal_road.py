@@ -23,7 +23,8 @@ TRAIN, HELD_OUT = TOPICS[4:], TOPICS[:4]
 VOCAB, HIDDEN, LAYERS, STEPS = 512, 64, 4, 200
 
 
-def train_tokenizer():
+@pytest.fixture(scope="module")
+def tokenizer():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,14 +64,14 @@ def untrained(shape):
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
-def dense(request, tmp_path_factory):
+def dense(request, tokenizer, tmp_path_factory):
     """A folder with a small LM of that shape, trained for a moment on Python's documentation."""
-    tokenizer, model = train_tokenizer(), untrained(request.param)
-    ids = torch.tensor([i for text in TRAIN for i in [*tokenizer(text)["input_ids"], 0]])
+    model = untrained(request.param)
+    ids = torch.tensor([i for text in TRAIN[::8] for i in [*tokenizer(text)["input_ids"], 0]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
-        starts = torch.randint(0, len(ids) - 128, (12,), generator=generator)
+        starts = torch.randint(0, len(ids) - 128, (8,), generator=generator)
         batch = torch.stack([ids[s : s + 128] for s in starts])
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -101,6 +102,12 @@ def run(dense, texts, out, **options):
     return convert(build(data), out).dump()
 
 
+@pytest.fixture(scope="module")
+def half(dense, texts):
+    """The conversion of `dense` to half its feed-forward parameters: its folder and its report."""
+    return dense.with_name("half"), run(dense, texts, dense.with_name("half"), budget={"ffn_ratio": 0.5})
+
+
 def logits(folder, ids):
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits
@@ -114,8 +121,8 @@ def test_full_rank_plan_reproduces_the_logits(dense, texts, tmp_path):
     assert report["evaluation"]["top1_agreement"] > 0.999
 
 
-def test_half_beats_plain_svd_and_is_honestly_reported(dense, texts, tmp_path):
-    ours = run(dense, texts, tmp_path / "pilon", budget={"ffn_ratio": 0.5})
+def test_half_beats_plain_svd_and_is_honestly_reported(dense, half, texts, tmp_path):
+    _, ours = half
     plain = run(dense, texts, tmp_path / "svd", budget={"ffn_ratio": 0.5}, method="svd")
     assert 1 < ours["evaluation"]["perplexity_ratio"] < plain["evaluation"]["perplexity_ratio"]
     assert ours["whitened_loss"]["pilon"] <= ours["whitened_loss"]["whitened-svd"] < ours["whitened_loss"]["svd"]
@@ -125,9 +132,8 @@ def test_half_beats_plain_svd_and_is_honestly_reported(dense, texts, tmp_path):
     assert plain["ffn"]["mac_ratio"] <= 0.5, "private ranks save MACs as they save parameters"
 
 
-def test_cached_greedy_decoding_equals_full_forward(dense, texts, tmp_path):
-    run(dense, texts, tmp_path / "half", budget={"ffn_ratio": 0.5}, evaluation={"data": "none"})
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+def test_cached_greedy_decoding_equals_full_forward(half):
+    model = AutoModelForCausalLM.from_pretrained(half[0])
     ids = torch.arange(1, 11)[None]
     cached = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
     full = ids
@@ -137,16 +143,14 @@ def test_cached_greedy_decoding_equals_full_forward(dense, texts, tmp_path):
     assert torch.equal(cached, full)
 
 
-def test_same_seed_same_bytes(dense, texts, tmp_path):
-    for name in ("a", "b"):
-        run(dense, texts, tmp_path / name, budget={"ffn_ratio": 0.4}, evaluation={"data": "none"})
-    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+def test_same_seed_same_bytes(dense, half, texts, tmp_path):
+    run(dense, texts, tmp_path / "again", budget={"ffn_ratio": 0.5}, evaluation={"data": "none"})
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (half[0], tmp_path / "again"))
     assert first == second
 
 
-def test_dense_export_of_a_converted_model(dense, texts, tmp_path):
-    run(dense, texts, tmp_path / "half", budget={"ffn_ratio": 0.5}, evaluation={"data": "none"})
-    export(str(tmp_path / "half"), tmp_path / "plain", "dense")
+def test_dense_export_of_a_converted_model(half, tmp_path):
+    export(str(half[0]), tmp_path / "plain", "dense")
     ids = torch.arange(1, 101)[None]
-    torch.testing.assert_close(logits(tmp_path / "plain", ids), logits(tmp_path / "half", ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(tmp_path / "plain", ids), logits(half[0], ids), rtol=0, atol=1e-5)
     assert "pilon" not in (tmp_path / "plain" / "config.json").read_text()

@@ -190,18 +190,19 @@ def run(code):
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_import_registers_whichever_comes_first(tiny, tmp_path, order):
+def test_import_registers_whichever_comes_first(bare, tiny, tmp_path, order):
     model = pilon(tiny, "gpt2")
     folder = save(tiny, model, tmp_path / "m")
     lines = {"before": "", "after": "", order: "import pilon_compress"}
-    done = run(LOAD.format(folder=folder, flag="", absent=True, **lines))
+    script = LOAD.format(folder=folder, flag="", absent=True, **lines)
+    done = bare.python(script) if order == "after" else run(script)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(f"{folder}/out.pt", weights_only=True), output(model))
 
 
-def test_without_the_package_loading_fails_loudly(tiny, tmp_path):
+def test_without_the_package_loading_fails_loudly(bare, tiny, tmp_path):
     folder = save(tiny, pilon(tiny, "gpt2"), tmp_path / "m")
-    done = run(LOAD.format(folder=folder, flag="", absent=False, before="", after=""))
+    done = bare.python(LOAD.format(folder=folder, flag="", absent=False, before="", after=""), code=None)
     assert done.returncode != 0 and "size mismatch" in done.stderr + done.stdout
 
 
@@ -214,7 +215,7 @@ def test_import_is_light():
     ("family", "make"),
     [("gpt2", pilon), ("llama", pilon), ("bert", pilon), ("gpt2", trimmed_pilon), ("llama", researched)],
 )
-def test_self_contained_folder_loads_without_the_package(tiny, tmp_path, family, make):
+def test_self_contained_folder_loads_without_the_package(bare, tiny, tmp_path, family, make):
     model = make(tiny, family)
     folder = save(tiny, model, tmp_path / "m")
     out = tmp_path / "own"
@@ -223,8 +224,7 @@ def test_self_contained_folder_loads_without_the_package(tiny, tmp_path, family,
     code = LOAD.replace("AutoModelForCausalLM", auto).format(
         folder=str(out), flag=", trust_remote_code=True", absent=False, before="", after=""
     )
-    done = run(code)
-    assert done.returncode == 0, done.stderr
+    bare.python(code)
     assert torch.equal(torch.load(out / "out.pt", weights_only=True), output(model))
     here = AutoModel.from_pretrained(str(out))  # and as an ordinary PILON folder where the package is
     assert torch.equal(output(here), output(model.base_model))

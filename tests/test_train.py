@@ -21,12 +21,18 @@ SHORT = ("schedule.tokens=24576", "run.checkpoint_every=0.01", "device=cpu")  # 
 WORDS = ["train", "--recipe", "smoke", *(word for item in SHORT for word in ("--set", item)), "--json"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tokens(tmp_path_factory):
+    """The folder where all trainings here look for tokens: the text is tokenised once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PILON_CACHE", str(tmp_path_factory.mktemp("tokens")))
+        yield os.environ["PILON_CACHE"]
+
+
 @pytest.fixture(scope="module")
-def start(cli):
-    """`start(folder, *words)` starts such a training there, whose tokens stay there too."""
-    return lambda folder, *words, **options: cli.start(
-        *WORDS, *words, cwd=folder, PILON_CACHE=str(folder / "tokens"), **options
-    )
+def start(cli, tokens):
+    """`start(folder, *words)` starts such a training there."""
+    return lambda folder, *words, **options: cli.start(*WORDS, *words, cwd=folder, PILON_CACHE=tokens, **options)
 
 
 def until_checkpoint(folder: Path, process: Any) -> None:
@@ -88,7 +94,6 @@ def test_a_full_disk_keeps_the_checkpoint_before(start, tmp_path):
 
 
 def quick(tmp_path, *overrides: str, **options):
-    os.environ["PILON_CACHE"] = str(tmp_path / "tokens")
     settings = training.load("smoke", [*SHORT, "schedule.tokens=4096", "run.checkpoint_every=1e9", *overrides])
     return train_model(settings, tmp_path / "out", quiet=True, **options).dump()
 

@@ -1,7 +1,6 @@
 """Fine-tuning on chats: a model learns to answer and to stop, and may keep its banks."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -25,9 +24,8 @@ ANSWERS = {"red": "rose", "blue": "sky", "green": "leaf"}
 def chats(tiny, tmp_path_factory):
     """A folder with a PILON model, a chat template and conversations that always go the same way."""
     folder = tmp_path_factory.mktemp("chats")
-    os.environ["PILON_CACHE"] = str(folder / "tokens")
     tiny.save_tiny("llama", folder / "dense")
-    budget = {"budget": {"ffn_ratio": 0.6, "bands": 1}, "calibration": {"data": "stdlib", "samples": 8}}
+    budget = {"budget": {"ffn_ratio": 0.6, "bands": 1}, "calibration": {"data": "stdlib:topics", "samples": 8}}
     convert(conversion({"model": str(folder / "dense"), **budget, "evaluation": {"data": "none"}}), folder / "pilon")
     (folder / "template.jinja").write_text(TEMPLATE)
     rows = [
@@ -36,7 +34,9 @@ def chats(tiny, tmp_path_factory):
         for c, answer in ANSWERS.items()
     ]
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PILON_CACHE", str(folder / "tokens"))
+        yield folder
 
 
 def tune(folder, output, *overrides, start="pilon"):

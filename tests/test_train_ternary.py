@@ -287,8 +287,8 @@ def small_recipe(*overrides):
     return asked, base_architectures.config_for(asked.host, asked.data.sequence_length, None)
 
 
-def test_a_selection_that_explores_can_be_ternary(tmp_path, monkeypatch):
-    monkeypatch.setenv("PILON_CACHE", str(tmp_path / "tokens"))
+def test_a_selection_that_explores_can_be_ternary(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setenv("PILON_CACHE", str(undisturbed[0] / "tokens"))
     words = ["schedule.tokens=4096", "ternary.enabled=true", "research.bitnet.sub_norm=true"]
     words += ["research.original.selection.explore=anneal", "ffn.rank=4", "ffn.n_primitives=12", "ffn.top_k=3"]
     result = train_model(training.load("smoke", words), tmp_path / "out", quiet=True).dump()
