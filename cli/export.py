@@ -28,18 +28,20 @@ def export(
 
     pilon-compress export out/gpt2-half --list
     pilon-compress export out/gpt2-half --to dense -o out/gpt2-half-dense
+    pilon-compress export out/gpt2-elastic --keep 0.7 -o out/gpt2-cut
     """
     from pilon_compress.export.registry import EXPORTERS
     from pilon_compress.export.run import export as write
     from pilon_compress.export.run import target_table
 
     if list_targets:
-        print_table(settings.model, *target_table(settings.model))
+        print_table(settings.model, *target_table(settings.model, settings))
         return
-    if settings.to is None:
+    form = settings.to or (None if settings.keep is None else "pilon")
+    if form is None:
         raise BadInput(f"name the form to write with --to: {', '.join(EXPORTERS)}")
     folder = named(output)
-    result = write(settings.model, folder, settings.to, settings, overwrite=overwrite).dump()
+    result = write(settings.model, folder, form, settings, overwrite=overwrite).dump()
     print_json(result) if as_json else print_result(result)
 
 

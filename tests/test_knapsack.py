@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilon_compress.convert.allocate.knapsack import GAP, Option, choose, pareto
+from pilon_compress.elastic.knapsack import GAP, Option, choose, pareto
 
 losses = st.one_of(st.integers(0, 100).map(float), st.floats(1e-12, 1e-6), st.floats(1e3, 1e6))
 options = st.lists(st.builds(Option, losses, st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=5)

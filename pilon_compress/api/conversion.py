@@ -109,13 +109,16 @@ def save(
     return expanded(folder)
 
 
-def load(model: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load(model: str | Path, *, dtype: str = "auto", device: str = "cpu", keep: float | None = None) -> PreTrainedModel:
     """Load a PILON or dense model by reference, with the class that its config names, in eval mode.
+
+    keep    share of the feed-forward numbers to load, above 0 and at most 1, from a file that was converted with
+            `elastic`: see docs/convert.md
 
     Its tokenizer and its pages stay with the object, for the other calls. Raises BadInput.
     """
     with calling():
-        loaded = checkpoint.load_model(str(model), dtype=dtype, device=device)
+        loaded = checkpoint.load_model(str(model), dtype=dtype, device=device, keep=keep)
         keep_record(loaded, read_record(str(model)))
     return loaded
 

@@ -31,6 +31,9 @@ class Form(Section):
     bank_dtype: Annotated[Text, Option()] = "auto"
     """Number format of banks and dense matrices: int8, int4, int3, int2, or another that is registered. They are then
     quantised, and every layer is refitted to compensate. With auto it is that of the other weights."""
+    elastic: Annotated[Switch, Option()] = False
+    """Store neurons and components in falling order of worth, with what a cut needs beside them: `keep` then loads or
+    exports the file at any smaller size. `ffn_ratio` is the largest size, 1 for the dense model's."""
 
 
 class Scope(Section):
@@ -183,6 +186,7 @@ TABLE: Table[Recipe] = {
     "budget.top_k": (BASELINE,),
     "budget.rank_multiple": (RANK, WHOLE),
     "budget.optimize": (MAC_RATIO,),
+    "form.elastic": (FIXED, BASELINE, SCALAR, LARGER),
     "effort": (BASELINE,),
     "refine.minutes": (UNREFINED,),
     "refine.samples": (UNREFINED,),
@@ -201,6 +205,12 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     budget = recipe.budget
     if budget.top_k is not None and budget.n_primitives is not None and budget.top_k > budget.n_primitives:
         yield "budget.top_k", f"is more than the {budget.n_primitives} primitives of a bank: lower it to that at most"
+    if recipe.form.elastic and budget.sharing != "none":
+        yield "form.elastic", "a shared bank has no order of its own for each layer: leave out one of the two"
+    if recipe.form.elastic and not budget.neurons:
+        yield "form.elastic", "needs neurons that may go: leave out one of form.elastic and budget.neurons false"
+    if recipe.form.elastic and recipe.form.bank_dtype != "auto":
+        yield "form.elastic", "integers are fitted to one size: leave out one of form.elastic and form.bank_dtype"
     if recipe.refine.steps and recipe.form.bank_dtype != "auto":
         yield "refine.steps", "quantised weights cannot be refined: leave out refine.steps, or form.bank_dtype"
 

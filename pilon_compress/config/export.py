@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pilon_compress.config.fields import DType
 from pilon_compress.config.option import Argument, Option
+from pilon_compress.config.ratio import Part
 from pilon_compress.config.reading import Section, Text
 
 
@@ -17,6 +18,9 @@ class ExportOptions(Section):
     rest: Annotated[Literal["none", "int8"] | None, Option()] = None
     """Number format of attention, head and token embeddings in a packed export: int8, or none to leave them as they
     are. Default: none."""
+    keep: Annotated[Part | None, Option(metavar="SHARE")] = None
+    """Cut a model that was converted with --elastic: largest share of its stored feed-forward numbers, above 0 and at
+    most 1. Default: all."""
 
 
 class ExportConfig(ExportOptions):
@@ -25,4 +29,5 @@ class ExportConfig(ExportOptions):
     model: Annotated[Text, Argument()]
     """PILON model to export: a local folder, or hub id."""
     to: Annotated[Text | None, Option(metavar="FORM")] = None
-    """Form to write, such as dense, self-contained or packed; --list shows all. Default: none, it must be named."""
+    """Form to write, such as dense, self-contained or packed; --list shows all. Default: pilon with --keep, else
+    it must be named."""

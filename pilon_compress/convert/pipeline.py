@@ -31,8 +31,11 @@ from pilon_compress.convert.solve.layer import Method
 from pilon_compress.convert.solve.layerwise import solve
 from pilon_compress.convert.solve.solved import Solved
 from pilon_compress.convert.texts import refinement_text, say_beginning
+from pilon_compress.convert.worth import worth_of
 from pilon_compress.data.batch import Batch
 from pilon_compress.distill.refine import refine
+from pilon_compress.elastic import worth
+from pilon_compress.elastic.worth import BlockWorth
 from pilon_compress.errors import BadInput
 from pilon_compress.export.save import declare, save_model
 from pilon_compress.io import companions, progress
@@ -125,8 +128,11 @@ def _convert(
     source, tokenizer = opened.source, opened.tokenizer
     journal = Journal(output, fingerprint(opened.job.recipe, opened.batches, source))
     with journal.open():
-        model, job, report = solve_opened(opened, journal, command, on_plan)
+        model, job, report, blocks = solve_opened(opened, journal, command, on_plan)
         with fresh_folder(output, overwrite) as folder:
+            if blocks:
+                model.config.keep = 1.0  # which `from_pretrained(folder, keep=0.7)` sets: see the plug-in
+                worth.write(blocks, folder)
             save_model(model, tokenizer, folder, job.dtype)
             companions.copy(beside, folder)
             del model
@@ -151,6 +157,11 @@ def convert_in_memory(settings: conversion.Recipe) -> Converted:
 
     Weights are rounded to the dtype of the recipe, as a folder would hold them. Raises BadInput as `convert` does.
     """
+    if settings.form.elastic:
+        raise BadInput(
+            "form.elastic writes a file beside the weights: convert to a folder (`pc.convert_model`, "
+            "`pilon-compress convert`)"
+        )
     started, job = time.perf_counter(), prepare(settings)
     give_back_freed(scarce=settings.max_memory is not None)
     with progress.stages(stages(job)):
@@ -159,7 +170,7 @@ def convert_in_memory(settings: conversion.Recipe) -> Converted:
         source, tokenizer = opened.source, opened.tokenizer
         with TemporaryDirectory(prefix="pilon-compress-") as scratch:  # for what does not fit in memory
             journal = Journal(Path(scratch) / "plan") if source.streamed else Journal()
-            model, job, report = solve_opened(opened, journal)
+            model, job, report, _ = solve_opened(opened, journal)
         model = as_saved(model, job.dtype, share=held_model(settings.model) is None)
         trim()
 
@@ -195,18 +206,22 @@ def open_job(job: ConversionJob) -> Opened:
 
 def solve_opened(
     opened: Opened, journal: Journal, command: str = "", on_plan: Callable[[ConversionJob], None] | None = None
-) -> tuple[PreTrainedModel, ConversionJob, Report]:
-    """Plan, solve and refine: the model, the job with its plan, and the report without an evaluation."""
+) -> tuple[PreTrainedModel, ConversionJob, Report, list[BlockWorth]]:
+    """Plan, solve and refine: the model, the job with its plan, the report without an evaluation, and what cuts need.
+
+    The last is empty unless the conversion is elastic.
+    """
     source, batches = opened.source, opened.batches
     planned = plan_conversion(source, opened.job, batches, journal)
     job = planned.job
     if on_plan is not None:
         on_plan(job)
     model, solved = solve_plan(source, planned, batches, journal)
+    blocks = worth_of(planned)
     del planned
     trim()
     refined = improve(model, source.model, opened.refinement, job.recipe)
-    return model, job, describe(job, solved, batches, refined, opened.expected, command)
+    return model, job, describe(job, solved, batches, refined, opened.expected, command), blocks
 
 
 def write_pages(report: Report, folder: Path) -> None:

@@ -18,6 +18,7 @@ from pilon_compress.convert.sharing.search import Sharing
 from pilon_compress.convert.solve.bank_fit import BankFit
 from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.data.batch import Batch
+from pilon_compress.errors import BadInput
 from pilon_compress.io.journal import Journal
 from pilon_compress.io.tensor_store import TensorStore
 from pilon_compress.models.families import Site
@@ -26,18 +27,23 @@ from pilon_compress.nn.bands import split_bands
 
 log = logging.getLogger(__name__)
 
+MEASURED = 0.6  # of an elastic file's neurons: the cut at which every layer's loss is measured
+
 
 @dataclass(frozen=True)
 class Planned:
     """A conversion whose plan is settled: `job` holds it, the other fields are what its solution starts from.
 
     `left`: by layer the neurons that stay (None: all). `fits`: shared banks by name, as the allocation fitted them.
+    `worth`, `scales`: see `Allocation`.
     """
 
     job: ConversionJob
     dense: Dense
     left: dict[int, Tensor | None] = field(default_factory=dict)
     fits: dict[str, BankFit] = field(default_factory=dict)
+    worth: dict[int, Tensor] = field(default_factory=dict)
+    scales: dict[int, float] = field(default_factory=dict)
 
 
 def plan_conversion(
@@ -57,12 +63,19 @@ def plan_conversion(
         return Planned(job, dense)
     known: Allocation | None = journal.get("allocation", Allocation.unpack)
     if known is not None:
-        return Planned(job.planned(known.plan), dense, known.left)
+        return Planned(job.planned(known.plan), dense, known.left, worth=known.worth, scales=known.scales)
     budget, outputs = job.recipe.budget, put_away(journal, "reference", source.streamed, limit)
+    elastic = job.recipe.form.elastic
     sensitivity = Sensitivity(source, batches, job.causal, outputs)
-    sizings = size_layers(dense, budget.ratio, sensitivity, budget.neurons, budget.rank_multiple)
+    measured = MEASURED * budget.ratio if elastic else None
+    sizings = size_layers(dense, budget.ratio, sensitivity, budget.neurons, budget.rank_multiple, measured)
     outputs.clear()
-    found, fits = allocate(sizings, budget.ratio, budget.mac_limit), dict[str, BankFit]()
+    if elastic and any(sizing.elimination is None for sizing in sizings):
+        raise BadInput(
+            "form.elastic needs feed-forward blocks that are replaced as a whole: leave it out, "
+            "or change --targets and --ignore"
+        )
+    found, fits = allocate(sizings, budget.ratio, budget.mac_limit, elastic), dict[str, BankFit]()
     if job.shares:
         bands = split_bands([sizing.layer for sizing in sizings], None)
         sharing = Sharing(dense, EFFORTS[job.recipe.effort].sweeps, job.recipe.seed, budget.rank_multiple or 1)
@@ -70,7 +83,7 @@ def plan_conversion(
         for name, fit in fits.items():
             journal.put(f"bank.{name}", fit.pack())
     journal.put("allocation", found.pack())
-    return Planned(job.planned(found.plan), dense, found.left, fits)
+    return Planned(job.planned(found.plan), dense, found.left, fits, found.worth, found.scales)
 
 
 def take_moments(

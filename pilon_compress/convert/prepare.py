@@ -110,9 +110,10 @@ class ConversionJob:
 
 
 def allocated(recipe: Recipe) -> bool:
-    """True if sizes follow from the calibration text: the banks' shape is not fixed, and something must go."""
+    """True if sizes follow from the calibration text: the banks' shape is not fixed, and something must go, now or
+    later."""
     asked, component = recipe.budget, recipe.form.composition == "component"
-    smaller = asked.ratio < 1 or asked.ratio == 1 and (asked.mac_limit or 1) < 1
+    smaller = asked.ratio < 1 or asked.ratio == 1 and ((asked.mac_limit or 1) < 1 or recipe.form.elastic)
     return recipe.method == "pilon" and component and smaller and not recipe.budget.fixed_shape
 
 

@@ -23,6 +23,7 @@ from pilon_compress.results.export import Exported
 
 FLAGS = {one.path: one.name for one in flags(ExportOptions)}  # on the command line
 DEFAULTS = ExportOptions()
+COMMON = ("keep",)  # options of every form: they change the model that is written
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Exporter:
     def check(self, options: ExportOptions) -> None:
         """Raise BadInput for an option that this exporter does not read."""
         for name, flag in FLAGS.items():
-            if getattr(options, name) is not None and name not in self.options:
+            if getattr(options, name) is not None and name not in (*self.options, *COMMON):
                 own = " and ".join(FLAGS[one] for one in self.options)
                 reads = f"it reads {own}" if own else "it has no options"
                 raise BadInput(f"{flag} does not apply to an export to {self.name}: {reads}")

@@ -32,7 +32,7 @@ def export(
     exporter.check(options)
     with open_output(output, overwrite, source) as path:
         dtype = "auto" if exporter.dtype_when_saved else options.dtype or "auto"
-        model = load_pilon(source, dtype)
+        model = load_pilon(source, dtype, options.keep)
         if reason := exporter.refuse(model, options):
             raise BadInput(f"{source} {reason}")
         figures = exporter.write(model, ExportJob(source, path, options, overwrite))
@@ -40,22 +40,22 @@ def export(
     return ExportResult(source=source, output=str(output), to=to, load=load, figures=figures)
 
 
-def target_table(source: str) -> tuple[list[str], list[list[str]]]:
+def target_table(source: str, options: ExportOptions = DEFAULTS) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of what `export MODEL --list` prints: every form, what it is, and why it cannot take `source`.
 
     Raises BadInput for a folder that does not load.
     """
-    model = load_pilon(source, "auto")
+    model = load_pilon(source, "auto", options.keep)
     rows = []
     for name, exporter in EXPORTERS.items():
-        reason = exporter.refuse(model, DEFAULTS)
+        reason = exporter.refuse(model, options)
         rows.append([name, exporter.about, f"no: it {reason}" if reason else "yes"])
     return ["target", "what it writes", "takes this model"], rows
 
 
-def load_pilon(source: str, dtype: str) -> PreTrainedModel:
-    """Load `source`, which must be a PILON model. Raises BadInput if it is dense."""
-    model = checkpoint.load_model(source, dtype=dtype)
+def load_pilon(source: str, dtype: str, keep: float | None = None) -> PreTrainedModel:
+    """Load `source`, which must be a PILON model, cut to `keep`. Raises BadInput if it is dense."""
+    model = checkpoint.load_model(source, dtype=dtype, keep=keep)
     if held_model(source) is None:
         manifest.verify_folder(checkpoint.resolve(source))
     if not hasattr(model.base_model, BANKS):

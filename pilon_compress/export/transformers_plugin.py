@@ -5,7 +5,11 @@ from_pretrained(folder)
     -> PilonConfig -> PilonQuantizer
          before the weights (model on the meta device): install(model, layout); with PILON_VERIFY=1 every file of the
          folder is compared with its checksum in manifest.json first, and ValueError names one that differs
-         after the weights: refuse gaps, then dissolve, so that an ordinary nn.Module remains
+         after the weights: refuse gaps, cut, then dissolve, so that an ordinary nn.Module remains
+
+from_pretrained(folder, keep=0.7)
+  config.json of an elastic file has `keep`, which transformers overrides by the argument, as any field of a config; the
+  weights are then cut by what elastic.safetensors says (`elastic.cut`)
 """
 
 import os
@@ -16,12 +20,15 @@ from typing import Any
 import torch
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pilon_compress.elastic.worth import FILE, HOW, check_keep, read
 from pilon_compress.io.checksum import damage
-from pilon_compress.nn.layout import Host, Layout, install, parts, stored_types
+from pilon_compress.nn.layout import Host, Layout, install, layout_of, parts, stored_types
 
 VERIFY = "PILON_VERIFY"  # environment: compare every file with its checksum when a model is loaded
+KEEP = "keep"  # field of an elastic file's config.json: the share of its numbers to load
 FORMAT_VERSION = 2  # 2: ternary and packed banks, integer banks
 
 
@@ -61,6 +68,9 @@ class PilonQuantizer(HfQuantizer):
             raise ValueError("a dense checkpoint becomes PILON with `pilon-compress convert`, not while it is loaded")
         if os.environ.get(VERIFY, "") not in ("", "0"):
             verify_files(kwargs.get("checkpoint_files") or ())
+        self._files = list(kwargs.get("checkpoint_files") or ())
+        if KEEP in vars(model.config):
+            check_keep(model.config.keep)
         install(model, Layout.from_dict(self.quantization_config.layout))
         model._keep_in_fp32_modules_strict.update(
             name for name, dtype in stored_types(model).items() if dtype == torch.float32
@@ -69,6 +79,9 @@ class PilonQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Host, **kwargs: Any) -> None:
         refuse_gaps(model)
         refuse_damage(model)
+        keep = model.config.__dict__.pop(KEEP, 1)  # models that are made of this one are not elastic
+        if keep != 1:
+            shrink(model, self._files, keep)
         dissolve(model)
 
 
@@ -77,6 +90,26 @@ def verify_files(weights: Iterable[str]) -> None:
     for folder in {Path(file).parent for file in weights}:
         if reason := damage(folder):
             raise ValueError(f"{reason}: the file is damaged")
+
+
+def shrink(model: Host, weights: Iterable[str], keep: float) -> None:
+    """Cut a model that was loaded from the files `weights`; its config says the smaller layout.
+
+    Raises ValueError where the file that says how is missing or damaged, or tensors are not in memory.
+    """
+    from pilon_compress.elastic.cut import cut  # which imports the class that transformers may be making now
+
+    file = next((Path(one).parent / FILE for one in weights), Path(FILE))
+    if not file.is_file():  # in the hub's cache it may not have been downloaded yet
+        found = cached_file(model.config._name_or_path, FILE, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            raise ValueError(f"keep={keep:g} needs {FILE}, which is not beside the weights: {HOW}")
+        file = Path(found)
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise ValueError(f"keep={keep:g} needs all weights in memory: load without offloading")
+    cut(model, read(file), keep)
+    layout = layout_of(model)
+    model.config.quantization_config = PilonConfig(layout.to_dict(), 2 if layout.quantized else 1)
 
 
 def refuse_gaps(model: Host) -> None:

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
+from pilon_compress.elastic.worth import HOW, check_keep
 from pilon_compress.errors import BadInput
 from pilon_compress.io import hub
 from pilon_compress.io.errors import UNREADABLE, first_line, unreadable
@@ -146,11 +147,16 @@ def _method(config: PretrainedConfig) -> object:
 
 
 def load_model(
-    reference: str, dtype: str | torch.dtype = "auto", device: str = "cpu", share: bool = False
+    reference: str,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    share: bool = False,
+    keep: float | None = None,
 ) -> PreTrainedModel:
     """Load weights (safetensors only, no code from the checkpoint) with the class that the config names, in eval mode.
 
     `share`: the caller only reads the model, which may then have tensors in common with one that is held in memory.
+    `keep`: share of the feed-forward numbers to load from a file whose neurons lie in falling order of worth.
     Raises BadInput for files that are missing, truncated, or hold other tensors than the architecture, and for values
     that are NaN or infinite.
     """
@@ -158,6 +164,7 @@ def load_model(
     target = find_device(device)
     folder = resolve(reference)
     config = load_config(reference)
+    where_cut = {} if keep is None else {"keep": _checked_keep(reference, config, keep)}
     if (held := held_model(reference)) is not None:
         copied = copy_of(held, load_dtype, target, share)
         check_finite(copied)
@@ -173,6 +180,7 @@ def load_model(
                 dtype=load_dtype or config.dtype or "auto",
                 use_safetensors=True,
                 output_loading_info=True,
+                **where_cut,
                 **where,
             )
     except BadInput:
@@ -183,6 +191,16 @@ def load_model(
     model = model.to(target).eval()
     check_finite(model)
     return model
+
+
+def _checked_keep(reference: str, config: PretrainedConfig, keep: float) -> float:
+    """Return `keep`. Raises BadInput for a share that is out of range, and for a model that cannot be cut."""
+    check_keep(keep)
+    if held_model(reference) is not None:
+        raise BadInput("a model in memory cannot be cut: name the folder that was converted with --elastic")
+    if not hasattr(config, "keep"):
+        raise BadInput(f"{reference} is not stored in order of worth, so it cannot be cut: {HOW}")
+    return keep
 
 
 def _check_complete(reference: str, config: PretrainedConfig, model: PreTrainedModel, loaded: dict[str, Any]) -> None:

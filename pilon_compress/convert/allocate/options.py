@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pilon_compress.convert.allocate.knapsack import Option, pareto
 from pilon_compress.convert.calibrate.damping import damped_cholesky
 from pilon_compress.convert.calibrate.second_moments import add_gram
 from pilon_compress.convert.plan import trimmed
 from pilon_compress.convert.solve.eigen import eigenvalues
 from pilon_compress.convert.solve.feed_forward import FeedForward
+from pilon_compress.elastic.knapsack import Option, pareto
 from pilon_compress.models.families import Site
 
 POWERS = (1.4, 1.2, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0)  # of the ratio: shares of the neurons that are tried
