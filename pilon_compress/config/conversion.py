@@ -16,7 +16,7 @@ from pilon_compress.config.conflicts import Context, Table, refuse_conflicts, re
 from pilon_compress.config.fields import MODEL, SOURCES, Device, DType
 from pilon_compress.config.flat import Flat, arranged
 from pilon_compress.config.option import RUNNING, Argument, Option, Options
-from pilon_compress.config.reading import Override, Positive, Section, Selector, Text
+from pilon_compress.config.reading import Override, Positive, Section, Selector, Switch, Text
 from pilon_compress.config.strict_yaml import Document
 from pilon_compress.errors import BadInput
 
