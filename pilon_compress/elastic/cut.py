@@ -6,6 +6,7 @@ What each block loses is decided by the multiple-choice knapsack that conversion
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,7 @@ def _cut_neurons(model: Host, block: BlockWorth, count: int) -> None:
         _cut_outputs(base.get_submodule(name), count, block.halves)
 
 
-def _cut_outputs(up: nn.Module, count: int, halves: int) -> None:
+def _cut_outputs(up: Any, count: int, halves: int) -> None:
     """Leave the first `count` outputs of each half of an up-like projection."""
 
     def first(tensor: Tensor, dim: int) -> nn.Parameter:
