@@ -63,7 +63,7 @@ class Bench:
     @staticmethod
     def job_for(model: str, bank_dtype: str, ratio: float) -> ConversionJob:
         """Return the job of a conversion of `model` with this number format and FFN ratio."""
-        recipe = {"model": model, "budget": {"ffn_ratio": ratio}, "form": {"bank_dtype": bank_dtype}}
+        recipe: dict[str, object] = {"model": model, "budget": {"ffn_ratio": ratio}, "form": {"bank_dtype": bank_dtype}}
         recipe |= CAUSAL if checkpoint.is_causal(checkpoint.load_config(model)) else ENCODER
         return prepare(conversion.build({**recipe, "dtype": "bfloat16"}))
 

@@ -1,11 +1,12 @@
 """`pilon-compress compare`: PILON against published baselines, at equal stored size, on the same text."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pilon_compress.config.comparison import CompareCommand
 from pilon_compress.config.option import RUNNING
+from pilon_compress.results.comparison import Comparison, PlannedComparison
 
 from .options import configured
 from .output import command_line, print_json, print_table, say, wait_passively
@@ -53,39 +54,40 @@ def compare(
 
     if dry_run:
         planned = comparing.dry_run(settings, folder, overwrite=overwrite)
-        print_json(planned.dump()) if as_json else print_plan(planned.dump())
+        print_json(planned.dump()) if as_json else print_plan(planned)
         return
     folder = named(output)
 
     from pilon_compress.compare import run as comparing
 
     result = comparing.run(settings, folder, overwrite=overwrite, command=command_line())
-    print_json(result.dump()) if as_json else print_result(result.dump())
+    print_json(result.dump()) if as_json else print_result(result)
 
 
-def print_plan(result: dict[str, Any]) -> None:
+def print_plan(result: PlannedComparison) -> None:
     """Print the numbers and bytes that each method would store at each ratio."""
     from pilon_compress.report.formatting import number, short_count
     from pilon_compress.report.methods import method_of
 
     rows = []
-    for one in result["planned"]:
-        counts = [short_count(one["stored"]), number(one["stored_ratio"]), number(one["bytes_ratio"])]
-        rows.append([method_of(one["method"]).title, f"{one['ratio']:g}", *counts])
+    for one in result.planned:
+        counts = [short_count(one.stored), number(one.stored_ratio), number(one.bytes_ratio)]
+        rows.append([method_of(one.method).title, f"{one.ratio:g}", *counts])
     headings = ["method", "requested FFN ratio", "stored", "stored ÷ dense", "bytes ÷ dense"]
-    print_table(result["source"], headings, rows)
-    calibration = result["calibration"]
+    print_table(result.source, headings, rows)
+    calibration = result.calibration
     say(
-        f"{len(result['seeds'])} draws of {number(calibration['samples'])} sequences from {calibration['data']}; "
-        f"{number(result['cells'])} models to make and evaluate"
+        f"{len(result.seeds)} draws of {number(calibration.samples)} sequences from {calibration.data}; "
+        f"{number(result.cells)} models to make and evaluate"
     )
 
 
-def print_result(result: dict[str, Any]) -> None:
+def print_result(result: Comparison) -> None:
     """Print one table per ratio, best method first, and the files that were written."""
     from pilon_compress.report.comparison_page import terminal_table
     from pilon_compress.report.formatting import number
 
-    for ratio in result["ratios"]:
-        print_table(f"Stored FFN ratio {ratio:g}", *terminal_table(result, ratio))
-    say(f"{number(result['seconds'])} s; {result['output']}/compare.html, compare.md, compare.json")
+    dumped = result.dump()
+    for ratio in result.ratios:
+        print_table(f"Stored FFN ratio {ratio:g}", *terminal_table(dumped, ratio))
+    say(f"{number(result.seconds)} s; {result.output}/compare.html, compare.md, compare.json")

@@ -1,8 +1,7 @@
 """`pilon-compress convert`: a dense checkpoint in, a PILON model folder with its report out."""
 
-from typing import Any
-
 from pilon_compress.config.conversion import Recipe
+from pilon_compress.results import conversion as results
 
 from .options import Recipes, configured
 from .output import command_line, print_json, print_table, say, wait_passively
@@ -28,7 +27,7 @@ def convert(
         from pilon_compress.convert import pipeline
 
         planned = pipeline.dry_run(settings, output, overwrite=overwrite)
-        print_json(planned.dump()) if as_json else print_plan(planned.dump(), verbose)
+        print_json(planned.dump()) if as_json else print_plan(planned, verbose)
         return
     folder = named(output)
 
@@ -39,58 +38,58 @@ def convert(
         folder,
         overwrite=overwrite,
         command=command_line(),
-        on_start=None if as_json else lambda job, cost: print_estimate(job.plan.ratio, job.final, cost.dump()),
-        on_plan=None if as_json else lambda job: print_plan(job.describe().dump(), verbose),
+        on_start=None if as_json else lambda job, cost: print_estimate(job.plan.ratio, job.final, cost),
+        on_plan=None if as_json else lambda job: print_plan(job.describe(), verbose),
     )
-    print_json(report.dump()) if as_json else print_result(report.dump())
+    print_json(report.dump()) if as_json else print_result(report)
 
 
-def print_estimate(ratio: float, final: bool, expected: dict[str, float]) -> None:
+def print_estimate(ratio: float, final: bool, expected: results.Estimate) -> None:
     """Print the budget and the cost of the conversion on this machine, before anything is read."""
     from pilon_compress.report.formatting import number
 
     sizes = "the plan follows" if final else "sizes per layer follow after calibration"
     say(
         f"FFN to at most {number(ratio)} of its dense parameters; {sizes}; "
-        f"about {number(expected['seconds'])} s and {number(expected['peak_gib'])} GiB on this machine\n"
+        f"about {number(expected.seconds)} s and {number(expected.peak_gib)} GiB on this machine\n"
     )
 
 
-def print_plan(result: dict[str, Any], verbose: bool = False) -> None:
+def print_plan(result: results.ConversionPlan, verbose: bool = False) -> None:
     """Print the plan with its sizes; the sizes alone while it is not final."""
     from pilon_compress.report.formatting import mib, number
 
-    final = result.get("final", True)
+    expected = result.estimate if isinstance(result, results.DryRun) else None
+    final = not isinstance(result, results.DryRun) or result.final
     if final:
-        print_parts("Plan", result["plan"]["banks"], result["dtype"], verbose=verbose)
-    ffn, whole, expected = result["ffn"], result["model"], result.get("estimate")
+        print_parts("Plan", [part.dump() for part in result.plan.banks], result.dtype, verbose=verbose)
+    ffn, whole = result.ffn, result.model
     about = "" if final else "about "
     text = (
-        f"FFN {about}{number(ffn['stored_ratio'])} of the dense parameters, {number(ffn['mac_ratio'])} of its MACs; "
-        f"whole model {about}{number(whole['stored_ratio'])}, {mib(whole['bytes'])}: "
-        f"{number(whole['bytes_ratio_to_source'])} of the dense file ({result['source_dtype']})"
+        f"FFN {about}{number(ffn.stored_ratio)} of the dense parameters, {number(ffn.mac_ratio)} of its MACs; "
+        f"whole model {about}{number(whole.stored_ratio)}, {mib(whole.bytes)}: "
+        f"{number(whole.bytes_ratio_to_source)} of the dense file ({result.source_dtype})"
     )
-    if result["source_dtype"] != "bfloat16":
-        text += f", {number(whole['bytes_ratio_to_bf16'])} of the dense model in bfloat16"
+    if result.source_dtype != "bfloat16":
+        text += f", {number(whole.bytes_ratio_to_bf16)} of the dense model in bfloat16"
     if expected:
-        text += f"; about {number(expected['seconds'])} s and {number(expected['peak_gib'])} GiB on this machine"
-    for line in (*result["notes"], f"{text}\n"):
+        text += f"; about {number(expected.seconds)} s and {number(expected.peak_gib)} GiB on this machine"
+    for line in (*result.notes, f"{text}\n"):
         say(line)
 
 
-def print_result(report: dict[str, Any]) -> None:
+def print_result(report: results.Report) -> None:
     """Print the measured sizes, errors and quality, and the folder of the model."""
     from pilon_compress.report.formatting import method_name, number, quality, ratios
 
-    rows = [[ratio.label, ratio.part, number(ratio.value), ratio.detail] for ratio in ratios(report)]
+    rows = [[ratio.label, ratio.part, number(ratio.value), ratio.detail] for ratio in ratios(report.dump())]
     print_table("Size, PILON ÷ dense", ["", "part", "ratio", "measured"], rows)
-    rows = [[method_name(method), number(loss)] for method, loss in report["whitened_loss"].items()]
+    rows = [[method_name(method), number(loss)] for method, loss in report.whitened_loss.items()]
     print_table("Relative squared output error at equal stored size", ["method", "loss"], rows)
-    if report["evaluation"]:
-        rows = [[figure.label, figure.value, figure.dense] for figure in quality(report["evaluation"])]
-        print_table(f"Quality on {report['evaluation']['data']}", ["", "PILON", "dense"], rows)
+    if report.evaluation is not None:
+        rows = [[figure.label, figure.value, figure.dense] for figure in quality(report.evaluation.dump())]
+        print_table(f"Quality on {report.evaluation.data}", ["", "PILON", "dense"], rows)
     else:
-        say(f"not evaluated: {report['evaluation_skipped']}\n")
-    output = report["output"]
-    say(f"{number(report['seconds'])} s, {number(report['peak_rss_gib'])} GiB at the peak")
-    print(f"model  {output}\nreport {output}/report.html")
+        say(f"not evaluated: {report.evaluation_skipped}\n")
+    say(f"{number(report.seconds)} s, {number(report.peak_rss_gib)} GiB at the peak")
+    print(f"model  {report.output}\nreport {report.output}/report.html")

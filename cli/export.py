@@ -1,11 +1,12 @@
 """`pilon-compress export`: a PILON model in a form that other tools load."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pilon_compress.config.export import ExportConfig
 from pilon_compress.errors import BadInput
+from pilon_compress.results.export import ExportResult
 
 from .options import configured
 from .output import print_json, print_table, say
@@ -41,18 +42,19 @@ def export(
     if form is None:
         raise BadInput(f"name the form to write with --to: {', '.join(EXPORTERS)}")
     folder = named(output)
-    result = write(settings.model, folder, form, settings, overwrite=overwrite).dump()
-    print_json(result) if as_json else print_result(result)
+    result = write(settings.model, folder, form, settings, overwrite=overwrite)
+    print_json(result.dump()) if as_json else print_result(result)
 
 
-def print_result(result: dict[str, Any]) -> None:
+def print_result(result: ExportResult) -> None:
     """Print the folder, what the exporter measured, and how the result loads."""
-    print(result["output"])
-    if "ffn" in result:
-        ffn, whole = result["ffn"]["bytes_ratio"], result["model"]["bytes_ratio"]
+    figures = result.figures
+    print(result.output)
+    if figures.ffn is not None and figures.model is not None:
+        ffn, whole = figures.ffn.bytes_ratio, figures.model.bytes_ratio
         say(f"feed-forward bytes {ffn:.4f} of bfloat16 dense, the whole model {whole:.3f}")
-    if "max_logit_difference" in result:
-        say(f"largest difference of outputs {result['max_logit_difference']:.3g}")
-    if "rest_relative_error" in result:
-        say(f"outputs moved by {result['rest_relative_error']:.3g} of their norm by rounding the rest")
-    print(f"loads with {result['load']}")
+    if figures.max_logit_difference is not None:
+        say(f"largest difference of outputs {figures.max_logit_difference:.3g}")
+    if figures.rest_relative_error is not None:
+        say(f"outputs moved by {figures.rest_relative_error:.3g} of their norm by rounding the rest")
+    print(f"loads with {result.load}")

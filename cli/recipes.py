@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pilon_compress.config import recipes, training
+from pilon_compress.config import conversion, recipes, training
 
 from .options import Set
 from .output import print_json
@@ -46,5 +46,9 @@ def check(recipe: Recipe, set_: Set = None) -> None:
         from pilon_compress.models.architectures.registry import ARCHITECTURES
 
         ARCHITECTURES[training.load(recipe, set_ or []).host.family]  # raises for a name that nobody registered
+    elif (named := conversion.load(recipe, set_ or []).form.bank_dtype) != "auto":
+        from pilon_compress.nn.formats.registry import conversion_format
+
+        conversion_format(named)  # likewise
     sys.stdout.write(written)
     print(f"{recipe}: ok")

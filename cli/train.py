@@ -1,12 +1,13 @@
 """`pilon-compress train`: from scratch, healing by distillation, fine-tuning on chats."""
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pilon_compress.config.option import RUNNING
 from pilon_compress.config.training import TrainRecipe
+from pilon_compress.results.training import PlannedTraining, TrainResult
 
 from .options import Recipes, configured
 from .output import command_line, print_json, print_table
@@ -38,7 +39,7 @@ def train(
         from pilon_compress.train.pipeline import plan
 
         planned = plan(settings)
-        print_json(planned.dump()) if as_json else print_plan(planned.dump())
+        print_json(planned.dump()) if as_json else print_plan(planned)
         return
     folder = named(output)
 
@@ -53,37 +54,37 @@ def train(
         print(f"stopped after saving a checkpoint: --resume goes on with {folder}", file=sys.stderr)
         raise SystemExit(stopped.code) from None
     if result:  # on the first process
-        print_json(result.dump()) if as_json else print_result(result.dump())
+        print_json(result.dump()) if as_json else print_result(result)
 
 
-def print_plan(planned: dict[str, Any]) -> None:
+def print_plan(planned: PlannedTraining) -> None:
     """Print the size of the model that would be trained, and the length of its training."""
     from pilon_compress.report.formatting import number, short_count
 
     rows = [
-        ["parameters", short_count(planned["parameters"])],
-        ["FFN stored ÷ dense", number(planned["ffn"]["stored_ratio"])],
-        ["FFN MACs ÷ dense", number(planned["ffn"]["mac_ratio"])],
-        ["tokens", short_count(planned["tokens"]) if planned["tokens"] else "one pass over the text"],
-        ["sequences per step", number(planned["batch_size"])],
+        ["parameters", short_count(planned.parameters)],
+        ["FFN stored ÷ dense", number(planned.ffn.stored_ratio)],
+        ["FFN MACs ÷ dense", number(planned.ffn.mac_ratio)],
+        ["tokens", short_count(planned.tokens) if planned.tokens else "one pass over the text"],
+        ["sequences per step", number(planned.batch_size)],
     ]
-    print_table(f"{planned['task']}: {planned['data']}", ["", "planned"], rows)
+    print_table(f"{planned.task}: {planned.data}", ["", "planned"], rows)
 
 
-def print_result(result: dict[str, Any]) -> None:
+def print_result(result: TrainResult) -> None:
     """Print validation figures, speed and sizes, and the files that were written."""
     from pilon_compress.report.formatting import number, short_count
 
-    metric = next(name for name in ("val_perplexity", "val_cosine") if name in result)
-    rows = [[metric.replace("val_", "validation "), number(result[metric])]]
-    if "before" in result:
-        rows += [["before healing", number(result["before"])], ["teacher", number(result["teacher"])]]
+    metrics = {"perplexity": result.val_perplexity, "cosine": result.val_cosine}
+    rows = [[f"validation {name}", number(value)] for name, value in metrics.items() if value is not None]
+    if result.before is not None and result.teacher is not None:
+        rows += [["before healing", number(result.before)], ["teacher", number(result.teacher)]]
     rows += [
-        ["tokens", short_count(result["tokens"])],
-        ["tokens per second", number(round(result["tokens_per_second"]))],
-        ["parameters", short_count(result["parameters"])],
-        ["FFN stored ÷ dense", number(result["ffn"]["stored_ratio"])],
-        ["FFN MACs ÷ dense", number(result["ffn"]["mac_ratio"])],
+        ["tokens", short_count(result.tokens)],
+        ["tokens per second", number(round(result.tokens_per_second))],
+        ["parameters", short_count(result.parameters)],
+        ["FFN stored ÷ dense", number(result.ffn.stored_ratio)],
+        ["FFN MACs ÷ dense", number(result.ffn.mac_ratio)],
     ]
-    print_table(f"{result['task']}, {number(result['seconds'])} s", ["", "measured"], rows)
-    print(f"model   {result['output']}\nmetrics {result['output']}/metrics.jsonl")
+    print_table(f"{result.task}, {number(result.seconds)} s", ["", "measured"], rows)
+    print(f"model   {result.output}\nmetrics {result.output}/metrics.jsonl")

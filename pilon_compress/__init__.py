@@ -42,9 +42,9 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, which loads them when they ar
     from pilon_compress.config.model import HostConfig as HostConfig
     from pilon_compress.config.model import TernaryConfig as TernaryConfig
     from pilon_compress.config.training import HealConfig as HealConfig
-    from pilon_compress.config.training import OptimizerConfig as OptimizerConfig
-    from pilon_compress.config.training import ScheduleConfig as ScheduleConfig
     from pilon_compress.config.training import TrainConfig as TrainConfig
+    from pilon_compress.config.training_sections import OptimizerConfig as OptimizerConfig
+    from pilon_compress.config.training_sections import ScheduleConfig as ScheduleConfig
     from pilon_compress.errors import BadInput as BadInput
     from pilon_compress.models.families import find_sites as find_sites
     from pilon_compress.nn.bank import PrimitiveBank as PrimitiveBank
@@ -89,8 +89,8 @@ _PUBLIC = {  # public name -> module
     "HostConfig": "config.model",
     "FfnConfig": "config.model",
     "TernaryConfig": "config.model",
-    "OptimizerConfig": "config.training",
-    "ScheduleConfig": "config.training",
+    "OptimizerConfig": "config.training_sections",
+    "ScheduleConfig": "config.training_sections",
     "BenchConfig": "config.benchmark",
     "ExportOptions": "config.export",
     "Recipe": "config.conversion",

@@ -120,6 +120,12 @@ def test_recipes_check_names_file_line_and_the_likely_field(cli, tmp_path):
     assert done.stderr == f"error: {mine}:3: budget.ffn_ratoi: unknown field; did you mean 'ffn_ratio'?\n"
 
 
+def test_recipes_check_knows_the_number_formats(cli):
+    done = cli("recipes", "check", "quickstart", "--set", "form.bank_dtype=int5", code=2)
+    assert done.stderr == "error: form.bank_dtype 'int5' is none of auto, int8, int4, int3, int2\n" and not done.stdout
+    assert cli("recipes", "check", "quickstart", "--set", "form.bank_dtype=int4").stdout.endswith("ok\n")
+
+
 def test_recipes_check_blames_the_override(cli):
     done = cli("recipes", "check", "quickstart", "--set", "budget.rank=many", code=2)
     assert done.stdout == ""

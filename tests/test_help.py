@@ -9,6 +9,7 @@ from pilon_compress.cli.main import app
 from pilon_compress.cli.options import Configured
 from pilon_compress.data.readers.registry import FORMATS, SOURCES
 from pilon_compress.errors import BadInput
+from pilon_compress.nn.formats.registry import grids
 
 GROUP = typer.main.get_command(app)
 LEAVES = {(name,): one for name, one in GROUP.commands.items() if not hasattr(one, "commands")}
@@ -62,6 +63,11 @@ def test_text_sources_are_listed_from_their_registry(cli):
     for words in ("convert", "eval", "train"):
         shown = " ".join(cli(words, "--help").stdout.split())
         assert all(source.form in shown for source in SOURCES.values()) and all(suffix in shown for suffix in FORMATS)
+
+
+def test_every_number_format_is_named(cli):
+    shown = " ".join(cli("convert", "--help").stdout.split())
+    assert all(re.search(rf"\b{name}\b", shown.split("--bank-dtype NAME")[1].split("--")[0]) for name in grids())
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=" ".join)

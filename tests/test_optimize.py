@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pilon_compress.config.training import Optimizer, Run
+from pilon_compress.config.training_sections import Optimizer, Run
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.loader import Shuffled
 from pilon_compress.optimize.loop import RESTARTS, Diverged, train

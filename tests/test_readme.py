@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pilon_compress.report.card import INSTALL
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("convert", "train", "speed"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
@@ -31,6 +33,10 @@ def demo(pilon, tmp_path_factory) -> Path:
         if line.startswith(".venv/bin/pilon-compress"):
             pilon(line + " --json", folder)
     return folder
+
+
+def test_the_readme_installs_as_model_cards_do():
+    assert f"\n{INSTALL}\n" in (ROOT / "README.md").read_text()
 
 
 def test_the_demo_keeps_the_promised_quality(demo):

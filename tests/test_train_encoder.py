@@ -120,6 +120,8 @@ def test_micro_batches_hold_texts_of_like_length(home):
 def test_an_encoders_teacher_is_not_cached_and_nothing_else_trains_encoders(home, tmp_path):
     with pytest.raises(BadInput, match="encoder"):
         train_model(healing(home, **{"distill.cache_teacher": 4}), tmp_path / "out", quiet=True)
+    with pytest.raises(BadInput, match="distill.temperature has no effect with an encoder"):
+        train_model(healing(home, **{"distill.temperature": 2.0}), tmp_path / "out", quiet=True)
     with pytest.raises(BadInput, match="can be healed"):
         train_model(healing(home, task="sft"), tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()

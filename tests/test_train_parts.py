@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilon_compress.config.model import FfnConfig, HostConfig
-from pilon_compress.config.training import Optimizer, Schedule
+from pilon_compress.config.training_sections import Optimizer, Schedule
 from pilon_compress.distill.losses import next_token_sum
 from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures, checkpoint
@@ -53,6 +53,23 @@ def test_no_plan_is_larger_than_its_budget(kind, stored, macs, bands, compositio
         return
     size = ffn_size(layout).over_dense().dump()
     assert size["stored_ratio"] <= stored and size["mac_ratio"] <= macs
+
+
+@pytest.mark.parametrize(
+    ("given_shape", "told"),
+    [
+        ({"n_primitives": 16, "rank": 4, "top_k": 8}, "the model stores .* above ffn.ffn_ratio 0.5: lower ffn.rank"),
+        (
+            {"n_primitives": 2, "rank": 16, "ffn_ratio": 1},
+            "takes 0.667 of the dense .*, above ffn.mac_ratio 0.5",
+        ),
+    ],
+)
+def test_a_given_shape_beyond_the_budget_is_refused(given_shape, told):
+    with pytest.raises(BadInput, match=told):
+        base_architectures.layout_for(sites(), FfnConfig(bands=2, **given_shape))
+    fits = base_architectures.layout_for(sites(), FfnConfig(bands=2, n_primitives=4, rank=4))
+    assert {bank.n_primitives for bank in fits.banks.values()} == {4}
 
 
 @pytest.mark.parametrize(("width", "inner", "rank"), [(512, 2048, 32), (1024, 4096, 64)])

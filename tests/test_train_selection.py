@@ -23,7 +23,7 @@ FFN = {"rank": 2, "n_primitives": 8, "top_k": 3, "bands": 2, "ffn_ratio": 1, "ma
 
 def asked(explore="none", ffn=None, **sections):
     data = {"task": "pretrain", "host": SHAPE, "ffn": {**FFN, **(ffn or {})}}
-    research = {"original": {"selection": {"explore": explore, "until": 0.5}}}
+    research = {"original": {} if explore == "none" else {"selection": {"explore": explore, "until": 0.5}}}
     return training.build({**data, "research": research, **sections})
 
 

@@ -18,7 +18,7 @@ from pilon_compress.train.preflight import layout_asked
 
 STEPS = 20
 IDS = torch.arange(24).reshape(2, 12) % 40
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 40}
 FFN = {"rank": 4, "n_primitives": 8, "top_k": 3, "bands": 2, "ffn_ratio": 1, "mac_ratio": 1}
 PHASES = [0.2, 0.5, 1.0]
 
@@ -28,7 +28,8 @@ class Twin:
 
     def __init__(self, composition="component", explore="none", optimizer=None, layers=4, **asked):
         shape, ffn = {**SHAPE, "num_hidden_layers": layers}, {**FFN, "composition": composition, "bands": layers // 2}
-        original = {"staged": asked, "selection": {"explore": explore, "until": 0.5}}
+        explored = {} if explore == "none" else {"selection": {"explore": explore, "until": 0.5}}
+        original = {"staged": asked, **explored}
         data = {"task": "pretrain", "host": shape, "ffn": ffn, "research": {"original": original}}
         data |= {"optimizer": optimizer or {}}
         self.recipe = training.build(data)
@@ -125,10 +126,10 @@ def test_a_ramp_holds_moves_and_ends():
 @pytest.mark.parametrize("composition", ["component", "scalar", "softmax"])
 def test_components_beyond_the_active_rank_contribute_nothing_and_get_no_gradient(composition):
     twin = Twin(composition, phases=PHASES, rank=[1, 4, 4])
-    x = torch.randn(3, 16)
+    x = torch.randn(3, 32)
     for step, active in [(0, 1), (7, 2), (10, 4)]:
         twin.before(step)
-        layer = next(layer for layer in twin.layers if layer.bank.d_in == 16)
+        layer = next(layer for layer in twin.layers if layer.bank.d_in == 32)
         twin.backward()
         for _, bank in banks(twin.model):
             assert (bank.A.grad[:, :, active:] == 0).all() and (bank.B.grad[:, active:] == 0).all()
@@ -253,7 +254,7 @@ def test_the_diversity_regulariser_lowers_the_cosine_within_a_band(composition):
                 layer.weight[:2] = 2.0
                 if composition != "softmax":
                     layer.selected.copy_(torch.arange(3))
-        for step in range(8):
+        for step in range(16):
             twin.step(step)
         bands = [[layer for layer in twin.layers if layer.bank is bank] for _, bank in banks(twin.model)]
         return float(torch.stack([similarity(layers) for layers in bands]).mean().detach())

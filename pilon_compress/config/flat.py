@@ -34,6 +34,8 @@ def arranged(config: Section, recipe: type[R], fixed: Mapping[str, Any], given: 
     """Return the `recipe` that has the fields which are set in the flat `config`, each in its section.
 
     fixed: fields at the top of the recipe   given: fields of sections, which win where they are not None
+
+    Raises BadInput, in one line, where fields exclude each other.
     """
     data: dict[str, Any] = dict(fixed)
     for name in recipe.model_fields:
@@ -45,7 +47,10 @@ def arranged(config: Section, recipe: type[R], fixed: Mapping[str, Any], given: 
             data[name] = fields | {key: value for key, value in given.get(name, {}).items() if value is not None}
         elif name in _shared(type(config), recipe) and name in config.model_fields_set:
             data.setdefault(name, getattr(config, name))
-    return recipe.model_validate(data)
+    try:
+        return recipe.model_validate(data)
+    except ValidationError as invalid:
+        raise BadInput(reading.first_error(invalid, type(config))) from None
 
 
 def _shared(flat: type[Section], section: type[Section]) -> list[str]:

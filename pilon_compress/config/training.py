@@ -7,167 +7,33 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pilon_compress.config import reading, strict_yaml
-from pilon_compress.config.conflicts import refuse_conflicts
-from pilon_compress.config.fields import SOURCES, Device, DType
+from pilon_compress.config.conflicts import Context, Table, refuse_conflicts, refused, without_effect
+from pilon_compress.config.fields import Device, DType
 from pilon_compress.config.flat import Flat, arranged
 from pilon_compress.config.model import FfnConfig, HostConfig, TernaryConfig
 from pilon_compress.config.option import RUNNING, Option, Options
 from pilon_compress.config.ratio import Parts
-from pilon_compress.config.reading import Above, Count, Number, Override, Positive, Section, Share, Switch, Text
+from pilon_compress.config.reading import Override, Section, Text
 from pilon_compress.config.research import Research
 from pilon_compress.config.strict_yaml import Document
+from pilon_compress.config.training_sections import (
+    WHAT,
+    Data,
+    Distill,
+    Length,
+    Optimizer,
+    OptimizerConfig,
+    Rate,
+    Run,
+    Schedule,
+    ScheduleConfig,
+    Sequences,
+)
 
 Task = Literal["pretrain", "heal", "sft"]
-WHAT = "What is trained"
 HEAL = "Converted model that learns from its dense teacher; with --shrink a dense model. Default: no healing."
 SFT = "Model, dense or PILON, to fine-tune on chats. Default: no fine-tuning."
 WEIGHT_DECAY_ENDS = 0.5  # share of a ternary training, as in the second stage of BitNet b1.58 (Ma et al., 2024)
-
-
-class TrainingText(Section):
-    """The text to train on."""
-
-    source: Annotated[Text | None, Option("--data", metavar="SOURCE", tail=SOURCES)] = None
-    """Text to train on: a source such as hub:REPO:CONFIG:SPLIT:COLUMN, a file, or a glob; with task sft a file of
-    chats, which must be named. Default: WikiText-2 for causal LMs, stdlib for encoders."""
-
-
-class Sequences(Section):
-    """Sequences of the text, and the text to validate on."""
-
-    validation: Annotated[Text | None, Option(metavar="SOURCE")] = None
-    """Text to validate on, named in the same way. Default: one document in five of `source`, chosen by a hash of its
-    text, and not trained on."""
-    sequence_length: Annotated[Positive, Option()] = 1024
-    """Tokens per sequence."""
-    respect_documents: Switch = False
-    """Keep documents that share a sequence from attending to each other."""
-    chat_template: Annotated[Text | None, Option(metavar="FILE")] = None
-    """File with a Jinja chat template, for a tokenizer that has none (task sft). Default: the tokenizer's template."""
-    streaming: Switch = False
-    """Tokenise while training, for sources that are too large to store."""
-    validation_sequences: Positive = 64
-    """Sequences of the fixed slice of the validation text that is evaluated."""
-
-
-class Data(Sequences, TrainingText):
-    """The text to train on, and to validate on."""
-
-
-class Rate(Section):
-    """The learning rate."""
-
-    learning_rate: Annotated[Above, Option()] = 1e-3
-    """Highest learning rate of the schedule. Healing takes 1e-2 unless told otherwise, relative to each tensor's root
-    mean square; encoders want less, 3e-3."""
-
-
-class OptimizerConfig(Section):
-    """The optimiser, and learning rates beside the main one."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """Optimiser: adamw, or muon (orthogonalised momentum for matrices and primitives, AdamW for the rest)."""
-    relative: Switch = False
-    """Count learning rates of AdamW in shares of each tensor's root mean square. Healing does so by default."""
-    muon_learning_rate: Above = 5e-3
-    """Learning rate of muon, whose steps are as large as AdamW's at the same rate. Thin factors fail at 2e-2
-    (docs/log.md)."""
-    banks: Number = 1.0
-    """Factor on the learning rate of banks."""
-    compositions: Number = 1.0
-    """Factor on the learning rate of compositions."""
-    embeddings: Number = 1.0
-    """Factor on the learning rate of embeddings."""
-    weight_decay: Number = 0.1
-    """Weight decay of matrices and banks."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    """Decay rates of AdamW's first and second moment."""
-    clip: Above | None = 1.0
-    """Largest norm of the gradient; longer ones are scaled down."""
-
-
-class Optimizer(OptimizerConfig, Rate):
-    """Optimiser and learning rates."""
-
-
-class Length(Section):
-    """Length of the training."""
-
-    tokens: Annotated[Positive | None, Option()] = None
-    """Tokens to train on. Default: one pass over the text."""
-
-
-class ScheduleConfig(Section):
-    """Course of the learning rate."""
-
-    kind: Literal["wsd", "cosine", "constant"] = "wsd"
-    """Course of the learning rate: wsd (warm-up, stable, linear decay), cosine or constant."""
-    warmup: Share = 0.02
-    """Share of the training that the warm-up takes."""
-    decay: Share = 0.3
-    """Share of the training that the decay of wsd takes."""
-    floor: Share = 0.0
-    """Learning rate at the end, as a share of the highest."""
-
-
-class Schedule(ScheduleConfig, Length):
-    """Length of the training, and course of the learning rate."""
-
-
-class Distill(Section):
-    """Loss of a healing model against its teacher: weights of the terms, of which 0 leaves one out."""
-
-    kl: Number = 1.0
-    """Weight of KL(teacher ‖ student), the mean over tokens times the square of the temperature."""
-    temperature: Annotated[Above, Option()] = 1.0
-    """Distillation temperature."""
-    next_token: Number = 0.0
-    """Weight of the cross-entropy of the text itself."""
-    hidden: Number | None = None
-    """Weight of the squared error of every layer's states over the teacher's variance. Default: 0, or 1 for
-    encoders."""
-    pooled: Number = 1.0
-    """Weight of 1 - cosine of the pooled embeddings (encoders)."""
-    match_until: Share = 1.0
-    """Share of the training after which the weight of `hidden` has fallen to 0."""
-    cache_teacher: Annotated[Count, Option()] = 0
-    """Cache this many of the teacher's largest log-probabilities per token on disk, so that it runs once; 0: no
-    cache."""
-    keep_best: Switch = True
-    """End with the weights that were best on the validation text, not with the last ones."""
-
-
-class Run(Section):
-    """Batches, precision, processes, checkpoints and metrics."""
-
-    batch_size: Annotated[Positive, Option()] = 32
-    """Sequences per optimiser step, over all processes."""
-    micro_batch_size: Positive | None = None
-    """Sequences per forward pass and process. Default: all of a process's share."""
-    train: Annotated[Literal["all", "ffn", "compositions"], Option("--learn", panel=WHAT)] = "all"
-    """Parameters that learn: all, those of the feed-forward blocks (ffn), or compositions alone."""
-    autocast: Literal["auto", "bfloat16", "none"] = "auto"
-    """Precision of the computation: bfloat16 or none; auto takes bfloat16 on GPUs."""
-    compile: Switch = False
-    """Compile the model with torch.compile."""
-    gradient_checkpointing: Switch = False
-    """Recompute activations in the backward pass, to save memory."""
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Data parallelism of several processes (torchrun): ddp, or fsdp, which shards the weights; auto takes ddp."""
-    log_every: Positive = 10
-    """Steps between lines of metrics.jsonl."""
-    evaluate_every: Positive | None = None
-    """Steps between evaluations. Default: twenty evaluations in all."""
-    checkpoint_every: Above = 600
-    """Shortest time between checkpoints, in seconds."""
-    keep: Positive = 2
-    """Checkpoints to keep."""
-    sample: Text | None = None
-    """Prompt that the model continues at every evaluation. Default: none."""
-    spike: Above | None = 3.0
-    """Abort if the loss exceeds its running mean by more than this (nats), or is not finite."""
-    track: list[Literal["tensorboard", "trackio", "wandb"]] = []
-    """Trackers that metrics go to besides metrics.jsonl."""
 
 
 HEALING: dict[str, dict[str, Any]] = {
@@ -261,33 +127,98 @@ class TrainRecipe(General, Progressive, TaskModels):
     def warm(self) -> bool:
         """True if training begins with a dense model."""
         ffn = self.ffn
-        return self.task == "pretrain" and ffn.kind == "pilon" and not ffn.matrices and ffn.dense_until > 0
+        composed = ffn.kind == "pilon" and not ffn.matrices and ffn.like is None
+        return self.task == "pretrain" and composed and ffn.dense_until > 0
 
     @model_validator(mode="after")
     def _every_option_counts(self) -> "TrainRecipe":
-        refuse_conflicts(self, self._conflicts())
+        refuse_conflicts(self, conflicts(self))
         return self
 
-    def _conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yield (dotted field, what is wrong) for every field that does not go with another."""
-        if self.task != "pretrain" and self.start is None:
-            yield "start", f"is needed with task {self.task}: name the model to begin with"
-        if self.task == "pretrain" and self.start is not None:
-            yield "start", "has no effect with task pretrain, which begins from scratch: leave out one of the two"
-        if self.warm and (self.schedule.tokens is None or self.schedule.kind == "cosine"):
-            yield "ffn.dense_until", "needs schedule.tokens, and a schedule.kind that is wsd or constant"
-        if self.shrink and (self.task != "heal" or self.shrink != sorted(set(self.shrink), reverse=True)):
-            yield "shrink", "is for task heal, and its ratios must fall"
-        distill = self.distill
-        if distill.cache_teacher and distill.hidden:
-            yield "distill.cache_teacher", "keeps predictions only: leave it out, or distill.hidden at 0"
-        if distill.cache_teacher and self.data.streaming:
-            yield "distill.cache_teacher", "needs text that is stored: leave out one of the two, this or data.streaming"
-        if self.task == "sft" and self.ternary.enabled:
-            yield "ternary.enabled", "is for pretrain and heal: a ternary model is taught chats as it is"
-        for name, section in self.research.sections.items():
-            for field, message in section.conflicts(self):
-                yield f"research.{name}.{field}", message
+
+SCRATCH = Context[TrainRecipe](lambda r: r.task == "pretrain", lambda _: "task pretrain, which begins from scratch")
+STARTED = Context[TrainRecipe](lambda r: r.task != "pretrain", lambda r: f"task {r.task}, whose model is there already")
+ALONE = Context[TrainRecipe](lambda r: r.task != "heal", lambda r: f"task {r.task}, which distils nothing")
+LIKE = Context[TrainRecipe](lambda r: r.ffn.like is not None, lambda _: "ffn.like, which brings the model's shape")
+FLOAT = Context[TrainRecipe](lambda r: not r.ternary.enabled, lambda _: "ternary.enabled false")
+UNHEALED = Context[TrainRecipe](
+    lambda r: r.task != "heal" and not r.warm, lambda r: f"task {r.task}, which heals nothing"
+)
+COLD = Context[TrainRecipe](lambda r: r.ffn.dense_until == 0, lambda _: "ffn.dense_until 0")
+ADAMW = Context[TrainRecipe](lambda r: r.optimizer.name == "adamw", lambda _: "optimizer.name adamw")
+CONSTANT = Context[TrainRecipe](lambda r: r.schedule.kind == "constant", lambda _: "schedule.kind constant")
+COSINE = Context[TrainRecipe](lambda r: r.schedule.kind == "cosine", lambda _: "schedule.kind cosine")
+NO_KL = Context[TrainRecipe](lambda r: r.distill.kl == 0, lambda _: "distill.kl 0")
+NO_HIDDEN = Context[TrainRecipe](lambda r: r.distill.hidden == 0, lambda _: "distill.hidden 0")
+
+TABLE: dict[str, tuple[Context[TrainRecipe], ...]] = {
+    "start": (SCRATCH,),
+    "teacher": (ALONE,),
+    **{f"distill.{name}": (ALONE,) for name in Distill.model_fields},
+    "distill.temperature": (ALONE, NO_KL),
+    "distill.cache_teacher": (ALONE, NO_KL),
+    "distill.match_until": (ALONE, NO_HIDDEN),
+    **{f"host.{name}": (STARTED,) for name in HostConfig.model_fields},
+    **{f"ffn.{name}": (STARTED,) for name in FfnConfig.model_fields},
+    "ffn.dense_after": (STARTED, COLD),
+    "ternary.group": (FLOAT,),
+    "ternary.after": (FLOAT, UNHEALED),
+    "data.chat_template": (SCRATCH,),
+    "optimizer.muon_learning_rate": (ADAMW,),
+    "schedule.decay": (CONSTANT, COSINE),
+    "schedule.floor": (CONSTANT,),
+}
+
+DENSE = Context[TrainRecipe](lambda r: r.ffn.kind == "dense" and not r.ffn.matrices, lambda _: "ffn.kind dense")
+PRIVATE = Context[TrainRecipe](lambda r: r.ffn.kind == "lowrank", lambda _: "ffn.kind lowrank")
+NARROW = Context[TrainRecipe](lambda r: r.ffn.matrices, lambda _: "ffn.matrices")
+WARM = Context[TrainRecipe](lambda r: r.warm, lambda _: "ffn.dense_until: the conversion decides")
+
+FORM: Table[TrainRecipe] = {
+    **{f"host.{name}": (LIKE,) for name in HostConfig.model_fields},
+    "ffn.kind": (LIKE,),
+    "ffn.ffn_ratio": (LIKE, DENSE),
+    "ffn.mac_ratio": (LIKE, DENSE),
+    "ffn.matrices": (LIKE,),
+    "ffn.dense_until": (LIKE, DENSE, NARROW, PRIVATE),
+    "ffn.dense_after": (LIKE, DENSE, NARROW, PRIVATE),
+    "ffn.neurons": (LIKE, DENSE, NARROW, WARM),
+    **{f"ffn.{name}": (LIKE, DENSE, NARROW, PRIVATE, WARM) for name in ("bands", "rank", "n_primitives", "top_k")},
+    "ffn.composition": (LIKE, DENSE, NARROW, PRIVATE, WARM),
+}
+"""Fields that a control run of the same recipe has no use for: not refused, see `idle`."""
+
+
+def conflicts(recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
+    """Yield (dotted field, what is wrong) for every field that is set and does not go with another."""
+    if recipe.task != "pretrain" and recipe.start is None:
+        yield "start", f"is needed with task {recipe.task}: name the model to begin with"
+    if recipe.warm and (recipe.schedule.tokens is None or recipe.schedule.kind == "cosine"):
+        yield "ffn.dense_until", "needs schedule.tokens, and a schedule.kind that is wsd or constant"
+    if recipe.shrink and (recipe.task != "heal" or recipe.shrink != sorted(set(recipe.shrink), reverse=True)):
+        yield "shrink", "is for task heal, and its ratios must fall"
+    distill = recipe.distill
+    if distill.cache_teacher and distill.hidden:
+        yield "distill.cache_teacher", "keeps predictions only: leave it out, or distill.hidden at 0"
+    if distill.cache_teacher and recipe.data.streaming:
+        yield "distill.cache_teacher", "needs text that is stored: leave out one of the two, this or data.streaming"
+    ffn = recipe.ffn
+    if ffn.top_k is not None and ffn.n_primitives is not None and ffn.top_k > ffn.n_primitives:
+        yield "ffn.top_k", f"is more than the {ffn.n_primitives} primitives of a bank: lower it to that at most"
+    if recipe.task == "sft" and recipe.ternary.enabled:
+        yield "ternary.enabled", "is for pretrain and heal: a ternary model is taught chats as it is"
+    for name, section in recipe.research.sections.items():
+        for field, message in section.conflicts(recipe):
+            yield f"research.{name}.{field}", message
+    yield from refused(without_effect(recipe, TABLE))
+
+
+def idle(recipe: TrainRecipe) -> list[str]:
+    """Return sentences about the fields that are set and that the form of the model has no use for."""
+    found: dict[str, list[str]] = {}
+    for field, message in without_effect(recipe, FORM):
+        found.setdefault(message, []).append(field)
+    return [f"{', '.join(fields)}: {message}" for message, fields in found.items()]
 
 
 class HealConfig(Flat, Distill, Run, Sequences, Length, Rate, Progressive, General):
@@ -325,7 +256,7 @@ class TrainConfig(Flat, Run, Sequences, Length, Rate, General):
 
     @model_validator(mode="after")
     def _every_option_counts(self) -> "TrainConfig":
-        self.recipe(None)
+        self.recipe(None if self.chat_template is None else "model")
         return self
 
     def recipe(self, start: str | None, tokenizer: str | None = None, **data: str | None) -> TrainRecipe:

@@ -21,7 +21,7 @@ from pilon_compress.models.limits import check_length, longest_input
 from pilon_compress.models.source import available
 from pilon_compress.models.stream_check import check_walk
 from pilon_compress.models.task import vocabulary
-from pilon_compress.nn.formats.registry import grids
+from pilon_compress.nn.formats.registry import conversion_format
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import ffn_size, model_size
 from pilon_compress.report.layout_parts import layout_parts
@@ -136,10 +136,7 @@ def asked_format(recipe: Recipe) -> str | None:
 
     Raises BadInput for a format that conversions do not make.
     """
-    asked = recipe.form.bank_dtype
-    if asked != "auto" and asked not in grids():
-        raise BadInput(f"form.bank_dtype {asked!r} is none of auto, {', '.join(grids())}")
-    return None if asked == "auto" else asked
+    return conversion_format(recipe.form.bank_dtype)
 
 
 def describe_plan(plan: Plan, itemsize: int, quantization: str | None = None) -> conversion.Plan:

@@ -100,20 +100,6 @@ class Batch:
         return inputs
 
 
-def attention_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Return an additive mask (B, 1, T, T) of `dtype`: causal, and closed between documents.
-
-    It is right for eager and sdpa attention of every family, except that layers with a sliding window then attend to
-    their complete document: prefer `Batch.inputs`.
-    """
-    rows, length = batch.input_ids.shape
-    document = batch.document if batch.document is not None else torch.zeros_like(batch.input_ids)
-    allowed = torch.ones(length, length, dtype=torch.bool, device=document.device).tril()
-    allowed = allowed & (document[:, :, None] == document[:, None, :])
-    mask = torch.zeros(rows, length, length, dtype=dtype, device=document.device)
-    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
-
-
 class Row(NamedTuple):
     """Consecutive tokens (n,) of a stream, and `starts` (n,), True where a document begins."""
 

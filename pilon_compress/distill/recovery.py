@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pilon_compress.config.training import Distill
+from pilon_compress.config.training_sections import Distill
 from pilon_compress.data.batch import Batch
 from pilon_compress.distill.students import CausalStudent, EmbeddingStudent, Wanted
 from pilon_compress.distill.teacher import Teacher

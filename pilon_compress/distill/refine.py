@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from pilon_compress.config.training import Distill, Optimizer, Run, Schedule
+from pilon_compress.config.training_sections import Distill, Optimizer, Run, Schedule
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.loader import Shuffled
 from pilon_compress.distill.kl import COPIES

@@ -98,7 +98,8 @@ def layout_for(sites: Sequence[Site], ffn: FfnConfig, ternary: TernaryConfig = T
     """Return banks and projections of at most `ffn_ratio` of the sites' parameters and `mac_ratio` of their MACs.
 
     lowrank: one primitive for each projection. dense: the matrices unchanged, None if they are not ternary either.
-    Raises BadInput where the budget is too small for one primitive, and for bands that do not partition the layers.
+    Raises BadInput where the budget is too small for one primitive or for the shape that `ffn` gives, and for bands
+    that do not partition the layers.
     """
     if ffn.kind == "dense" and not ffn.matrices:
         if not ternary.enabled:
@@ -108,6 +109,7 @@ def layout_for(sites: Sequence[Site], ffn: FfnConfig, ternary: TernaryConfig = T
         layout = _narrowed(sites, ffn) if ffn.matrices else _composed(sites, ffn, MULTIPLE if ternary.enabled else 1)
         if ternary.enabled and not ffn.matrices:
             _note_waste(layout, _composed(sites, ffn, 1))
+        check_limits(layout, ffn)
     return with_ternary(layout, sites, ternary)
 
 
@@ -119,6 +121,30 @@ def _note_waste(layout: Layout, free: Layout) -> None:
         note(
             f"ranks are multiples of {MULTIPLE}, which ternary kernels need not pad: {found:.2f} of the dense numbers "
             f"are stored; --set ffn.rank={ranks[-1]} would store {other:.2f}"
+        )
+
+
+def check_limits(layout: Layout, ffn: FfnConfig) -> None:
+    """Raise BadInput where the shape that `ffn` gives exceeds its budget.
+
+    Primitives that no layer can select do not count: a selection may explore them, and training ends without them.
+    """
+    banks = dict(layout.banks)
+    for name, bank in banks.items():
+        users = [layout.projections[user] for user in layout.users(name)]
+        if users[0].composition != "softmax":
+            banks[name] = replace(bank, n_primitives=min(bank.n_primitives, sum(user.top_k for user in users)))
+    size = ffn_size(replace(layout, banks=banks))
+    stored, macs = size.stored / size.dense_stored, size.macs / size.dense_macs
+    if stored > ffn.ffn_ratio * (1 + 1e-9):
+        raise BadInput(
+            f"the model stores {stored:.3g} of the dense FFN's numbers, above ffn.ffn_ratio {ffn.ffn_ratio:g}: "
+            "lower ffn.rank, ffn.n_primitives or ffn.top_k, or raise ffn.ffn_ratio"
+        )
+    if macs > ffn.mac_ratio * (1 + 1e-9):
+        raise BadInput(
+            f"the model takes {macs:.3g} of the dense FFN's MACs, above ffn.mac_ratio {ffn.mac_ratio:g}: "
+            "lower ffn.top_k or ffn.rank, or raise ffn.mac_ratio"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pilon_compress.config.training import Optimizer
+from pilon_compress.config.training_sections import Optimizer
 from pilon_compress.nn.layout import banks, dense_matrices, neuron_banks, neuron_projections, projections
 from pilon_compress.nn.part import Part
 from pilon_compress.nn.sharded import full

@@ -2,7 +2,7 @@
 
 import math
 
-from pilon_compress.config.training import Schedule
+from pilon_compress.config.training_sections import Schedule
 
 
 def rate(schedule: Schedule, share: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pilon_compress.config.training import Run
+from pilon_compress.config.training_sections import Run
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.corpus import Streamed
 from pilon_compress.optimize.callbacks import Callback

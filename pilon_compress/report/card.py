@@ -30,6 +30,7 @@ from pilon_compress.report.training_page import PAGE, PICTURE, description, titl
 
 Report = Mapping[str, Any]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+INSTALL = "pip install torch && pip install -e ."  # as the README says: the package is on no index
 TASKS = {"causal": "text-generation", "encoder": "feature-extraction"}
 CLASSES = {"causal": "AutoModelForCausalLM", "encoder": "AutoModel"}
 
@@ -186,7 +187,7 @@ def _loading(output: str, kind: str | None, pilon: bool = True) -> list[str]:
         f"model = {auto}.from_pretrained(folder)",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
     ]
-    install = "pip install " + ("pilon-compress" if pilon else "torch transformers")
+    install = f"{INSTALL}  # in a checkout of pilon-compress" if pilon else "pip install torch transformers"
     return [fence(install, "sh"), fence("\n".join(lines), "python")]
 
 

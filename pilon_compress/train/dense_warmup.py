@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pilon_compress.config import conversion
-from pilon_compress.config.model import FfnConfig, TernaryConfig
-from pilon_compress.config.training import Distill, TrainRecipe
+from pilon_compress.config.model import FfnConfig, HostConfig, TernaryConfig
+from pilon_compress.config.training import TrainRecipe
+from pilon_compress.config.training_sections import Distill
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.train.progressive import conversion_recipe
 
@@ -30,8 +31,10 @@ def stages(settings: TrainRecipe, folder: Path) -> tuple[TrainRecipe, TrainRecip
     """The recipe up to the conversion, and the one behind it: its schedule cut in two, another order of the text."""
     share, whole = settings.ffn.dense_until, settings.schedule
     assert whole.tokens is not None
-    early = {"tokens": max(1, round(share * whole.tokens)), "warmup": min(1.0, whole.warmup / share), "decay": 0.0}
-    late = {"tokens": max(1, round((1 - share) * whole.tokens)), "warmup": WARMUP, "decay": DECAY}
+    early = {"tokens": max(1, round(share * whole.tokens)), "warmup": min(1.0, whole.warmup / share)}
+    late = {"tokens": max(1, round((1 - share) * whole.tokens)), "warmup": WARMUP}
+    if whole.kind == "wsd":
+        early["decay"], late["decay"] = 0.0, DECAY
     plain = {"ffn": FfnConfig(kind="dense"), "ternary": TernaryConfig(), "schedule": whole.model_copy(update=early)}
     first = settings.model_copy(update=plain)
     rate = settings.optimizer.learning_rate * settings.ffn.dense_after
@@ -40,6 +43,7 @@ def stages(settings: TrainRecipe, folder: Path) -> tuple[TrainRecipe, TrainRecip
         "start": str(folder / "converted"),
         "teacher": str(folder / "dense"),
         "seed": (settings.seed + 1) % 2**32,
+        "host": HostConfig(),
         "ffn": FfnConfig(),
         "optimizer": settings.optimizer.model_copy(update={"learning_rate": rate, "banks": 1.0, "compositions": 1.0}),
         "schedule": whole.model_copy(update=late),

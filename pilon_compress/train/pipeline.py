@@ -52,7 +52,7 @@ from pilon_compress.train.dense_warmup import convert_once, stages
 from pilon_compress.train.finish import finish
 from pilon_compress.train.freeze_unused import FreezeUnused
 from pilon_compress.train.heal import Healing, open_healing, steps_of, tokens_of
-from pilon_compress.train.preflight import check, layout_asked, plan
+from pilon_compress.train.preflight import check, layout_asked, plan, say_idle
 from pilon_compress.train.progressive import shrink
 from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, read_result, settle
 from pilon_compress.train.ternary.initialise import ternarise
@@ -91,6 +91,8 @@ def train_model(
         lone()
     with join(recipe.device) as world, held(run := Run(recipe, output, world, command, quiet)):
         fresh = claim(run, resume, overwrite)
+        if world.first:
+            say_idle(recipe)
         if recipe.warm:
             run, fresh = after_dense(run, fresh), False
         if run.recipe.task == "heal" and run.recipe.ternary.enabled and run.recipe.ternary.after:

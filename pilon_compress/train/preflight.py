@@ -1,10 +1,12 @@
 """Check a recipe against its models, and describe its training, before the run starts."""
 
+import logging
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pilon_compress.config.training import TrainRecipe
+from pilon_compress.config.conflicts import Context, Table, without_effect
+from pilon_compress.config.training import TrainRecipe, idle
 from pilon_compress.data.corpus import source_of
 from pilon_compress.data.text import DEFAULT_ENCODER
 from pilon_compress.errors import BadInput
@@ -20,6 +22,16 @@ from pilon_compress.optimize.trackers import check_trackers
 from pilon_compress.results.sizes import Ratios
 from pilon_compress.results.training import PlannedTraining
 from pilon_compress.train.heal import teacher_of
+
+log = logging.getLogger(__name__)
+
+_ENCODER = Context[TrainRecipe](lambda _: True, lambda _: "an encoder, which follows embeddings")
+_CAUSAL = Context[TrainRecipe](lambda _: True, lambda _: "a causal model, which follows predictions")
+ENCODER: Table[TrainRecipe] = {f"distill.{name}": (_ENCODER,) for name in ("kl", "temperature", "next_token")} | {
+    "data.respect_documents": (_ENCODER,),
+    "run.sample": (_ENCODER,),
+}
+CAUSAL: Table[TrainRecipe] = {"distill.pooled": (_CAUSAL,)}
 
 
 def check(recipe: TrainRecipe) -> None:
@@ -47,7 +59,10 @@ def check(recipe: TrainRecipe) -> None:
             raise BadInput(f"{model} predicts no next token: an encoder can be healed, not trained otherwise")
         if recipe.distill.cache_teacher:
             raise BadInput("distill.cache_teacher keeps a causal model's predictions: leave it out for an encoder")
+        refuse(recipe, ENCODER)
         return
+    if recipe.task == "heal":
+        refuse(recipe, CAUSAL)
     longest = longest_input(checkpoint.empty_model(config))
     if longest is not None and recipe.data.sequence_length > longest:
         raise BadInput(f"{model} takes {longest} tokens: --sequence-length {longest}, or less")
@@ -66,9 +81,22 @@ def note_odd_ranks(layout: Layout) -> None:
         )
 
 
+def refuse(recipe: TrainRecipe, table: Table[TrainRecipe]) -> None:
+    """Raise BadInput for the first field of `table` that is set: it has no effect."""
+    for field, message in without_effect(recipe, table):
+        raise BadInput(f"{field} {message}: leave it out")
+
+
+def say_idle(recipe: TrainRecipe) -> None:
+    """Log a line for every field that is set and that the form of the model has no use for."""
+    for sentence in idle(recipe):
+        log.info("%s", sentence)
+
+
 def plan(recipe: TrainRecipe) -> PlannedTraining:
     """Return the planned training of a recipe, from shapes alone. Raises BadInput."""
     check(recipe)
+    say_idle(recipe)
     if recipe.start is not None:
         config = checkpoint.load_config(recipe.start)
     elif recipe.ffn.like is not None:

@@ -147,6 +147,13 @@ def grids() -> dict[str, Grid]:
     return {name: one.grid for name, one in FORMATS.items() if one.grid is not None}
 
 
+def conversion_format(name: str) -> str | None:
+    """Return the number format that `form.bank_dtype` names, None for auto. Raises BadInput for any other name."""
+    if name != "auto" and name not in grids():
+        raise BadInput(f"form.bank_dtype {name!r} is none of auto, {', '.join(grids())}")
+    return None if name == "auto" else name
+
+
 def grid_of(name: str) -> Grid:
     """Return the grid of a format. Raises BadInput for a format that conversions do not make."""
     grid = FORMATS[name].grid

@@ -28,3 +28,8 @@ class Settings(ResearchSection):
         """Yield fields that have no effect in `recipe`, with the reason."""
         if self.sub_norm and (recipe.task != "pretrain" or recipe.warm):
             yield "sub_norm", "is for models from scratch, with ffn.dense_until 0: no conversion has it"
+        if not recipe.ternary.enabled:
+            defaults = {name: type(self).model_fields[name].default for name in ("warmup", "second", "second_rate")}
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    yield name, "has no effect with ternary.enabled false: leave out one of the two"

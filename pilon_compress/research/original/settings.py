@@ -78,6 +78,10 @@ class Settings(ResearchSection):
             yield from (
                 (field, "is for models from scratch (task pretrain)") for field, given in asked.items() if given
             )
+        if self.selection.explore == "none":
+            for name in ("until", "temperature"):
+                if getattr(self.selection, name) != Selection.model_fields[name].default:
+                    yield f"selection.{name}", "has no effect with selection.explore none: leave out one of the two"
 
     def marks(self) -> list[tuple[float, str]]:
         """Return shares of the training, with labels, to mark in plots."""

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from pilon_compress.config.training import Schedule, TrainRecipe
+from pilon_compress.config.model import TernaryConfig
+from pilon_compress.config.training import TrainRecipe
+from pilon_compress.config.training_sections import Schedule
 from pilon_compress.nn.part import LatentPart
 from pilon_compress.optimize.callbacks import Callback
 from pilon_compress.train.heal import teacher_of
@@ -52,8 +54,7 @@ def in_stages(recipe: TrainRecipe, tokens: int, floats: Path) -> tuple[TrainReci
     """
     share = max(1, round(tokens * recipe.ternary.after))
     teacher = teacher_of(recipe)
-    plain = recipe.ternary.model_copy(update={"enabled": False})
-    first = {"teacher": teacher, "ternary": plain, "schedule": _lasting(recipe, share)}
+    first = {"teacher": teacher, "ternary": TernaryConfig(), "schedule": _lasting(recipe, share)}
     second = {
         "teacher": teacher,
         "start": str(floats),
