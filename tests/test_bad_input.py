@@ -27,7 +27,7 @@ def convert(cli, place):
     """Runs `pilon-compress convert` there, on `model`."""
 
     def convert(*words, model="dense", out="out", run=cli, **options):
-        base = ("convert", model, "-o", out, "--calibration", "prose.txt", "--eval-data", "none")
+        base = ("convert", model, "-o", out, "--calibration", "prose.txt", "--samples", "32", "--eval-data", "none")
         return run(*base, *words, cwd=place, code=None, **options)
 
     return convert
