@@ -31,6 +31,7 @@ def export(
     pilon-compress export out/gpt2-half --to dense -o out/gpt2-half-dense
     pilon-compress export out/gpt2-elastic --keep 0.7 -o out/gpt2-cut
     """
+    from pilon_compress.convert.refit import refit_on_text
     from pilon_compress.export.registry import EXPORTERS
     from pilon_compress.export.run import export as write
     from pilon_compress.export.run import target_table
@@ -42,7 +43,7 @@ def export(
     if form is None:
         raise BadInput(f"name the form to write with --to: {', '.join(EXPORTERS)}")
     folder = named(output)
-    result = write(settings.model, folder, form, settings, overwrite=overwrite)
+    result = write(settings.model, folder, form, settings, overwrite=overwrite, refit=refit_on_text)
     print_json(result.dump()) if as_json else print_result(result)
 
 

@@ -141,6 +141,19 @@ def test_a_cut_model_exports_heals_and_is_inspected_as_any_other(llama, cli, tmp
     assert not (tmp_path / "twice").exists()
 
 
+def test_text_refits_a_cut_better_than_the_file_alone(llama, cli, tmp_path):
+    dense = AutoModelForCausalLM.from_pretrained(llama / "dense")
+    alone = pc.load(llama / "out", keep=0.5)
+    words = ("--keep", "0.5", "--calibration", "text.txt")
+    done = cli("export", "out", *words, "-o", tmp_path / "cut", "--json", cwd=llama)
+    assert json.loads(done.stdout)["ffn"]["stored"] == numbers(alone)
+    refitted = pc.load(tmp_path / "cut")
+    kl = [pc.evaluate(model, data=str(llama / "text.txt"), against=dense).kl for model in (alone, refitted)]
+    assert kl[1] < 0.9 * kl[0]
+    bare = cli("export", "out", "--to", "dense", "--calibration", "text.txt", "-o", tmp_path / "x", cwd=llama, code=2)
+    assert "--calibration refits a cut: name its size with --keep" in bare.stderr
+
+
 @pytest.mark.parametrize("keep", [0, -0.5, 1.5, float("nan"), True, "half"])
 def test_a_share_outside_its_range_is_refused(llama, keep):
     with pytest.raises(pc.BadInput, match="keep must be above 0 and at most 1"):

@@ -30,7 +30,13 @@ def folder(tiny, tmp_path_factory):
 
 
 def test_every_option_has_a_flag():
-    assert FLAGS == {"dtype": "--dtype", "encoding": "--format", "rest": "--rest", "keep": "--keep"}
+    assert FLAGS == {
+        "dtype": "--dtype",
+        "encoding": "--format",
+        "rest": "--rest",
+        "keep": "--keep",
+        "calibration": "--calibration",
+    }
     assert FLAGS.keys() == vars(ExportOptions()).keys() and all(
         {*one.options} <= FLAGS.keys() for one in EXPORTERS.values()
     )

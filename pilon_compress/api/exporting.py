@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pilon_compress.api.context import ModelLike, calling
 from pilon_compress.config.export import ExportOptions
+from pilon_compress.convert.refit import refit_on_text
 from pilon_compress.export import run as exports
 from pilon_compress.models.in_memory import hold
 from pilon_compress.results.export import ExportResult
@@ -29,4 +30,5 @@ def export(
     Raises BadInput for a form that there is not, or that cannot take the model.
     """
     with calling(), hold(model, tokenizer) as reference:
-        return exports.export(reference, output, to, options or ExportOptions(), overwrite=overwrite)
+        asked = options or ExportOptions()
+        return exports.export(reference, output, to, asked, overwrite=overwrite, refit=refit_on_text)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pilon_compress.config.fields import DType
+from pilon_compress.config.fields import SOURCES, DType
 from pilon_compress.config.option import Argument, Option
 from pilon_compress.config.ratio import Part
 from pilon_compress.config.reading import Section, Text
@@ -21,6 +21,9 @@ class ExportOptions(Section):
     keep: Annotated[Part | None, Option(metavar="SHARE")] = None
     """Cut a model that was converted with --elastic: largest share of its stored feed-forward numbers, above 0 and at
     most 1. Default: all."""
+    calibration: Annotated[Text | None, Option(metavar="SOURCE", tail=SOURCES)] = None
+    """Text on which the layers of a cut, `keep`, are refitted one behind the other; it takes as long as a part of a
+    conversion. Default: none, they are refitted by what the file knows of its neurons."""
 
 
 class ExportConfig(ExportOptions):

@@ -23,7 +23,7 @@ from pilon_compress.results.export import Exported
 
 FLAGS = {one.path: one.name for one in flags(ExportOptions)}  # on the command line
 DEFAULTS = ExportOptions()
-COMMON = ("keep",)  # options of every form: they change the model that is written
+COMMON = ("keep", "calibration")  # options of every form: they change the model that is written
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Exports a PILON folder to one of the registered forms, and says which of them can take a model."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -22,19 +23,27 @@ def export(
     options: ExportOptions = DEFAULTS,
     *,
     overwrite: bool = False,
+    refit: Callable[[PreTrainedModel, str, str], None] | None = None,
 ) -> ExportResult:
     """Write the PILON model `source` to the folder `output` in the form `to`, one of EXPORTERS.
 
+    `refit` is called with the cut model, `source` and the text where `options` name a `calibration`.
     Raises BadInput for a form that there is not, for options that it
     does not read, and for a model that it cannot take.
     """
     exporter = EXPORTERS[to]
     exporter.check(options)
+    if options.calibration is not None and options.keep is None:
+        raise BadInput("--calibration refits a cut: name its size with --keep")
     with open_output(output, overwrite, source) as path:
         dtype = "auto" if exporter.dtype_when_saved else options.dtype or "auto"
         model = load_pilon(source, dtype, options.keep)
         if reason := exporter.refuse(model, options):
             raise BadInput(f"{source} {reason}")
+        if options.calibration is not None:
+            if refit is None:
+                raise TypeError("a calibration needs a function that refits")
+            refit(model, source, options.calibration)
         figures = exporter.write(model, ExportJob(source, path, options, overwrite))
     load = exporter.load.format(folder=str(output))
     return ExportResult(source=source, output=str(output), to=to, load=load, figures=figures)
