@@ -87,6 +87,7 @@ def test_no_name_is_lost():
 def parsed(command: str, *words: str):
     """The config that the command makes of `words`, by typer's parser."""
     base = [] if {*words} & {"--heal", "--sft", "--like"} else BASE.get(command, ["m"])
+    base = ["--set", "task=pretrain"] if command == "train" and "--ffn" in words else base
     context = GROUP.commands[command].make_context(command, [*base, *words])
     return CONFIGURED[command].read(context.params)
 
