@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from pilon_compress.config import conversion
 from pilon_compress.config import training as recipes
 from pilon_compress.convert.pipeline import convert
+from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate.evaluate import evaluate
 from pilon_compress.models import checkpoint
@@ -29,6 +30,7 @@ from pilon_compress.nn.layout import (
     projections,
 )
 from pilon_compress.train.pipeline import train_model
+from pilon_compress.train.ternary.blocks import BlockFit, fit_blocks
 from pilon_compress.train.ternary.initialise import equalise_components, refit_composition, refit_scale, ternarise
 
 LENGTH = 64
@@ -220,3 +222,88 @@ def test_digits_from_the_start(home, tmp_path):
     again = again.model_copy(update={"data": data, "schedule": healing(home, 4).schedule})
     more = train_model(again, tmp_path / "more", quiet=True).dump()
     assert more["before"] == pytest.approx(result["val_perplexity"], rel=1e-4), "a ternary model goes on as one"
+
+
+# --- block by block, and scales alone
+
+
+def codes(model):
+    found = {name: one.codes() for name, one in (*banks(model), *dense_matrices(model))}
+    return {name: value.clone() for name, value in found.items()}
+
+
+def test_stages_fit_blocks_then_the_model_then_scales_alone(home, tmp_path):
+    changes = {"ternary.after": 0.0, "ternary.blocks": 0.25, "ternary.scales": 0.25}
+    result = train_model(healing(home, 16, **changes), tmp_path / "out", quiet=True).dump()
+    fitted, whole, scales = result["stages"]
+    assert [stage["tokens"] for stage in result["stages"]] == [4 * 8 * LENGTH, 8 * 8 * LENGTH, 4 * 8 * LENGTH]
+    assert fitted["val_perplexity"] < fitted["before"], "better than rounded and refitted"
+    assert (
+        whole["before"] == pytest.approx(fitted["val_perplexity"], rel=1e-4)
+        and whole["val_perplexity"] < whole["before"]
+    )
+    assert scales["before"] == pytest.approx(whole["val_perplexity"], rel=1e-4)
+    assert result["val_perplexity"] == scales["val_perplexity"] <= scales["before"]
+    stages = [
+        codes(checkpoint.load_model(str(tmp_path / "out" / one))) for one in ("stages/blocks", "stages/ternary", ".")
+    ]
+    assert any(not torch.equal(stages[0][name], stages[1][name]) for name in stages[0])
+    assert all(torch.equal(stages[1][name], stages[2][name]) for name in stages[1]), "ternary weights stay"
+    weights = [load_file(tmp_path / "out" / one / "model.safetensors") for one in ("stages/ternary", ".")]
+    moved = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    composed = {f"model.{name}.weight" for name, _ in projections(checkpoint.load_model(str(tmp_path / "out")))}
+    assert moved <= composed and (moved or scales["val_perplexity"] == pytest.approx(scales["before"], rel=1e-4))
+
+
+def test_blocks_alone_stopped_within_and_resumed_end_with_the_same_weights(home, tmp_path, monkeypatch):
+    asked = healing(home, 4, **{"ternary.after": 0.0, "ternary.blocks": 1.0}, device="cpu")
+    whole = train_model(asked, tmp_path / "whole", quiet=True).dump()
+    assert whole["val_perplexity"] < whole["before"] and whole["tokens"] == 4 * 8 * LENGTH and "stages" not in whole
+    plain, seen = BlockFit.step, []
+
+    def step(fit, optimizers, index, share):
+        seen.append(fit)
+        if len({id(one) for one in seen}) == 2 and share > 0.3:
+            raise KeyboardInterrupt
+        plain(fit, optimizers, index, share)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BlockFit, "step", step)
+        train_model(asked, tmp_path / "parts", quiet=True)
+    files = list((tmp_path / "parts").rglob("block-*.safetensors"))
+    assert [path.name for path in files] == ["block-000.safetensors"] and not (tmp_path / "parts/config.json").exists()
+    train_model(asked, tmp_path / "parts", resume=True, quiet=True)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list((tmp_path / "parts").rglob("block-*.safetensors"))
+
+
+@torch.no_grad()
+def test_a_bank_that_blocks_share_keeps_its_ternary_weights(tiny, tmp_path):
+    model, teacher = small(tiny), small(tiny)
+    inputs = text(model)
+    ternarise(model, [], inputs)
+    before, compositions = codes(model), {name: layer.weight.clone() for name, layer in projections(model)}
+    batches = [Batch(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in inputs["input_ids"].split(2)]
+    with torch.enable_grad():
+        fit_blocks(model, teacher, batches, recipes.build({"task": "heal", "start": "x"}), tmp_path, quiet=True)
+    after = codes(model)
+    assert all(torch.equal(before[name], after[name]) for name in before if "band" in name)
+    assert any(not torch.equal(compositions[name], layer.weight) for name, layer in projections(model))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"task": "pretrain", "ternary": {"enabled": True, "blocks": 0.5}}, "ternary.blocks: has no effect with task pretrain"),
+        ({"task": "heal", "start": "x", "ternary": {"scales": 0.5}}, "ternary.scales: has no effect with ternary.enabled false"),
+        ({"task": "heal", "start": "x", "ternary": {"enabled": True, "blocks": 0.8}}, "more than all of the tokens"),
+        (
+            {"task": "heal", "start": "x", "ternary": {"enabled": True, "blocks": 0.5}, "data": {"streaming": True}},
+            "ternary.blocks: needs text that is stored",
+        ),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(data, message):
+    with pytest.raises(BadInput, match=message):
+        recipes.build(data)

@@ -78,3 +78,14 @@ class TernaryConfig(Section):
     """Inputs of down projections that share a scale; with 0 all of a token's inputs share one."""
     after: Share = 0.25
     """Share of the tokens that heals the factors before they become ternary (task heal)."""
+    blocks: Share = 0.0
+    """Share of the tokens as text on which the ternary blocks are fitted, one after another, to the teacher's states
+    behind the ternary blocks before them, before the whole model learns (task heal)."""
+    scales: Share = 0.0
+    """Share of the tokens, the last one, in which ternary weights stay and the compositions' scales alone learn (task
+    heal)."""
+
+    @property
+    def staged(self) -> bool:
+        """True if healing to ternary weights has more stages than one, the whole model's, or another one alone."""
+        return bool(self.after or self.blocks or self.scales)

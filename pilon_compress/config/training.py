@@ -162,7 +162,7 @@ TABLE: dict[str, tuple[Context[TrainRecipe], ...]] = {
     **{f"ffn.{name}": (STARTED,) for name in FfnConfig.model_fields},
     "ffn.dense_after": (STARTED, COLD),
     "ternary.group": (FLOAT,),
-    "ternary.after": (FLOAT, UNHEALED),
+    **{f"ternary.{name}": (FLOAT, UNHEALED) for name in ("after", "blocks", "scales")},
     "data.chat_template": (SCRATCH,),
     "optimizer.muon_learning_rate": (ADAMW,),
     "schedule.decay": (CONSTANT, COSINE),
@@ -207,6 +207,10 @@ def conflicts(recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
         yield "ffn.top_k", f"is more than the {ffn.n_primitives} primitives of a bank: lower it to that at most"
     if recipe.task == "sft" and recipe.ternary.enabled:
         yield "ternary.enabled", "is for pretrain and heal: a ternary model is taught chats as it is"
+    if recipe.ternary.after + recipe.ternary.blocks + recipe.ternary.scales > 1 + 1e-9:
+        yield "ternary.after", "is more than all of the tokens, with ternary.blocks and ternary.scales: lower one"
+    if recipe.ternary.blocks and recipe.data.streaming:
+        yield "ternary.blocks", "needs text that is stored: leave out one of the two, this or data.streaming"
     for name, section in recipe.research.sections.items():
         for field, message in section.conflicts(recipe):
             yield f"research.{name}.{field}", message

@@ -7,6 +7,7 @@ OUT holds the run while it goes on (recipe.yaml, metrics.jsonl, checkpoints/, to
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,6 +25,7 @@ from pilon_compress.data.corpus import Corpus, open_corpus, open_paragraphs, sou
 from pilon_compress.data.loader import in_order
 from pilon_compress.data.sequences import check_ids
 from pilon_compress.distill.losses import NextToken
+from pilon_compress.distill.teacher import open_teacher
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import generate
 from pilon_compress.io import manifest
@@ -41,7 +43,7 @@ from pilon_compress.nn.size import linear_macs, model_size
 from pilon_compress.optimize import schedule
 from pilon_compress.optimize.callbacks import Callback, extensions
 from pilon_compress.optimize.checkpoints import Checkpoints
-from pilon_compress.optimize.loop import train
+from pilon_compress.optimize.loop import train, validation_loss
 from pilon_compress.optimize.monitor import Monitor
 from pilon_compress.optimize.optimizers import make_optimizers, restrict
 from pilon_compress.optimize.training import PERPLEXITY, Training, restore
@@ -51,10 +53,11 @@ from pilon_compress.train.bank_diagnostics import BankDiagnostics
 from pilon_compress.train.dense_warmup import convert_once, stages
 from pilon_compress.train.finish import finish
 from pilon_compress.train.freeze_unused import FreezeUnused
-from pilon_compress.train.heal import Healing, open_healing, steps_of, tokens_of
+from pilon_compress.train.heal import Healing, open_healing, steps_of, teacher_of, tokens_of
 from pilon_compress.train.preflight import check, layout_asked, plan, say_idle
 from pilon_compress.train.progressive import shrink
 from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, read_result, settle
+from pilon_compress.train.ternary.blocks import fit_blocks
 from pilon_compress.train.ternary.initialise import ternarise
 from pilon_compress.train.ternary.schedule import Rounding, in_stages
 
@@ -62,7 +65,7 @@ log = logging.getLogger(__name__)
 
 __all__ = ["plan", "train_model"]
 
-TOKENIZER, FLOATS = "tokenizer", "float"
+TOKENIZER, FITTED = "tokenizer", "blocks"
 SAMPLE = 32  # tokens of text at every evaluation
 
 
@@ -95,8 +98,8 @@ def train_model(
             say_idle(recipe)
         if recipe.warm:
             run, fresh = after_dense(run, fresh), False
-        if run.recipe.task == "heal" and run.recipe.ternary.enabled and run.recipe.ternary.after:
-            run, fresh = after_floats(run, fresh), False
+        if run.recipe.task == "heal" and run.recipe.ternary.enabled:
+            run, fresh = after_stages(run, fresh)
         return train_run(run, resume, fresh)
 
 
@@ -111,8 +114,13 @@ def train_run(run: Run, resume: bool, fresh: bool) -> TrainResult | None:
         raise
     settle(run)
     with monitors as monitor:
-        train(job, monitor)
-    return finish(run, job, tokenizer, corpus)
+        if run.recipe.task == "heal" and run.recipe.ternary.blocks:
+            train_blocks(run, job)
+        else:
+            train(job, monitor)
+    result = finish(run, job, tokenizer, corpus)
+    shutil.rmtree(run.output / "checkpoints" / FITTED, ignore_errors=True)  # the model holds them
+    return result
 
 
 def after_dense(run: Run, fresh: bool) -> Run:
@@ -126,17 +134,35 @@ def after_dense(run: Run, fresh: bool) -> Run:
     return replace(run, recipe=second, whole=run.asked, stages=(told,))
 
 
-def after_floats(run: Run, fresh: bool) -> Run:
-    """Heal the float factors, in a folder inside the output, unless that is done; the run that is left to do."""
-    folder = run.output / STAGES / FLOATS
+def after_stages(run: Run, fresh: bool) -> tuple[Run, bool]:
+    """Heal to ternary weights in all stages but the last, in folders inside the output, unless that is done.
+
+    Returns the run that is left to do, and whether it is `fresh`.
+    """
+    folder = run.output / STAGES
     try:
-        tokens = tokens_of(run.recipe, open_text(run, open_tokenizer(run), 1))
+        tokens = tokens_of(run.recipe, open_text(run, open_tokenizer(run), 1)) if run.recipe.ternary.staged else 1
     except BadInput:
         drop(run, fresh)
         raise
-    first, second = in_stages(run.recipe, tokens, folder)
-    told = before(run, first, folder, fresh=False)
-    return replace(run, recipe=second, whole=run.asked, stages=(*run.stages, told))
+    *first, (_, last) = in_stages(run.recipe, tokens, folder) if run.recipe.ternary.staged else [("", run.recipe)]
+    told: list[TrainResult] = [before(run, recipe, folder / name, fresh=False) for name, recipe in first]
+    if not told:
+        return replace(run, recipe=last, whole=run.asked), fresh
+    return replace(run, recipe=last, whole=run.asked, stages=(*run.stages, *told)), False
+
+
+def train_blocks(run: Run, job: Training) -> None:
+    """Fit the blocks of a ternary model to the teacher's states, on the text of the job's steps."""
+    lone()
+    started = time.perf_counter()
+    model: Any = job.trainee.get_submodule("model")
+    job.before = validation_loss(job)
+    teacher = open_teacher(teacher_of(run.recipe), model, run.world.device, False)
+    batches = [job.batches.batch(step, micro) for step in range(job.steps) for micro in range(job.micro_batches)]
+    fit_blocks(model, teacher.model, batches, run.recipe, run.output / "checkpoints" / FITTED, run.quiet)
+    job.step, job.tokens = job.steps, sum(batch.tokens for batch in batches)
+    job.seconds = time.perf_counter() - started
 
 
 def before(run: Run, recipe: TrainRecipe, folder: Path, fresh: bool) -> TrainResult:
@@ -250,7 +276,7 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> 
     recipe = run.recipe
     if recipe.start is not None:
         model = checkpoint.load_model(recipe.start, dtype=torch.float32)
-        if recipe.ternary.enabled:
+        if recipe.ternary.enabled and not layout_of(model).is_ternary:
             round_model(run, model, corpus)
     elif recipe.ffn.like is not None:
         config = checkpoint.load_config(recipe.ffn.like)

@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor
 
 from pilon_compress.config.model import TernaryConfig
 from pilon_compress.config.training import TrainRecipe
-from pilon_compress.config.training_sections import Schedule
 from pilon_compress.nn.part import LatentPart
 from pilon_compress.optimize.callbacks import Callback
 from pilon_compress.train.heal import teacher_of
@@ -47,22 +46,38 @@ class Rounding(Callback):
                 group["weight_decay"] = 0.0
 
 
-def in_stages(recipe: TrainRecipe, tokens: int, floats: Path) -> tuple[TrainRecipe, TrainRecipe]:
-    """Healing in digits as two runs: of the float factors, whose model goes to the folder `floats`, and from there on.
+def in_stages(recipe: TrainRecipe, tokens: int, folder: Path) -> list[tuple[str, TrainRecipe]]:
+    """Return healing to ternary weights as runs, each with its name, which start from `folder`/NAME of the one before.
 
-    `tokens`: of both. The second run sees the text in another order, so that it does not begin with the same part.
+    float      the float factors heal                                `ternary.after` of all `tokens`
+    blocks     they are rounded and fitted block by block            `ternary.blocks`
+    ternary    the whole model learns, straight through its digits   what the others leave
+    scales     the ternary weights stay, their scales learn          `ternary.scales`
+
+    Runs of no tokens are left out. Each sees the text in another order, so that none begins with the same part.
     """
-    share = max(1, round(tokens * recipe.ternary.after))
-    teacher = teacher_of(recipe)
-    first = {"teacher": teacher, "ternary": TernaryConfig(), "schedule": _lasting(recipe, share)}
-    second = {
-        "teacher": teacher,
-        "start": str(floats),
-        "seed": (recipe.seed + 1) % 2**32,
-        "schedule": _lasting(recipe, max(1, tokens - share)),
-    }
-    return recipe.model_copy(update=first), recipe.model_copy(update=second)
-
-
-def _lasting(recipe: TrainRecipe, tokens: int) -> Schedule:
-    return recipe.schedule.model_copy(update={"tokens": tokens})
+    asked = recipe.ternary
+    last = 1 - asked.after - asked.blocks - asked.scales
+    shares = {"float": asked.after, "blocks": asked.blocks, "ternary": last, "scales": asked.scales}
+    found: list[tuple[str, TrainRecipe]] = []
+    left = tokens
+    names = [name for name, share in shares.items() if share > 1e-9]
+    for name in names:
+        count = left if name == names[-1] else max(1, round(tokens * shares[name]))
+        left = max(1, left - count)
+        alone = {one: float(one == name) for one in ("blocks", "scales")}
+        changes: dict[str, Any] = {
+            "teacher": teacher_of(recipe),
+            "seed": (recipe.seed + len(found)) % 2**32,
+            "schedule": recipe.schedule.model_copy(update={"tokens": count}),
+        }
+        if name == "float":
+            changes["ternary"] = TernaryConfig()
+        else:
+            changes["ternary"] = asked.model_copy(update={"after": 0.0, **alone})
+        if name == "scales":
+            changes["run"] = recipe.run.model_copy(update={"train": "compositions"})
+        if found:
+            changes["start"] = str(folder / found[-1][0])
+        found.append((name, recipe.model_copy(update=changes)))
+    return found
