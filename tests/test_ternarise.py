@@ -295,8 +295,14 @@ def test_a_bank_that_blocks_share_keeps_its_ternary_weights(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"task": "pretrain", "ternary": {"enabled": True, "blocks": 0.5}}, "ternary.blocks: has no effect with task pretrain"),
-        ({"task": "heal", "start": "x", "ternary": {"scales": 0.5}}, "ternary.scales: has no effect with ternary.enabled false"),
+        (
+            {"task": "pretrain", "ternary": {"enabled": True, "blocks": 0.5}},
+            "ternary.blocks: has no effect with task",
+        ),
+        (
+            {"task": "heal", "start": "x", "ternary": {"scales": 0.5}},
+            "ternary.scales: has no effect with ternary",
+        ),
         ({"task": "heal", "start": "x", "ternary": {"enabled": True, "blocks": 0.8}}, "more than all of the tokens"),
         (
             {"task": "heal", "start": "x", "ternary": {"enabled": True, "blocks": 0.5}, "data": {"streaming": True}},
