@@ -27,7 +27,7 @@ ARMS = {
     "pilon-softmax": ["ffn.composition=softmax"],  # the original's
     "pilon-ternary": ["ternary.enabled=true"],
     "pilon-warm-ternary": ["ffn.dense_until=0.5", "ternary.enabled=true"],
-    "narrow": ["ffn.matrices=true"],  # a dense block of as many neurons as the budget pays for
+    "narrow": ["ffn.primitive=neurons"],  # a dense block of as many neurons as the budget pays for
     "pilon-anneal": ["research.original.selection.explore=anneal"],
     "pilon-adamw": ["optimizer.name=adamw"],
 }

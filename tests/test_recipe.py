@@ -69,7 +69,7 @@ def test_the_originals_training_differs_from_tiny_in_its_own_ways_alone():
     staged = original["research"]["original"]["staged"]
     assert staged["banks"][1:] == [0, 0] and staged["phases"][0] == 0.2
     for size in ("ffn_ratio", "mac_ratio"):
-        assert original["ffn"][size] == tiny["ffn"][size] == 0.5
+        assert original["ffn"][size] == tiny["ffn"][size]
 
 
 def test_quickstart_needs_no_network():

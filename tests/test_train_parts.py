@@ -12,7 +12,7 @@ from pilon_compress.config.model import FfnConfig, HostConfig
 from pilon_compress.config.training_sections import Optimizer, Schedule
 from pilon_compress.distill.losses import next_token_sum
 from pilon_compress.errors import BadInput
-from pilon_compress.models import base_architectures, checkpoint
+from pilon_compress.models import base_architectures, checkpoint, layouts
 from pilon_compress.models.families import find_sites
 from pilon_compress.nn.layout import install, layout_of, projections
 from pilon_compress.nn.size import ffn_size
@@ -32,7 +32,7 @@ def sites(host: HostConfig = SMALL):
 
 def built(ffn: FfnConfig = HALF, host: HostConfig = SMALL, seed: int = 0):
     config = base_architectures.config_for(host, 64, 0)
-    return base_architectures.build_with(config, base_architectures.layout_for(sites(host), ffn), seed)
+    return base_architectures.build_with(config, layouts.layout_for(sites(host), ffn), seed)
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,7 +47,7 @@ def built(ffn: FfnConfig = HALF, host: HostConfig = SMALL, seed: int = 0):
 def test_no_plan_is_larger_than_its_budget(kind, stored, macs, bands, composition, family):
     ffn = FfnConfig(kind=kind, ffn_ratio=stored, mac_ratio=macs, bands=bands, composition=composition)
     try:
-        layout = base_architectures.layout_for(sites(SMALL.model_copy(update={"family": family})), ffn)
+        layout = layouts.layout_for(sites(SMALL.model_copy(update={"family": family})), ffn)
     except BadInput as refusal:
         assert "the budget pays for no" in str(refusal)
         return
@@ -67,23 +67,23 @@ def test_no_plan_is_larger_than_its_budget(kind, stored, macs, bands, compositio
 )
 def test_a_given_shape_beyond_the_budget_is_refused(given_shape, told):
     with pytest.raises(BadInput, match=told):
-        base_architectures.layout_for(sites(), FfnConfig(bands=2, **given_shape))
-    fits = base_architectures.layout_for(sites(), FfnConfig(bands=2, n_primitives=4, rank=4))
+        layouts.layout_for(sites(), FfnConfig(bands=2, **given_shape))
+    fits = layouts.layout_for(sites(), FfnConfig(bands=2, n_primitives=4, rank=4))
     assert {bank.n_primitives for bank in fits.banks.values()} == {4}
 
 
 @pytest.mark.parametrize(("width", "inner", "rank"), [(512, 2048, 32), (1024, 4096, 64)])
 def test_shapes_of_the_original_suit_the_kernels(width, inner, rank):
     host = SMALL.model_copy(update={"hidden_size": width, "intermediate_size": inner, "num_attention_heads": 8})
-    layout = base_architectures.layout_for(sites(host), FfnConfig(rank=rank))
+    layout = layouts.layout_for(sites(host), FfnConfig(rank=rank))
     for spec in layout.projections.values():
         assert layout.banks[spec.bank].rank % 16 == 0
         assert spec.top_k * layout.banks[spec.bank].rank <= width / 2
 
 
 def test_wider_blocks_and_plain_matrices_keep_to_the_budget():
-    for ffn in (FfnConfig(neurons=1.5), FfnConfig(neurons=0.75), FfnConfig(matrices=True)):
-        size = ffn_size(base_architectures.layout_for(sites(), ffn)).over_dense().dump()
+    for ffn in (FfnConfig(neurons=1.5), FfnConfig(neurons=0.75), FfnConfig(primitive="neurons")):
+        size = ffn_size(layouts.layout_for(sites(), ffn)).over_dense().dump()
         assert 0.4 < size["stored_ratio"] <= 0.5 and 0.4 < size["mac_ratio"] <= 0.5
         model = built(ffn)
         assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()
@@ -200,7 +200,7 @@ def test_loss_in_parts_is_the_loss(monkeypatch):
 
 def test_layout_of_a_new_model_is_its_plan():
     ffn = FfnConfig(composition="softmax")
-    layout = base_architectures.layout_for(sites(), ffn)
+    layout = layouts.layout_for(sites(), ffn)
     layout = layout.with_addition("original", "latent_scale", layout.banks)
     model = checkpoint.build(base_architectures.config_for(SMALL, 64, 0))
     install(model, layout)

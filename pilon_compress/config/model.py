@@ -1,5 +1,6 @@
 """Sections of a training recipe that describe the model: base architecture, feed-forward part, ternary weights."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -41,16 +42,25 @@ class FfnConfig(Section):
     kind: Annotated[Literal["pilon", "lowrank", "dense"], Option("--ffn")] = "pilon"
     """Form of the feed-forward projections from scratch: pilon, lowrank (the control: every layer has factors of its
     own) or dense (the baseline)."""
-    ffn_ratio: Part = 0.5
+    primitive: Annotated[Literal["factors", "neurons"], Option()] = "factors"
+    """Primitives of a PILON model from scratch: factors (low-rank products, which compose each projection) or neurons
+    (whole ones, with their columns of gate and up and their row of down: each layer selects some)."""
+    share: Annotated[Literal["none", "auto", "always"], Option()] = "auto"
+    """Let the layers of a band share primitives: none (each layer has its own), always (layers share, and the model has
+    both ratios to within 0.01 or is refused), or auto (where `mac_ratio` is above `ffn_ratio`, as far as that
+    can be spent)."""
+    ffn_ratio: Annotated[Part, Option()] = 0.5
     """Largest ratio of stored FFN parameters over dense."""
-    mac_ratio: Part = 0.5
-    """Largest ratio of FFN MACs per token over dense."""
+    mac_ratio: Annotated[Part | None, Option()] = None
+    """Largest ratio of FFN MACs per token over dense. Default: `ffn_ratio`, and twice that where `share` is always."""
+    scales: Switch = True
+    """Give each layer scales and a bias of its own for the neurons that it selects. Without them, layers that use all
+    neurons of their band are plain blocks with tied weights. For `primitive` neurons."""
     neurons: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Inner width over the base architecture's. The budget stays, so fewer neurons have higher ranks."""
-    matrices: Switch = False
-    """Use narrower dense feed-forward blocks of the same budget in place of primitives (a control)."""
     bands: Positive | list[list[int]] | None = None
-    """Bands of layers that share banks: their number, or the layers of each. Default: about three layers each."""
+    """Bands of layers that share banks: their number, or the layers of each. Default: about three layers each, or as
+    many layers as `mac_ratio` takes where they share."""
     rank: Positive | None = None
     """Rank of each primitive. Default: the largest of 64, 32, 16, ... that spends the budget well."""
     n_primitives: Positive | None = None
@@ -61,12 +71,41 @@ class FfnConfig(Section):
     """Weights of a composition: one per component, one per primitive, or softmax over logits (the original's)."""
     dense_until: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     """Share of the training during which the model is dense; it is then converted to this budget and trained on
-    (Pufferfish, Wang et al., 2021, does so with private factors). For `kind` pilon, without `matrices`."""
+    (Pufferfish, Wang et al., 2021, does so with private factors). For `kind` pilon and `primitive` factors."""
     dense_after: Above = 0.67
     """Factor on the learning rate after the dense share of the training."""
     like: Annotated[Text | None, Option(metavar="MODEL", also={"task": "pretrain"})] = None
     """Converted model whose layout, base architecture and tokenizer a control run takes, from random initial weights.
     Default: none."""
+
+    @property
+    def macs(self) -> float:
+        """The ratio of MACs to plan with."""
+        if self.mac_ratio is not None:
+            return self.mac_ratio
+        return min(1.0, 2 * self.ffn_ratio) if self.share == "always" else self.ffn_ratio
+
+    @property
+    def shares(self) -> bool:
+        """True if MACs beyond the stored numbers are spent on primitives that layers share."""
+        fixed = self.n_primitives is not None or self.top_k is not None
+        more = self.share == "auto" and self.macs > self.ffn_ratio and not fixed and self.composition != "softmax"
+        return self.kind == "pilon" and (self.share == "always" or more)
+
+
+def ffn_conflicts(ffn: FfnConfig) -> Iterator[tuple[str, str]]:
+    """Yield (dotted field, what is wrong) for what does not go with sharing that is asked for by name."""
+    if ffn.kind != "pilon" or ffn.share != "always":
+        return
+    if ffn.primitive == "factors":
+        if ffn.dense_until:
+            yield "ffn.dense_until", "ends in a conversion, which need not share as ffn.share always asks: set it to 0"
+        for name in ("n_primitives", "top_k"):
+            if getattr(ffn, name) is not None:
+                yield f"ffn.{name}", "follows from the ratios with ffn.share always: leave out one of the two"
+    if ffn.macs <= ffn.ffn_ratio:
+        field = "ffn.mac_ratio" if ffn.mac_ratio is not None else "ffn.ffn_ratio"
+        yield field, "leaves no MACs for sharing: with ffn.share always ffn.mac_ratio must be above ffn.ffn_ratio"
 
 
 class TernaryConfig(Section):

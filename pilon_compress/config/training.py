@@ -10,7 +10,7 @@ from pilon_compress.config import reading, strict_yaml
 from pilon_compress.config.conflicts import Context, Table, refuse_conflicts, refused, without_effect
 from pilon_compress.config.fields import Device, DType
 from pilon_compress.config.flat import Flat, arranged
-from pilon_compress.config.model import FfnConfig, HostConfig, TernaryConfig
+from pilon_compress.config.model import FfnConfig, HostConfig, TernaryConfig, ffn_conflicts
 from pilon_compress.config.option import RUNNING, Option, Options
 from pilon_compress.config.ratio import Parts
 from pilon_compress.config.reading import Override, Section, Text
@@ -85,6 +85,7 @@ class TrainRecipe(General, Progressive, TaskModels):
     MOVED: ClassVar[dict[str, str]] = {
         "staged": "research.original.staged",
         "selection": "research.original.selection",
+        "ffn.matrices": "ffn.primitive: neurons",
         "ffn.latent_scale": "research.original.latent_scale",
         "ffn.latent_bias": "research.original.latent_bias",
         "ternary.sub_norm": "research.bitnet.sub_norm",
@@ -127,7 +128,7 @@ class TrainRecipe(General, Progressive, TaskModels):
     def warm(self) -> bool:
         """True if training begins with a dense model."""
         ffn = self.ffn
-        composed = ffn.kind == "pilon" and not ffn.matrices and ffn.like is None
+        composed = ffn.kind == "pilon" and ffn.primitive == "factors" and ffn.like is None
         return self.task == "pretrain" and composed and ffn.dense_until > 0
 
     @model_validator(mode="after")
@@ -169,9 +170,11 @@ TABLE: dict[str, tuple[Context[TrainRecipe], ...]] = {
     "schedule.floor": (CONSTANT,),
 }
 
-DENSE = Context[TrainRecipe](lambda r: r.ffn.kind == "dense" and not r.ffn.matrices, lambda _: "ffn.kind dense")
+DENSE = Context[TrainRecipe](lambda r: r.ffn.kind == "dense", lambda _: "ffn.kind dense")
 PRIVATE = Context[TrainRecipe](lambda r: r.ffn.kind == "lowrank", lambda _: "ffn.kind lowrank")
-NARROW = Context[TrainRecipe](lambda r: r.ffn.matrices, lambda _: "ffn.matrices")
+NEURONS = Context[TrainRecipe](lambda r: r.ffn.primitive == "neurons", lambda _: "ffn.primitive neurons")
+FACTORS = Context[TrainRecipe](lambda r: r.ffn.primitive == "factors", lambda _: "ffn.primitive factors")
+UNSHARED = Context[TrainRecipe](lambda r: r.ffn.share == "none", lambda _: "ffn.share none")
 WARM = Context[TrainRecipe](lambda r: r.warm, lambda _: "ffn.dense_until: the conversion decides")
 
 FORM: Table[TrainRecipe] = {
@@ -179,12 +182,15 @@ FORM: Table[TrainRecipe] = {
     "ffn.kind": (LIKE,),
     "ffn.ffn_ratio": (LIKE, DENSE),
     "ffn.mac_ratio": (LIKE, DENSE),
-    "ffn.matrices": (LIKE,),
-    "ffn.dense_until": (LIKE, DENSE, NARROW, PRIVATE),
-    "ffn.dense_after": (LIKE, DENSE, NARROW, PRIVATE),
-    "ffn.neurons": (LIKE, DENSE, NARROW, WARM),
-    **{f"ffn.{name}": (LIKE, DENSE, NARROW, PRIVATE, WARM) for name in ("bands", "rank", "n_primitives", "top_k")},
-    "ffn.composition": (LIKE, DENSE, NARROW, PRIVATE, WARM),
+    "ffn.primitive": (LIKE, DENSE, PRIVATE),
+    "ffn.share": (LIKE, DENSE, PRIVATE, WARM),
+    "ffn.scales": (LIKE, DENSE, PRIVATE, FACTORS, UNSHARED),
+    "ffn.dense_until": (LIKE, DENSE, NEURONS, PRIVATE),
+    "ffn.dense_after": (LIKE, DENSE, NEURONS, PRIVATE),
+    "ffn.neurons": (LIKE, DENSE, NEURONS, WARM),
+    "ffn.bands": (LIKE, DENSE, PRIVATE, UNSHARED, WARM),
+    "ffn.top_k": (LIKE, DENSE, NEURONS, PRIVATE, UNSHARED, WARM),
+    **{f"ffn.{name}": (LIKE, DENSE, NEURONS, PRIVATE, WARM) for name in ("rank", "n_primitives", "composition")},
 }
 """Fields that a control run of the same recipe has no use for: not refused, see `idle`."""
 
@@ -195,6 +201,8 @@ def conflicts(recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
         yield "start", f"is needed with task {recipe.task}: name the model to begin with"
     if recipe.warm and (recipe.schedule.tokens is None or recipe.schedule.kind == "cosine"):
         yield "ffn.dense_until", "needs schedule.tokens, and a schedule.kind that is wsd or constant"
+    if recipe.task == "pretrain" and recipe.ffn.like is None:
+        yield from ffn_conflicts(recipe.ffn)
     if recipe.shrink and (recipe.task != "heal" or recipe.shrink != sorted(set(recipe.shrink), reverse=True)):
         yield "shrink", "is for task heal, and its ratios must fall"
     distill = recipe.distill

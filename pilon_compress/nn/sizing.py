@@ -6,7 +6,7 @@
 A conversion, the search for shared banks and models that are trained from scratch all size their banks here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ FITTED_RANKS = RANKS[2:]  # of banks fitted to dense weights: wider primitives l
 WASTE = 0.04  # share of the budget that rounding to whole primitives may leave unused
 COUNTS = 64  # numbers of primitives that are tried where only top_k is given
 UNLIMITED = 1 << 60  # components, where MACs are not limited at all
+MET = 0.01  # a ratio of stored numbers or MACs that is no farther off is the one that was asked for
 
 
 class BankSize(NamedTuple):
@@ -123,6 +124,56 @@ def size_bank(
         if best is None or budget.stored_by(found) > budget.stored_by(best):
             best = found
     return best
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a bank that layers share is to spend, beside the limits of its `BankBudget`.
+
+    components: k · r of one layer   most: components beyond which a layer costs no more, computed by one dense matrix
+    slack: components by which a layer may miss that   spare: numbers by which the bank may miss what it may store
+    """
+
+    components: float
+    most: float
+    slack: float
+    spare: float
+
+
+def size_shared(budget: BankBudget, wanted: Spending, ranks: Sequence[int] = RANKS) -> BankSize | None:
+    """Size a bank that stores what `budget` allows and of which each layer computes what is `wanted`.
+
+    The rank is the largest of `ranks` with which a layer selects two primitives or more; None where none does.
+    """
+    found = [size for rank in ranks if rank <= budget.full_rank for size in _shared(budget, wanted, rank)]
+    return next((size for size in found if size.top_k > 1), found[0] if found else None)
+
+
+def _shared(budget: BankBudget, wanted: Spending, rank: int) -> Iterator[BankSize]:
+    """Yield the sizes with that rank that meet both, the closest in components first."""
+    low, high = (int((wanted.components + sign * wanted.slack) // rank) for sign in (-1, 1))
+    if wanted.components >= wanted.most - wanted.slack:
+        high = max(high, -(-int(wanted.most) // rank))
+    exact = wanted.components / rank
+    for k in sorted(range(max(1, low), high + 1), key=lambda k: abs(k - exact)):
+        if abs(min(k * rank, wanted.most) - wanted.components) > wanted.slack or k > -(-budget.full_rank // rank):
+            continue
+        size = _largest(lambda n, k=k: BankSize(n, rank, k), k * budget.layers, budget)  # type: ignore[misc]
+        if size is None or size.n_primitives < k:
+            size = BankSize(k, rank, k)
+        if abs(budget.stored_by(size) - budget.stored) <= wanted.spare:
+            yield size
+
+
+def most_components(budget: BankBudget) -> int:
+    """Return the largest k · r of a bank whose layers select all of it."""
+    return max((rank * _whole(budget, rank) for rank in RANKS if rank <= budget.full_rank), default=0)
+
+
+def _whole(budget: BankBudget, rank: int) -> int:
+    """Return the number of primitives of that rank that fit where every layer selects all."""
+    size = _largest(lambda n: BankSize(n, rank, n), -(-budget.full_rank // rank), budget)
+    return 0 if size is None else size.n_primitives
 
 
 def _most_primitives(budget: BankBudget, rank: int, top_k: int | None) -> BankSize | None:

@@ -80,8 +80,9 @@ def _training(recipe: TrainRecipe) -> str:
         return f"was distilled from {recipe.teacher or 'the dense model that it was converted from'}"
     if recipe.task == "sft":
         return "was fine-tuned on conversations"
-    if recipe.ffn.matrices and recipe.ffn.kind != "dense":
-        return "was trained from random weights, its feed-forward blocks narrower than the dense ones"
+    if recipe.ffn.primitive == "neurons" and recipe.ffn.kind == "pilon":
+        shared = ", of neurons that layers share" if recipe.ffn.shares else ""
+        return f"was trained from random weights, its feed-forward blocks narrower than the dense ones{shared}"
     kinds = {
         "pilon": "its feed-forward projections composed from banks of primitives that layers share",
         "lowrank": "its feed-forward projections low-rank products of each layer's own",

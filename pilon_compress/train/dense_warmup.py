@@ -55,6 +55,6 @@ def stages(settings: TrainRecipe, folder: Path) -> tuple[TrainRecipe, TrainRecip
 def converting(settings: TrainRecipe, dense: str) -> conversion.Recipe:
     """The recipe of the conversion: the budget of `ffn`, calibrated on the text of the training."""
     found = conversion_recipe(settings, dense, settings.ffn.ffn_ratio)
-    budget = found.budget.model_copy(update={"mac_ratio": settings.ffn.mac_ratio})
+    budget = found.budget.model_copy(update={"mac_ratio": settings.ffn.macs})
     calibration = found.calibration.model_copy(update={"samples": SAMPLES})
     return found.model_copy(update={"budget": budget, "calibration": calibration})

@@ -12,7 +12,7 @@ from pilon_compress.data.text import DEFAULT_ENCODER
 from pilon_compress.errors import BadInput
 from pilon_compress.io.messages import note
 from pilon_compress.kernels.gpu_layout import MULTIPLE
-from pilon_compress.models import base_architectures, checkpoint
+from pilon_compress.models import base_architectures, checkpoint, layouts
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.limits import longest_input
 from pilon_compress.nn.layout import Layout
@@ -132,10 +132,10 @@ def layout_asked(recipe: TrainRecipe, config: PretrainedConfig) -> Layout | None
     """
     sites = find_sites(checkpoint.empty_model(config))
     if recipe.start is None and recipe.ffn.like is None:
-        layout = base_architectures.layout_for(sites, recipe.ffn, recipe.ternary)
+        layout = layouts.layout_for(sites, recipe.ffn, recipe.ternary)
     else:
         layout = base_architectures.layout_in(config)
-        layout = layout and base_architectures.with_ternary(layout, sites, recipe.ternary)
+        layout = layout and layouts.with_ternary(layout, sites, recipe.ternary)
     if recipe.start is None:
         for extension in extensions(recipe):
             layout = extension.layout(layout, sites)

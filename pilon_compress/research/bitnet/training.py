@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pilon_compress.models.base_architectures import dense_layout
 from pilon_compress.models.families import Site
+from pilon_compress.models.layouts import dense_layout
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.part import LatentPart
 from pilon_compress.nn.ternary_quantizer import rounded
