@@ -25,8 +25,8 @@ NOTED = 0.1  # of the budget's numbers: more is not left unspent without a word
 def layout_for(sites: Sequence[Site], ffn: FfnConfig, ternary: TernaryConfig = TernaryConfig()) -> Layout | None:  # noqa: B008
     """Return banks and projections of at most `ffn_ratio` of the sites' parameters and `mac_ratio` of their MACs.
 
-    With `share` always both ratios are met to within `sizing.MET`. lowrank: one primitive for each projection. dense: the
-    matrices unchanged, None if they are not ternary either.
+    With `share` always both ratios are met to within `sizing.MET`. lowrank: one primitive for each
+    projection. dense: the matrices unchanged, None if they are not ternary either.
     Raises BadInput where the budget is too small for one primitive or for the shape that `ffn` gives, and for bands
     that do not partition the layers.
     """
