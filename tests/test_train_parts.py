@@ -60,7 +60,7 @@ def test_no_plan_is_larger_than_its_budget(kind, stored, macs, bands, compositio
     [
         ({"n_primitives": 16, "rank": 4, "top_k": 8}, "the model stores .* above ffn.ffn_ratio 0.5: lower ffn.rank"),
         (
-            {"n_primitives": 2, "rank": 16, "ffn_ratio": 1},
+            {"n_primitives": 2, "rank": 16, "ffn_ratio": 1, "mac_ratio": 0.5},
             "takes 0.667 of the dense .*, above ffn.mac_ratio 0.5",
         ),
     ],
