@@ -141,12 +141,6 @@ class _ThenRegister(Loader):
         return getattr(self.inner, name)
 
 
-if _REGISTRY in sys.modules:
-    import_module(_LOADER)
-elif not any(type(finder).__name__ == "_RegisterWithTransformers" for finder in sys.meta_path):
-    sys.meta_path.insert(0, _RegisterWithTransformers())
-
-
 class _Front(ModuleType):
     """The package. Its calls keep their names where a room of the same name is imported, as `evaluate` is."""
 
@@ -156,6 +150,11 @@ class _Front(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Front
+
+if _REGISTRY in sys.modules:
+    import_module(_LOADER)
+elif not any(type(finder).__name__ == "_RegisterWithTransformers" for finder in sys.meta_path):
+    sys.meta_path.insert(0, _RegisterWithTransformers())
 
 if not TYPE_CHECKING:  # which would take every name for one of the package's
 

@@ -83,7 +83,13 @@ def test_every_road_cuts_to_the_same_model(llama, cli, keep, tmp_path):
     full = AutoModelForCausalLM.from_pretrained(llama / "out")
     cut = AutoModelForCausalLM.from_pretrained(llama / "out", keep=keep)
     assert keep - 0.01 <= numbers(cut) / numbers(full) <= keep
-    assert torch.equal(output(cut), output(pc.load(llama / "out", keep=keep)))
+    loaded = pc.load(llama / "out", keep=keep)
+    assert torch.equal(output(cut), output(loaded))
+    pc.save(loaded, tmp_path / "kept")
+    assert not {"README.md", "report.json", FILE} & {
+        path.name for path in (tmp_path / "kept").iterdir()
+    }  # of the larger
+    assert torch.equal(output(cut), output(pc.load(tmp_path / "kept")))
     done = cli("export", "out", "--keep", keep, "-o", tmp_path / "cut", "--json", cwd=llama)
     assert json.loads(done.stdout)["ffn"]["stored"] == numbers(cut)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
@@ -136,6 +142,9 @@ def test_a_cut_model_exports_heals_and_is_inspected_as_any_other(llama, cli, tmp
     made = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "direct", "cut")]
     assert torch.equal(output(made[0]), output(made[1]))
     assert (output(made[0]) - output(made[2])).abs().max() < 1e-4
+    tokens = pc.HealConfig(tokens=256, sequence_length=32, batch_size=2, validation_sequences=4)
+    healed, result = pc.heal(tmp_path / "cut", config=tokens, data=TEXT.split("\n\n"))  # its recipe names the teacher
+    assert result.val_perplexity <= result.before and numbers(healed) == numbers(made[2])
     refused = cli("export", tmp_path / "cut", "--keep", "0.5", "-o", tmp_path / "twice", cwd=llama, code=2)
     assert "is not stored in order of worth, so it cannot be cut: convert the dense model" in refused.stderr
     assert not (tmp_path / "twice").exists()

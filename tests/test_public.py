@@ -43,3 +43,11 @@ def test_type_checkers_see_the_names_that_there_are():
 def test_importing_the_package_loads_no_torch():
     code = "import sys, pilon_compress; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_calls_keep_their_names_where_transformers_was_imported_first():
+    code = (
+        "import transformers.quantizers.auto, pilon_compress as pc; print(callable(pc.export), callable(pc.evaluate))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]

@@ -1,6 +1,7 @@
 """Compress a model, save and load the result."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from pilon_compress.io.output_paths import expanded
 from pilon_compress.models import checkpoint
 from pilon_compress.models.companions import companions_of
 from pilon_compress.models.in_memory import Record, hold, keep_record, record_of
+from pilon_compress.models.provenance import RECIPE
 from pilon_compress.models.references import resolve
 from pilon_compress.optimize.monitor import METRICS
 from pilon_compress.report.training_page import PAGE, PICTURE
@@ -119,7 +121,10 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "cpu", keep: f
     """
     with calling():
         loaded = checkpoint.load_model(str(model), dtype=dtype, device=device, keep=keep)
-        keep_record(loaded, read_record(str(model)))
+        record = read_record(str(model))
+        if keep not in (None, 1):  # card and report are of the larger model
+            record = replace(record, pages={name: page for name, page in record.pages.items() if name == RECIPE})
+        keep_record(loaded, record)
     return loaded
 
 
