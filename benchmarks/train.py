@@ -32,6 +32,9 @@ ARMS = {
     "pilon-adamw": ["optimizer.name=adamw"],
 }
 
+HALF = ["ffn.share=auto", "ffn.ffn_ratio=0.5", "ffn.mac_ratio=0.5"]  # what the arms differ from
+RANKS = {"48m": 32, "360m": 64, "500m": 64}
+
 
 def main(words: list[str] | None = None) -> None:
     """Train one arm, and print its JSON and its table."""
@@ -71,7 +74,9 @@ def recipe_of(options: argparse.Namespace) -> tuple[str, list[str]]:
     megabytes = 0.5 if options.smoke else options.megabytes
     text = corpus.write(options.output.parent / f"text-{options.megabytes:g}.jsonl", megabytes)
     overrides = [f"data.source={text}", "data.streaming=false", "host.tokenizer=bpe", f"seed={options.seed}"]
-    overrides += ["run.checkpoint_every=120", "run.sample=null", *ARMS[options.arm]]
+    overrides += ["run.checkpoint_every=120", "run.sample=null", *HALF]
+    overrides += [f"ffn.rank={RANKS[options.recipe]}"] if options.recipe in RANKS else []
+    overrides += ARMS[options.arm]
     if options.smoke:
         return "smoke", [*overrides, "schedule.tokens=8192", "data.validation_sequences=8", "device=cpu"]
     overrides += [f"schedule.tokens={options.tokens}", f"run.batch_size={options.batch_size}", "host.vocab_size=32768"]

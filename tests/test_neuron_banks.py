@@ -10,6 +10,10 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM
 
 import pilon_compress  # noqa: F401  registers the quantisation method
+from pilon_compress.config import training
+from pilon_compress.errors import BadInput
+from pilon_compress.evaluate.inspect import anatomy
+from pilon_compress.export.dense import to_dense
 from pilon_compress.export.packed import packed
 from pilon_compress.export.save import save_model
 from pilon_compress.models.families import find_sites
@@ -21,6 +25,7 @@ from pilon_compress.nn.neuron_bank import NeuronBank
 from pilon_compress.nn.neuron_linear import fill_block, has_scale, neuron_block
 from pilon_compress.nn.size import ffn_size
 from pilon_compress.nn.specs import NeuronBankSpec, NeuronSpec
+from pilon_compress.train.preflight import check
 
 NEURONS, TOP_K = 48, 40
 IDS = torch.randint(6, 200, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -303,3 +308,39 @@ def test_a_damaged_selection_is_refused(tiny, tmp_path):
     save_model(model, tiny.tiny_tokenizer(), tmp_path / "m", torch.float32)
     with pytest.raises(ValueError, match="not among the 48"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+
+
+def test_inspection_shows_banks_and_their_blocks(tiny, tmp_path):
+    model = pilon(tiny, "llama")
+    save_model(model, tiny.tiny_tokenizer(), tmp_path / "m", torch.float32)
+    found = anatomy(str(tmp_path / "m"))
+    assert found.form == "pilon" and set(found.banks) == {"band0", "band1"}
+    assert found.banks["band0"].n_primitives == NEURONS
+    assert {(one.bank, one.neurons, one.top_k) for one in found.projections} == {
+        ("band0", TOP_K, TOP_K),
+        ("band1", TOP_K, TOP_K),
+    }
+    assert [part.layers for part in found.parts] == [[0, 0, 0, 1, 1, 1], [2, 2, 2]]
+    assert sum(part.stored for part in found.parts) == found.ffn.stored
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+def test_the_dense_form_has_blocks_of_k_neurons_or_is_refused(tiny, family):
+    model = pilon(tiny, family, **({"scaled": False} if family == "phi3" else {}))
+    with torch.no_grad():
+        before = model(IDS).logits
+        made = to_dense(copy.deepcopy(model))
+        torch.testing.assert_close(made(IDS).logits, before, rtol=1e-4, atol=1e-5)
+    assert (made.config.n_inner if family == "gpt2" else made.config.intermediate_size) == TOP_K
+    if family == "phi3":
+        with pytest.raises(BadInput, match="no place"):
+            to_dense(pilon(tiny, "phi3"))
+
+
+def test_healing_to_ternary_is_refused(tiny, tmp_path):
+    save_model(pilon(tiny, "llama"), tiny.tiny_tokenizer(), tmp_path / "m", torch.float32)
+    recipe = training.build({"task": "heal", "start": str(tmp_path / "m"), "ternary": {"enabled": True}})
+    recipe = recipe.model_copy(update={"teacher": str(tmp_path / "dense")})
+    tiny.save_tiny("llama", tmp_path / "dense")
+    with pytest.raises(BadInput, match="banks of neurons"):
+        check(recipe)

@@ -14,7 +14,7 @@ from pilon_compress.models.families import Site, find_sites
 from pilon_compress.models.in_memory import held_model, record_of
 from pilon_compress.nn.kernel_names import kernel_names, kernel_note
 from pilon_compress.nn.layout import Layout
-from pilon_compress.nn.size import bank_size, ffn_size, linear_macs, model_size
+from pilon_compress.nn.size import bank_size, ffn_size, linear_macs, model_size, neuron_size
 from pilon_compress.nn.stored import stored_layout
 from pilon_compress.report.layout_parts import layout_parts
 from pilon_compress.results.evaluation import Evaluation
@@ -32,7 +32,7 @@ def anatomy(model: str, targets: Sequence[str] = (), ignore: Sequence[str] = ())
     empty = checkpoint.empty_model(config)
     layout = stored_layout(config)
     if layout and not targets:
-        targets = [*layout.projections, *layout.matrices]  # the replaced projections, which --targets may have chosen
+        targets = layout.replaced  # the replaced projections, which --targets may have chosen
     sites = find_sites(empty, targets, ignore)
     dtype = stored_dtype(config)
     parts = layout_parts(layout, sites, dtype.itemsize) if layout else []
@@ -82,7 +82,10 @@ def _projection(
 
 def _stored(site: Site, part: Part) -> dict[str, Any]:
     """Return the fields of `InspectedProjection` about its stored form."""
-    inner = part.d_in if site.role == "down" else part.d_out
+    if part.role == "neurons":
+        inner = part.d_out * (2 if site.role == "gate_up" else 1)
+    else:
+        inner = part.d_in if site.role == "down" else part.d_out
     keys = ("rank", "n_primitives", "top_k", "quantization", "bits")
     return {"neurons": inner // 2 if site.role == "gate_up" else inner, **{key: getattr(part, key) for key in keys}}
 
@@ -96,12 +99,19 @@ def _form(model: str, empty: PreTrainedModel, layout: Layout, parts: list[Part],
         "banks": {
             name: InspectedBank(**vars(spec), **vars(bank_size(layout, name, dtype.itemsize).over_dense()))
             for name, spec in layout.banks.items()
-        },
+        }
+        | {name: _neuron_bank(layout, name, dtype.itemsize) for name in layout.neuron_banks},
         "source_dtype": str(source).removeprefix("torch."),
         "ffn": ffn_size(layout, dtype.itemsize).over_dense(source.itemsize),
         "model_size": model_size(layout, empty, dtype.itemsize).over_dense(source.itemsize),
         "evaluation": report.get("evaluation"),
     }
+
+
+def _neuron_bank(layout: Layout, name: str, itemsize: int) -> InspectedBank:
+    spec, size = layout.neuron_banks[name], neuron_size(layout, name, itemsize).over_dense()
+    shape = {"d_in": spec.d_in, "d_out": spec.d_out, "n_primitives": spec.neurons, "rank": 1}
+    return InspectedBank(**shape, quantization=spec.quantization, **vars(size))
 
 
 def _report(model: str) -> dict[str, Any]:
@@ -128,9 +138,11 @@ def _page(model: str) -> bytes:
 
 def _storage(layout: Layout | None, name: str) -> str | None:
     """Return the bank of a converted projection, or its matrix's shape; None for one that was not converted."""
-    if layout is None or name not in {**layout.projections, **layout.matrices}:
+    if layout is None or name not in layout.replaced:
         return None
     if name in layout.projections:
         return layout.projections[name].bank
+    if name in layout.neurons:
+        return layout.neurons[name].bank
     d_in, d_out = layout.shape(name)
     return f"matrix {d_in}→{d_out}"

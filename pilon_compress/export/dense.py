@@ -1,5 +1,7 @@
 """Exports to a plain dense model of the base architecture: every composition multiplied out."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn.functional import pad
@@ -14,16 +16,33 @@ from pilon_compress.models import checkpoint
 from pilon_compress.models.families import family_of
 from pilon_compress.nn.additions import addition
 from pilon_compress.nn.fold import dense
-from pilon_compress.nn.layout import BANKS, dense_matrices, layout_of, linear_shape, projections
+from pilon_compress.nn.layout import (
+    BANKS,
+    Layout,
+    dense_matrices,
+    layout_of,
+    linear_shape,
+    neuron_projections,
+    projections,
+)
 from pilon_compress.results.export import Exported
+
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")  # what configs call the neurons of a block
 
 
 def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | None:
     """Say why `model` has no dense form; None if it has one."""
     if layout_of(model).rest:
         return "is in int8 throughout: export the model that it was packed from"
+    if _adds_biases(layout_of(model)) and not hasattr(model.config, "mlp_bias"):
+        return f"has biases before its activations, for which {type(model).__name__} has no place"
     additions = [addition(name, kind) for name, kind, _ in layout_of(model).additions()]
     return next((one.dense for one in additions if one.dense), None)
+
+
+def _adds_biases(layout: Layout) -> bool:
+    """Return True if neurons have biases where the dense projections have none."""
+    return any(one.scaled and not one.bias and one.role != "down" for one in layout.neurons.values())
 
 
 @exporter(
@@ -41,28 +60,48 @@ def write(model: PreTrainedModel, job: ExportJob) -> Exported:
 
 @torch.no_grad()
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace, in place, every composed projection by the layer class that the base architecture has there.
+    """Replace, in place, every projection of ours by the layer class that the base architecture has there.
 
     Raises BadInput for a model that has no dense form, see `refuse`.
     """
     if reason := refuse(model):
         raise BadInput(f"this model {reason}")
-    whole = checkpoint.empty_model(_host_config(model))
+    config = _narrow_config(model, layout_of(model))
+    whole = checkpoint.empty_model(config)
     skeleton, base = whole.base_model, model.base_model
     family = family_of(whole)
     fused = family.projections.get("gate_up", "") if family else ""
     found = [(name, *dense(one)) for name, one in projections(model)]
     found += [(name, one.matrix(), one.bias) for name, one in dense_matrices(model)]
+    found += [(name, *one.matrix()) for name, one in neuron_projections(model)]
     for name, weight, bias in found:
         host = skeleton.get_submodule(name)
         d_in, d_out = linear_shape(host)
         halves = 2 if fused and name.endswith(fused) else 1
+        bias = weight.new_zeros(weight.shape[1]) if bias is None and host.bias is not None else bias
         weight = _padded(weight, d_in, d_out, halves)
         bias = None if bias is None else _padded(bias[None], 1, d_out, halves)[0]
         base.set_submodule(name, _host_linear(host, weight, bias))
     delattr(base, BANKS)
-    model.config = _host_config(model)
+    model.config = config
     return model
+
+
+def _narrow_config(model: PreTrainedModel, layout: Layout) -> PretrainedConfig:
+    """Return the config of the dense model: blocks of k neurons where every layer uses k neurons of a bank."""
+    config, widths = _host_config(model), {one.top_k for one in layout.neurons.values()}
+    if _adds_biases(layout):
+        config.mlp_bias = True
+    if len(widths) != 1 or layout.projections or layout.matrices:
+        return config
+    for name in WIDTHS:
+        narrow = copy.deepcopy(config)
+        if isinstance(getattr(narrow, name, None), int):
+            setattr(narrow, name, *widths)
+            empty = checkpoint.empty_model(narrow).base_model
+            if all(linear_shape(empty.get_submodule(one)) == layout.shape(one) for one in layout.neurons):
+                return narrow
+    return config
 
 
 def _host_config(model: PreTrainedModel) -> PretrainedConfig:

@@ -17,6 +17,10 @@ def kernel_names(layout: Layout, device: str) -> dict[str, str]:
         found[name] = kind.kernel(device, bank.d_in, spec.group) + pads
     for name, matrix in layout.matrices.items():
         found[name] = FORMATS[matrix.quantization].kernel(device, matrix.d_in, matrix.group)
+    for name, one in layout.neurons.items():
+        store = layout.neuron_banks[one.bank]
+        d_in, group = layout.shape(name)[0], store.group if one.role == "down" else 0
+        found[name] = FORMATS[store.quantization].kernel(device, d_in, group)
     return found
 
 

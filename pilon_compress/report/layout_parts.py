@@ -6,7 +6,7 @@ from typing import Any
 from pilon_compress.models.families import Site
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.layout import Layout
-from pilon_compress.nn.size import Size, bank_size, dense_size
+from pilon_compress.nn.size import Size, bank_size, dense_size, neuron_size
 from pilon_compress.results.sizes import Part
 
 
@@ -26,8 +26,16 @@ def layout_parts(layout: Layout, sites: Sequence[Site], itemsize: int) -> list[P
             shape = dict.fromkeys(("n_primitives", "rank", "top_k", "composition"))
             size = dense_size(layout, name, itemsize)
             parts.append(_part(layout, [by_name[name]], size, matrix.quantization, itemsize, shape))
+    for name, store in layout.neuron_banks.items():
+        users = [by_name[user] for user in layout.users(name) if user in by_name]
+        if users:
+            top_k = layout.neurons[users[0].name].top_k
+            shape = {"n_primitives": store.neurons, "rank": 1, "top_k": top_k, "composition": "neurons"}
+            size = neuron_size(layout, name, itemsize)
+            made = _part(layout, users, size, store.quantization, itemsize, shape)
+            parts.append(made.model_copy(update={"role": "neurons", "d_out": top_k}))
     order = {site.role: place for place, site in reversed(list(enumerate(sites)))}
-    return sorted(parts, key=lambda part: (part.layers[0], order[part.role]))
+    return sorted(parts, key=lambda part: (part.layers[0], order.get(part.role, 0)))
 
 
 def _part(

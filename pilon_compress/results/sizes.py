@@ -42,7 +42,7 @@ class Part(Result):
     names: list[str]
     """Names of the projections, below the base model."""
     role: str
-    """up, gate, gate_up or down."""
+    """up, gate, gate_up or down; neurons of a bank of neurons, which makes whole blocks (`d_out`: those of a layer)."""
     layers: list[int]
     d_in: int
     """Inputs as stored, after neurons were dropped."""

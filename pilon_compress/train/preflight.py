@@ -53,6 +53,8 @@ def check(recipe: TrainRecipe) -> None:
             raise BadInput(f"{model} is dense: convert it, or name --shrink")
         if layout.is_ternary:
             raise BadInput(f"{model} is ternary already: leave --ternary out")
+        if layout.neuron_banks:
+            raise BadInput(f"{model} has banks of neurons, which are ternary from scratch alone: leave --ternary out")
         note_odd_ranks(layout)
     if not checkpoint.is_causal(config):
         if recipe.task != "heal":
