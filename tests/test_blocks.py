@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pilon_compress.convert.allocate.budget import Sizing, allocate
-from pilon_compress.convert.allocate.options import options_of
+from pilon_compress.convert.allocate.options import options_of, savings_of
 from pilon_compress.convert.allocate.uniform import preview
 from pilon_compress.convert.calibrate.second_moments import gather
 from pilon_compress.convert.plan import down_of
@@ -55,7 +55,7 @@ def by_hand(block, choice):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "bert"])
 def test_an_options_loss_and_size_are_those_of_the_approximation(tiny, family):
     block = sized(tiny, family, falling=True)[1]
-    options = options_of(block, 0.5)
+    options = options_of(block, savings_of(block, 0.5))
     assert {option.what.neurons for option in options} > {None}, "whole, and with fewer neurons"
     assert any(rank is not None for option in options for rank in option.what.ranks.values())
     largest = max(option.loss for option in options)
@@ -64,7 +64,7 @@ def test_an_options_loss_and_size_are_those_of_the_approximation(tiny, family):
     stored, losses = [o.stored for o in options], [o.loss for o in options]
     assert stored == sorted(stored) and losses == sorted(losses, reverse=True), "more numbers, less loss"
     assert losses[-1] < 1e-9 * largest and stored[-1] == sum(site.parameters for site in block.sites)
-    twice = options_of(block, 0.5, scale=2.0)
+    twice = options_of(block, savings_of(block, 0.5), scale=2.0)
     assert [o.loss for o in twice] == pytest.approx([2 * loss for loss in losses])
 
 
@@ -72,7 +72,7 @@ def test_an_options_loss_and_size_are_those_of_the_approximation(tiny, family):
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_an_allocation_counts_what_its_layout_stores(tiny, family, ratio):
     blocks = sized(tiny, family)
-    sizings = [Sizing(b.layer, b.sites, options_of(b, ratio), 1.0, b.elimination) for b in blocks]
+    sizings = [Sizing(b.layer, b.sites, options_of(b, savings_of(b, ratio)), 1.0, b.elimination) for b in blocks]
     found = allocate(sizings, ratio, mac_ratio=ratio)
     size = ffn_size(found.plan.layout())
     assert 0.95 * ratio < size.stored / size.dense_stored <= ratio
@@ -94,15 +94,24 @@ def test_an_allocation_counts_what_its_layout_stores(tiny, family, ratio):
 def test_ranks_can_be_asked_to_be_multiples(tiny, family):
     blocks = sized(tiny, family, falling=True)
     for block in blocks:
-        ranks = [rank for one in options_of(block, 0.5, multiple=4) for rank in one.what.ranks.values() if rank]
+        ranks = [
+            rank
+            for one in options_of(block, savings_of(block, 0.5), multiple=4)
+            for rank in one.what.ranks.values()
+            if rank
+        ]
         assert ranks and all(rank % 4 == 0 for rank in ranks)
-    sizings = [Sizing(b.layer, b.sites, options_of(b, 0.5, multiple=4), 1.0, b.elimination) for b in blocks]
+    sizings = [
+        Sizing(b.layer, b.sites, options_of(b, savings_of(b, 0.5), multiple=4), 1.0, b.elimination) for b in blocks
+    ]
     size = ffn_size(allocate(sizings, 0.5).plan.layout())
     assert 0.95 * 0.5 < size.stored / size.dense_stored <= 0.5, "neurons spend what ranks leave"
 
 
 def test_a_ratio_below_the_smallest_options_is_refused(tiny):
-    sizings = [Sizing(b.layer, b.sites, options_of(b, 0.5), 1.0, b.elimination) for b in sized(tiny, "gpt2")]
+    sizings = [
+        Sizing(b.layer, b.sites, options_of(b, savings_of(b, 0.5)), 1.0, b.elimination) for b in sized(tiny, "gpt2")
+    ]
     with pytest.raises(BadInput, match="too small"):
         allocate(sizings, 0.001)
 
@@ -120,13 +129,15 @@ def test_every_family_has_whole_blocks(tiny, family):
 def test_neurons_stay_where_a_projection_of_the_block_stays_dense(tiny, pattern):
     block, *_ = sized(tiny, "llama", ignore=[rf"re:.*\.{pattern}_proj"])
     assert len(block.sites) == 2 and block.down is None and block.elimination is None
-    assert all(option.what.neurons is None for option in options_of(block, 0.5))
+    assert all(option.what.neurons is None for option in options_of(block, savings_of(block, 0.5)))
     assert preview(block.sites, 0.5) is None
 
 
 def test_projections_outside_the_feed_forward_block_only_get_ranks(tiny):
     block, *_ = sized(tiny, "bert", targets=["re:.*attention.*(query|key)"])
-    assert block.down is None and {option.what.neurons for option in options_of(block, 0.5)} == {None}
+    assert block.down is None and {option.what.neurons for option in options_of(block, savings_of(block, 0.5))} == {
+        None
+    }
 
 
 def test_a_fused_projection_loses_both_halves_of_a_neuron(tiny):

@@ -11,7 +11,7 @@ from pilon_compress.io import progress
 
 @pytest.mark.parametrize(
     ("family", "fields"),
-    [("llama", {}), ("bert", {"refine": {"steps": 3}}), ("llama", {"budget": {"sharing": "auto"}})],
+    [("llama", {}), ("bert", {"refine": {"steps": 3}}), ("llama", {"budget": {"share": "auto"}})],
 )
 def test_every_phase_of_a_conversion_moves_the_position_to_its_end(tiny, tmp_path, monkeypatch, family, fields):
     tiny.save_tiny(family, tmp_path / "dense")

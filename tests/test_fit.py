@@ -9,7 +9,7 @@ from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.sharing.grouping import group
 from pilon_compress.convert.sharing.joint_fit import fit_bank
 from pilon_compress.convert.sharing.objective import Band, Point
-from pilon_compress.convert.solve.bank_fit import Factors, compose, losses
+from pilon_compress.convert.solve.bank_fit import CANCELLATION, Factors, losses
 from pilon_compress.convert.solve.low_rank import Target, balance_factors
 from pilon_compress.models.families import Site
 
@@ -157,14 +157,22 @@ def test_gradient_is_that_of_the_loss(composition):
     band = Band(targets, plan)
     for metrics in (band.C, band.G, band.T):
         metrics[:] = [metric.double() for metric in metrics]
-    active = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 1]], dtype=torch.bool)
+    active = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 1]], dtype=torch.bool).repeat_interleave(2, dim=1)
     generator = torch.Generator().manual_seed(0)
     x, step = (torch.randn(16, 8, dtype=torch.float64, generator=generator) for _ in range(2))
     rise = (Point(band, x + 1e-5 * step, active).loss - Point(band, x - 1e-5 * step, active).loss) / 2e-5
     point = Point(band, x, active)
     assert float((point.gradient * step).sum()) == pytest.approx(rise, rel=1e-5)
     A, B = band.original(x[:7], x[7:].T)
-    loss = band.scale * sum(losses(targets, Factors(A, B, compose(targets, A, B, active, plan), active)))
+    g = torch.zeros(3, 8, dtype=torch.float64)
+    for row, used, (weight, *_) in zip(g, point.used, point.parts, strict=True):
+        row[used] = weight
+    powers = (
+        ((A.T @ t.metric) * A.T).sum(1) * ((B @ t.gradient) * B).sum(1) * row**2
+        for t, row in zip(targets, g, strict=True)
+    )
+    penalty = CANCELLATION * float(sum(one.sum() for one in powers))
+    loss = band.scale * (sum(losses(targets, Factors(A, B, g, active))) + penalty)
     assert point.loss == pytest.approx(loss, rel=1e-5)
 
 

@@ -17,7 +17,7 @@ SETTINGS = {
     "top_k": "budget.top_k=2",
     "mac_ratio": "budget.mac_ratio=0.4",
     "compute": "budget.optimize=compute",
-    "sharing": "budget.sharing=auto",
+    "share": "budget.share=auto",
     "neurons": "budget.neurons=false",
     "svd": "method=svd",
     "whitened": "method=whitened-svd",
@@ -33,13 +33,12 @@ SETTINGS = {
 }
 # setting -> those that leave one of the two without effect
 REFUSED = {
-    "bands": "sharing neurons svd whitened",
-    "n_primitives": "sharing neurons svd whitened",
-    "rank": "sharing neurons",
-    "top_k": "sharing neurons svd whitened",
-    "mac_ratio": "compute sharing",
-    "compute": "sharing",
-    "sharing": "svd whitened scalar whole",
+    "bands": "svd whitened scalar whole",
+    "n_primitives": "share neurons svd whitened",
+    "rank": "share neurons",
+    "top_k": "share neurons svd whitened",
+    "mac_ratio": "compute",
+    "share": "svd whitened scalar whole",
     "neurons": "svd whitened scalar",
     "svd": "best fast",
     "whitened": "best fast",
@@ -68,8 +67,9 @@ def test_every_pair_of_options_counts_or_is_refused_in_one_line():
 @pytest.mark.parametrize(
     ("text", "line", "told"),
     [
-        ("model: m\nbudget:\n  rank: 4\n  sharing: auto\n", 4, "budget.sharing: has no effect with budget.rank"),
-        ("model: m\nbudget:\n  bands: 2\n  neurons: true\n", 4, "budget.neurons: has no effect with budget.bands"),
+        ("model: m\nbudget:\n  rank: 4\n  share: auto\n", 4, "budget.share: has no effect with budget.rank"),
+        ("model: m\nbudget:\n  rank: 2\n  neurons: true\n", 4, "budget.neurons: has no effect with budget.rank"),
+        ("model: m\nbudget:\n  share: none\n  bands: 2\n", 4, "budget.bands: has no effect with budget.share none"),
         ("model: m\nrefine:\n  minutes: 2\n", 3, "refine.minutes: has no effect with refine.steps 0"),
         ("model: m\nbudget:\n  n_primitives: 3\n  top_k: 4\n", 4, "budget.top_k: is more than the 3 primitives"),
     ],
@@ -83,7 +83,7 @@ def test_a_recipe_file_is_refused_at_the_line_of_the_option(tmp_path, text, line
 
 
 def test_defaults_that_are_written_out_are_not_refused():
-    given = {"sharing": "none", "optimize": "storage", "bands": 2}
+    given = {"neurons": True, "optimize": "storage", "bands": 2}
     plain = {"model": "m", "effort": "balanced", "method": "pilon", "refine": {"steps": 0}}
     assert conversion.build({**plain, "budget": given}) == conversion.build({"model": "m", "budget": {"bands": 2}})
     svd = {"model": "m", "method": "svd", "evaluation": {"data": "none"}}
@@ -96,8 +96,8 @@ def test_flags_are_refused_like_recipe_fields(cli, tmp_path):
     assert "error: --effort: has no effect with --method svd" in cli("convert", "m", *flags, "--dry-run", code=2).stderr
     fields = ("--set", "method=svd", "--set", "effort=best")
     assert "error: --set effort: has no effect" in cli("convert", "m", *fields, "--dry-run", code=2).stderr
-    fields = ("recipes", "check", "quickstart", "--set", "budget.rank=4", "--set", "budget.sharing=auto")
-    assert "error: --set budget.sharing: has no effect with budget.rank" in cli(*fields, code=2).stderr
+    fields = ("recipes", "check", "quickstart", "--set", "budget.rank=4", "--set", "budget.share=auto")
+    assert "error: --set budget.share: has no effect with budget.rank" in cli(*fields, code=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_flags_are_refused_like_recipe_fields(cli, tmp_path):
         ("--rank many", "--rank: must be an integer (got 'many')"),
         ("--rank 4 --set budget.rank=5", "--rank and --set budget.rank disagree: leave out one of the two"),
         ("--rank 4 --set budget={top_k:2}", "--rank and --set budget disagree: leave out one of the two"),
-        ("--rank 4 --set budget.sharing=auto", "--set budget.sharing: has no effect with --rank, which fixes"),
+        ("--rank 4 --set budget.share=auto", "--set budget.share: has no effect with --rank, which fixes"),
         (
             "--optimize compute --mac-ratio 0.4",
             "--optimize: has no effect with --mac-ratio, which sets the limit itself",
@@ -142,9 +142,9 @@ def test_what_the_library_refuses_is_told_by_the_option(cli, dense):
 
 def test_options_take_the_place_of_the_recipe_and_of_equal_overrides(cli, tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("model: m\nbudget:\n  sharing: auto\n")
+    path.write_text("model: m\nbudget:\n  share: auto\n")
     told = cli("convert", "--recipe", path, "--rank", "4", "--set", "budget.rank=4", "--dry-run", code=2).stderr
-    assert told.startswith(f"error: {path}:3: budget.sharing: has no effect with --rank, which fixes")
+    assert told.startswith(f"error: {path}:3: budget.share: has no effect with --rank, which fixes")
 
 
 def test_an_option_wins_over_the_recipe_and_may_repeat_a_set():
@@ -183,8 +183,8 @@ def test_eval_refuses_windows_of_an_encoder_too(cli, dense, tmp_path):
 
 
 def test_sharing_is_refused_where_no_block_is_replaced_as_a_whole(dense):
-    settings = {"model": str(dense / "llama"), "budget": {"sharing": "auto"}, "scope": {"targets": ["re:.*down_proj"]}}
-    with pytest.raises(BadInput, match="budget.sharing has no effect"):
+    settings = {"model": str(dense / "llama"), "budget": {"share": "auto"}, "scope": {"targets": ["re:.*down_proj"]}}
+    with pytest.raises(BadInput, match="budget.share has no effect"):
         prepare(conversion.build(settings))
 
 

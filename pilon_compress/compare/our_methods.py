@@ -36,10 +36,10 @@ _register(
     REFERENCES["pilon"],
 )
 _register(
-    "pilon-shared",
-    ["budget.sharing=auto"],
+    "pilon-bands",
+    ["budget.share=always"],
     "PILON, shared banks",
-    "the same, but bands of layers share banks where a joint fit has the lower loss",
+    "the same, but every band of layers shares banks of primitives, fitted together and grouped by who uses them",
     PlotStyle("#17618f", "h", "-."),
 )
 _register(

@@ -11,7 +11,7 @@ from pilon_compress.config.reading import Positive, Section, Switch
 
 DEFAULT_RATIO = 0.5
 LARGEST_RATIO = 4.0  # with allow_larger: enough for a full-rank plan of any shape
-SHAPE = ("bands", "n_primitives", "rank", "top_k")
+SHAPE = ("n_primitives", "rank", "top_k")
 
 
 class Budget(Section):
@@ -31,12 +31,13 @@ class Budget(Section):
     compute. Default: as `optimize` says."""
     neurons: Switch = True
     """Prune neurons of feed-forward blocks and refit the others. If false, all neurons stay: only ranks are lowered."""
-    sharing: Literal["auto", "none"] = "none"
-    """With auto, bands of about three layers share banks where a joint fit lowers the loss. It costs time, and MACs
-    where layers share."""
+    share: Annotated[Literal["none", "auto", "always"], Option()] = "none"
+    """Bands of layers that share banks of primitives: none; with auto those where the measured loss of the model falls
+    on text that no fit has seen; with always every band. A shared bank costs MACs, up to `mac_ratio` (which always
+    spends), and saves stored numbers; trying costs two to three times the time."""
     bands: Annotated[Positive | list[list[int]] | None, Option(metavar="BANDS")] = None
-    """Bands of layers that share banks: their number, or the layers of each, as in [[0, 1], [2, 3]]. Default: bands of
-    about three layers."""
+    """Bands of layers that share banks: their number, or the layers of each, as in [[0, 1], [2, 3]]; asks for `share`
+    always where that is not set. Default: bands of about three layers."""
     n_primitives: Annotated[Positive | None, Option()] = None
     """Primitives per bank. Default: as many as `ffn_ratio` pays for."""
     rank: Annotated[Positive | None, Option()] = None
@@ -79,6 +80,12 @@ class Budget(Section):
         if value is None or lists or (count(value) and value > 0):
             return value
         raise ValueError("must be a number of bands, or the layers of each band, as in [[0, 1], [2, 3]]")
+
+    @property
+    def sharing(self) -> str:
+        """Return none, auto or always: `share`, or what `bands` asks for."""
+        asked = "always" if self.bands is not None and "share" not in self.model_fields_set else self.share
+        return "none" if self.fixed_shape else asked
 
     @property
     def limits_storage(self) -> bool:

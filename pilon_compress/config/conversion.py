@@ -164,13 +164,8 @@ SCALAR = Context[Recipe](lambda r: r.form.composition == "scalar", lambda _: "fo
 LARGER = Context[Recipe](lambda r: r.budget.ratio > 1, lambda _: "budget.ffn_ratio above 1")
 RANK = Context[Recipe](lambda r: r.budget.rank is not None, lambda _: "budget.rank")
 WHOLE = Context[Recipe](lambda r: r.budget.ratio == 1, lambda _: "budget.ffn_ratio 1, which keeps every layer dense")
-MACS = Context[Recipe](
-    lambda r: r.budget.mac_ratio is not None or r.budget.optimize == "compute",
-    lambda r: (
-        "a limit on MACs ("
-        + ("budget.mac_ratio" if r.budget.mac_ratio is not None else "budget.optimize compute")
-        + ")"
-    ),
+UNSHARED = Context[Recipe](
+    lambda r: r.budget.sharing == "none" and not r.budget.fixed_shape, lambda _: "budget.share none"
 )
 MAC_RATIO = Context[Recipe](
     lambda r: r.budget.mac_ratio is not None, lambda _: "budget.mac_ratio, which sets the limit itself"
@@ -179,9 +174,9 @@ UNREFINED = Context[Recipe](lambda r: r.refine.steps == 0, lambda _: "refine.ste
 UNEVALUATED = Context[Recipe](lambda r: r.evaluation.data == "none", lambda _: "evaluation.data none")
 
 TABLE: Table[Recipe] = {
-    "budget.sharing": (FIXED, BASELINE, SCALAR, MACS, LARGER, WHOLE),
+    "budget.share": (FIXED, BASELINE, SCALAR, LARGER, WHOLE),
     "budget.neurons": (FIXED, BASELINE, SCALAR, LARGER),
-    "budget.bands": (BASELINE,),
+    "budget.bands": (BASELINE, UNSHARED, SCALAR, LARGER, WHOLE),
     "budget.n_primitives": (BASELINE,),
     "budget.top_k": (BASELINE,),
     "budget.rank_multiple": (RANK, WHOLE),

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from pilon_compress.convert.allocate.uniform import make_plan
 from pilon_compress.convert.calibrate.sensitivity import PASSES, SCORED
 from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.prepare import PARAGRAPH, PROCESS_BYTES, ConversionJob, store_bytes
+from pilon_compress.convert.texts import EXAM
+from pilon_compress.errors import BadInput
 from pilon_compress.evaluate.evaluate import EVALUATED
 from pilon_compress.models.blocks import blocks
 from pilon_compress.models.families import Site
@@ -20,6 +23,7 @@ from pilon_compress.results.conversion import Estimate
 STARTING = 12.0  # seconds for reading model and text, checking the stream and writing the folder
 STATES = 3  # hidden states of the calibration text that are in memory at once: two streams, and masks and such
 SIZINGS = 9  # eigendecompositions per weight in an allocation
+TRIAL = 0.5  # of a joint fit: gains are measured with half the sweeps
 FIT_EVALUATIONS = 100  # of a joint fit's loss and gradient
 WINDOW = 1024  # tokens of an evaluation's input
 ENCODED = 500 * 60  # tokens of an encoder's evaluation
@@ -60,16 +64,24 @@ def stages(job: ConversionJob) -> list[tuple[str, float]]:
         sizing += sum(SIZINGS * EIGENVALUES * min(site.d_in, site.d_out) ** 3 for site in job.sites)
         sizing += sum(ELIMINATION * site.d_in**3 for site in job.sites if site.role == "down")
         found += [("reference outputs", PASS * looked_at * (body + head)), ("sizing layers", sizing)]
-    joint = _joint_fits(job.plan.banks)
-    if job.shares and job.allocated:
-        found.append(("trying shared banks", joint))
-    found.append(("fitting shared banks", joint if any(len(bank.sites) > 1 for bank in job.plan.banks) else 0.0))
+    shares = job.share != "none" and job.allocated
+    joint = _joint_fits(_shared_guess(job) if shares else job.plan.banks)
     fits = sum(FIT[0] * s.d_in * s.d_out * (s.d_in + s.d_out) + FIT[1] * min(s.d_in, s.d_out) ** 3 for s in job.sites)
     if job.quantization is not None:
         fits += ROUNDING * sum(s.d_in**2 * s.d_out for s in job.sites)
     if job.sequential:
         fits += ANCHOR * PASS * tokens * body + GRAM * tokens * squares
+    if shares:
+        found.append(("fitting trial banks", TRIAL * joint))
+    if shares and job.share == "auto":
+        found.append(("reference outputs", PASS * tokens / EXAM * (body + head)))
+    found.append(("fitting shared banks", joint))
+    if shares and job.share == "auto":  # with and without, and once more without any
+        found.append(("trying shared banks", 3 * fits))
     found.append(("converting layers", fits))
+    if job.recipe.form.elastic:  # SHARE of the eigenvectors of every neurons' moment
+        downs = [site for site in job.sites if site.role == "down"]
+        found.append(("neurons' worth", EIGENVALUES * sum(site.d_in**3 for site in downs)))
     if steps := job.recipe.refine.steps:
         step = (BACK + PASS) * (body + head) * calibration.batch_size * tokens / calibration.samples
         found.append(("refining", step * steps))
@@ -85,6 +97,14 @@ def _products(dense: PreTrainedModel, causal: bool) -> tuple[int, int]:
     head = embedding if causal else 0
     tied = getattr(text_config(dense.config), "tie_word_embeddings", False)
     return sum(p.numel() for p in dense.parameters()) - embedding - (0 if tied else head), head
+
+
+def _shared_guess(job: ConversionJob) -> list[BankPlan]:
+    """Return banks about as large as those that bands will share: every band's share of the budget, in banks alone."""
+    try:
+        return make_plan(job.sites, job.recipe.budget, "pilon", job.recipe.form.composition).banks
+    except BadInput:  # of shapes or sizes that bands do not fit: few of them will share
+        return []
 
 
 def _joint_fits(banks: Sequence[BankPlan]) -> float:

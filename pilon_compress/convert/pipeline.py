@@ -49,6 +49,7 @@ from pilon_compress.models.in_memory import copy_of, held_model
 from pilon_compress.models.source import Source, available, open_source
 from pilon_compress.models.stream_check import check_stream
 from pilon_compress.nn.layout import layout_of
+from pilon_compress.nn.usage import shared_primitives
 from pilon_compress.report import conversion_page
 from pilon_compress.report.card import conversion_card
 from pilon_compress.results.conversion import DryRun, Estimate, Refinement, Report
@@ -59,7 +60,10 @@ BASELINES = ("whitened-svd", "svd")  # what every report sets the conversion aga
 
 
 class Opened(NamedTuple):
-    """A conversion whose model and texts are open. `documents`: those of the evaluation, or why there are none."""
+    """A conversion whose model and texts are open. `documents`: those of the evaluation, or why there are none.
+
+    held_out: text that judges trials of shared banks, of the calibration source but not among `batches`
+    """
 
     job: ConversionJob
     tokenizer: PreTrainedTokenizerBase
@@ -68,6 +72,7 @@ class Opened(NamedTuple):
     documents: list[str] | str
     source: Source
     expected: Estimate
+    held_out: list[Batch] | None = None
 
 
 class Converted(NamedTuple):
@@ -201,7 +206,8 @@ def open_job(job: ConversionJob) -> Opened:
     documents = job.read_evaluation()
     source = open_dense(job, device)
     check_stream(source, batches[0], head=job.causal)
-    return Opened(job, tokenizer, batches, refinement, documents, source, expected)
+    judges = job.read_held_out(tokenizer, batches) if job.share == "auto" and job.allocated else None
+    return Opened(job, tokenizer, batches, refinement, documents, source, expected, judges)
 
 
 def solve_opened(
@@ -212,8 +218,8 @@ def solve_opened(
     The last is empty unless the conversion is elastic.
     """
     source, batches = opened.source, opened.batches
-    planned = plan_conversion(source, opened.job, batches, journal)
-    job = planned.job
+    planned = plan_conversion(source, opened.job, batches, journal, held_out=opened.held_out)
+    job, tried = planned.job, planned.trials
     if on_plan is not None:
         on_plan(job)
     model, solved = solve_plan(source, planned, batches, journal)
@@ -221,7 +227,9 @@ def solve_opened(
     del planned
     trim()
     refined = improve(model, source.model, opened.refinement, job.recipe)
-    return model, job, describe(job, solved, batches, refined, opened.expected, command), blocks
+    report = describe(job, solved, batches, refined, opened.expected, command)
+    ffn = report.ffn.model_copy(update={"shared_primitives": shared_primitives(model)})
+    return model, job, report.model_copy(update={"ffn": ffn, "sharing": tried}), blocks
 
 
 def write_pages(report: Report, folder: Path) -> None:
@@ -245,7 +253,7 @@ def settle(job: ConversionJob) -> ConversionJob:
     opened = open_job(job)
     with TemporaryDirectory(prefix="pilon-compress-") as scratch:  # what does not fit in memory, see `put_away`
         journal = Journal(Path(scratch) / "plan") if opened.source.streamed else Journal()
-        return plan_conversion(opened.source, opened.job, opened.batches, journal).job
+        return plan_conversion(opened.source, opened.job, opened.batches, journal, held_out=opened.held_out).job
 
 
 def begun(job: ConversionJob, tokenizer: PreTrainedTokenizerBase) -> ConversionJob:

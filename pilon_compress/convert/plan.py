@@ -20,11 +20,13 @@ class BankPlan:
     rank: int
     top_k: int
     composition: str = "component"
+    own: bool = False
+    """The bank of one layer in a band of several, whose other banks are shared."""
 
     @property
     def name(self) -> str:
         """Return the bank's name in the layout."""
-        return f"band{self.band}.{self.role}"
+        return f"band{self.band}.layer{self.sites[0].layer}.{self.role}" if self.own else f"band{self.band}.{self.role}"
 
     @property
     def layers(self) -> list[int]:

@@ -7,16 +7,20 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from pilon_compress.config.effort import EFFORTS
-from pilon_compress.convert.allocate.budget import Allocation, allocate, size_layers
+from pilon_compress.convert.allocate.budget import Allocation, Sizing, allocate, size_layers
+from pilon_compress.convert.calibrate.model_loss import ModelLoss
 from pilon_compress.convert.calibrate.second_moments import Moments, gather
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
 from pilon_compress.convert.prepare import ConversionJob, store_bytes
-from pilon_compress.convert.sharing.search import Sharing
+from pilon_compress.convert.sharing.acceptance import Acceptance, Accepted
+from pilon_compress.convert.sharing.options import Sharing
 from pilon_compress.convert.solve.bank_fit import BankFit
 from pilon_compress.convert.solve.feed_forward import Dense
+from pilon_compress.convert.solve.layer import Method
 from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.io.journal import Journal
@@ -24,6 +28,9 @@ from pilon_compress.io.tensor_store import TensorStore
 from pilon_compress.models.families import Site
 from pilon_compress.models.source import Source
 from pilon_compress.nn.bands import split_bands
+from pilon_compress.results.conversion import SharingTrials
+
+NO_BAND = "no band can share: it needs layers alike in shape, more than one of them in a band; change --bands"
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +43,7 @@ class Planned:
 
     `left`: by layer the neurons that stay (None: all). `fits`: shared banks by name, as the allocation fitted them.
     `worth`, `scales`: see `Allocation`.
+    `trials`: what `share: auto` has tried.
     """
 
     job: ConversionJob
@@ -44,6 +52,7 @@ class Planned:
     fits: dict[str, BankFit] = field(default_factory=dict)
     worth: dict[int, Tensor] = field(default_factory=dict)
     scales: dict[int, float] = field(default_factory=dict)
+    trials: SharingTrials | None = None
 
 
 def plan_conversion(
@@ -52,8 +61,12 @@ def plan_conversion(
     batches: Sequence[Batch],
     journal: Journal | None = None,
     moments: Moments | None = None,
+    held_out: Sequence[Batch] | None = None,
 ) -> Planned:
-    """Settle the plan: moments (where not given), then the allocation of the budget where the text decides sizes."""
+    """Settle the plan: moments (where not given), then the allocation of the budget where the text decides sizes.
+
+    held_out: text that judges trials of shared banks; without it the calibration text itself
+    """
     journal, limit = journal or Journal(), job.recipe.max_memory
     if moments is None:
         store = put_away(journal, "moments", source.streamed, limit)
@@ -63,7 +76,7 @@ def plan_conversion(
         return Planned(job, dense)
     known: Allocation | None = journal.get("allocation", Allocation.unpack)
     if known is not None:
-        return Planned(job.planned(known.plan), dense, known.left, worth=known.worth, scales=known.scales)
+        return planned_as(job, dense, Accepted(known, {}, journal.get("trials", read_trials)))
     budget, outputs = job.recipe.budget, put_away(journal, "reference", source.streamed, limit)
     elastic = job.recipe.form.elastic
     sensitivity = Sensitivity(source, batches, job.causal, outputs)
@@ -75,15 +88,52 @@ def plan_conversion(
             "form.elastic needs feed-forward blocks that are replaced as a whole: leave it out, "
             "or change --targets and --ignore"
         )
-    found, fits = allocate(sizings, budget.ratio, budget.mac_limit, elastic), dict[str, BankFit]()
-    if job.shares:
-        bands = split_bands([sizing.layer for sizing in sizings], None)
-        sharing = Sharing(dense, EFFORTS[job.recipe.effort].sweeps, job.recipe.seed, budget.rank_multiple or 1)
-        found, fits = sharing.apply(sizings, found, bands)
-        for name, fit in fits.items():
-            journal.put(f"bank.{name}", fit.pack())
-    journal.put("allocation", found.pack())
-    return Planned(job.planned(found.plan), dense, found.left, fits, found.worth, found.scales)
+    if job.share == "none":
+        accepted = Accepted(allocate(sizings, budget.ratio, budget.mac_limit, elastic=elastic))
+    else:
+        accepted = share(dense, job, sizings, batches, held_out or batches)
+    for name, fit in accepted.fits.items():
+        journal.put(f"bank.{name}", fit.pack())
+    if accepted.trials is not None:
+        journal.put(
+            "trials", {"json": torch.tensor(list(accepted.trials.model_dump_json().encode()), dtype=torch.uint8)}
+        )
+    journal.put("allocation", accepted.allocation.pack())
+    return planned_as(job, dense, accepted)
+
+
+def read_trials(tensors: dict[str, Tensor]) -> SharingTrials:
+    """Read the trials of shared banks that a journal holds."""
+    return SharingTrials.model_validate_json(bytes(tensors["json"].tolist()))
+
+
+def planned_as(job: ConversionJob, dense: Dense, accepted: Accepted) -> Planned:
+    """Return the conversion with the allocation that was accepted."""
+    found = accepted.allocation
+    return Planned(
+        job.planned(found.plan), dense, found.left, accepted.fits, found.worth, found.scales, accepted.trials
+    )
+
+
+def share(
+    dense: Dense, job: ConversionJob, sizings: Sequence[Sizing], batches: Sequence[Batch], held_out: Sequence[Batch]
+) -> Accepted:
+    """Allocate with shared banks: for every band that can have them, or where the model's loss on `held_out` falls."""
+    budget, settings = job.recipe.budget, job.recipe
+    sweeps, layers = EFFORTS[settings.effort].sweeps, [sizing.layer for sizing in sizings]
+    sharing = Sharing(dense, budget.ratio, sweeps, job.sequential, settings.seed, budget.rank_multiple)
+    menus = sharing.menus(sizings, split_bands(layers, budget.bands))
+    if not menus:
+        raise BadInput(NO_BAND)
+    together = allocate(sizings, budget.ratio, budget.mac_limit, menus, always=job.share == "always")
+    if job.share == "always":
+        return Accepted(together)
+    alone = allocate(sizings, budget.ratio, budget.mac_limit)
+    method = Method(settings.method, (), budget.ratio, job.quantization)
+    loss = ModelLoss(dense.source, held_out, job.causal)
+    return Acceptance(dense, method, batches if job.sequential else None, loss, sweeps, settings.seed).choose(
+        sizings, alone, together
+    )
 
 
 def take_moments(

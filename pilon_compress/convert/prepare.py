@@ -9,7 +9,7 @@ from pilon_compress.config.conversion import Recipe
 from pilon_compress.config.effort import EFFORTS
 from pilon_compress.convert.allocate.uniform import check_limits, dense_plan, make_plan, preview
 from pilon_compress.convert.plan import Plan, down_of
-from pilon_compress.convert.texts import Calibration, read_calibration, read_evaluation
+from pilon_compress.convert.texts import Calibration, held_out, read_calibration, read_evaluation
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.text import DEFAULT_ENCODER, DEFAULT_LM
 from pilon_compress.errors import BadInput
@@ -70,6 +70,10 @@ class ConversionJob:
         asked = text or self.calibration
         return read_calibration(asked, tokenizer, causal=self.causal, vocabulary=size, seed=seed)
 
+    def read_held_out(self, tokenizer: PreTrainedTokenizerBase, batches: list[Batch]) -> list[Batch]:
+        """Read text that is not among the calibration's `batches`: see `texts.held_out`."""
+        return held_out(self.calibration, tokenizer, batches, causal=self.causal, seed=self.recipe.seed)
+
     def read_evaluation(self) -> list[str] | str:
         """Read the documents to judge by, or say why there are none: see `texts.read_evaluation`."""
         return read_evaluation(self.recipe.evaluation, self.calibration.data, self.causal)
@@ -104,9 +108,9 @@ class ConversionJob:
         return self.recipe.method == "pilon" and EFFORTS[self.recipe.effort].sequential
 
     @property
-    def shares(self) -> bool:
-        """True if bands may share banks where that lowers the loss."""
-        return self.recipe.budget.sharing != "none"
+    def share(self) -> str:
+        """Return none, auto or always: the bands that share banks."""
+        return self.recipe.budget.sharing
 
 
 def allocated(recipe: Recipe) -> bool:
@@ -161,7 +165,7 @@ def prepare(recipe: Recipe) -> ConversionJob:
     check_walk(dense)
     recipe.evaluation.check_kind(causal)
     if recipe.budget.sharing != "none":
-        check_sharing(sites)
+        check_sharing(sites, "budget.share" if recipe.budget.share != "none" else "budget.bands")
     plan = initial_plan(recipe, sites)
     asked = recipe.calibration
     longest = longest_input(dense) or CAUSAL_LENGTH
@@ -180,7 +184,7 @@ def prepare(recipe: Recipe) -> ConversionJob:
     return replace(job.planned(plan), final=not job.allocated)
 
 
-def check_sharing(sites: list[Site]) -> None:
+def check_sharing(sites: list[Site], field: str) -> None:
     """Raise BadInput where no band could share: layers whose feed-forward block is not replaced as a whole."""
     layers: dict[int, list[Site]] = {}
     for site in sites:
@@ -188,7 +192,7 @@ def check_sharing(sites: list[Site]) -> None:
     whole = [layer for layer, members in layers.items() if down_of(members) is not None]
     if len(whole) < 2:
         raise BadInput(
-            "budget.sharing has no effect: it needs two layers whose feed-forward block is replaced as a whole; "
+            f"{field} has no effect: it needs two layers whose feed-forward block is replaced as a whole; "
             "leave it out, or change --targets and --ignore"
         )
 

@@ -1,5 +1,7 @@
 """The texts of a conversion: what it is calibrated on, what a refinement learns from, and what judges the result."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +12,10 @@ from pilon_compress.data.batch import Batch
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import evaluate
 
+log = logging.getLogger(__name__)
+
 BLOCK_POOL = 1024  # blocks of text that calibration draws from, or four times as many as it draws
+EXAM = 4  # trials of shared banks read a quarter of the calibration's text
 LESSONS = 8  # refinement reads so many times the calibration's text
 
 
@@ -68,6 +73,27 @@ def read_calibration(
 def refinement_text(asked: Calibration, samples: int | None) -> Calibration:
     """Return what refinement reads of the calibration source: `samples` sequences, or more of them than calibration."""
     return replace(asked, samples=samples or LESSONS * asked.samples)
+
+
+def held_out(
+    asked: Calibration, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Batch], *, causal: bool, seed: int
+) -> list[Batch]:
+    """Draw sequences of the calibration part that are not in `batches`, an EXAM-th as many.
+
+    Where the source cannot be read twice, or has no more, the last of `batches` serve, and a line says so.
+    """
+    wanted = -(-calibration.sequences(batches) // EXAM)
+    found: list[Batch] = []
+    if asked.data != "stdin":
+        more = replace(asked, samples=asked.samples + 2 * wanted)
+        drawn = read_calibration(more, tokenizer, causal=causal, vocabulary=len(tokenizer), seed=seed + 1)
+        found = calibration.without(drawn, batches, wanted)
+    if not found:
+        log.warning(
+            "%s has no text beside that of the calibration: shared banks are judged on a part of it", asked.data
+        )
+        return list(batches[-max(1, len(batches) // EXAM) :])
+    return found
 
 
 def read_evaluation(asked: Evaluation, calibration_data: str, causal: bool) -> list[str] | str:

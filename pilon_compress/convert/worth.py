@@ -17,6 +17,8 @@ SHARE = 1 / 8  # factors of the neurons' moment, of the neurons: docs/results/el
 @torch.no_grad()
 def worth_of(planned: Planned) -> list[BlockWorth]:
     """Return the worth of every block of an elastic conversion; empty for any other."""
+    if not planned.worth:
+        return []
     ranks = {site.name: bank.rank for bank in planned.job.plan.banks for site in bank.sites}
     layers = planned.dense.layers()
     return [

@@ -65,8 +65,8 @@ class Batch:
         """Return the batch on `device`."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def rows(self, span: slice) -> "Batch":
-        """Return the rows of `span`."""
+    def rows(self, span: slice | Tensor) -> "Batch":
+        """Return the rows of `span`, a slice or indices (n,)."""
         return self._mapped(lambda tensor: tensor[span])
 
     def labelled(self, causal: bool) -> "Batch":

@@ -51,3 +51,20 @@ def largest_id(batches: Sequence[Batch]) -> int:
 def sequences(batches: Sequence[Batch]) -> int:
     """Return the number of texts or windows."""
     return sum(len(batch.input_ids) for batch in batches)
+
+
+def without(batches: Sequence[Batch], known: Sequence[Batch], count: int) -> list[Batch]:
+    """Return batches of at most `count` sequences of `batches`, those that are in `known` left out."""
+    seen = {_content(row, mask) for batch in known for row, mask in zip(batch.input_ids, batch.mask, strict=True)}
+    found, room = list[Batch](), count
+    for batch in batches:
+        rows = zip(batch.input_ids, batch.mask, strict=True)
+        fresh = torch.tensor([_content(row, mask) not in seen for row, mask in rows]).nonzero()[:room, 0]
+        if len(fresh):
+            found.append(batch.rows(fresh))
+            room -= len(fresh)
+    return found
+
+
+def _content(row: torch.Tensor, mask: torch.Tensor) -> tuple[int, ...]:
+    return tuple(row[mask.bool()].tolist())

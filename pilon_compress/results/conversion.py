@@ -126,6 +126,26 @@ class Refinement(Result):
     """(step, held-out loss)."""
 
 
+class SharingTrial(Result):
+    """A band that was tried with shared banks, and the model's loss on text that no fit has seen."""
+
+    layers: list[int]
+    private: float | None
+    """Loss with factors and matrices of the layers' own that store as many numbers; None where none are as small."""
+    shared: float
+    accepted: bool
+
+
+class SharingTrials(Result):
+    """The trials of `share: auto`: KL divergence times two per token, or squared distance of embeddings."""
+
+    bands: list[SharingTrial]
+    loss: float | None
+    """Of the model as it was chosen; None where no band was accepted."""
+    alone: float | None
+    """Of the model without any sharing."""
+
+
 class Report(ConversionPlan):
     """The report of a conversion."""
 
@@ -141,6 +161,8 @@ class Report(ConversionPlan):
     banks: list[BankUsage]
     kept: list[Share]
     """Parameters that the conversion leaves alone, by place."""
+    sharing: SharingTrials | None = None
+    """What `share: auto` has tried."""
     calibration: CalibrationText
     refinement: Refinement | None
     command: str

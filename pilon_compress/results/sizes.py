@@ -34,6 +34,8 @@ class Sizes(Ratios):
     """Multiply-accumulates per token of all products with weights."""
     dense_macs: int
     source_bytes: int
+    shared_primitives: int | None = None
+    """Primitives that two layers or more use; None where no model is at hand to count them."""
 
 
 class Part(Result):

@@ -6,22 +6,26 @@ here neurons, ranks and plain matrices compete.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from pilon_compress.convert.allocate.options import Choice, options_of
+from pilon_compress.convert.allocate.band_parts import part_by_part
+from pilon_compress.convert.allocate.options import Choice, Savings, options_of, savings_of
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
 from pilon_compress.convert.plan import BankPlan, Plan, trimmed
 from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.convert.solve.neuron_pruning import Elimination
-from pilon_compress.elastic.knapsack import Option, choose
+from pilon_compress.elastic.knapsack import Limits, Menu, Option, Pick, choose_menus
 from pilon_compress.errors import BadInput
 from pilon_compress.io.progress import track
 from pilon_compress.models.families import Site
+
+TOLERANCE = 0.01  # of a ratio that is to be spent
+SLACKS = (5, 2, 0.9)  # times the tolerance, that the options of bands may leave to their parts
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ class Sizing:
     options: list[Option]
     scale: float
     elimination: Elimination | None
+    savings: Savings = field(default_factory=dict)
+
+    @property
+    def counts(self) -> list[int | None]:
+        """Return the numbers of neurons that are tried beside factors."""
+        return list(next(iter(self.savings.values()), {}))
 
     def left(self, neurons: int | None) -> Tensor | None:
         """Return the indices of the remaining neurons; None for all."""
@@ -105,53 +115,125 @@ def size_layers(
             count = max(1, round((measured or ratio) * ff.down.d_in))
             prune = partial(ff.prune, prefix=dense.source.names[layer], neurons=count)
             scale = sensitivity.measure(layer, prune, ff.elimination.loss(count))
-        return Sizing(layer, ff.sites, options_of(ff, ratio, scale, neurons, multiple), scale, ff.elimination)
+        saved = savings_of(ff, ratio, neurons)
+        return Sizing(layer, ff.sites, options_of(ff, saved, scale, neurons, multiple), scale, ff.elimination, saved)
 
     # in a function, so that one layer's tensors are freed before the next one's are there
     return [size(layer) for layer in track(layers, "sizing layers")]
 
 
 def allocate(
-    sizings: Sequence[Sizing], ratio: float, mac_ratio: float | None = None, elastic: bool = False
+    sizings: Sequence[Sizing],
+    ratio: float,
+    mac_ratio: float | None = None,
+    shared: Sequence[Menu] = (),
+    always: bool = False,
+    elastic: bool = False,
 ) -> Allocation:
     """Spend at most `ratio` of the stored numbers, and `mac_ratio` of the MACs, at the least loss.
 
-    `elastic`: neurons stay in falling order of worth, for later cuts. Raises BadInput if no plan is as small as that.
+    shared: options of bands that share banks, groups being places in `sizings`
+    always: these bands share, and the MAC ratio, where one is given, is spent to within TOLERANCE
+    elastic: neurons stay in falling order of worth, for later cuts
+    Raises BadInput if no plan is as small as that, or none spends the MACs.
     """
+    banded = {place for menu in shared for place in menu.groups} if always else set[int]()
+    menus = [Menu((place,), one.options) for place, one in enumerate(sizings) if place not in banded]
+    menus += shared
+    dense, macs = dense_size(sizings)
+    most = 1.0 if mac_ratio is None and shared else mac_ratio
+    limits = Limits(ratio * dense, None if most is None else most * macs)
+    fine, targets = None, [limits]
+    if (
+        always and mac_ratio is not None
+    ):  # sums of parts lie coarsely: those of the next few hundredths may be made to fit
+        targets = [_spending(limits, mac_ratio, macs, slack) for slack in SLACKS]
+        limits = targets[-1]
+    for target in targets:
+        chosen = choose_menus(menus, target)
+        fine = None if chosen is None else part_by_part(menus, chosen, limits)
+        if fine is not None:
+            break
+    if fine is None and limits.least_macs is not None and choose_menus(menus, replace(limits, least_macs=None)):
+        raise BadInput(
+            f"MACs of {mac_ratio:g} cannot be spent at ratio {ratio:g}: shared banks take up to about "
+            f"{_most_macs(menus, limits, macs):.2g} of the dense MACs there; lower --mac-ratio, or make bands longer"
+        )
+    if fine is None:
+        raise BadInput(_too_small(menus, ratio, mac_ratio, dense, macs))
+    return _allocation(sizings, ratio, fine, elastic)
+
+
+def _spending(limits: Limits, mac_ratio: float, macs: int, slack: float) -> Limits:
+    """Return the limits with so much of the MACs to be spent, less `slack` times TOLERANCE."""
+    return replace(limits, least_macs=(mac_ratio - slack * TOLERANCE) * macs)
+
+
+def dense_size(sizings: Sequence[Sizing]) -> tuple[int, int]:
+    """Return the parameters, and the MACs per token, of the dense projections."""
     sites = [site for sizing in sizings for site in sizing.sites]
-    dense = sum(site.parameters for site in sites)
-    macs = sum(site.d_in * site.d_out for site in sites)
-    menus = [sizing.options for sizing in sizings]
-    chosen = choose(menus, ratio * dense, None if mac_ratio is None else mac_ratio * macs)
-    if chosen is None:
-        least = sum(min(option.stored for option in menu) for menu in menus) / dense
-        if mac_ratio is not None and least <= ratio:
-            lightest = sum(min(option.macs for option in menu) for menu in menus) / macs
-            raise BadInput(
-                f"ratio {ratio:g} with MACs of at most {mac_ratio:g} is too small: the smallest plan takes "
-                f"{lightest:.3g} of the dense MACs; raise --mac-ratio"
-            )
-        raise BadInput(f"ratio {ratio:g} is too small: the smallest plan stores {least:.3g} of the dense numbers")
-    plan, left = Plan(ratio, [[sizing.layer] for sizing in sizings], []), dict[int, Tensor | None]()
+    return sum(site.parameters for site in sites), sum(site.d_in * site.d_out for site in sites)
+
+
+def _most_macs(menus: Sequence[Menu], limits: Limits, macs: int) -> float:
+    """Return the largest share of the dense MACs that can be spent within the limits, to within a hundredth."""
+    low, high = 0.0, 1.0 if limits.macs is None else limits.macs / macs
+    while high - low > TOLERANCE / 2:
+        middle = (low + high) / 2
+        found = choose_menus(menus, replace(limits, least_macs=middle * macs))
+        low, high = (low, middle) if found is None else (middle, high)
+    return low
+
+
+def _too_small(menus: Sequence[Menu], ratio: float, mac_ratio: float | None, dense: int, macs: int) -> str:
+    least = _least(menus, lambda option: option.stored) / dense
+    if mac_ratio is not None and least <= ratio:
+        lightest = _least(menus, lambda option: option.macs) / macs
+        return (
+            f"ratio {ratio:g} with MACs of at most {mac_ratio:g} is too small: the smallest plan takes "
+            f"{lightest:.3g} of the dense MACs; raise --mac-ratio"
+        )
+    return f"ratio {ratio:g} is too small: the smallest plan stores {least:.3g} of the dense numbers"
+
+
+def _least(menus: Sequence[Menu], cost: Callable[[Option], int]) -> float:
+    """Return the least total cost: of each group the least share of any menu that covers it."""
+    shares = dict[int, float]()
+    for menu in menus:
+        each = min(map(cost, menu.options)) / len(menu.groups)
+        shares |= {group: min(each, shares.get(group, each)) for group in menu.groups}
+    return sum(shares.values())
+
+
+def _allocation(sizings: Sequence[Sizing], ratio: float, chosen: Sequence[Pick], elastic: bool) -> Allocation:
+    plan, left, losses = Plan(ratio, [], []), dict[int, Tensor | None](), dict[int, float]()
     worth = dict[int, Tensor]()
-    for band, (sizing, option) in enumerate(zip(sizings, chosen, strict=True)):
-        assert isinstance(option.what, Choice)
-        left[sizing.layer] = sizing.left(option.what.neurons)
-        if elastic:
-            left[sizing.layer], worth[sizing.layer] = sizing.ordered(option.what.neurons)
-        _plan_layer(plan, band, sizing, option.what)
-    losses = {sizing.layer: option.loss for sizing, option in zip(sizings, chosen, strict=True)}
+    for band, pick in enumerate(chosen):
+        choice, members = pick.option.what, [sizings[place] for place in pick.groups]
+        assert isinstance(choice, Choice)
+        plan.bands.append([sizing.layer for sizing in members])
+        shared = dict[str, list[Site]]()
+        for sizing in members:
+            left[sizing.layer] = sizing.left(choice.neurons)
+            if elastic:
+                left[sizing.layer], worth[sizing.layer] = sizing.ordered(choice.neurons)
+            losses[sizing.layer] = pick.option.loss / len(members)
+            _plan_layer(plan, band, sizing, choice, shared)
+        plan.banks.extend(BankPlan(band, role, tuple(shared[role]), *size) for role, size in choice.banks.items())
     return Allocation(plan, left, losses, worth, {sizing.layer: sizing.scale for sizing in sizings})
 
 
-def _plan_layer(plan: Plan, band: int, sizing: Sizing, choice: Choice) -> None:
+def _plan_layer(plan: Plan, band: int, sizing: Sizing, choice: Choice, shared: dict[str, list[Site]]) -> None:
+    """Add the parts of one layer to the plan, and its sites that share a bank to `shared`, by role."""
     for site in sizing.sites:
         small = site
         if choice.neurons is not None and sizing.elimination is not None:
             small = trimmed(site, choice.neurons, len(sizing.elimination.order))
             plan.host[site.name] = (site.d_in, site.d_out)
-        rank = choice.ranks[site.name]
-        if rank is None:
+        rank = choice.ranks.get(site.name)
+        if site.role in choice.banks:
+            shared.setdefault(site.role, []).append(small)
+        elif rank is None:
             plan.matrices.append(small)
         else:
-            plan.banks.append(BankPlan(band, site.role, (small,), 1, rank, 1))
+            plan.banks.append(BankPlan(band, site.role, (small,), 1, rank, 1, own=bool(choice.banks)))

@@ -1,7 +1,8 @@
 """List the options of a feed-forward block: neurons, ranks, and what each stores and loses."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,38 +14,61 @@ from pilon_compress.convert.solve.eigen import eigenvalues
 from pilon_compress.convert.solve.feed_forward import FeedForward
 from pilon_compress.elastic.knapsack import Option, pareto
 from pilon_compress.models.families import Site
+from pilon_compress.nn.sizing import BankSize
 
 POWERS = (1.4, 1.2, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0)  # of the ratio: shares of the neurons that are tried
 RANKS_TRIED = 48  # per projection
 MULTIPLE = 8  # neurons and ranks are multiples of it where the block is large
 
 
+Savings = dict[str, dict[int | None, Tensor]]  # by site name and number of neurons: see `savings_of`
+
+
 @dataclass(frozen=True)
 class Choice:
-    """The form of a block: remaining `neurons` (None: all), and by site name a rank, or None for a dense matrix."""
+    """The form of a block, or of those of a band: remaining `neurons` of each (None: all), and of its projections
+
+    ranks: by site name a rank, or None for a dense matrix   banks: by role the size of a bank that the band shares
+    parts: of a band, all forms of each projection (by site name) and of each shared bank (by role)
+    """
 
     neurons: int | None
     ranks: dict[str, int | None]
+    banks: dict[str, BankSize] = field(default_factory=dict)
+    parts: dict[str, list[Option]] = field(default_factory=dict, compare=False, repr=False)
+
+    def with_parts(self, forms: Mapping[str, Any]) -> "Choice":
+        """Return the same neurons and shared roles with other forms of the parts, by site name or role."""
+        banks = {name: form for name, form in forms.items() if name in self.banks}
+        return replace(self, ranks={name: form for name, form in forms.items() if name not in banks}, banks=banks)
+
+
+def savings_of(ff: FeedForward, ratio: float, drop: bool = True) -> Savings:
+    """Return what each component of each site saves, largest first, by the numbers of neurons that are tried.
+
+    `drop`: whether neurons may go.
+    """
+    counts = _counts(ff, ratio) if drop else [None]
+    return {site.name: _savings(ff, site, counts) for site in ff.sites}
 
 
 def options_of(
-    ff: FeedForward, ratio: float, scale: float = 1.0, drop: bool = True, multiple: int | None = None
+    ff: FeedForward, saved: Savings, scale: float = 1.0, drop: bool = True, multiple: int | None = None
 ) -> list[Option]:
     """List what the block may become, smaller and smaller, with its loss in the metrics of the sites times `scale`.
 
-    `drop`: whether neurons may go. `multiple`: ranks are multiples of it, of matrices that are large enough.
+    `saved`: see `savings_of`   `drop`: whether neurons may go
+    `multiple`: ranks are multiples of it, of matrices that are large enough
     """
     found: list[Option] = []
-    counts = _counts(ff, ratio) if drop else [None]
-    saved = {site.name: _savings(ff, site, counts) for site in ff.sites}
-    for neurons in counts:
+    for neurons in next(iter(saved.values())):
         dropped, sites = 0.0, ff.sites
         if neurons is not None:
             assert ff.elimination is not None and ff.down is not None
             dropped = ff.elimination.loss(neurons)
             sites = [trimmed(site, neurons, ff.down.d_in) for site in ff.sites]
         pairs = zip(ff.sites, sites, strict=True)
-        menus = [_ranks(saved[site.name][neurons], small, multiple) for site, small in pairs]
+        menus = [rank_options(saved[site.name][neurons], small, multiple) for site, small in pairs]
         fixed = sum(small.d_out for small in sites if small.bias)
         highest = max(item.loss for menu in menus for item in menu) or 1.0
         for price in torch.logspace(-14, 1, 60, base=10).tolist():  # loss per number: the convex hull of all sums
@@ -146,7 +170,7 @@ def _counts(ff: FeedForward, ratio: float) -> list[int | None]:
     return [None, *(count for count in sorted(counts) if count < full)]
 
 
-def _ranks(saved: Tensor, site: Site, multiple: int | None) -> list[Option]:
+def rank_options(saved: Tensor, site: Site, multiple: int | None = None) -> list[Option]:
     """Return a dense matrix and smaller pairs of factors as options; these also store compositions, so rank + 1."""
     full = site.d_in * site.d_out
     tail = torch.cat([saved.flip(0).cumsum(0).flip(0), saved.new_zeros(1)])

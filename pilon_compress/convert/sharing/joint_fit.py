@@ -12,11 +12,13 @@ Eckart and Young. In the end the private start is returned instead if the fit is
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.sharing.grouping import group
 from pilon_compress.convert.sharing.lbfgs import minimise
 from pilon_compress.convert.sharing.objective import Band, Point
+from pilon_compress.convert.sharing.selection import choose
 from pilon_compress.convert.solve.bank_fit import (
     BankFit,
     Factors,
@@ -57,18 +59,52 @@ def fit_bank(
 
 
 def _joint(band: Band, start: Factors, seed: int, sweeps: int, tolerance: float) -> Factors:
+    """Fit all components for all layers, settle what each layer uses, and fit those."""
+    plan, everything = band.plan, torch.ones_like(start.active)
+    chooses = plan.top_k < plan.n_primitives
+    A, B = band.whitened(start.A, start.B)
+    x = _begin(band, A, B, everything, seed)
+    budget = EVALUATIONS * max(1, sweeps)
+    if not chooses:
+        return _grouped(band, _finish(band, _descend(band, x, everything, budget, tolerance), everything), seed)
+    x = _descend(band, x, everything, budget // 2, tolerance)
+    order, active = choose(band, x, seed)
+    return _finish(band, _descend(band, x[:, order], active, budget - budget // 2, tolerance), active)
+
+
+def fit_components(band: Band, seed: int, sweeps: int, tolerance: float = 2e-3) -> tuple[Tensor, float]:
+    """Fit a bank whose components all layers use: x (d_in + d_out, K) and its loss, all layers' dense power being 1."""
+    start, _ = private_factors(band.targets, band.plan)
+    everything = torch.ones_like(start.active)
+    x = _begin(band, *band.whitened(start.A, start.B), everything, seed)
+    x = _descend(band, x, everything, EVALUATIONS * max(1, sweeps), tolerance)
+    return x, band.scale * sum(losses(band.targets, _finish(band, x, everything)))
+
+
+def _begin(band: Band, A: Tensor, B: Tensor, active: Tensor, seed: int) -> Tensor:
+    """Leave the saddle of private factors by noise on g and one alternation; returns x (d_in + d_out, K)."""
     plan = band.plan
-    generator = torch.Generator().manual_seed(seed)
-    noise = NOISE * torch.randn(start.g.shape, generator=generator).to(start.g.device)
+    noise = NOISE * torch.randn(active.shape, generator=torch.Generator().manual_seed(seed)).to(A.device)
     if plan.composition == "scalar":
         noise = noise[:, :: plan.rank].repeat_interleave(plan.rank, dim=1)
-    A, B = band.whitened(start.A, start.B)
-    g = band.compose(A, B, start.active)
-    A, B = band.alternate(A, B, g + noise.float() * start.active.repeat_interleave(plan.rank, dim=1))
-    x = minimise(lambda x: Point(band, x, start.active), torch.cat([A, B.T]), EVALUATIONS * max(1, sweeps), tolerance)
-    A, B = band.original(x[: len(A)], x[len(A) :].T)
-    found = Factors(A, B, compose(band.targets, A, B, start.active, plan), start.active)
-    if plan.top_k < plan.n_primitives or plan.composition == "scalar":
+    g = band.compose(A, B, active)
+    A, B = band.alternate(A, B, g + noise.float() * active)
+    return torch.cat([A, B.T])
+
+
+def _descend(band: Band, x: Tensor, active: Tensor, evaluations: int, tolerance: float) -> Tensor:
+    return minimise(lambda x: Point(band, x, active), x, evaluations, tolerance)
+
+
+def _finish(band: Band, x: Tensor, active: Tensor) -> Factors:
+    """The components in the original coordinates, in float64, with the best g."""
+    A, B = band.original(x[: len(band.C[0])], x[len(band.C[0]) :].T)
+    return Factors(A, B, compose(band.targets, A, B, active, band.plan), active)
+
+
+def _grouped(band: Band, found: Factors, seed: int) -> Factors:
+    """Put components that layers use alike into one primitive: all are active, so any order is a valid one."""
+    if band.plan.composition == "scalar" or band.plan.rank == 1:
         return found
-    order = group(usage(band.targets, found), plan.rank, seed)  # all are active, so they may be primitives in any way
-    return Factors(A[:, order], B[order], found.g[:, order], start.active)
+    order = group(usage(band.targets, found), band.plan.rank, seed)
+    return Factors(found.A[:, order], found.B[order], found.g[:, order], found.active)

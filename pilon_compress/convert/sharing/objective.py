@@ -1,6 +1,11 @@
 """The least-squares problem of one bank, in float32 and in coordinates where the mean metrics are the identity.
 
 Losses and final weights are computed in float64, in the original coordinates.
+
+Components that are fitted together may cancel: a sum of rank-one terms that several layers weigh is a PARAFAC model,
+known for fits whose terms grow without bound against each other (Harshman and Lundy, 1984; de Silva and Lim, 2008).
+Rounding and few bits cannot hold those, and a layer that drops one is lost. So every component pays a share,
+CANCELLATION, of the power that it brings to each layer's output.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pilon_compress.convert.plan import BankPlan
-from pilon_compress.convert.solve.bank_fit import components, weigh
+from pilon_compress.convert.solve.bank_fit import penalised, weigh
 from pilon_compress.convert.solve.low_rank import Target, balance_factors, square_root
 
 CG_STEPS = 3
@@ -49,17 +54,18 @@ class Band:
         return balance_factors(self.left_inverse @ A.double(), B.double() @ self.right_inverse)
 
     def compose(self, A: Tensor, B: Tensor, active: Tensor) -> Tensor:
-        """Best g (L, K), in the coordinates of the fit, for the primitives that are active (L, n), the others zero."""
+        """Best g (L, K), in the coordinates of the fit, for the components that are active (L, K), the others zero."""
         g = torch.zeros(len(self.targets), A.shape[1], dtype=A.dtype, device=A.device)
         for index, (C, G, T) in enumerate(zip(self.C, self.G, self.T, strict=True)):
-            used = components(active[index], self.plan.rank)
+            used = active[index].nonzero()[:, 0]
             a, b = A[:, used], B[used]
-            g[index, used] = weigh((a.T @ C @ a) * (b @ G @ b.T), ((a.T @ T) * b).sum(1), self.plan)
+            gram = penalised((a.T @ C @ a) * (b @ G @ b.T))
+            g[index, used] = weigh(gram, ((a.T @ T) * b).sum(1), self.plan)
         return g
 
     def alternate(self, A: Tensor, B: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """B for these A and g, then A for these B and g, each by a few preconditioned conjugate gradients."""
-        H = [row[:, None] * (A.T @ C @ A) * row for row, C in zip(g, self.C, strict=True)]
+        H = [penalised(row[:, None] * (A.T @ C @ A) * row) for row, C in zip(g, self.C, strict=True)]
         right = sum(((A * row).T @ T for row, T in zip(g, self.T, strict=True)), torch.zeros_like(B))
         left_inverse = _inverse(self.scale * sum(H, torch.zeros_like(H[0])))
         B = _conjugate_gradients(
@@ -68,7 +74,7 @@ class Band:
             B,
             lambda X: left_inverse @ X,
         )
-        J = [row[:, None] * (B @ G @ B.T) * row for row, G in zip(g, self.G, strict=True)]
+        J = [penalised(row[:, None] * (B @ G @ B.T) * row) for row, G in zip(g, self.G, strict=True)]
         right = sum((T @ (B.T * row) for row, T in zip(g, self.T, strict=True)), torch.zeros_like(A))
         right_inverse = _inverse(sum(J, torch.zeros_like(J[0])))
         A = _conjugate_gradients(
@@ -83,6 +89,8 @@ class Band:
 class Point:
     """The band's loss at the bank x = [A; Bᵀ] (d_in + d_out, K), g being the best for it (variable projection).
 
+    `active` (L, K): the components that each layer uses.
+
     By Golub and Pereyra (1973) the gradient is then that for fixed g. All products run over the components that a
     layer uses; residuals are never formed.
     """
@@ -91,17 +99,18 @@ class Point:
         self.band, self.x = band, x
         d_in = len(band.C[0])
         self.A, self.B = x[:d_in], x[d_in:].T
-        self.used = [components(row, band.plan.rank) for row in active]
+        self.used = [row.nonzero()[:, 0] for row in active]
         self.parts = []
         loss = 1.0
         for C, G, T, used in zip(band.C, band.G, band.T, self.used, strict=True):
             a, b = self.A[:, used], self.B[used]
             CA, BG, TB = C @ a, b @ G, T @ b.T
             M, N, right = a.T @ CA, BG @ b.T, (a * TB).sum(0)
-            gram = M * N
+            gram = penalised(M * N)
             g = weigh(gram, right, band.plan)
             loss += float((g.double() * (gram @ g - 2 * right).double()).sum())
-            self.parts.append((g, CA, BG, TB, g[:, None] * M * g, g[:, None] * N * g))
+            H, J = penalised(g[:, None] * M * g), penalised(g[:, None] * N * g)
+            self.parts.append((g, CA, BG, TB, H, J))
         self.loss = loss
 
     @cached_property

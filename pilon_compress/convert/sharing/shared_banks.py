@@ -26,11 +26,12 @@ def fit_shared(
     left: neurons that stay, by layer   known: banks that the allocation has fitted already
     """
     shared = [bank for bank in plan.banks if len(bank.sites) > 1]
-    found = {}
-    for bank in track(shared, "fitting shared banks") if shared else []:
-        done: BankFit | None = journal.get(f"bank.{bank.name}", BankFit.unpack)
-        fit = done or known.get(bank.name) or fit_bank(dense.targets(bank, left), bank, seed, sweeps)
-        if done is None:
+    found = {bank.name: known[bank.name] for bank in shared if bank.name in known}
+    unknown = [bank for bank in shared if bank.name not in found]
+    for bank in track(unknown, "fitting shared banks") if unknown else []:
+        kept: BankFit | None = journal.get(f"bank.{bank.name}", BankFit.unpack)
+        fit = kept or fit_bank(dense.targets(bank, left), bank, seed, sweeps)
+        if kept is None:
             journal.put(f"bank.{bank.name}", fit.pack())
         found[bank.name] = fit
     return found

@@ -7,6 +7,7 @@ Components are in primitive-major order. Layers that share more than they own ar
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch.nn.functional import pad
 from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.solve.low_rank import Target
 
+REFITS = 2  # rounds of private primitives and composition
+CANCELLATION = 1e-2  # of each component's own power, paid in joint fits: see `sharing.objective`
 RIDGE = {torch.float32: 1e-6, torch.float64: 1e-9}  # on Jacobi-scaled normal equations
 
 
@@ -53,16 +56,39 @@ class BankFit:
             "kir,kr,kro->io", self.A[chosen], self.weight[place].expand(-1, self.A.shape[2]), self.B[chosen]
         )
 
-    def recomposed(self, place: int, weight: Tensor) -> "BankFit":
-        """Return the fit with another composition weight (k, r) or (k, 1) for the `place`-th layer."""
+    def recomposed(self, place: int, weight: Tensor, own: "Own | None" = None) -> "BankFit":
+        """Return the fit with another composition weight (k, r) or (k, 1) for the `place`-th layer, and its `own`."""
         changed = self.weight.clone()
         changed[place] = weight
-        return replace(self, weight=changed)
+        if own is None:
+            return replace(self, weight=changed)
+        A, B = self.A.clone(), self.B.clone()
+        A[own.places], B[own.places] = own.A, own.B
+        return replace(self, A=A, B=B, weight=changed)
+
+    def own(self, place: int) -> Tensor:
+        """Return the primitives (p,) that the `place`-th layer alone selects."""
+        users = torch.zeros(len(self.A), dtype=torch.long, device=self.A.device)
+        for row in self.selected:
+            users[row] += 1
+        mine = self.selected[place]
+        return mine[users[mine] == 1]
+
+
+class Own(NamedTuple):
+    """Primitives that one layer alone selects, fitted behind the converted layers before it.
+
+    places (p,) in the bank   A (p, d_in, r)   B (p, r, d_out)
+    """
+
+    places: Tensor
+    A: Tensor
+    B: Tensor
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Components of a bank: A (d_in, K), B (K, d_out), g (L, K), active (L, n): primitives that each layer selects."""
+    """Components of a bank: A (d_in, K), B (K, d_out), g (L, K), active (L, K): those that each layer uses."""
 
     A: Tensor
     B: Tensor
@@ -107,11 +133,12 @@ def private_factors(targets: Sequence[Target], plan: BankPlan, method: str = "pi
     A, B = torch.cat([a for a, _ in parts], 1), torch.cat([b for _, b in parts])
     owner = torch.repeat_interleave(torch.arange(layers), torch.tensor(owned)).to(A.device)
     own = owner == torch.arange(layers, device=A.device)[:, None]
-    onehot = own.repeat_interleave(r, dim=1).double()
     active = torch.zeros_like(own)
     for index in range(layers):
         others = [own[(index + step) % layers].nonzero()[:, 0].flip(0) for step in range(1, layers)]
         active[index, torch.cat([own[index].nonzero()[:, 0], *others])[: plan.top_k]] = True
+    own, active = own.repeat_interleave(r, dim=1), active.repeat_interleave(r, dim=1)
+    onehot = own.double()
     private_losses = losses(targets, Factors(A, B, onehot, own))
     g = compose(targets, A, B, active, plan)
     composed = losses(targets, Factors(A, B, g, active))
@@ -127,7 +154,7 @@ def losses(targets: Sequence[Target], factors: Factors) -> list[float]:
 
 
 def compose(targets: Sequence[Target], A: Tensor, B: Tensor, active: Tensor, plan: BankPlan) -> Tensor:
-    """Solve for the best g (L, K), float64, with the primitives that are active (L, n); the others are zero."""
+    """Solve for the best g (L, K), float64, with the components that are active (L, K); the others are zero."""
     total = sum(target.total for target in targets)
     scale = 1 / total if total > 0 else 0.0
     g = torch.zeros(len(targets), A.shape[1], dtype=A.dtype, device=A.device)
@@ -135,10 +162,32 @@ def compose(targets: Sequence[Target], A: Tensor, B: Tensor, active: Tensor, pla
         gradient = torch.eye(B.shape[1], dtype=B.dtype, device=B.device)
         C, G = target.metric, scale * (gradient if target.gradient is None else target.gradient)
         T = C @ target.weight @ G
-        used = components(active[index], plan.rank)
+        used = active[index].nonzero()[:, 0]
         a, b = A[:, used], B[used]
         g[index, used] = weigh((a.T @ C @ a) * (b @ G @ b.T), ((a.T @ T) * b).sum(1), plan)
     return g
+
+
+def refit(fit: BankFit, place: int, target: Target, plan: BankPlan) -> tuple[Tensor, Own | None]:
+    """Fit the `place`-th layer's composition, and the primitives that it alone selects, to another `target`.
+
+    In turn: those primitives become the best factors of what the shared ones leave, and the composition of all is
+    fitted. Shared primitives stay: other layers count on them.
+    """
+    index = fit.own(place)
+    weight = recompose(fit, place, target, plan)
+    if not len(index):
+        return weight, None
+    own: Own | None = None
+    chosen, r = fit.selected[place], fit.A.shape[2]
+    mine = torch.isin(chosen, index)
+    for _ in range(REFITS):
+        shared = fit.recomposed(place, weight.masked_fill(mine[:, None], 0.0)).approximation(place)
+        A, B = _padded(replace(target, weight=target.weight - shared), "pilon", len(index) * r)
+        own = Own(index, A.reshape(len(A), -1, r).permute(1, 0, 2).contiguous(), B.reshape(-1, r, B.shape[1]))
+        fit = fit.recomposed(place, weight, own)
+        weight = recompose(fit, place, target, plan)
+    return weight, own
 
 
 def recompose(fit: BankFit, place: int, target: Target, plan: BankPlan) -> Tensor:
@@ -146,14 +195,15 @@ def recompose(fit: BankFit, place: int, target: Target, plan: BankPlan) -> Tenso
     n, d_in, r = fit.A.shape
     active = torch.zeros(1, n, dtype=torch.bool, device=fit.A.device)
     active[0, fit.selected[place]] = True
+    active = active.repeat_interleave(r, dim=1)
     g = compose([target], fit.A.permute(1, 0, 2).reshape(d_in, n * r), fit.B.reshape(n * r, -1), active, plan)
     weight = g.reshape(n, r)[fit.selected[place]]
     return weight[:, :1] if plan.composition == "scalar" else weight
 
 
-def components(active: Tensor, rank: int) -> Tensor:
-    """Return the indices of the components of the primitives that are active (n,)."""
-    return active.repeat_interleave(rank).nonzero()[:, 0]
+def penalised(gram: Tensor) -> Tensor:
+    """Return a Gram matrix of components (K, K), each of which also pays CANCELLATION of its own power."""
+    return gram + CANCELLATION * gram.diagonal().diag()
 
 
 def weigh(gram: Tensor, right: Tensor, plan: BankPlan) -> Tensor:
@@ -188,7 +238,7 @@ def packed(
 ) -> BankFit:
     """Arrange factors as primitives, selections and weights; `found` are their losses."""
     n, r, layers = plan.n_primitives, plan.rank, len(targets)
-    selected = torch.stack([row.nonzero()[:, 0] for row in factors.active])
+    selected = torch.stack([row.nonzero()[:, 0] for row in factors.active.reshape(layers, n, r).any(2)])
     weight = factors.g.reshape(layers, n, r).gather(1, selected[:, :, None].expand(-1, -1, r))
     if plan.composition == "scalar":
         weight = weight[:, :, :1]

@@ -1,17 +1,18 @@
 """Solve a layer's projections in the shapes of its plan: up and gate first, since down reads their outputs."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pilon_compress.convert.plan import BankPlan
-from pilon_compress.convert.solve.bank_fit import fit_private, recompose
+from pilon_compress.convert.solve.bank_fit import fit_private, recompose, refit
 from pilon_compress.convert.solve.feed_forward import FeedForward
 from pilon_compress.convert.solve.gptq import round_bank, round_matrix
 from pilon_compress.convert.solve.low_rank import Target
-from pilon_compress.convert.solve.sequential_targets import BlockPair, CrossMoments
+from pilon_compress.convert.solve.sequential_targets import BlockPair, CrossMoments, put_linear
 from pilon_compress.convert.solve.solved import SolvedBank, SolvedLayer, SolvedProjection, Weights
 from pilon_compress.models.families import Site
 from pilon_compress.nn.sizing import affordable
@@ -51,7 +52,7 @@ class LayerShape:
             return weights.bank.fit.approximation(0)
         assert weights.composition is not None
         bank, place = self.shared_bank(site)
-        return bank.fit.recomposed(place, weights.composition).approximation(place)
+        return bank.fit.recomposed(place, weights.composition, weights.own).approximation(place)
 
     def shared_bank(self, site: Site) -> tuple[SolvedBank, int]:
         """Return the bank that the site shares, and the site's place among its layers."""
@@ -73,6 +74,18 @@ def resume_layer(sites: Sequence[Site], solved: SolvedLayer, shape: LayerShape, 
     for site in sites:
         one = solved[site.name]
         pair.replace(site.name.removeprefix(f"{prefix}."), shape.approximation(site, one.weights), one.bias)
+
+
+def converted_block(
+    module: nn.Module, prefix: str, sites: Sequence[Site], solved: SolvedLayer, shape: LayerShape
+) -> nn.Module:
+    """Return a copy of the dense block `module`, whose name is `prefix`, that computes with what was solved."""
+    block = copy.deepcopy(module)
+    for site in sites:
+        one, name = solved[site.name], site.name.removeprefix(f"{prefix}.")
+        like = module.get_submodule(name).get_parameter("weight")
+        put_linear(block, name, shape.approximation(site, one.weights), one.bias, like)
+    return block
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,7 @@ class _Solver:
         return SolvedProjection(weights, bias, *self._judged(site, approximation))
 
     def _weights(self, site: Site, target: Target, sequential: bool) -> Weights:
-        """The weights in the plan's form; `sequential`: the composition of a shared bank is fitted to the target."""
+        """The weights in the plan's form; `sequential`: a layer's own part of a shared bank is fitted to the target."""
         plan, quantization = self.shape.banks.get(site.name), self.method.quantization
         if plan is None:
             rounded = None if quantization is None else round_matrix(target, quantization)
@@ -138,8 +151,12 @@ class _Solver:
                 return Weights(bank=SolvedBank(fit))
             return Weights(bank=SolvedBank(*round_bank(fit, [target], plan, quantization)))
         shared, place = self.shape.shared_bank(site)
-        composition = recompose(shared.fit, place, target, plan) if sequential else shared.fit.weight[place]
-        return Weights(composition=composition)
+        if not sequential:
+            return Weights(composition=shared.fit.weight[place])
+        if shared.A is not None:  # the integers of the bank stand
+            return Weights(composition=recompose(shared.fit, place, target, plan))
+        composition, own = refit(shared.fit, place, target, plan)
+        return Weights(composition=composition, own=own)
 
     def _constant(self, site: Site, down: Site | None) -> Tensor:
         """The dense bias where the target is a weight's product alone; the residual sums contain it already."""

@@ -11,7 +11,7 @@ from pilon_compress.convert.plan import BankPlan, Plan
 from pilon_compress.convert.solve.bank_fit import BankFit
 from pilon_compress.convert.solve.feed_forward import Dense, FeedForward
 from pilon_compress.convert.solve.gptq import round_bank
-from pilon_compress.convert.solve.layer import LayerShape, Method, resume_layer, solve_layer
+from pilon_compress.convert.solve.layer import LayerShape, Method, converted_block, resume_layer, solve_layer
 from pilon_compress.convert.solve.sequential_targets import BlockPair
 from pilon_compress.convert.solve.solved import Solved, SolvedBank, SolvedLayer, pack_layer, unpack_layer
 from pilon_compress.data.batch import Batch
@@ -40,13 +40,9 @@ def solve(
     Finished layers go to the journal, and are not computed again.
     """
     journal = journal or Journal()
-    shared = {
-        bank.name: _rounded(dense, bank, (fits or {})[bank.name], left, method.quantization, journal)
-        for bank in plan.banks
-        if len(bank.sites) > 1
-    }
+    shared = rounded_banks(dense, plan, fits or {}, left, method.quantization, journal)
     theirs = None if batches is None else Stream(dense.source, batches)
-    walk = _LayerwiseSolver(
+    walk = LayerwiseSolver(
         dense, plan, left, method, shared, theirs, None if theirs is None else theirs.fork(), journal
     )
     solved = []
@@ -57,8 +53,11 @@ def solve(
 
 
 @dataclass(frozen=True)
-class _LayerwiseSolver:
-    """Solves one layer after the other; `theirs` and `ours`: streams of the dense and of the converted model."""
+class LayerwiseSolver:
+    """Solves one layer after the other; `theirs` and `ours`: streams of the dense and of the converted model.
+
+    others: streams of other texts, which each converted block is to pass on
+    """
 
     dense: Dense
     plan: Plan
@@ -68,6 +67,7 @@ class _LayerwiseSolver:
     theirs: Stream | None
     ours: Stream | None
     journal: Journal
+    others: Sequence[Stream] = ()
 
     def step(self, layer: int) -> SolvedLayer:
         """Solve a layer, or read it from the journal; both streams then stand behind it."""
@@ -78,9 +78,9 @@ class _LayerwiseSolver:
             if self.theirs is not None and self.ours is not None:
                 pair = BlockPair(module, copy.deepcopy(module), self.theirs, self.ours)
             solved: SolvedLayer = {}
+            banks = {site.name: bank for bank in self.plan.banks for site in bank.sites}
+            shape = LayerShape(banks, self.left.get(layer), self.shared)
             if sites:
-                banks = {site.name: bank for bank in self.plan.banks for site in bank.sites}
-                shape = LayerShape(banks, self.left.get(layer), self.shared)
                 known: SolvedLayer | None = self.journal.get(
                     f"layer.{layer}", lambda tensors: unpack_layer(tensors, self.method.quantization)
                 )
@@ -96,7 +96,24 @@ class _LayerwiseSolver:
                 pair.inputs()
             if pair is not None:
                 pair.finish()
+            if self.others:
+                block = converted_block(module, prefix, sites, solved, shape) if sites else module
+                for stream in self.others:
+                    stream.advance(block)
         return solved
+
+
+def rounded_banks(
+    dense: Dense,
+    plan: Plan,
+    fits: Mapping[str, BankFit],
+    left: Mapping[int, Tensor | None],
+    quantization: str | None,
+    journal: Journal,
+) -> dict[str, SolvedBank]:
+    """Return the banks of several layers as they are stored, by name."""
+    several = [bank for bank in plan.banks if len(bank.sites) > 1]
+    return {bank.name: _rounded(dense, bank, fits[bank.name], left, quantization, journal) for bank in several}
 
 
 def _rounded(

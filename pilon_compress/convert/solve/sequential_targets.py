@@ -124,18 +124,22 @@ class BlockPair:
 
     def replace(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
         """Let the converted block compute with this weight (d_in, d_out) and bias from here on."""
-        d_in, d_out = weight.shape
-        linear = nn.Linear(d_in, d_out, bias=bias is not None, device="meta")
-        like: Any = self.dense.get_submodule(name).weight
-        linear.weight = nn.Parameter(weight.T.to(like).contiguous(), requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.to(like), requires_grad=False)
-        self.converted.set_submodule(name, linear)
+        put_linear(self.converted, name, weight, bias, self.dense.get_submodule(name).get_parameter("weight"))
 
     def finish(self) -> None:
         """Move both streams behind the block."""
         self.theirs.position += 1
         self.stream.advance(self.converted)
+
+
+def put_linear(block: nn.Module, name: str, weight: Tensor, bias: Tensor | None, like: Tensor) -> None:
+    """Let `block` compute its projection `name` with this weight (d_in, d_out) and bias, of the type of `like`."""
+    d_in, d_out = weight.shape
+    linear = nn.Linear(d_in, d_out, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.T.to(like).contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(like), requires_grad=False)
+    block.set_submodule(name, linear)
 
 
 class _AllRecorded(Exception):

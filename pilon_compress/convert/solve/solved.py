@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pilon_compress.convert.plan import BankPlan, Plan
-from pilon_compress.convert.solve.bank_fit import BankFit
+from pilon_compress.convert.solve.bank_fit import BankFit, Own
 from pilon_compress.convert.solve.gptq import Rounded
 
 
@@ -39,13 +39,15 @@ class SolvedBank:
 class Weights:
     """A projection's weights: a `matrix` (d_in, d_out), or a `bank` of its own, or a `composition` of a shared bank.
 
-    composition (k, r) or (k, 1)   rounded: the integers of the matrix, where it is in integers
+    composition (k, r) or (k, 1)   own: primitives of the shared bank that no other layer selects
+    rounded: the integers of the matrix, where it is in integers
     """
 
     matrix: Tensor | None = None
     rounded: Rounded | None = None
     bank: SolvedBank | None = None
     composition: Tensor | None = None
+    own: Own | None = None
 
     def pack(self) -> dict[str, Tensor]:
         """Return all of it as tensors by name, for the journal."""
@@ -53,6 +55,7 @@ class Weights:
         found = {name: tensor for name, tensor in parts.items() if tensor is not None}
         found |= {} if self.rounded is None else self.rounded.pack("rounded")
         found |= {} if self.bank is None else {f"bank.{key}": tensor for key, tensor in self.bank.pack().items()}
+        found |= {} if self.own is None else {f"own.{key}": tensor for key, tensor in self.own._asdict().items()}
         return found
 
     @classmethod
@@ -62,7 +65,14 @@ class Weights:
         rounded = None
         if matrix is not None and quantization is not None:
             rounded = Rounded.unpack("rounded", tensors, quantization)
-        return cls(matrix, rounded, SolvedBank.unpack(bank, quantization) if bank else None, tensors.get("composition"))
+        own = _below(tensors, "own.")
+        return cls(
+            matrix,
+            rounded,
+            SolvedBank.unpack(bank, quantization) if bank else None,
+            tensors.get("composition"),
+            Own(**own) if own else None,
+        )
 
     def stored_as(self, dtypes: Iterable[torch.dtype]) -> "Weights":
         """Return them with matrix and primitives rounded to each of `dtypes` in turn: float64 of a model is large."""
@@ -150,7 +160,7 @@ def _bank(plan: BankPlan, projections: SolvedLayer, shared: Mapping[str, SolvedB
     found = shared.get(plan.name) or projections[plan.sites[0].name].weights.bank
     assert found is not None
     for place, site in enumerate(plan.sites):
-        composition = projections[site.name].weights.composition
-        if composition is not None:
-            found = replace(found, fit=found.fit.recomposed(place, composition))
+        weights = projections[site.name].weights
+        if weights.composition is not None:
+            found = replace(found, fit=found.fit.recomposed(place, weights.composition, weights.own))
     return found
