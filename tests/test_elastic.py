@@ -199,7 +199,7 @@ def test_a_file_of_another_model_or_none_is_refused(llama, tiny, tmp_path):
     ("recipe", "message"),
     [
         ({"form": {"elastic": True, "bank_dtype": "int8"}}, "integers are fitted to one size"),
-        ({"form": {"elastic": True}, "budget": {"sharing": "auto", "ffn_ratio": 0.5}}, "a shared bank has no order"),
+        ({"form": {"elastic": True}, "budget": {"share": "auto", "ffn_ratio": 0.5}}, "a shared bank has no order"),
         ({"form": {"elastic": True}, "budget": {"neurons": False}}, "needs neurons that may go"),
         ({"form": {"elastic": True}, "method": "svd"}, "has no effect with method svd"),
     ],
