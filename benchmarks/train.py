@@ -75,7 +75,7 @@ def recipe_of(options: argparse.Namespace) -> tuple[str, list[str]]:
     text = corpus.write(options.output.parent / f"text-{options.megabytes:g}.jsonl", megabytes)
     overrides = [f"data.source={text}", "data.streaming=false", "host.tokenizer=bpe", f"seed={options.seed}"]
     overrides += ["run.checkpoint_every=120", "run.sample=null", *HALF]
-    overrides += [f"ffn.rank={RANKS[options.recipe]}"] if options.recipe in RANKS else []
+    overrides += [f"ffn.rank={RANKS[options.recipe]}"] if options.recipe in RANKS and not options.smoke else []
     overrides += ARMS[options.arm]
     if options.smoke:
         return "smoke", [*overrides, "schedule.tokens=8192", "data.validation_sequences=8", "device=cpu"]

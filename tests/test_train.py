@@ -163,10 +163,20 @@ def test_streamed_runs_resume_exactly(tmp_path):
     assert all(torch.equal(state[name], again[name]) for name in state)
 
 
-@pytest.mark.parametrize("name", ["smoke", "tiny", "48m", "360m", "500m"])
+@pytest.mark.parametrize("name", ["smoke", "tiny"])
 def test_plans_are_within_half_of_the_dense_model_stored_and_computed(name):
     planned = plan(training.load(name)).dump()
     assert 0.44 < planned["ffn"]["stored_ratio"] <= 0.5 and 0.44 < planned["ffn"]["mac_ratio"] <= 0.5
+
+
+@pytest.mark.parametrize("name", ["48m", "360m", "500m"])
+def test_recipes_that_share_spend_macs_to_save_numbers_and_their_twins_do_not(name):
+    shared, own, neurons = (
+        plan(training.load(name, words)).ffn for words in ([], ["ffn.share=none"], ["ffn.primitive=neurons"])
+    )
+    for found in (shared, neurons):
+        assert found.stored_ratio == pytest.approx(0.25, abs=0.01) and found.mac_ratio == pytest.approx(0.75, abs=0.01)
+    assert 0.22 < own.stored_ratio <= 0.25 and own.mac_ratio <= 0.25
 
 
 def test_dry_run_writes_nothing(start, tmp_path):
