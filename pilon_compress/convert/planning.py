@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pilon_compress.config.effort import EFFORTS
-from pilon_compress.convert.allocate.budget import Allocation, Sizing, allocate, size_layers
+from pilon_compress.convert.allocate.budget import Allocation, CannotSpend, Sizing, allocate, size_layers
 from pilon_compress.convert.calibrate.model_loss import ModelLoss
 from pilon_compress.convert.calibrate.second_moments import Moments, gather
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
@@ -27,7 +27,7 @@ from pilon_compress.io.journal import Journal
 from pilon_compress.io.tensor_store import TensorStore
 from pilon_compress.models.families import Site
 from pilon_compress.models.source import Source
-from pilon_compress.nn.bands import split_bands
+from pilon_compress.nn.bands import trial_bands
 from pilon_compress.results.conversion import SharingTrials
 
 NO_BAND = "no band can share: it needs layers alike in shape, more than one of them in a band; change --bands"
@@ -121,13 +121,18 @@ def share(
     """Allocate with shared banks: for every band that can have them, or where the model's loss on `held_out` falls."""
     budget, settings = job.recipe.budget, job.recipe
     sweeps, layers = EFFORTS[settings.effort].sweeps, [sizing.layer for sizing in sizings]
-    sharing = Sharing(dense, budget.ratio, sweeps, job.sequential, settings.seed, budget.rank_multiple)
-    menus = sharing.menus(sizings, split_bands(layers, budget.bands))
+    sharing = Sharing(dense, budget.ratio, sweeps, settings.seed, budget.rank_multiple)
+    bands = trial_bands(layers, budget.bands)
+    menus = sharing.menus(sizings, bands)
     if not menus:
         raise BadInput(NO_BAND)
-    together = allocate(sizings, budget.ratio, budget.mac_limit, menus, always=job.share == "always")
     if job.share == "always":
-        return Accepted(together)
+        try:
+            return Accepted(allocate(sizings, budget.ratio, budget.mac_limit, menus, always=True))
+        except CannotSpend:
+            menus = sharing.menus(sizings, bands, down=True)
+            return Accepted(allocate(sizings, budget.ratio, budget.mac_limit, menus, always=True))
+    together = allocate(sizings, budget.ratio, budget.mac_limit, menus)
     alone = allocate(sizings, budget.ratio, budget.mac_limit)
     method = Method(settings.method, (), budget.ratio, job.quantization)
     loss = ModelLoss(dense.source, held_out, job.causal)

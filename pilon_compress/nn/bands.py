@@ -17,3 +17,14 @@ def split_bands(layers: list[int], bands: int | list[list[int]] | None) -> list[
         raise BadInput(f"{count} bands do not fit {len(layers)} layers")
     edges = [round(i * len(layers) / count) for i in range(count + 1)]
     return [layers[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def trial_bands(layers: list[int], bands: int | list[list[int]] | None) -> list[list[int]]:
+    """Return the bands that may share: the given ones, else pairs and bands of about LAYERS_PER_BAND, to choose from.
+
+    Longer bands share more, but all layers of a band keep as many neurons as each other.
+    """
+    if bands is not None or len(layers) < 2:
+        return split_bands(layers, bands)
+    found = [*split_bands(layers, None), *split_bands(layers, len(layers) // 2)]
+    return [band for place, band in enumerate(found) if band not in found[:place]]

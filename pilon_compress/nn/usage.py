@@ -3,14 +3,28 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pilon_compress.nn.layout import projections
+from pilon_compress.nn.neuron_linear import NeuronLinear
 
 
 def shared_primitives(model: Any) -> int:
-    """Return how many primitives of a PILON model two projections or more select."""
-    users = dict[int, torch.Tensor]()
-    for _, layer in projections(model):
-        used = layer.used().long()
-        users[id(layer.bank)] = users.get(id(layer.bank), torch.zeros_like(used)) + used
+    """Return how many primitives of a PILON model two layers or more use: of factors, and whole neurons."""
+    users = dict[int, Tensor]()
+    for bank, used in _uses(model):
+        users[bank] = users.get(bank, torch.zeros_like(used, dtype=torch.long)) + used
     return sum(int((count > 1).sum()) for count in users.values())
+
+
+def _uses(model: Any) -> list[tuple[int, Tensor]]:
+    """(bank, mask of its primitives) of every projection that composes, and of every block of neurons."""
+    found = [(id(layer.bank), layer.used()) for _, layer in projections(model)]
+    for _, layer in model.base_model.named_modules():
+        if isinstance(layer, NeuronLinear) and layer.role == "down":  # one selection for the block
+            used = torch.ones(layer.bank.neurons, dtype=torch.bool)
+            chosen = layer.chosen()
+            if chosen is not None:
+                used = torch.zeros_like(used).index_fill(0, chosen.indices.cpu(), True)
+            found.append((id(layer.bank), used))
+    return found

@@ -28,6 +28,10 @@ TOLERANCE = 0.01  # of a ratio that is to be spent
 SLACKS = (5, 2, 0.9)  # times the tolerance, that the options of bands may leave to their parts
 
 
+class CannotSpend(BadInput):
+    """A ratio of MACs that is to be spent, and cannot be."""
+
+
 @dataclass(frozen=True)
 class Sizing:
     """The sizes that a layer may get: `options` with losses times `scale`, and the order in which its neurons go."""
@@ -155,7 +159,7 @@ def allocate(
         if fine is not None:
             break
     if fine is None and limits.least_macs is not None and choose_menus(menus, replace(limits, least_macs=None)):
-        raise BadInput(
+        raise CannotSpend(
             f"MACs of {mac_ratio:g} cannot be spent at ratio {ratio:g}: shared banks take up to about "
             f"{_most_macs(menus, limits, macs):.2g} of the dense MACs there; lower --mac-ratio, or make bands longer"
         )

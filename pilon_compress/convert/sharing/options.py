@@ -3,9 +3,9 @@
 A shared bank costs MACs and saves numbers. Its loss is that of private factors of equal size times a gain that the
 joint fit has measured (`gain`); so banks of every size stand beside ranks and plain matrices in one allocation.
 
-Roles share, or stay each layer's own. `down` is offered both ways, but with a handicap: a `down` of its own takes up
-the errors of the layers before it when layers are fitted one behind the other, a shared one next to nothing of them
-(docs/results/sharing.md).
+Up-like roles share; `down` stays each layer's own, since it takes up the errors of the layers before it when layers are
+fitted one behind the other, and a shared one takes up next to nothing of them: sharing it lost where the metric's loss
+promised a gain (docs/results/sharing.md). It is offered where a MAC ratio cannot be spent otherwise.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,6 @@ from pilon_compress.nn.sizing import BankSize
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of a bank that one layer may select
 PRIMITIVES = 32  # in a bank at least, if its rank is above 1: fewer leave a layer little to choose
 RANKS = (16, 8, 4, 2, 1)
-REFITTED = 0.73  # of its loss is left of a private projection that is fitted behind the converted layers
 STORED_PRICES = np.logspace(-12, 1, 40)
 MAC_PRICES = (0.0, 0.1, 0.3, 1.0, -0.1, -0.3, -0.6, -0.9)  # in units of the price of a stored number
 
@@ -56,35 +55,37 @@ class Parts(NamedTuple):
 class Sharing:
     """The inputs of shared options: the dense model, the stored ratio, and the settings of bank fits.
 
-    sequential: layers are fitted behind the converted ones before them, which private projections gain by
     multiple: ranks are multiples of it
     """
 
     dense: Dense
     ratio: float
     sweeps: int
-    sequential: bool
     seed: int = 0
     multiple: int | None = None
 
-    def menus(self, sizings: Sequence[Sizing], bands: Sequence[Sequence[int]]) -> list[Menu]:
-        """Return a menu for every band that can share: of several layers, alike in shape, each a whole block."""
+    def menus(self, sizings: Sequence[Sizing], bands: Sequence[Sequence[int]], down: bool = False) -> list[Menu]:
+        """Return a menu for every band that can share: of several layers, alike in shape, each a whole block.
+
+        down: the role `down` may share, too
+        """
         places = {sizing.layer: place for place, sizing in enumerate(sizings)}
         found = []
         for layers in track(bands, "fitting trial banks"):
             groups = tuple(places[layer] for layer in layers)
             members = [sizings[place] for place in groups]
             if can_share(members):
-                found.append(Menu(groups, self.options(members)))
+                found.append(Menu(groups, self.options(members, down)))
         return found
 
-    def options(self, members: Sequence[Sizing]) -> list[Option]:
-        """Return the options of a band in which one role or more shares a bank."""
+    def options(self, members: Sequence[Sizing], down: bool = False) -> list[Option]:
+        """Return the options of a band whose up-like roles share banks, or, with `down`, one role or all of them."""
         roles = [site.role for site in members[0].sites]
-        gains = measure(self.dense, members, roles, self.ratio, max(1, self.sweeps // 2), self.seed)
         before = tuple(role for role in roles if role != "down")
+        sets = (before, ("down",), (*before, "down")) if down else (before,)
+        gains = measure(self.dense, members, roles if down else before, self.ratio, max(1, self.sweeps // 2), self.seed)
         found: list[Option] = []
-        for neurons, shared in product(members[0].counts, (before, ("down",), (*before, "down"))):
+        for neurons, shared in product(members[0].counts, sets):
             found += self._combined(members, neurons, shared, gains)
         return found
 
@@ -94,7 +95,7 @@ class Sharing:
         """The best sums of parts at many prices, with a bank for each of the roles `shared`."""
         banks = {role: _banks(members, role, neurons, gains[role], self.multiple) for role in shared}
         alone = {
-            site.name: _alone(member, site, neurons, self._handicap(site.role), self.multiple)
+            site.name: _alone(member, site, neurons, self.multiple)
             for member in members
             for site in member.sites
             if site.role not in shared
@@ -119,9 +120,6 @@ class Sharing:
                 )
         return list(found.values())
 
-    def _handicap(self, role: str) -> float:
-        return REFITTED if self.sequential and role == "down" else 1.0
-
 
 def can_share(members: Sequence[Sizing]) -> bool:
     """Return True if these layers can share banks: several whole blocks, alike in shape, with options for factors."""
@@ -130,11 +128,11 @@ def can_share(members: Sequence[Sizing]) -> bool:
     return len(members) > 1 and whole and len(shapes) == 1 and all(one.counts == members[0].counts for one in members)
 
 
-def _alone(member: Sizing, site: Site, neurons: int | None, handicap: float, multiple: int | None) -> list[Option]:
+def _alone(member: Sizing, site: Site, neurons: int | None, multiple: int | None) -> list[Option]:
     """A projection of one layer's own, as a matrix or as factors, in the unit of the allocation."""
     small = narrow(member, site.role, neurons)
     options = rank_options(member.savings[site.name][neurons], small, multiple)
-    return [one._replace(loss=handicap * member.scale * one.loss) for one in options]
+    return [one._replace(loss=member.scale * one.loss) for one in options]
 
 
 def _banks(members: Sequence[Sizing], role: str, neurons: int | None, gain: Gain, multiple: int | None) -> list[Option]:
