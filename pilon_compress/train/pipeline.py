@@ -160,7 +160,7 @@ def train_blocks(run: Run, job: Training) -> None:
     job.before = validation_loss(job)
     teacher = open_teacher(teacher_of(run.recipe), model, run.world.device, False)
     batches = [job.batches.batch(step, micro) for step in range(job.steps) for micro in range(job.micro_batches)]
-    fit_blocks(model, teacher.model, batches, run.recipe, run.output / "checkpoints" / FITTED, run.quiet)
+    fit_blocks(model, teacher.model, batches, run.recipe, run.output / "checkpoints" / FITTED, run.quiet, job.half)
     job.step, job.tokens = job.steps, sum(batch.tokens for batch in batches)
     job.seconds = time.perf_counter() - started
 

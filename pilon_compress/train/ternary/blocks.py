@@ -9,6 +9,7 @@ straight-through gradients before the next one is rounded. Its tokens are text, 
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,13 @@ def fit_blocks(
     recipe: TrainRecipe,
     folder: Path,
     quiet: bool = False,
+    half: bool = False,
 ) -> None:
     """Fit the ternary `model` in place, block by block; every tenth of `batches` judges, and no block ends worse on it.
 
     Fitted blocks are files in `folder`: a run that was stopped goes on behind the last one. Banks that several blocks
-    share keep their ternary weights. Raises BadInput for less than two sequences, and Stopped after a signal.
+    share keep their ternary weights. `half`: gradients are computed in bfloat16, where autocast allows. Raises
+    BadInput for less than two sequences, and Stopped after a signal.
     """
     folder.mkdir(parents=True, exist_ok=True)
     training, held = split(batches)
@@ -63,7 +66,7 @@ def fit_blocks(
             if path.is_file():
                 put(learning, load_file(path))
             else:
-                fit = BlockFit(learning, ours, theirs, recipe, recipe.seed + index)
+                fit = BlockFit(learning, ours, theirs, recipe, recipe.seed + index, half)
                 before, after = fit.run(asked)
                 with atomic_file(path) as part:
                     save_file(weights(learning), part)
@@ -86,9 +89,15 @@ class BlockFit:
     """The fit of one block, with its banks: `learning`, whose first member is the block."""
 
     def __init__(
-        self, learning: nn.ModuleList, ours: list[Stream], theirs: list[Stream], recipe: TrainRecipe, seed: int
+        self,
+        learning: nn.ModuleList,
+        ours: list[Stream],
+        theirs: list[Stream],
+        recipe: TrainRecipe,
+        seed: int,
+        half: bool = False,
     ) -> None:
-        self.learning, self.recipe, self.seed = learning, recipe, seed
+        self.learning, self.recipe, self.seed, self.half = learning, recipe, seed, half
         self.ours, self.theirs = ours, theirs
         found: dict[int, Any] = {id(part): part for part in learning.modules() if isinstance(part, LatentPart)}
         self.parts = list(found.values())
@@ -119,7 +128,9 @@ class BlockFit:
         for part in self.parts:
             part.train()
             part.hold()
-        self.error(0, index).backward()
+        with torch.autocast(self.ours[0].device.type, torch.bfloat16) if self.half else nullcontext():
+            error = self.error(0, index)
+        error.backward()
         if self.recipe.optimizer.clip is not None:
             nn.utils.clip_grad_norm_(self.learning.parameters(), self.recipe.optimizer.clip)
         for optimizer in optimizers:
