@@ -47,7 +47,8 @@ def test_every_bundled_recipe_is_valid_and_shows_its_own_command():
             assert training.load(name).task == "pretrain"
         else:
             asked = conversion.load(name)
-            assert asked.budget.ratio == (1.0 if asked.form.bank_dtype != "auto" else 0.5)
+            assert asked.budget.ratio == (1.0 if asked.form.bank_dtype != "auto" else 0.4 if name == "banks" else 0.5)
+            assert asked.budget.share == ("always" if name == "banks" else "none")
 
 
 def test_a_recipe_of_the_other_kind_is_told_in_one_line_that_names_its_command(write):

@@ -17,6 +17,7 @@ from pilon_compress.models.families import find_sites
 from pilon_compress.nn.layout import neuron_banks, neuron_blocks, projections
 from pilon_compress.nn.size import ffn_size
 from pilon_compress.nn.sizing import MET
+from pilon_compress.nn.usage import shared_primitives
 from pilon_compress.optimize.optimizers import group_parameters
 
 SMALL = HostConfig(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=256, vocab_size=64)
@@ -108,6 +109,13 @@ def test_primitives_of_shared_banks_serve_several_layers():
     for _, layer in projections(model):
         users[id(layer.bank)] = users.get(id(layer.bank), 0) + layer.used().int()
     assert all(counts.min() >= 2 for counts in users.values())
+    assert shared_primitives(model) == sum(len(counts) for counts in users.values())
+    neurons = built(always("neurons", 0.25, 0.6, bands=1))
+    (_, bank), counts = next(neuron_banks(neurons)), torch.zeros(1)
+    for block in neuron_blocks(neurons):
+        counts = counts + torch.zeros(bank.neurons).index_fill(0, block["up"].selection.selected, 1.0)
+    assert shared_primitives(neurons) == int((counts > 1).sum()) > 0
+    assert shared_primitives(built(FfnConfig(kind="lowrank"))) == 0
 
 
 @pytest.mark.parametrize("family", ["arcee", "llama"])

@@ -24,6 +24,7 @@ from pilon_compress.models.provenance import lineage
 from pilon_compress.nn.fold import prune_unused
 from pilon_compress.nn.layout import install, layout_of, projections
 from pilon_compress.nn.sharded import full
+from pilon_compress.nn.usage import shared_primitives
 from pilon_compress.optimize.loop import validation_loss
 from pilon_compress.optimize.monitor import read_metrics
 from pilon_compress.optimize.training import Training, put
@@ -106,6 +107,9 @@ def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> Tr
     """The figures of the run, for the mean `loss` on the validation text."""
     layout = layout_of(model)
     dense = checkpoint.empty_model(model.config)
+    sizes = sized(layout, dense)
+    if layout.replaced:
+        sizes["ffn"] = sizes["ffn"].model_copy(update={"shared_primitives": shared_primitives(model)})
     measured: dict[str, Any] = {
         job.metric.name: job.metric.of(loss),
         f"best_{job.metric.name}": job.metric.of(min(job.best, loss)),
@@ -121,7 +125,7 @@ def describe(run: Run, job: Training, model: PreTrainedModel, loss: float) -> Tr
         seconds=job.seconds,
         tokens_per_second=job.tokens / max(job.seconds, 1e-9),
         parameters=sum(p.numel() for p in model.parameters()),
-        **sized(layout, dense),
+        **sizes,
         processes=run.world.size,
         device=str(run.world.device),
         command=run.command,
