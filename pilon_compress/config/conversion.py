@@ -139,7 +139,7 @@ class General(Section):
 class Recipe(General, Dense):
     """Everything that decides a conversion."""
 
-    MOVED: ClassVar[dict[str, str]] = {"budget.preset": "budget.ffn_ratio"}
+    MOVED: ClassVar[dict[str, str]] = {"budget.preset": "budget.ffn_ratio", "budget.sharing": "budget.share"}
 
     budget: Annotated[Budget, Options("Budget")] = Budget()
     form: Annotated[Form, Options("Form")] = Form()
