@@ -91,5 +91,20 @@ def print_result(report: results.Report) -> None:
         print_table(f"Quality on {report.evaluation.data}", ["", "PILON", "dense"], rows)
     else:
         say(f"not evaluated: {report.evaluation_skipped}\n")
+    if report.sharing is not None and not report.sharing.bands:
+        say("no band shares: by the metric's loss none would gain")
+    elif report.sharing is not None:
+        rows = [
+            [
+                ", ".join(map(str, trial.layers)),
+                "none as small" if trial.private is None else number(trial.private),
+                number(trial.shared),
+                "shared" if trial.accepted and report.ffn.shared_primitives else "not shared",
+            ]
+            for trial in report.sharing.bands
+        ]
+        print_table("Trials of shared banks: the model's loss on held-out text", ["layers", "own", "shared", ""], rows)
+    if report.ffn.shared_primitives:
+        say(f"{report.ffn.shared_primitives:,} primitives serve two layers or more")
     say(f"{number(report.seconds)} s, {number(report.peak_rss_gib)} GiB at the peak")
     print(f"model  {report.output}\nreport {report.output}/report.html")

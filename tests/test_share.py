@@ -107,11 +107,28 @@ def test_auto_is_what_no_sharing_makes_where_that_is_better(dense_folder, tmp_pa
 
 def test_contract_of_the_command_line(cli, dense_folder, tmp_path):
     words = [str(dense_folder / "1.0"), "--calibration", str(dense_folder / "text.txt"), "--samples", "16"]
-    words += ["--sequence-length", "32", "--batch-size", "8", "--eval-data", "none", "--ffn-ratio", "0.4", "--json"]
+    words += [
+        "--sequence-length",
+        "32",
+        "--batch-size",
+        "8",
+        "--eval-data",
+        "none",
+        "--ffn-ratio",
+        "0.4",
+        "--effort",
+        "fast",
+        "--json",
+    ]
     always = ("--share", "always", "--mac-ratio", "0.6")
     told = json.loads(cli("convert", *words, *always, "-o", str(tmp_path / "always")).stdout)
     assert told["ffn"]["stored_ratio"] == pytest.approx(0.4, abs=0.01)
     assert told["ffn"]["mac_ratio"] == pytest.approx(0.6, abs=0.01) and told["ffn"]["shared_primitives"] > 0
+    auto = cli("convert", *words[:-1], "--share", "auto", "-o", str(tmp_path / "auto"))
+    assert "no band shares: by the metric's loss none would gain" in auto.stdout + auto.stderr
+    alike = (str(dense_folder / "0.02"), *words[1:-1], "--set", "budget.neurons=false", "--share", "auto")
+    tried = cli("convert", *alike, "-o", str(tmp_path / "alike"))
+    assert "Trials of shared banks: the model's loss on held-out text" in tried.stdout + tried.stderr
     none = json.loads(cli("convert", *words, "--share", "none", "-o", str(tmp_path / "none")).stdout)
     assert none["ffn"]["shared_primitives"] == 0
     short = ("--share", "always", "--mac-ratio", "0.95", "--bands", "[[0, 1], [2]]", "-o", str(tmp_path / "x"))

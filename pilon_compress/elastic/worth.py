@@ -1,4 +1,4 @@
-"""What a cut reads beside the weights: the loss of every size, and what the refit of `down` needs.
+"""Read and write the data of later cuts beside the weights: the loss of every size, and the refit of `down`.
 
     elastic.safetensors    tensors by block and name, a few per cent of the weights; the metadata names the projections
 

@@ -128,7 +128,7 @@ def size_bank(
 
 @dataclass(frozen=True)
 class Spending:
-    """What a bank that layers share is to spend, beside the limits of its `BankBudget`.
+    """Hold the MACs that a shared bank is to spend, beside the limits of its `BankBudget`.
 
     components: k · r of one layer   most: components beyond which a layer costs no more, computed by one dense matrix
     slack: components by which a layer may miss that   spare: numbers by which the bank may miss what it may store

@@ -141,9 +141,9 @@ class SharingTrials(Result):
 
     bands: list[SharingTrial]
     loss: float | None
-    """Of the model as it was chosen; None where no band was accepted."""
+    """Loss of the model as it was chosen; None where no band was accepted."""
     alone: float | None
-    """Of the model without any sharing."""
+    """Loss of the model without any sharing."""
 
 
 class Report(ConversionPlan):
@@ -162,7 +162,7 @@ class Report(ConversionPlan):
     kept: list[Share]
     """Parameters that the conversion leaves alone, by place."""
     sharing: SharingTrials | None = None
-    """What `share: auto` has tried."""
+    """Trials of `share: auto`; None for any other setting."""
     calibration: CalibrationText
     refinement: Refinement | None
     command: str

@@ -69,9 +69,9 @@ class Allocation:
     left: dict[int, Tensor | None]
     losses: dict[int, float]
     worth: dict[int, Tensor] = field(default_factory=dict)
-    """Of an elastic conversion, by layer: the loss with so many neurons left (f + 1,), 0 with all of the plan's."""
+    """Loss by layer with so many neurons left (f + 1,), 0 with all of the plan's: of elastic conversions."""
     scales: dict[int, float] = field(default_factory=dict)
-    """Of all layers: the model's measured loss over the metric's."""
+    """Measured loss of the model over the metric's, by layer."""
 
     def pack(self) -> dict[str, Tensor]:
         """Return plan, losses and neurons as tensors by name, for the journal."""
