@@ -13,6 +13,7 @@ from pilon_compress.convert.pipeline import convert
 from pilon_compress.convert.sharing.options import Sharing
 from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.data.batch import Batch
+from pilon_compress.errors import BadInput
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.source import Source
 from pilon_compress.nn.size import ffn_size
@@ -56,7 +57,9 @@ def test_both_budgets_of_a_plan_that_shares_are_spent(sized, macs):
     dense, sizings = sized
     menus = Sharing(dense, 0.4, 4).menus(sizings, [[0, 1, 2]], down=True)
     size = ffn_size(allocate(sizings, 0.4, macs, menus, always=True).plan.layout())
-    assert size.stored / size.dense_stored == pytest.approx(0.4, abs=0.01) or size.stored < 0.4 * size.dense_stored
+    with pytest.raises(BadInput, match=r"ratio 0.4 cannot be spent with MACs of 0.25, a band"):
+        allocate(sizings, 0.4, 0.25, menus, always=True)
+    assert size.stored / size.dense_stored == pytest.approx(0.4, abs=0.01)
     assert size.macs / size.dense_macs == pytest.approx(macs, abs=0.01)
 
 

@@ -265,12 +265,13 @@ def test_plans_of_ternary_models_are_the_same_size():
 @pytest.mark.parametrize("more", ["ffn.kind=pilon", "ffn.kind=lowrank", "ffn.n_primitives=2", "ffn.ffn_ratio=0.9"])
 @pytest.mark.parametrize("recipe", ["smoke", "tiny", "48m"])
 def test_open_ranks_are_multiples_of_16_within_the_budget(recipe, more):
-    asked = training.load(recipe, ["ternary.enabled=true", "ffn.dense_until=0", more])
+    more = ["ffn.share=auto", "ffn.ffn_ratio=0.5", "ffn.mac_ratio=0.5", more]  # shared banks meet both by any rank
+    asked = training.load(recipe, ["ternary.enabled=true", "ffn.dense_until=0", *more])
     config = base_architectures.config_for(asked.host, asked.data.sequence_length, None)
     layout = layout_asked(asked, config)
     assert layout.banks and all(bank.rank % 16 == 0 for bank in layout.banks.values())
     sizes = ffn_size(layout).over_dense()
-    assert sizes.stored_ratio <= asked.ffn.ffn_ratio and sizes.mac_ratio <= asked.ffn.mac_ratio
+    assert sizes.stored_ratio <= asked.ffn.ffn_ratio and sizes.mac_ratio <= asked.ffn.macs
 
 
 def test_a_budget_too_small_for_rank_16_gets_what_it_pays_for_and_one_that_is_not_spent_says_so(said):

@@ -85,7 +85,7 @@ class TrainRecipe(General, Progressive, TaskModels):
     MOVED: ClassVar[dict[str, str]] = {
         "staged": "research.original.staged",
         "selection": "research.original.selection",
-        "ffn.matrices": "ffn.primitive: neurons",
+        "ffn.matrices": "ffn.primitive",
         "ffn.latent_scale": "research.original.latent_scale",
         "ffn.latent_bias": "research.original.latent_bias",
         "ternary.sub_norm": "research.bitnet.sub_norm",

