@@ -185,7 +185,7 @@ def asked(place, family, **more):
         ("llama", {"budget": {"ffn_ratio": 0.5}}),
         ("llama", {"budget": {"ffn_ratio": 0.6, "mac_ratio": 0.4}}),
         ("llama", {"scope": {"targets": ["re:.*down_proj"]}}),
-        ("llama", {"budget": {"ffn_ratio": 0.6, "bands": 1, "mac_ratio": 0.5}}),
+        ("llama", {"budget": {"ffn_ratio": 0.6, "bands": 1, "mac_ratio": 0.9}}),
         ("bert", {"budget": {"ffn_ratio": 0.6, "top_k": 4}}),
         ("bert", {"budget": {"ffn_ratio": 0.7, "share": "auto"}, "effort": "fast"}),
         ("bert", {"budget": {"ffn_ratio": 0.7}, "form": {"bank_dtype": "int4"}}),

@@ -124,7 +124,7 @@ def _report(model: str) -> dict[str, Any]:
         return {
             "evaluation": known and Evaluation.model_validate(known),
             "source_dtype": found.get("source_dtype"),
-            "shared_primitives": found["ffn"].get("shared_primitives"),
+            "shared_primitives": (found.get("ffn") or {}).get("shared_primitives"),
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
