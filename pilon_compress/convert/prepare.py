@@ -72,7 +72,8 @@ class ConversionJob:
 
     def read_held_out(self, tokenizer: PreTrainedTokenizerBase, batches: list[Batch]) -> list[Batch]:
         """Read text that is not among the calibration's `batches`: see `texts.held_out`."""
-        return held_out(self.calibration, tokenizer, batches, causal=self.causal, seed=self.recipe.seed)
+        size, seed = vocabulary(self.config), self.recipe.seed
+        return held_out(self.calibration, tokenizer, batches, causal=self.causal, vocabulary=size, seed=seed)
 
     def read_evaluation(self) -> list[str] | str:
         """Read the documents to judge by, or say why there are none: see `texts.read_evaluation`."""

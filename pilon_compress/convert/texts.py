@@ -76,17 +76,24 @@ def refinement_text(asked: Calibration, samples: int | None) -> Calibration:
 
 
 def held_out(
-    asked: Calibration, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Batch], *, causal: bool, seed: int
+    asked: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[Batch],
+    *,
+    causal: bool,
+    vocabulary: int,
+    seed: int,
 ) -> list[Batch]:
     """Draw sequences of the calibration part that are not in `batches`, an EXAM-th as many.
 
-    Where the source cannot be read twice, or has no more, the last of `batches` serve, and a line says so.
+    Where the source cannot be read twice, or has no more, the last of `batches` serve, and a line says so. Raises
+    BadInput for token ids beyond the model's `vocabulary`.
     """
     wanted = -(-calibration.sequences(batches) // EXAM)
     found: list[Batch] = []
     if asked.data != "stdin":
         more = replace(asked, samples=asked.samples + 2 * wanted)
-        drawn = read_calibration(more, tokenizer, causal=causal, vocabulary=len(tokenizer), seed=seed + 1)
+        drawn = read_calibration(more, tokenizer, causal=causal, vocabulary=vocabulary, seed=seed + 1)
         found = calibration.without(drawn, batches, wanted)
     if not found:
         log.warning(
