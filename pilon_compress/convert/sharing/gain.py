@@ -11,7 +11,7 @@ from pilon_compress.convert.plan import BankPlan, trimmed
 from pilon_compress.convert.sharing.joint_fit import fit_components
 from pilon_compress.convert.sharing.objective import Band
 from pilon_compress.convert.sharing.selection import component_worth
-from pilon_compress.convert.solve.feed_forward import Dense
+from pilon_compress.convert.solve.feed_forward import Dense, FeedForward
 from pilon_compress.convert.solve.low_rank import Target
 from pilon_compress.models.families import Site
 from pilon_compress.nn.sizing import affordable
@@ -40,12 +40,12 @@ def measure(
 
     They change little with the numbers of neurons and components, so one size tells for all.
     """
-    down = next(site for site in members[0].sites if site.role == "down")
+    down = site_of(members[0], "down")
     wanted = down.d_in * ratio**TYPICAL
     neurons = min((count for count in members[0].counts if count), key=lambda count: abs(count - wanted), default=None)
-    found = {}
+    found, blocks = {}, [dense.read(member.layer) for member in members]
     for role in roles:
-        targets = targets_of(dense, members, role, neurons)
+        targets = _targets(blocks, members, role, neurons)
         d_in, d_out = targets[0].weight.shape
         most = min(d_in, d_out)
         own = max(1, affordable(ratio * site_of(members[0], role).parameters, 0, d_in + d_out, most))
@@ -69,18 +69,16 @@ def _curve(
     if not private > 0:
         return torch.ones(count, dtype=torch.float64)
     x, loss = fit_components(band, seed, sweeps)
-    tails = (
-        component_worth(band, x).double().sort(dim=1).values.cumsum(1).sum(0)
-    )  # lost with the weakest 1, 2, ... gone
+    tails = component_worth(band, x).double().sort(dim=1).values.cumsum(1).sum(0)  # without the weakest 1, 2, ...
     lost = torch.cat([tails.flip(0)[1:], tails.new_zeros(1)])
     return ((loss + lost) / private).clamp_min(0)
 
 
-def targets_of(dense: Dense, members: Sequence[Sizing], role: str, neurons: int | None) -> list[Target]:
+def _targets(blocks: Sequence[FeedForward], members: Sequence[Sizing], role: str, neurons: int | None) -> list[Target]:
     """Return the targets of one role in every layer of a band, in the unit of the allocation."""
     found = []
-    for member in members:
-        target = dense.read(member.layer).target(site_of(member, role), member.left(neurons))
+    for block, member in zip(blocks, members, strict=True):
+        target = block.target(site_of(member, role), member.left(neurons))
         assert target.gradient is not None
         found.append(replace(target, gradient=member.scale * target.gradient, gradient_root=None))
     return found

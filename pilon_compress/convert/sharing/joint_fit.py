@@ -4,9 +4,10 @@
     A (d_in, K)   B (K, d_out)   g (L, K), zero outside the primitives that layer l selects;   K = n·r
 
 It starts from the layers' own best factors side by side (g one-hot, the budget-matched private solution), a saddle
-that a little noise on g leaves quickly. L-BFGS over A and B, with g the best for them, goes on from there. Which
-primitives a layer may use is settled at the start; a layer that may use no more than its own is best as it is, by
-Eckart and Young. In the end the private start is returned instead if the fit is not better.
+that a little noise on g leaves quickly. L-BFGS over A and B, with g the best for them, goes on from there. At first
+every layer uses every component; half way each settles on the primitives that bring it most (`selection`). A layer that
+may use no more than its own is best as it is, by Eckart and Young. In the end the private start is returned instead if
+the fit is not better.
 """
 
 from collections.abc import Sequence
@@ -61,11 +62,9 @@ def fit_bank(
 def _joint(band: Band, start: Factors, seed: int, sweeps: int, tolerance: float) -> Factors:
     """Fit all components for all layers, settle what each layer uses, and fit those."""
     plan, everything = band.plan, torch.ones_like(start.active)
-    chooses = plan.top_k < plan.n_primitives
-    A, B = band.whitened(start.A, start.B)
-    x = _begin(band, A, B, everything, seed)
+    x = _begin(band, *band.whitened(start.A, start.B), everything, seed)
     budget = EVALUATIONS * max(1, sweeps)
-    if not chooses:
+    if plan.top_k == plan.n_primitives:
         return _grouped(band, _finish(band, _descend(band, x, everything, budget, tolerance), everything), seed)
     x = _descend(band, x, everything, budget // 2, tolerance)
     order, active = choose(band, x, seed)

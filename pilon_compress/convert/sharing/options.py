@@ -18,7 +18,7 @@ import numpy as np
 from pilon_compress.convert.allocate.budget import Sizing
 from pilon_compress.convert.allocate.options import Choice, rank_options
 from pilon_compress.convert.plan import down_of
-from pilon_compress.convert.sharing.gain import Gain, measure, narrow
+from pilon_compress.convert.sharing.gain import Gain, measure, narrow, site_of
 from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.elastic.knapsack import Menu, Option
 from pilon_compress.io.progress import track
@@ -138,14 +138,12 @@ def _alone(member: Sizing, site: Site, neurons: int | None, multiple: int | None
 def _banks(members: Sequence[Sizing], role: str, neurons: int | None, gain: Gain, multiple: int | None) -> list[Option]:
     """Banks of one role for all layers of a band: as many components as ranks of their own would be, or fewer."""
     layers, small = len(members), narrow(members[0], role, neurons)
-    tails = [_tail(m, _name(m, role), neurons) for m in members]
     pair, full = small.d_in + small.d_out, small.d_in * small.d_out
     found = []
-    ranks = [
-        option.what for option in rank_options(members[0].savings[_name(members[0], role)][neurons], small, multiple)
-    ]
-    for own in (rank for rank in ranks if isinstance(rank, int)):
-        private = sum(float(tail[own]) for tail in tails)
+    for alone in zip(*(_alone(member, site_of(member, role), neurons, multiple) for member in members), strict=True):
+        own, private = alone[0].what, sum(option.loss for option in alone)  # the same rank in every layer
+        if not isinstance(own, int):
+            continue
         rank = multiple or next(r for r in RANKS if r == 1 or own * layers % r == 0 and own * layers // r >= PRIMITIVES)
         if own * layers % rank:
             continue
@@ -163,14 +161,3 @@ def _banks(members: Sequence[Sizing], role: str, neurons: int | None, gain: Gain
                 )
             )
     return found
-
-
-def _name(member: Sizing, role: str) -> str:
-    return next(site.name for site in member.sites if site.role == role)
-
-
-def _tail(member: Sizing, name: str, neurons: int | None) -> np.ndarray:
-    """Loss of private factors by rank (m + 1,), in the unit of the allocation."""
-    saved = member.savings[name][neurons]
-    tail = saved.flip(0).cumsum(0).flip(0)
-    return np.asarray(member.scale * np.pad(tail.cpu().numpy(), (0, 1)))
