@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 import pilon_compress as pc
 from pilon_compress.elastic import cut as cuts
 from pilon_compress.elastic.worth import FILE
-from pilon_compress.nn.layout import layout_of
+from pilon_compress.nn.installed import layout_of
 from pilon_compress.nn.size import ffn_size
 
 WINDOW, WINDOWS = 512, 32  # of a language model's evaluation

@@ -29,7 +29,7 @@ from pilon_compress.evaluate import evaluate
 from pilon_compress.models import checkpoint
 from pilon_compress.models.source import Source
 from pilon_compress.nn.formats.registry import grids
-from pilon_compress.nn.layout import layout_of
+from pilon_compress.nn.installed import layout_of
 from pilon_compress.nn.size import ffn_size
 
 ENCODER = {"calibration": {"data": "stdlib:docstrings", "samples": 800}, "evaluation": {"data": "stdlib:topics"}}

@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, which loads them when they ar
     from pilon_compress.config.model import FfnConfig as FfnConfig
     from pilon_compress.config.model import HostConfig as HostConfig
     from pilon_compress.config.model import TernaryConfig as TernaryConfig
-    from pilon_compress.config.training import HealConfig as HealConfig
-    from pilon_compress.config.training import TrainConfig as TrainConfig
+    from pilon_compress.config.training_calls import HealConfig as HealConfig
+    from pilon_compress.config.training_calls import TrainConfig as TrainConfig
     from pilon_compress.config.training_sections import OptimizerConfig as OptimizerConfig
     from pilon_compress.config.training_sections import ScheduleConfig as ScheduleConfig
     from pilon_compress.errors import BadInput as BadInput
@@ -50,8 +50,8 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, which loads them when they ar
     from pilon_compress.nn.bank import PrimitiveBank as PrimitiveBank
     from pilon_compress.nn.composed_linear import ComposedLinear as ComposedLinear
     from pilon_compress.nn.fold import fold as fold
+    from pilon_compress.nn.install import install as install
     from pilon_compress.nn.layout import Layout as Layout
-    from pilon_compress.nn.layout import install as install
     from pilon_compress.results.benchmark import Benchmark as Benchmark
     from pilon_compress.results.comparison import Comparison as Comparison
     from pilon_compress.results.conversion import Report as Report
@@ -84,8 +84,8 @@ _PUBLIC = {  # public name -> module
     "RefineConfig": "config.conversion",
     "EvaluateConfig": "config.evaluation",
     "CompareConfig": "config.comparison",
-    "HealConfig": "config.training",
-    "TrainConfig": "config.training",
+    "HealConfig": "config.training_calls",
+    "TrainConfig": "config.training_calls",
     "HostConfig": "config.model",
     "FfnConfig": "config.model",
     "TernaryConfig": "config.model",
@@ -106,7 +106,7 @@ _PUBLIC = {  # public name -> module
     "ComposedLinear": "nn.composed_linear",
     "PrimitiveBank": "nn.bank",
     "Layout": "nn.layout",
-    "install": "nn.layout",
+    "install": "nn.install",
     "fold": "nn.fold",
     "find_sites": "models.families",
 }

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import pilon_compress as pc
-from pilon_compress.nn.layout import layout_of
+from pilon_compress.nn.installed import layout_of
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 TEXTS = [

@@ -14,7 +14,10 @@ from pilon_compress.errors import BadInput
 from pilon_compress.export.save import save_model
 from pilon_compress.kernels import cpu, dispatch
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import BankSpec, DenseSpec, Layout, ProjectionSpec, install, projections
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import projections
+from pilon_compress.nn.layout import Layout
+from pilon_compress.nn.specs import BankSpec, DenseSpec, ProjectionSpec
 
 BLOCK = {"dense_bf16", "dense_int8", "dense_ternary", "pilon_fp32", "pilon_bf16", "pilon_int8", "pilon_ternary"}
 

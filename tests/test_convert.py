@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from pilon_compress.nn.layout import layout_of
+from pilon_compress.nn.installed import layout_of
 
 
 def prose(start, count):

@@ -13,7 +13,8 @@ from pilon_compress.data import token_files
 from pilon_compress.errors import BadInput
 from pilon_compress.io.journal import Journal
 from pilon_compress.models import provenance
-from pilon_compress.nn.layout import BankSpec, DenseSpec, Layout, ProjectionSpec
+from pilon_compress.nn.layout import Layout
+from pilon_compress.nn.specs import BankSpec, DenseSpec, ProjectionSpec
 from pilon_compress.optimize.checkpoints import Checkpoints
 from pilon_compress.parallel import World
 

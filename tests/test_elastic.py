@@ -12,7 +12,7 @@ from pilon_compress.config import conversion
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.elastic.factors import compensated, factorise
 from pilon_compress.elastic.worth import FILE, read
-from pilon_compress.nn.layout import layout_of
+from pilon_compress.nn.installed import layout_of
 from pilon_compress.nn.size import ffn_size
 
 TEXT = "\n\n".join(

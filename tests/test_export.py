@@ -10,7 +10,9 @@ from pilon_compress.export.run import export, target_table
 from pilon_compress.export.save import save_model
 from pilon_compress.models.families import find_sites
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import BankSpec, Layout, ProjectionSpec, install
+from pilon_compress.nn.install import install
+from pilon_compress.nn.layout import Layout
+from pilon_compress.nn.specs import BankSpec, ProjectionSpec
 from pilon_compress.results.export import Exported
 
 

@@ -18,7 +18,8 @@ from pilon_compress.models import checkpoint
 from pilon_compress.models.architectures.registry import ARCHITECTURES
 from pilon_compress.models.base_architectures import config_for
 from pilon_compress.models.families import find_sites
-from pilon_compress.nn.layout import Layout, layout_of
+from pilon_compress.nn.installed import layout_of
+from pilon_compress.nn.layout import Layout
 from pilon_compress.plugins import import_file
 from pilon_compress.train.pipeline import train_model
 

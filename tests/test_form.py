@@ -14,7 +14,10 @@ from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import COMPOSITIONS, ComposedLinear
 from pilon_compress.nn.fold import dense, factors, fold, prune_unused
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import BankSpec, Layout, ProjectionSpec, banks, install, layout_of, projections
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import banks, layout_of, projections
+from pilon_compress.nn.layout import Layout
+from pilon_compress.nn.specs import BankSpec, ProjectionSpec
 
 
 def composed(composition="component", latent=True, dtype=torch.float64, n=5, r=3, k=2, d_in=7, d_out=6):

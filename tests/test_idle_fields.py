@@ -3,7 +3,7 @@
 import pytest
 
 from pilon_compress.config import training
-from pilon_compress.config.training import TrainConfig
+from pilon_compress.config.training_calls import TrainConfig
 from pilon_compress.errors import BadInput
 
 HEAL = ("task=heal", "start=converted")

@@ -19,8 +19,9 @@ from pilon_compress.kernels import cpu, reference
 from pilon_compress.models.checkpoint import load_model
 from pilon_compress.models.families import find_sites
 from pilon_compress.nn.init import initialise
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import layout_of
 from pilon_compress.nn.int8 import Int8Embedding, Int8Head, Int8Linear, find, to_int8
-from pilon_compress.nn.layout import install, layout_of
 from pilon_compress.nn.size import model_size
 from pilon_compress.train.preflight import check
 

@@ -22,7 +22,8 @@ from pilon_compress.models.families import find_sites
 from pilon_compress.nn.fold import fold, prune_unused
 from pilon_compress.nn.formats.registry import grids
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import banks, dense_matrices, install, layout_of, projections
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import banks, dense_matrices, layout_of, projections
 from pilon_compress.nn.size import ffn_size, model_size
 
 KINDS = ("int8", "int4", "int3", "int2")

@@ -23,7 +23,9 @@ from pilon_compress.export.run import export
 from pilon_compress.export.save import save_model
 from pilon_compress.models.families import FAMILIES, find_sites
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import Layout, dense_matrices, install, layout_of, projections
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import dense_matrices, layout_of, projections
+from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import model_size
 
 ENCODERS = ("bert", "roberta", "distilbert")

@@ -20,7 +20,9 @@ from pilon_compress.models.families import find_sites
 from pilon_compress.nn.fold import fold, foldable
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import Layout, install, layout_of, neuron_banks, neuron_blocks, neuron_projections
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import layout_of, neuron_banks, neuron_blocks, neuron_projections
+from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.neuron_bank import NeuronBank
 from pilon_compress.nn.neuron_linear import fill_block, has_scale, neuron_block
 from pilon_compress.nn.size import ffn_size

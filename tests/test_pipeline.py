@@ -8,7 +8,7 @@ from pilon_compress.config.conversion import build
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.evaluate.inspect import anatomy
 from pilon_compress.models.families import FAMILIES
-from pilon_compress.nn.layout import dense_matrices, projections
+from pilon_compress.nn.installed import dense_matrices, projections
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 PROSE = "\n\n".join(

@@ -16,8 +16,11 @@ from pilon_compress.models.forward import run_base
 from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.source import Source
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import BankSpec, Layout, ProjectionSpec, banks, install, projections
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import banks, projections
+from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.rescale import rescale_banks
+from pilon_compress.nn.specs import BankSpec, ProjectionSpec
 from pilon_compress.optimize.loop import RESTARTS
 
 FEED_FORWARD = {

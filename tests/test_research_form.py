@@ -17,7 +17,9 @@ from pilon_compress.models import checkpoint
 from pilon_compress.models.families import find_sites
 from pilon_compress.nn.fold import fold
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import Layout, install, layout_of, projections
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import layout_of, projections
+from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.size import model_size
 from pilon_compress.optimize.optimizers import group_parameters
 

@@ -18,17 +18,10 @@ from pilon_compress.models import checkpoint
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.fold import dense
 from pilon_compress.nn.formats.ternary import TernaryBank, TernaryLinear
-from pilon_compress.nn.layout import (
-    BankSpec,
-    DenseSpec,
-    Layout,
-    ProjectionSpec,
-    banks,
-    dense_matrices,
-    install,
-    layout_of,
-    projections,
-)
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import banks, dense_matrices, layout_of, projections
+from pilon_compress.nn.layout import Layout
+from pilon_compress.nn.specs import BankSpec, DenseSpec, ProjectionSpec
 from pilon_compress.train.pipeline import train_model
 from pilon_compress.train.ternary.blocks import BlockFit, fit_blocks
 from pilon_compress.train.ternary.initialise import equalise_components, refit_composition, refit_scale, ternarise

@@ -14,7 +14,8 @@ from pilon_compress.distill.losses import next_token_sum
 from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures, checkpoint, layouts
 from pilon_compress.models.families import find_sites
-from pilon_compress.nn.layout import install, layout_of, projections
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import layout_of, projections
 from pilon_compress.nn.size import ffn_size
 from pilon_compress.optimize import schedule
 from pilon_compress.optimize.optimizers import GROUPS, Muon, group_parameters, make_optimizers, orthogonalised, restrict

@@ -7,7 +7,7 @@ from pilon_compress.config import training
 from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.layout import banks, layout_of, projections
+from pilon_compress.nn.installed import banks, layout_of, projections
 from pilon_compress.optimize.optimizers import group_parameters, make_optimizers
 from pilon_compress.research.original.moving_linear import settle, staged
 from pilon_compress.research.original.selection import SelectionSchedule, stage

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pilon_compress.config import training
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.fold import prune_unused
-from pilon_compress.nn.layout import banks, projections
+from pilon_compress.nn.installed import banks, projections
 from pilon_compress.optimize.monitor import read_metrics
 from pilon_compress.train.pipeline import train_model
 

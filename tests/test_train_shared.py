@@ -14,7 +14,7 @@ from pilon_compress.config.model import FfnConfig, HostConfig
 from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures, checkpoint, layouts
 from pilon_compress.models.families import find_sites
-from pilon_compress.nn.layout import neuron_banks, neuron_blocks, projections
+from pilon_compress.nn.installed import neuron_banks, neuron_blocks, projections
 from pilon_compress.nn.size import ffn_size
 from pilon_compress.nn.sizing import MET
 from pilon_compress.nn.usage import shared_primitives

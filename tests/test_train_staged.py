@@ -6,7 +6,7 @@ import torch
 from pilon_compress.config import training
 from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures
-from pilon_compress.nn.layout import banks, projections
+from pilon_compress.nn.installed import banks, projections
 from pilon_compress.optimize.callbacks import extensions
 from pilon_compress.optimize.optimizers import make_optimizers
 from pilon_compress.research.original.moving_linear import settle, staged

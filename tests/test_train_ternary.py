@@ -16,7 +16,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures
 from pilon_compress.nn.additions import added
 from pilon_compress.nn.formats.ternary import TernaryBank, TernaryLinear
-from pilon_compress.nn.layout import banks, dense_matrices, layout_of, projections
+from pilon_compress.nn.installed import banks, dense_matrices, layout_of, projections
 from pilon_compress.nn.size import ffn_size
 from pilon_compress.optimize.callbacks import extensions
 from pilon_compress.optimize.monitor import read_metrics

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import pilon_compress  # noqa: F401  registers the format
 from pilon_compress.config import training
 from pilon_compress.errors import BadInput
-from pilon_compress.nn.layout import layout_of
+from pilon_compress.nn.installed import layout_of
 from pilon_compress.train.dense_warmup import stages
 from pilon_compress.train.pipeline import train_model
 

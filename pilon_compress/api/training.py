@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress.api.context import ModelLike, Texts, calling, device_of
 from pilon_compress.api.conversion import load
-from pilon_compress.config.training import HealConfig, TrainConfig, TrainRecipe
+from pilon_compress.config.training import TrainRecipe
+from pilon_compress.config.training_calls import HealConfig, TrainConfig
 from pilon_compress.data.memory import hold as hold_texts
 from pilon_compress.errors import BadInput
 from pilon_compress.models.in_memory import hold, hold_or_none

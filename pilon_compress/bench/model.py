@@ -16,8 +16,9 @@ from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
+from pilon_compress.nn.installed import layout_of
 from pilon_compress.nn.kernel_names import kernel_names
-from pilon_compress.nn.layout import BANKS, layout_of
+from pilon_compress.nn.layout import BANKS
 from pilon_compress.results.benchmark import Benchmark
 
 

@@ -25,7 +25,8 @@ from pilon_compress.models import checkpoint
 from pilon_compress.models.families import find_sites
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.fold import fold
-from pilon_compress.nn.layout import BANKS, dense_matrices, projections
+from pilon_compress.nn.installed import dense_matrices, projections
+from pilon_compress.nn.layout import BANKS
 
 
 class TernaryProjection(nn.Module):

@@ -8,7 +8,7 @@ from pilon_compress.convert.prepare import ConversionJob
 from pilon_compress.data.batch import Batch
 from pilon_compress.models.source import Source
 from pilon_compress.nn.formats.registry import grids
-from pilon_compress.nn.layout import layout_of
+from pilon_compress.nn.installed import layout_of
 from pilon_compress.nn.size import ffn_size
 from pilon_compress.plugins import Registry
 from pilon_compress.report.methods import METHODS, REFERENCES, Curve, Method, PlotStyle, reference

@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from pilon_compress.config import reading, strict_yaml
 from pilon_compress.config.conflicts import Context, Table, refuse_conflicts, refused, without_effect
 from pilon_compress.config.fields import Device, DType
-from pilon_compress.config.flat import Flat, arranged
 from pilon_compress.config.model import FfnConfig, HostConfig, TernaryConfig, ffn_conflicts
 from pilon_compress.config.option import RUNNING, Option, Options
 from pilon_compress.config.ratio import Parts
@@ -20,14 +19,9 @@ from pilon_compress.config.training_sections import (
     WHAT,
     Data,
     Distill,
-    Length,
     Optimizer,
-    OptimizerConfig,
-    Rate,
     Run,
     Schedule,
-    ScheduleConfig,
-    Sequences,
 )
 
 Task = Literal["pretrain", "heal", "sft"]
@@ -231,51 +225,6 @@ def idle(recipe: TrainRecipe) -> list[str]:
     for field, message in without_effect(recipe, FORM):
         found.setdefault(message, []).append(field)
     return [f"{', '.join(fields)}: {message}" for message, fields in found.items()]
-
-
-class HealConfig(Flat, Distill, Run, Sequences, Length, Rate, Progressive, General):
-    """The healing of a converted model as Python programs ask for it: the fields of a recipe, most of them flat.
-
-    Fields that are not set have the defaults of healing. Raises BadInput for an unknown field, a value that is out of
-    range, and fields that exclude each other.
-    """
-
-    ternary: TernaryConfig = TernaryConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-
-    @model_validator(mode="after")
-    def _every_option_counts(self) -> "HealConfig":
-        self.recipe("model")
-        return self
-
-    def recipe(self, start: str, teacher: str | None = None, **data: str | None) -> TrainRecipe:
-        """Return the recipe that heals `start`; `data`: text sources, as fields of the section."""
-        return arranged(self, TrainRecipe, {"task": "heal", "start": start, "teacher": teacher}, {"data": data})
-
-
-class TrainConfig(Flat, Run, Sequences, Length, Rate, General):
-    """A training from scratch, or on chats, as Python programs ask for it: the fields of a recipe, most of them flat.
-
-    Raises BadInput for an unknown field, a value that is out of range, and fields that exclude each other.
-    """
-
-    host: HostConfig = HostConfig()
-    ffn: FfnConfig = FfnConfig()
-    ternary: TernaryConfig = TernaryConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-
-    @model_validator(mode="after")
-    def _every_option_counts(self) -> "TrainConfig":
-        self.recipe(None if self.chat_template is None else "model")
-        return self
-
-    def recipe(self, start: str | None, tokenizer: str | None = None, **data: str | None) -> TrainRecipe:
-        """Return the recipe that trains from scratch, or `start` on chats; `data`: text sources, as in the section."""
-        given: dict[str, dict[str, str | None]] = {"data": data, "host": {"tokenizer": tokenizer}}
-        fixed = {"task": "pretrain" if start is None else "sft", "start": start}
-        return arranged(self, TrainRecipe, fixed, given)
 
 
 def load(name_or_path: str, overrides: Sequence[str | Override] = ()) -> TrainRecipe:

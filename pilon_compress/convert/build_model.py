@@ -14,7 +14,8 @@ from pilon_compress.convert.solve.solved import Solved
 from pilon_compress.models.source import Source
 from pilon_compress.nn.fold import prune_unused
 from pilon_compress.nn.formats.registry import FORMATS
-from pilon_compress.nn.layout import banks, install
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import banks
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ from pilon_compress.models.companions import companions_of
 from pilon_compress.models.in_memory import copy_of, held_model
 from pilon_compress.models.source import Source, available, open_source
 from pilon_compress.models.stream_check import check_stream
-from pilon_compress.nn.layout import layout_of
+from pilon_compress.nn.installed import layout_of
 from pilon_compress.nn.usage import shared_primitives
 from pilon_compress.report import conversion_page
 from pilon_compress.report.card import conversion_card

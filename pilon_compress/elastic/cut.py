@@ -16,7 +16,8 @@ from pilon_compress.elastic.knapsack import Option, choose, pareto
 from pilon_compress.elastic.worth import BlockWorth, check_keep
 from pilon_compress.errors import BadInput
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.layout import Host, Layout, layout_of
+from pilon_compress.nn.installed import layout_of
+from pilon_compress.nn.layout import Host, Layout
 from pilon_compress.nn.size import ffn_size
 
 STEP, LARGE = 8, 256  # neurons go by so many at a time in blocks of at least so many

@@ -16,15 +16,9 @@ from pilon_compress.models import checkpoint
 from pilon_compress.models.families import family_of
 from pilon_compress.nn.additions import addition
 from pilon_compress.nn.fold import dense
-from pilon_compress.nn.layout import (
-    BANKS,
-    Layout,
-    dense_matrices,
-    layout_of,
-    linear_shape,
-    neuron_projections,
-    projections,
-)
+from pilon_compress.nn.installed import dense_matrices, layout_of, neuron_projections, projections
+from pilon_compress.nn.layout import BANKS, Layout
+from pilon_compress.nn.part import linear_shape
 from pilon_compress.results.export import Exported
 
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")  # what configs call the neurons of a block

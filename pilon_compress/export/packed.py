@@ -15,16 +15,9 @@ from pilon_compress.models.provenance import lineage
 from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.formats.registry import FORMATS, Format
+from pilon_compress.nn.installed import banks, dense_matrices, label_parts, layout_of, neuron_banks, projections
 from pilon_compress.nn.int8 import to_int8
-from pilon_compress.nn.layout import (
-    BANKS,
-    banks,
-    dense_matrices,
-    label_parts,
-    layout_of,
-    neuron_banks,
-    projections,
-)
+from pilon_compress.nn.layout import BANKS
 from pilon_compress.nn.size import ffn_size, model_size
 from pilon_compress.report.card import packed_card
 from pilon_compress.results.export import Exported

@@ -14,7 +14,7 @@ from pilon_compress.io.folders import fresh_folder
 from pilon_compress.models import checkpoint
 from pilon_compress.models.companions import companions_of
 from pilon_compress.models.quiet import quiet_transformers
-from pilon_compress.nn.layout import layout_of, stored_types
+from pilon_compress.nn.installed import layout_of, stored_types
 
 MODELING_FILE = "modeling_pilon.py"  # of a self-contained folder
 

@@ -16,7 +16,8 @@ from pilon_compress.export.bundle import bundle
 from pilon_compress.export.registry import ExportJob, exporter
 from pilon_compress.export.save import MODELING_FILE, save_beside
 from pilon_compress.nn.formats.registry import FORMATS
-from pilon_compress.nn.layout import Layout, layout_of
+from pilon_compress.nn.installed import layout_of
+from pilon_compress.nn.layout import Layout
 from pilon_compress.results.export import Exported
 
 HEADER = '''"""PILON for transformers, bundled by pilon-compress so that this folder loads without the package:

@@ -26,7 +26,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pilon_compress.elastic.worth import FILE, HOW, check_keep, read
 from pilon_compress.io.checksum import damage
-from pilon_compress.nn.layout import Host, Layout, install, layout_of, parts, stored_types
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import layout_of, parts, stored_types
+from pilon_compress.nn.layout import Host, Layout
 
 VERIFY = "PILON_VERIFY"  # environment: compare every file with its checksum when a model is loaded
 KEEP = "keep"  # field of an elastic file's config.json: the share of its numbers to load

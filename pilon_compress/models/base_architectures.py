@@ -16,7 +16,9 @@ from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.architectures.registry import ARCHITECTURES
 from pilon_compress.nn.init import initialise
-from pilon_compress.nn.layout import Layout, install, neuron_projections
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import neuron_projections
+from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.neuron_bank import Selection
 from pilon_compress.nn.stored import stored_layout
 

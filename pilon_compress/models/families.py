@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from pilon_compress.errors import BadInput
 from pilon_compress.models.blocks import blocks
 from pilon_compress.models.task import text_config
-from pilon_compress.nn.layout import linear_shape
+from pilon_compress.nn.part import linear_shape
 from pilon_compress.plugins import Registry
 
 

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pilon_compress.data.memory import SCHEME
 from pilon_compress.errors import BadInput
-from pilon_compress.nn.layout import layout_of, stored_types
+from pilon_compress.nn.installed import layout_of, stored_types
 from pilon_compress.results.conversion import Report
 
 RECORD = "_pilon_record"  # attribute of a model

@@ -5,15 +5,8 @@ from torch import Tensor, nn
 
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.layout import (
-    BANKS,
-    Host,
-    banks,
-    dense_matrices,
-    neuron_banks,
-    neuron_projections,
-    projections,
-)
+from pilon_compress.nn.installed import banks, dense_matrices, neuron_banks, neuron_projections, projections
+from pilon_compress.nn.layout import BANKS, Host
 
 
 def pair_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:

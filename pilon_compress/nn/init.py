@@ -2,7 +2,8 @@
 
 import torch
 
-from pilon_compress.nn.layout import Host, dense_matrices, neuron_banks, neuron_projections, projections
+from pilon_compress.nn.installed import dense_matrices, neuron_banks, neuron_projections, projections
+from pilon_compress.nn.layout import Host
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Part:
@@ -87,3 +87,13 @@ class LatentPart:
     def codes(self) -> Tensor:
         """Return every code as it stands, int8, in one row; whole on every process."""
         raise NotImplementedError
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of an nn.Linear, a GPT-2 Conv1D (whose weight is stored (in, out)) or a projection of ours."""
+    if isinstance(module, nn.Linear | Projection):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D":
+        d_in, d_out = module.get_parameter("weight").shape
+        return d_in, d_out
+    raise ValueError(f"{type(module).__name__} is not a linear projection")

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.layout import banks, projections
+from pilon_compress.nn.installed import banks, projections
 
 
 @torch.no_grad()

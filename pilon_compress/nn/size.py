@@ -7,8 +7,9 @@ from transformers import PreTrainedModel
 
 from pilon_compress.nn.additions import addition
 from pilon_compress.nn.formats.registry import FORMATS
-from pilon_compress.nn.layout import Layout, linear_shape
+from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.neuron_linear import biased_outputs
+from pilon_compress.nn.part import linear_shape
 from pilon_compress.results.sizes import Share, Sizes
 
 DENSE_ITEMSIZE = 2  # `dense_bytes` is the dense model in bfloat16, whatever it was stored in

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pilon_compress.nn.layout import projections
+from pilon_compress.nn.installed import projections
 from pilon_compress.nn.neuron_linear import NeuronLinear
 
 

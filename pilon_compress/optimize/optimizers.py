@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pilon_compress.config.training_sections import Optimizer
-from pilon_compress.nn.layout import banks, dense_matrices, neuron_banks, neuron_projections, projections
+from pilon_compress.nn.installed import banks, dense_matrices, neuron_banks, neuron_projections, projections
 from pilon_compress.nn.part import Part
 from pilon_compress.nn.sharded import full
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pilon_compress.evaluate.bank_usage import describe
-from pilon_compress.nn.layout import banks, projections
+from pilon_compress.nn.installed import banks, projections
 from pilon_compress.nn.part import LatentPart
 from pilon_compress.nn.sharded import full
 from pilon_compress.optimize.callbacks import Callback

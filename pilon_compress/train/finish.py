@@ -22,7 +22,8 @@ from pilon_compress.models import checkpoint
 from pilon_compress.models.companions import companions_of
 from pilon_compress.models.provenance import lineage
 from pilon_compress.nn.fold import prune_unused
-from pilon_compress.nn.layout import install, layout_of, projections
+from pilon_compress.nn.install import install
+from pilon_compress.nn.installed import layout_of, projections
 from pilon_compress.nn.sharded import full
 from pilon_compress.nn.usage import shared_primitives
 from pilon_compress.optimize.loop import validation_loss

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.layout import banks, projections
+from pilon_compress.nn.installed import banks, projections
 from pilon_compress.optimize.callbacks import Callback
 
 

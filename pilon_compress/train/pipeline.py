@@ -38,7 +38,7 @@ from pilon_compress.models.companions import companions_of
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.limits import longest_input
 from pilon_compress.models.task import vocabulary
-from pilon_compress.nn.layout import layout_of, projections
+from pilon_compress.nn.installed import layout_of, projections
 from pilon_compress.nn.size import linear_macs, model_size
 from pilon_compress.optimize import schedule
 from pilon_compress.optimize.callbacks import Callback, extensions

@@ -5,8 +5,7 @@ from typing import Any
 from torch import nn
 
 from pilon_compress.nn.additions import Addition, mark, register
-from pilon_compress.nn.layout import linear_shape
-from pilon_compress.nn.part import Projection
+from pilon_compress.nn.part import Projection, linear_shape
 
 EPS = 1e-6
 

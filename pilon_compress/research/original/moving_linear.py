@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.layout import projections
+from pilon_compress.nn.installed import projections
 from pilon_compress.nn.sharded import full
 
 BUFFERS = ("selected", "mask", "components", "open")

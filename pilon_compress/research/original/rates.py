@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pilon_compress.errors import BadInput
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.layout import banks, projections
+from pilon_compress.nn.installed import banks, projections
 from pilon_compress.nn.sharded import full
 from pilon_compress.optimize.callbacks import Callback
 from pilon_compress.research.original.moving_linear import StagedLinear

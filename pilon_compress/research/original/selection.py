@@ -18,7 +18,7 @@ from torch import Tensor
 from pilon_compress.errors import BadInput
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.layout import projections
+from pilon_compress.nn.installed import projections
 from pilon_compress.optimize.callbacks import Callback
 from pilon_compress.optimize.schedule import fade
 from pilon_compress.research.original.moving_linear import StagedLinear, staged

@@ -26,7 +26,7 @@ from pilon_compress.io.disk import atomic_file
 from pilon_compress.kernels.reference import LEAST
 from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.source import Source
-from pilon_compress.nn.layout import projections
+from pilon_compress.nn.installed import projections
 from pilon_compress.nn.part import LatentPart
 from pilon_compress.optimize import schedule
 from pilon_compress.optimize.loop import Stopped

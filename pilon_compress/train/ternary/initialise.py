@@ -22,7 +22,8 @@ from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.fold import factors
 from pilon_compress.nn.formats.registry import FORMATS
-from pilon_compress.nn.layout import BANKS, banks, dense_matrices, layout_of, projections
+from pilon_compress.nn.installed import banks, dense_matrices, layout_of, projections
+from pilon_compress.nn.layout import BANKS
 from pilon_compress.nn.ternary_quantizer import restored
 
 RIDGE = 1e-4  # of the mean diagonal: pulls towards what a composition was
