@@ -1,8 +1,8 @@
 """Give a block of the dense model another forward pass, without another name for any of its parts."""
 
-from functools import cache
-
 from torch import nn
+
+_MADE: dict[tuple[type, type], type] = {}  # by the block's own class and the mixin
 
 
 def extend(block: nn.Module, mixin: type) -> None:
@@ -10,9 +10,7 @@ def extend(block: nn.Module, mixin: type) -> None:
 
     Names of parameters stay, so a checkpoint's do, too; FSDP2 changes classes in the same way, and the two combine.
     """
-    block.__class__ = _extended(type(block), mixin)
-
-
-@cache
-def _extended(own: type, mixin: type) -> type:
-    return type(f"{mixin.__name__}{own.__name__}", (mixin, own), {"__module__": mixin.__module__})
+    own = type(block)
+    if (own, mixin) not in _MADE:
+        _MADE[own, mixin] = type(f"{mixin.__name__}{own.__name__}", (mixin, own), {"__module__": mixin.__module__})
+    block.__class__ = _MADE[own, mixin]
