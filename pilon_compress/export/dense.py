@@ -28,6 +28,8 @@ def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | N
     """Say why `model` has no dense form; None if it has one."""
     if layout_of(model).rest:
         return "is in int8 throughout: export the model that it was packed from"
+    if layout_of(model).exits:
+        return "has exit gates, which no dense model has: export the model that they were added to"
     if _adds_biases(layout_of(model)) and not hasattr(model.config, "mlp_bias"):
         return f"has biases before its activations, for which {type(model).__name__} has no place"
     additions = [addition(name, kind) for name, kind, _ in layout_of(model).additions()]

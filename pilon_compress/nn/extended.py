@@ -14,3 +14,11 @@ def extend(block: nn.Module, mixin: type) -> None:
     if (own, mixin) not in _MADE:
         _MADE[own, mixin] = type(f"{mixin.__name__}{own.__name__}", (mixin, own), {"__module__": mixin.__module__})
     block.__class__ = _MADE[own, mixin]
+
+
+def retract(block: nn.Module, mixin: type) -> None:
+    """Undo `extend`. Raises ValueError for a block that was not extended by `mixin`, or by another mixin after it."""
+    first, *rest = type(block).__bases__
+    if first is not mixin:
+        raise ValueError(f"{type(block).__name__} is no block whose last extension is {mixin.__name__}")
+    block.__class__ = rest[0]

@@ -7,6 +7,7 @@ from torch import nn
 
 from pilon_compress.nn.additions import add
 from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.exits import ExitGate, add_gate
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.installed import label_parts
 from pilon_compress.nn.int8 import install_int8
@@ -46,6 +47,8 @@ def install(model: Host, layout: Layout) -> Host:
     setattr(base, BANKS, _tree(banks))
     for name, kind, place in layout.additions():
         add(banks[place] if place in banks else base.get_submodule(place), name, kind)
+    for name, gate in layout.exits.items():
+        add_gate(base.get_submodule(name), ExitGate(gate.d, gate.threshold, gate.substitute))
     install_int8(model, layout.rest)
     label_parts(model)
     no_split = getattr(base, "_no_split_modules", None)

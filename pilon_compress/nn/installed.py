@@ -8,6 +8,7 @@ import torch
 from pilon_compress.nn.additions import added, addition
 from pilon_compress.nn.bank import PrimitiveBank, banks_in
 from pilon_compress.nn.composed_linear import ComposedLinear
+from pilon_compress.nn.exits import gated_blocks
 from pilon_compress.nn.int8 import installed
 from pilon_compress.nn.layout import BANKS, Host, Layout
 from pilon_compress.nn.neuron_bank import NeuronBank
@@ -110,7 +111,8 @@ def layout_of(model: Host) -> Layout:
     }
     layers = [*projections(model), *dense_matrices(model), *neuron_projections(model)]
     host = {name: layer.host_shape for name, layer in layers if layer.host_shape != linear_shape(layer)}
-    layout = Layout(specs, composed, matrices, host, installed(model), {}, stores, neurons)
+    exits = {name: block.exit_gate.spec for name, block in gated_blocks(model)}
+    layout = Layout(specs, composed, matrices, host, installed(model), {}, stores, neurons, exits)
     for name, research, kind in ((name, *one) for name, module in (*banks(model), *layers) for one in added(module)):
         layout = layout.with_addition(research, kind, [name])
     return layout

@@ -11,6 +11,7 @@ from pilon_compress.nn.neuron_linear import has_scale
 from pilon_compress.nn.specs import (
     BankSpec,
     DenseSpec,
+    ExitSpec,
     NeuronBankSpec,
     NeuronSpec,
     ProjectionSpec,
@@ -32,6 +33,7 @@ PARTS = {
     "kept": ("matrices", DenseSpec),
     "neuron_banks": ("neuron_banks", NeuronBankSpec),
     "neurons": ("neurons", NeuronSpec),
+    "exits": ("exits", ExitSpec),
 }
 ALWAYS = ("banks", "projections", "kept")  # keys that are written even where they are empty
 
@@ -40,7 +42,8 @@ ALWAYS = ("banks", "projections", "kept")  # keys that are written even where th
 class Layout:
     """Banks by name (`band0.up`); projections and dense matrices by module name below the base model (`h.0.mlp.c_fc`).
 
-    `neuron_banks` by name (`band0`), `neurons`: the projections that use them.
+    `neuron_banks` by name (`band0`), `neurons`: the projections that use them. `exits`: gates by module name of their
+    feed-forward block (`h.0.mlp`).
     `host`: (d_in, d_out) of the host model's projection, for those that lost inputs or outputs with the neurons of
     their block. The up, gate and down projections of one block agree on the neurons that are left. `rest`: what else
     is in 8 bits, as `form.int8` names it. `research`: banks and projections by research module and kind of addition,
@@ -55,6 +58,7 @@ class Layout:
     research: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     neuron_banks: dict[str, NeuronBankSpec] = field(default_factory=dict)
     neurons: dict[str, NeuronSpec] = field(default_factory=dict)
+    exits: dict[str, ExitSpec] = field(default_factory=dict)
 
     @property
     def replaced(self) -> list[str]:
@@ -136,6 +140,9 @@ class Layout:
                 raise ValueError(f"{name} is both composed and dense")
         for name, one in self.neurons.items():
             self._check_neurons(name, one)
+        for name in self.exits:
+            if not any(one.startswith(f"{name}.") for one in self.replaced):
+                raise ValueError(f"the layout has an exit gate for {name!r}, of which it replaces no projection")
         for name in self.host:
             if name not in self.replaced:
                 raise ValueError(f"the layout's host names {name!r}, which it does not replace")

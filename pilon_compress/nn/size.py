@@ -64,10 +64,8 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
         indices += 0 if user.composition == "softmax" else user.top_k
         scales += user.top_k * width + _added(layout, name, exact=True)
         numbers += _added(layout, name)
-        inner = kind.computed(user.top_k * spec.rank)
         d_in, d_out = layout.host_shape(name)
-        pair = inner * (spec.d_in + kind.computed(spec.d_out))
-        macs += min(pair, spec.d_in * spec.d_out) if kind.multiple == 1 else pair
+        macs += projection_macs(layout, name)
         dense += d_in * d_out + user.bias * d_out
         dense_macs += d_in * d_out
     size = spec.n_primitives * sum(kind.matrix_bytes(d, spec.rank, itemsize) for d in (spec.d_in, spec.d_out))
@@ -94,7 +92,7 @@ def dense_size(layout: Layout, name: str, itemsize: int = DENSE_ITEMSIZE) -> Siz
     """Return the size of a dense projection, beside that of the base architecture."""
     spec, (d_in, d_out) = layout.matrices[name], layout.host_shape(name)
     kind = FORMATS[spec.quantization]
-    macs, dense_macs = spec.d_in * kind.computed(spec.d_out), d_in * d_out
+    macs, dense_macs = projection_macs(layout, name), d_in * d_out
     rest = spec.bias * spec.d_out + _added(layout, name)
     scales = kind.matrix_scales(spec.d_out)
     stored, dense = spec.d_in * spec.d_out + rest + scales, dense_macs + spec.bias * d_out
@@ -112,10 +110,10 @@ def neuron_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Si
     numbers = sum(d_in * d_out for d_in, d_out in shapes) + exact
     plain = indices = macs = dense = dense_macs = 0
     for name in users:
-        user, (rows, columns), (d_in, d_out) = layout.neurons[name], layout.shape(name), layout.host_shape(name)
+        user, (_, columns), (d_in, d_out) = layout.neurons[name], layout.shape(name), layout.host_shape(name)
         plain += (user.top_k if user.scaled else 1) + biased_outputs(user.role, columns, user.bias, user.scaled)
         indices += user.top_k * (user.selection == name)
-        macs += rows * kind.computed(columns)
+        macs += projection_macs(layout, name)
         dense += d_in * d_out + user.bias * d_out
         dense_macs += d_in * d_out
     return Size(
@@ -128,12 +126,41 @@ def neuron_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Si
     )
 
 
+def projection_macs(layout: Layout, name: str) -> int:
+    """Return the MACs per token of a replaced projection, as `Size` counts them."""
+    if name in layout.projections:
+        user = layout.projections[name]
+        spec = layout.banks[user.bank]
+        kind = FORMATS[spec.quantization]
+        pair = kind.computed(user.top_k * spec.rank) * (spec.d_in + kind.computed(spec.d_out))
+        return min(pair, spec.d_in * spec.d_out) if kind.multiple == 1 else pair
+    stored = layout.neuron_banks[layout.neurons[name].bank] if name in layout.neurons else layout.matrices[name]
+    rows, columns = layout.shape(name)
+    return rows * FORMATS[stored.quantization].computed(columns)
+
+
+def block_macs(layout: Layout, block: str) -> int:
+    """Return the MACs per token of the replaced projections in the module `block`, by name below the base model."""
+    return sum(projection_macs(layout, name) for name in layout.replaced if name.startswith(f"{block}."))
+
+
+def exits_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """Return the size of all exit gates with their substitutes; MACs are the gates', as of tokens that skip nothing."""
+    exact = sum(one.d + 1 for one in layout.exits.values())
+    plain = sum(one.d * (1 + 2 * one.substitute) for one in layout.exits.values())
+    macs = sum(one.d for one in layout.exits.values())
+    return Size(exact + plain, 0, exact * SCALE_ITEMSIZE + plain * itemsize, 0, macs, 0)
+
+
 def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
-    """Everything that the layout names: composed projections with their banks, dense matrices, banks of neurons."""
+    """Everything that the layout names: composed projections with their banks, dense matrices, banks of neurons, gates.
+
+    MACs are those of a token that skips no block.
+    """
     parts = [bank_size(layout, bank, itemsize) for bank in layout.banks]
     parts += [dense_size(layout, name, itemsize) for name in layout.matrices]
     parts += [neuron_size(layout, bank, itemsize) for bank in layout.neuron_banks]
-    return sum(parts, Size(0, 0, 0, 0, 0, 0))
+    return sum([*parts, exits_size(layout, itemsize)], Size(0, 0, 0, 0, 0, 0))
 
 
 def model_size(layout: Layout, dense: PreTrainedModel, itemsize: int = DENSE_ITEMSIZE) -> Size:

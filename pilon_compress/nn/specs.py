@@ -1,5 +1,6 @@
 """Specifications of a layout's entries: dataclasses, and how they are written to and read from config.json."""
 
+import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -7,6 +8,7 @@ from pilon_compress.nn.composed_linear import COMPOSITIONS
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.neuron_linear import NEURON_ROLES
 
+NEVER = -1e4  # threshold below every predicted price: no token skips the block
 WIDEST, LARGEST = 1 << 26, 1 << 40  # of one size, and of the numbers of one side of a bank
 FORMER = {
     "latent_scale",
@@ -78,6 +80,19 @@ class NeuronSpec:
     scaled: bool = True
 
 
+@dataclass(frozen=True)
+class ExitSpec:
+    """The exit gate of a feed-forward block of hidden size `d`: see `exits.ExitGate`.
+
+    threshold: log of the predicted price, KL in nats, below which a token skips the block
+    substitute: rank of the linear map that answers in the block's place; 0: a constant alone
+    """
+
+    d: int
+    threshold: float = NEVER
+    substitute: int = 0
+
+
 def written(spec: Any) -> dict[str, Any]:
     """Return the fields of a specification that are not at their default."""
     values = {one.name: (getattr(spec, one.name), one.default) for one in fields(spec)}
@@ -120,11 +135,13 @@ def read_spec(kind: type, entry: Any, where: str) -> Any:
 
 
 def checked(value: Any, name: str, kind: Any, where: str) -> Any:
-    """Check the `value` of a field: its exact type, sizes from 1 (`group`: 0) to WIDEST, words that are known."""
+    """Check the `value` of a field: its exact type, sizes from 1 (`group`, `substitute`: 0) to WIDEST, known words."""
     if type(value) is not kind:
         raise ValueError(f"{where}: {name} must be {kind.__name__}, not {value!r:.60}")
-    if kind is int and not (0 if name == "group" else 1) <= value <= WIDEST:
+    if kind is int and not (0 if name in ("group", "substitute") else 1) <= value <= WIDEST:
         raise ValueError(f"{where}: {name} is {value}, which no model has")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{where}: {name} is {value}, which is no number")
     if name == "composition" and value not in COMPOSITIONS:
         raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
     if name == "role" and value not in NEURON_ROLES:
