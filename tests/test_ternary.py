@@ -152,3 +152,32 @@ def test_kept_matrices():
     approximate = layer.norm(x) @ layer.matrix() + layer.bias
     assert (layer(x) - approximate).norm() < 0.02 * approximate.norm()
     assert torch.allclose(layer.train()(x), layer.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bank", "matrix"])
+def test_a_centred_part_computes_the_same_and_small_steps_flip_no_digit_that_stood_on_an_edge(kind):
+    torch.manual_seed(0)
+    part = TernaryBank(64, 48, 3, 16) if kind == "bank" else TernaryLinear(64, 48, False, (64, 48))
+    parameters = [part.A, part.B] if kind == "bank" else [part.weight]
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter)
+        edge = torch.rand_like(parameter) < 0.2  # a fifth of the numbers stand where digits change
+        for _ in range(40):  # which moves the scale
+            scale = parameter.detach().abs().mean((-2, -1), keepdim=True)
+            parameter.data = torch.where(edge, 0.5 * scale * parameter.sign(), parameter)
+    codes, scales = part.codes(), [scale.clone() for scale in tuple(part.scales())]
+
+    def step() -> int:
+        for parameter in parameters:
+            parameter.data.sub_(1e-3 * parameter.abs().mean() * torch.randn_like(parameter).sign())
+        return int((part.codes() != codes).sum())
+
+    kept = [parameter.clone() for parameter in parameters]
+    assert step() > 0.05 * len(codes)
+    for parameter, old in zip(parameters, kept, strict=True):
+        parameter.data.copy_(old)
+    part.centre(0.1)
+    assert torch.equal(part.codes(), codes)
+    for new, old in zip(tuple(part.scales()), scales, strict=True):
+        torch.testing.assert_close(new, old)
+    assert step() == 0

@@ -88,6 +88,10 @@ class LatentPart:
         """Return every code as it stands, int8, in one row; whole on every process."""
         raise NotImplementedError
 
+    def centre(self, share: float) -> None:
+        """Draw the latent numbers, in place, by a `share` of the way to what they count as; the outputs stay."""
+        raise NotImplementedError
+
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of an nn.Linear, a GPT-2 Conv1D (whose weight is stored (in, out)) or a projection of ours."""

@@ -74,6 +74,17 @@ def digits(weight: Tensor, scale: Tensor, rounding: Rounding = rounded) -> Tenso
     return rounding(weight.float() / scale, 1)
 
 
+def centred(weight: Tensor, scale: Tensor, share: float) -> Tensor:
+    """Return `weight` drawn by a `share` of the way to digits times `scale`, its mean magnitude; both stay as they are.
+
+    Latent numbers gather at the edges between digits while they learn (Nagel et al., 2022). There a first step of any
+    size flips many of them at once: of SmolLM2 .2 % at a rate of 5e-4, which brought its KL from 2 to 20 nats.
+    """
+    drawn = weight.float().lerp(digits(weight, scale) * scale, share)
+    mean = 1 - share + share * digits(weight, scale).abs().mean((-2, -1), keepdim=True)
+    return (drawn / mean.clamp_min(LEAST)).to(weight.dtype)
+
+
 class _CachedDigits(torch.autograd.Function):
     """Digits that were made before, with the gradient that `digits` would have."""
 

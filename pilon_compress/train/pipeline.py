@@ -59,7 +59,7 @@ from pilon_compress.train.progressive import shrink
 from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, read_result, settle
 from pilon_compress.train.ternary.blocks import fit_blocks
 from pilon_compress.train.ternary.initialise import ternarise
-from pilon_compress.train.ternary.schedule import Rounding, in_stages
+from pilon_compress.train.ternary.schedule import Rounding, centre, in_stages
 
 log = logging.getLogger(__name__)
 
@@ -276,7 +276,9 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> 
     recipe = run.recipe
     if recipe.start is not None:
         model = checkpoint.load_model(recipe.start, dtype=torch.float32)
-        if recipe.ternary.enabled and not layout_of(model).is_ternary:
+        if layout_of(model).is_ternary:
+            centre(model)
+        elif recipe.ternary.enabled:
             round_model(run, model, corpus)
     elif recipe.ffn.like is not None:
         config = checkpoint.load_config(recipe.ffn.like)

@@ -9,7 +9,16 @@ from pilon_compress.nn.dense_linear import DenseLinear
 from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.part import Chosen, LatentPart
 from pilon_compress.nn.sharded import full
-from pilon_compress.nn.ternary_quantizer import Rounding, absmean, digits, held_digits, restored, rounded, straight
+from pilon_compress.nn.ternary_quantizer import (
+    Rounding,
+    absmean,
+    centred,
+    digits,
+    held_digits,
+    restored,
+    rounded,
+    straight,
+)
 
 
 class TernaryBank(LatentPart, PrimitiveBank):
@@ -87,6 +96,12 @@ class TernaryBank(LatentPart, PrimitiveBank):
         return torch.cat([_codes(self.A), _codes(self.B)])
 
     @torch.no_grad()
+    def centre(self, share: float) -> None:
+        """Do as `LatentPart.centre` says."""
+        for latent, scale in zip((self.A, self.B), self.scales(), strict=True):
+            latent.copy_(centred(latent, scale, share))
+
+    @torch.no_grad()
     def draw(self, std: float, generator: torch.Generator | None) -> None:
         """Fill A and B so that what counts of them has the standard deviation `std`: less than the floats' own."""
         super().draw(std, generator)
@@ -156,6 +171,11 @@ class TernaryLinear(LatentPart, DenseLinear):
     def codes(self) -> Tensor:
         """Return the digits of the weight in one dimension, int8, for comparisons."""
         return _codes(self.weight)
+
+    @torch.no_grad()
+    def centre(self, share: float) -> None:
+        """Do as `LatentPart.centre` says."""
+        self.weight.copy_(centred(self.weight, self.scales(), share))
 
     @torch.no_grad()
     def draw(self, std: float, generator: torch.Generator | None) -> None:

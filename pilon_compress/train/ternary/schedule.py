@@ -13,6 +13,15 @@ from pilon_compress.nn.part import LatentPart
 from pilon_compress.optimize.callbacks import Callback
 from pilon_compress.train.heal import teacher_of
 
+CENTRED = 0.1  # share of the way from a latent number to its digit that a training of digits begins with
+
+
+def centre(model: torch.nn.Module) -> None:
+    """Draw the latent numbers of a ternary model, in place, off the edges where they have gathered in training."""
+    for module in model.modules():
+        if isinstance(module, LatentPart):
+            module.centre(CENTRED)
+
 
 class Rounding(Callback):
     """Makes the digits of banks and dense matrices once before each step, for all layers and micro batches.
