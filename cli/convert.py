@@ -38,35 +38,39 @@ def convert(
         folder,
         overwrite=overwrite,
         command=command_line(),
-        on_start=None if as_json else lambda job, cost: print_estimate(job.plan.ratio, job.final, cost),
+        on_start=None if as_json else lambda job, cost: print_estimate(job.replaced, job.plan.ratio, job.final, cost),
         on_plan=None if as_json else lambda job: print_plan(job.describe(), verbose),
     )
     print_json(report.dump()) if as_json else print_result(report)
 
 
-def print_estimate(ratio: float, final: bool, expected: results.Estimate) -> None:
+def print_estimate(replaced: str, ratio: float, final: bool, expected: results.Estimate) -> None:
     """Print the budget and the cost of the conversion on this machine, before anything is read."""
     from pilon_compress.report.formatting import number
 
     sizes = "the plan follows" if final else "sizes per layer follow after calibration"
     say(
-        f"FFN to at most {number(ratio)} of its dense parameters; {sizes}; "
+        f"{replaced} to at most {number(ratio)} of the dense parameters; {sizes}; "
         f"about {number(expected.seconds)} s and {number(expected.peak_gib)} GiB on this machine\n"
     )
 
 
 def print_plan(result: results.ConversionPlan, verbose: bool = False) -> None:
     """Print the plan with its sizes; the sizes alone while it is not final."""
-    from pilon_compress.report.formatting import mib, number
+    from pilon_compress.report.formatting import mib, number, parts_of
 
     expected = result.estimate if isinstance(result, results.DryRun) else None
     final = not isinstance(result, results.DryRun) or result.final
     if final:
         print_parts("Plan", [part.dump() for part in result.plan.banks], result.dtype, verbose=verbose)
-    ffn, whole = result.ffn, result.model
+    whole, dumped = result.model, result.dump()
     about = "" if final else "about "
-    text = (
-        f"FFN {about}{number(ffn.stored_ratio)} of the dense parameters, {number(ffn.mac_ratio)} of its MACs; "
+    text = "".join(
+        f"{name} {about}{number(dumped[key]['stored_ratio'])} of the dense parameters, "
+        f"{number(dumped[key]['mac_ratio'])} of its MACs; "
+        for key, name in parts_of(dumped)
+        if key != "model"
+    ) + (
         f"whole model {about}{number(whole.stored_ratio)}, {mib(whole.bytes)}: "
         f"{number(whole.bytes_ratio_to_source)} of the dense file ({result.source_dtype})"
     )

@@ -52,8 +52,11 @@ def print_result(result: ExportResult) -> None:
     figures = result.figures
     print(result.output)
     if figures.ffn is not None and figures.model is not None:
-        ffn, whole = figures.ffn.bytes_ratio, figures.model.bytes_ratio
-        say(f"feed-forward bytes {ffn:.4f} of bfloat16 dense, the whole model {whole:.3f}")
+        from pilon_compress.report.formatting import replaced_of
+
+        name, sizes = replaced_of(figures.dump())
+        ratio, whole = sizes["bytes_ratio"], figures.model.bytes_ratio
+        say(f"{name} bytes {ratio:.4f} of bfloat16 dense, the whole model {whole:.3f}")
     if figures.max_logit_difference is not None:
         say(f"largest difference of outputs {figures.max_logit_difference:.3g}")
     if figures.rest_relative_error is not None:

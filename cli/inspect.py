@@ -59,13 +59,13 @@ def print_dense(result: dict[str, Any], verbose: bool = False) -> None:
 
 def print_converted(result: dict[str, Any], verbose: bool = False) -> None:
     """Print the banks and matrices of a PILON model as they are stored, its ratios, and its evaluation."""
-    from pilon_compress.report.formatting import circumstances, number, quality
+    from pilon_compress.report.formatting import circumstances, number, parts_of, quality
 
     title = f"{result['model']}  {result['architecture']}"
     print_parts(title, result["parts"], result["dtype"], names=True, verbose=verbose)
     kinds = dict.fromkeys(part["quantization"].replace("none", result["dtype"]) for part in result["parts"])
     say(f"Banks and matrices are stored as {', '.join(kinds)}, everything else as {result['dtype']}.")
-    for key, part in (("ffn", "FFN"), ("model_size", "whole model")):
+    for key, part in parts_of(result, "model_size"):
         sizes, source = result[key], result["source_dtype"]
         text = (
             f"{part}: {number(sizes['stored_ratio'])} of the dense parameters, {number(sizes['mac_ratio'])} of its "

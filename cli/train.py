@@ -63,8 +63,7 @@ def print_plan(planned: PlannedTraining) -> None:
 
     rows = [
         ["parameters", short_count(planned.parameters)],
-        ["FFN stored ÷ dense", number(planned.ffn.stored_ratio)],
-        ["FFN MACs ÷ dense", number(planned.ffn.mac_ratio)],
+        *_sizes(planned),
         ["tokens", short_count(planned.tokens) if planned.tokens else "one pass over the text"],
         ["sequences per step", number(planned.batch_size)],
     ]
@@ -83,8 +82,16 @@ def print_result(result: TrainResult) -> None:
         ["tokens", short_count(result.tokens)],
         ["tokens per second", number(round(result.tokens_per_second))],
         ["parameters", short_count(result.parameters)],
-        ["FFN stored ÷ dense", number(result.ffn.stored_ratio)],
-        ["FFN MACs ÷ dense", number(result.ffn.mac_ratio)],
+        *_sizes(result),
     ]
     print_table(f"{result.task}, {number(result.seconds)} s", ["", "measured"], rows)
     print(f"model   {result.output}\nmetrics {result.output}/metrics.jsonl")
+
+
+def _sizes(result: PlannedTraining | TrainResult) -> list[list[str]]:
+    """Return rows of the stored parameters and MACs of what is replaced, over the dense model's."""
+    from pilon_compress.report.formatting import number, replaced_of
+
+    name, sizes = replaced_of(result.dump())
+    ratios = [("stored", sizes["stored_ratio"]), ("MACs", sizes["mac_ratio"])]
+    return [[f"{name} {what} ÷ dense", number(ratio)] for what, ratio in ratios]

@@ -45,6 +45,7 @@ REPORT: dict[str, Any] = {
     "method": "pilon",
     "output": "out/x",
     "plan": {
+        "ratio": 0.5,
         "ffn_ratio": 0.5,
         "bands": [[0, 1, 2]],
         "banks": [{"band": 0, "role": role, "layers": [0, 1, 2], **BANK} for role in ("up", "down")],

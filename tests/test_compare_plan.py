@@ -72,7 +72,7 @@ def test_our_own_rows_differ_by_what_their_recipes_say(inside):
     assert shared.share == "always" and plain.share == "none"
     assert plain.recipe.budget.neurons and not low_rank.recipe.budget.neurons
     assert refined.recipe.refine.steps > 0 == plain.recipe.refine.steps
-    assert all(job.allocated and job.recipe.budget.ratio == 0.5 for job in jobs.values())
+    assert all(job.allocated and job.recipe.budget.stored_limit == 0.5 for job in jobs.values())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])

@@ -149,8 +149,8 @@ def test_options_take_the_place_of_the_recipe_and_of_equal_overrides(cli, tmp_pa
 
 def test_an_option_wins_over_the_recipe_and_may_repeat_a_set():
     option = Override("budget.ffn_ratio", "25%", "--ffn-ratio")
-    assert conversion.load("quickstart").budget.ratio == 0.5
-    assert conversion.load("quickstart", [option]).budget.ratio == 0.25
+    assert conversion.load("quickstart").budget.stored_limit == 0.5
+    assert conversion.load("quickstart", [option]).budget.stored_limit == 0.25
     seed = Override("seed", 7, "--seed")
     assert conversion.load("quickstart", [seed, "seed=7"]).seed == 7
     with pytest.raises(BadInput, match="--seed and --set seed disagree"):
@@ -207,7 +207,7 @@ def test_sharing_is_refused_where_no_block_is_replaced_as_a_whole(dense):
 def test_a_ratio_may_be_written_in_several_ways(text, ratio):
     assert parse_ratio(text) == ratio
     built = conversion.build({"model": "m", "budget": {"ffn_ratio": text, "mac_ratio": text}}).budget
-    assert built.ratio == built.mac_limit == ratio
+    assert built.stored_limit == built.mac_limit == ratio
 
 
 @pytest.mark.parametrize("text", ["50", "1/0", "half a", "50 %%", "1e", "", True, [0.5]])

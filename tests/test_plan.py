@@ -202,7 +202,9 @@ def test_the_announced_plan_is_made(place, tmp_path, family, more):
     for key, value in json.loads(json.dumps(announced.describe().dump())).items():
         assert report[key] == value, key
     budget = settings.budget
-    assert report["ffn"]["stored_ratio"] <= budget.ratio and report["ffn"]["mac_ratio"] <= (budget.mac_limit or 1)
+    assert report["ffn"]["stored_ratio"] <= budget.stored_limit and report["ffn"]["mac_ratio"] <= (
+        budget.mac_limit or 1
+    )
 
 
 @pytest.mark.parametrize("more", [{}, {"form": {"bank_dtype": "int8"}}], ids=["float", "int8"])

@@ -47,7 +47,9 @@ def test_every_bundled_recipe_is_valid_and_shows_its_own_command():
             assert training.load(name).task == "pretrain"
         else:
             asked = conversion.load(name)
-            assert asked.budget.ratio == (1.0 if asked.form.bank_dtype != "auto" else 0.4 if name == "banks" else 0.5)
+            assert asked.budget.stored_limit == (
+                1.0 if asked.form.bank_dtype != "auto" else 0.4 if name == "banks" else 0.5
+            )
             assert asked.budget.share == ("always" if name == "banks" else "none")
 
 
@@ -106,7 +108,7 @@ def test_schema_describes_every_field():
 def test_defaults(write):
     settings = conversion.load(write("model: gpt2\n"))
     assert (settings.method, settings.seed, settings.dtype, settings.device) == ("pilon", 0, "auto", "auto")
-    assert settings.budget.ratio == 0.5
+    assert settings.budget.stored_limit == 0.5
     assert settings.form.composition == "component"
     assert settings == conversion.build({"model": "gpt2"})
 
@@ -117,7 +119,9 @@ def test_defaults(write):
 )
 def test_presets_are_stored_ratios(preset, ratio):
     named = conversion.build({"model": "gpt2", "budget": {"ffn_ratio": preset}})
-    assert named.budget.ratio == ratio and named == conversion.build({"model": "gpt2", "budget": {"ffn_ratio": ratio}})
+    assert named.budget.stored_limit == ratio and named == conversion.build(
+        {"model": "gpt2", "budget": {"ffn_ratio": ratio}}
+    )
 
 
 def test_scalars_follow_yaml_1_2(write):
@@ -206,7 +210,7 @@ def test_overrides_are_yaml_values_and_the_last_one_counts(write):
     settings = conversion.load(
         path, ["seed=3", "seed=4", "budget.ffn_ratio=1e-1", "scope.targets=[down, 're:.*mlp']", "calibration.data=a=b"]
     )
-    assert (settings.seed, settings.budget.ratio) == (4, 0.1)
+    assert (settings.seed, settings.budget.stored_limit) == (4, 0.1)
     assert settings.scope.targets == ["down", "re:.*mlp"]
     assert settings.calibration.data == "a=b"
     assert conversion.load(path).scope.targets == ["up"]  # reading again is not affected

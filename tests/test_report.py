@@ -122,7 +122,7 @@ def fake_report(
         "source": "acme/small-model",
         "method": method,
         "output": "out/x",
-        "plan": {"ffn_ratio": 0.5, "bands": members, "banks": plan},
+        "plan": {"ratio": 0.5, "ffn_ratio": 0.5, "bands": members, "banks": plan},
         "ffn": with_ratios(sizes),
         "model": with_ratios({key: value + sum(kept.values()) for key, value in sizes.items()}),
         "whitened_loss": {name: losses[name] for name in COMPARED[method]},

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pilon_compress.convert.calibrate.second_moments import gather
-from pilon_compress.convert.calibrate.sensitivity import Sensitivity
+from pilon_compress.convert.calibrate.sensitivity import Change, Sensitivity
 from pilon_compress.convert.solve.feed_forward import Dense
 from pilon_compress.convert.solve.neuron_pruning import refit
 from pilon_compress.data.batch import Batch
@@ -28,7 +28,9 @@ def test_the_measured_loss_is_the_divergence_of_the_whole_model(dense):
     moments = gather(source, batches, sites, causal=True)
     sensitivity = Sensitivity(source, batches, causal=True)
     block = Dense(source, sites, moments).read(1)
-    scale = sensitivity.measure(1, partial(block.prune, prefix=source.names[1], neurons=20), block.elimination.loss(20))
+    prune = partial(block.prune, prefix=source.names[1], neurons=20)
+    scale, again = sensitivity.measure(1, [Change(prune, block.elimination.loss(20))] * 2)
+    assert scale == again, "each change by itself"
 
     left = block.elimination.left(20)
     trimmed = copy.deepcopy(model)

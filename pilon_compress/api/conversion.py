@@ -37,7 +37,8 @@ def compress(
     evaluation: Texts | None = None,
     progress: bool = False,
 ) -> tuple[PreTrainedModel, Report]:
-    """Compress the feed-forward weights of a dense `model`; return the compressed model and its report.
+    """Compress the feed-forward weights of a dense `model`, or all that `config.targets` names; return the compressed
+    model and its report.
 
     model         an object of transformers, which does not change, or a reference: hub id, folder, .gguf, package:NAME
     tokenizer     of the object; of a reference its own by default

@@ -9,7 +9,7 @@ from pilon_compress.data.batch import Batch
 from pilon_compress.models.source import Source
 from pilon_compress.nn.formats.registry import grids
 from pilon_compress.nn.installed import layout_of
-from pilon_compress.nn.size import ffn_size
+from pilon_compress.nn.size import replaced_size
 from pilon_compress.plugins import Registry
 from pilon_compress.report.methods import METHODS, REFERENCES, Curve, Method, PlotStyle, reference
 
@@ -81,4 +81,4 @@ def candidate(job: ConversionJob, source: Source, batches: list[Batch], moments:
     model, solved = pipeline.plan_and_solve(source, asked, batches, moments=moments)
     pipeline.improve(model, source.model, batches, asked.recipe)
     losses = [errors[job.recipe.method] for errors in solved.errors.values()]
-    return Candidate(model, ffn_size(layout_of(model)), losses)
+    return Candidate(model, replaced_size(layout_of(model)), losses)

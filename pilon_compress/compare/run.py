@@ -36,7 +36,7 @@ from pilon_compress.io.result_log import ResultLog
 from pilon_compress.models import checkpoint
 from pilon_compress.models.source import Source
 from pilon_compress.models.stream_check import check_stream
-from pilon_compress.nn.size import DENSE_ITEMSIZE, Size, ffn_size, linear_macs
+from pilon_compress.nn.size import DENSE_ITEMSIZE, Size, linear_macs, replaced_size
 from pilon_compress.report import comparison_page
 from pilon_compress.report.methods import method_of
 from pilon_compress.results.comparison import (
@@ -96,7 +96,7 @@ class ComparisonJob:
         planned = []
         for method, ratio in sorted(self.work, key=lambda item: -item[1]):
             if method in OURS:
-                size = ffn_size(self.jobs[method, ratio].layout)  # in bfloat16, as all are counted
+                size = replaced_size(self.jobs[method, ratio].layout)  # in bfloat16, as all are counted
                 stored, asked = size.stored, size.bytes
             else:
                 stored, asked = BASELINES[method].planned(self.base.sites, ratio)

@@ -14,6 +14,16 @@ LARGEST_RATIO = 4.0  # with allow_larger: enough for a full-rank plan of any sha
 SHAPE = ("n_primitives", "rank", "top_k")
 
 
+def with_default(data: dict[str, Any], targets: Any) -> dict[str, Any]:
+    """Return the fields of a budget with a ratio where nothing else decides the size: `ratio` where `targets` names
+    other projections than the feed-forward ones."""
+    fixed = None not in (data.get("n_primitives"), data.get("rank"))
+    fixed = fixed and data.get("optimize") != "compute"  # whose limit on MACs is the ratio
+    if fixed or data.get("ffn_ratio") is not None or data.get("ratio") is not None:
+        return data
+    return {**data, "ratio" if targets and targets != ["ffn"] else "ffn_ratio": DEFAULT_RATIO}
+
+
 class Budget(Section):
     """The size of the result."""
 
@@ -21,20 +31,24 @@ class Budget(Section):
     """Largest ratio of stored FFN parameters, PILON over dense: a number above 0 and at most 1, as in 0.5, 50% or 1/2,
     or a preset: minimal 0.9, baseline 0.75, mild 0.6, moderate 0.5, aggressive 0.25, extreme 0.1. Default: 0.5, or what
     `n_primitives` and `rank` come to if both are given."""
+    ratio: Annotated[SizeRatio | None, Option(metavar="RATIO")] = None
+    """Largest ratio of the stored parameters of everything that `targets` names, PILON over dense: in the place of
+    `ffn_ratio`, which counts feed-forward parameters alone, where attention is replaced, too. Default, for other
+    targets than ffn: 0.5."""
     allow_larger: Annotated[Switch, Option()] = False
-    """Permit a plan that is larger than the dense model, for tests and study: `ffn_ratio` may be up to 4."""
+    """Permit a plan that is larger than the dense model, for tests and study: the ratio may be up to 4."""
     optimize: Annotated[Literal["storage", "compute"], Option()] = "storage"
     """Size to limit. With storage MACs may be up to the dense model's; with compute the ratio of MACs is at most that
     of stored parameters."""
     mac_ratio: Annotated[Part | None, Option(metavar="RATIO")] = None
-    """Largest ratio of the FFN's MACs per token, PILON over dense: above 0 and at most 1. Not together with `optimize`
-    compute. Default: as `optimize` says."""
+    """Largest ratio of MACs per token of what is replaced, PILON over dense: above 0 and at most 1. Not together with
+    `optimize` compute. Default: as `optimize` says."""
     neurons: Switch = True
     """Prune neurons of feed-forward blocks and refit the others. If false, all neurons stay: only ranks are lowered."""
     share: Annotated[Literal["none", "auto", "always"], Option()] = "none"
     """Bands of layers that share banks of primitives: none; with auto those where the measured loss of the model falls
     on text that no fit has seen; with always every band. A shared bank costs MACs, up to `mac_ratio` (which always
-    spends), and saves stored numbers; trying costs two to three times the time."""
+    spends), and saves stored numbers; trying costs two to three times the time. Attention never shares."""
     bands: Annotated[Positive | list[list[int]] | None, Option(metavar="BANDS")] = None
     """Bands of layers that share banks: their number, or the layers of each, as in [[0, 1], [2, 3]]; asks for `share`
     always where that is not set. Default: bands of about three layers."""
@@ -51,20 +65,20 @@ class Budget(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_ratio(cls, data: Any) -> Any:
-        fixed = isinstance(data, dict) and None not in (data.get("n_primitives"), data.get("rank"))
-        fixed = fixed and data.get("optimize") != "compute"  # whose limit on MACs is the ratio
-        if isinstance(data, dict) and data.get("ffn_ratio") is None and not fixed:
-            return {**data, "ffn_ratio": DEFAULT_RATIO}
-        return data
+        return with_default(data, data.get("targets")) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _in_range(self) -> "Budget":
+        if self.ratio is not None and self.ffn_ratio is not None:
+            refuse_field(
+                "ratio", "and budget.ffn_ratio are two sizes of one result: leave out one of the two", self.ratio
+            )
         limit = LARGEST_RATIO if self.allow_larger else 1
-        if self.ffn_ratio is not None and not 0 < self.ffn_ratio <= limit:
+        if self.limits_storage and not 0 < self.stored_limit <= limit:
             words = f"at most {limit:g}" + (
                 "" if self.allow_larger else ", the dense size, without budget.allow_larger"
             )
-            refuse_field("ffn_ratio", f"must be above 0 and {words}", self.ffn_ratio)
+            refuse_field(self.ratio_name, f"must be above 0 and {words}", self.stored_limit)
         return self
 
     @field_validator("bands", mode="before")
@@ -90,19 +104,24 @@ class Budget(Section):
     @property
     def limits_storage(self) -> bool:
         """True if a ratio bounds what is stored; False where n_primitives and rank alone decide."""
-        return self.ffn_ratio is not None
+        return self.ffn_ratio is not None or self.ratio is not None
 
     @property
     def mac_limit(self) -> float | None:
-        """Upper bound of the FFN's MACs per token over dense; None where storage alone counts."""
+        """Upper bound of the MACs per token over dense; None where storage alone counts."""
         if self.mac_ratio is not None:
             return self.mac_ratio
-        return min(1.0, self.ratio) if self.optimize == "compute" else None
+        return min(1.0, self.stored_limit) if self.optimize == "compute" else None
 
     @property
-    def ratio(self) -> float:
-        """Largest ratio of stored FFN parameters, PILON over dense."""
-        return DEFAULT_RATIO if self.ffn_ratio is None else self.ffn_ratio
+    def stored_limit(self) -> float:
+        """Largest ratio of stored parameters of everything that is replaced, PILON over dense."""
+        return next((one for one in (self.ratio, self.ffn_ratio) if one is not None), DEFAULT_RATIO)
+
+    @property
+    def ratio_name(self) -> str:
+        """Return the name of the field that has the ratio."""
+        return "ffn_ratio" if self.ratio is None else "ratio"
 
     @property
     def fixed_shape(self) -> list[str]:

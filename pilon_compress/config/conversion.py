@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from pilon_compress.config import reading, strict_yaml
-from pilon_compress.config.budget import Budget
+from pilon_compress.config.budget import Budget, with_default
 from pilon_compress.config.conflicts import Context, Table, refuse_conflicts, refused, without_effect
 from pilon_compress.config.fields import MODEL, SOURCES, Device, DType
 from pilon_compress.config.flat import Flat, arranged
@@ -37,13 +37,13 @@ class Form(Section):
 
 
 class Scope(Section):
-    """The projections to replace: exact module names, class names, or re:REGEX on the module name."""
+    """The projections to replace: kinds of blocks, exact module names, class names, or re:REGEX on the module name."""
 
     targets: Annotated[list[Selector], Option()] = []
-    """Replace only these modules: exact name, class name, or re:REGEX on the name. Default: every feed-forward
-    projection."""
+    """Replace the projections of ffn, attention, or all of both; or only these modules: exact name, class name, or
+    re:REGEX on the name. With attention the size is given as `ratio`, one budget for all. Default: ffn."""
     ignore: Annotated[list[Selector], Option()] = []
-    """Keep these modules dense, also those that `targets` names. Default: none."""
+    """Keep these modules dense, also those that `targets` names, in the same words. Default: none."""
 
 
 class CalibrationConfig(Section):
@@ -150,6 +150,15 @@ class Recipe(General, Dense):
         Evaluation, Options("Calibration and evaluation", prefix="eval-", only=("data", "samples"))
     ] = Evaluation()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_ratio(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("budget", {}), dict):
+            return data
+        scope = data.get("scope")
+        targets = scope.get("targets") if isinstance(scope, dict) else getattr(scope, "targets", None)
+        return {**data, "budget": with_default(data.get("budget", {}), targets)}
+
     @model_validator(mode="after")
     def _every_option_counts(self) -> "Recipe":
         refuse_conflicts(self, conflicts(self))
@@ -161,9 +170,11 @@ FIXED = Context[Recipe](
 )
 BASELINE = Context[Recipe](lambda r: r.method != "pilon", lambda r: f"method {r.method}")
 SCALAR = Context[Recipe](lambda r: r.form.composition == "scalar", lambda _: "form.composition scalar")
-LARGER = Context[Recipe](lambda r: r.budget.ratio > 1, lambda _: "budget.ffn_ratio above 1")
+LARGER = Context[Recipe](lambda r: r.budget.stored_limit > 1, lambda r: f"budget.{r.budget.ratio_name} above 1")
 RANK = Context[Recipe](lambda r: r.budget.rank is not None, lambda _: "budget.rank")
-WHOLE = Context[Recipe](lambda r: r.budget.ratio == 1, lambda _: "budget.ffn_ratio 1, which keeps every layer dense")
+WHOLE = Context[Recipe](
+    lambda r: r.budget.stored_limit == 1, lambda r: f"budget.{r.budget.ratio_name} 1, which keeps every layer dense"
+)
 UNSHARED = Context[Recipe](
     lambda r: r.budget.sharing == "none" and not r.budget.fixed_shape, lambda _: "budget.share none"
 )

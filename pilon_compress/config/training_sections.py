@@ -130,7 +130,8 @@ class Run(Section):
     micro_batch_size: Positive | None = None
     """Sequences per forward pass and process. Default: all of a process's share."""
     train: Annotated[Literal["all", "ffn", "compositions"], Option("--learn", panel=WHAT)] = "all"
-    """Parameters that learn: all, those of the feed-forward blocks (ffn), or compositions alone."""
+    """Parameters that learn: all, those of the feed-forward blocks (ffn; of attention, too, where it was converted), or
+    compositions alone."""
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
     """Precision of the computation: bfloat16 or none; auto takes bfloat16 on GPUs."""
     compile: Switch = False

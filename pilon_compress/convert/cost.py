@@ -17,7 +17,7 @@ from pilon_compress.models.blocks import blocks
 from pilon_compress.models.families import Site
 from pilon_compress.models.source import is_streamed
 from pilon_compress.models.task import text_config, vocabulary
-from pilon_compress.nn.size import ffn_size, model_size
+from pilon_compress.nn.size import model_size, replaced_size
 from pilon_compress.results.conversion import Estimate
 
 STARTING = 12.0  # seconds for reading model and text, checking the stream and writing the folder
@@ -58,9 +58,10 @@ def stages(job: ConversionJob) -> list[tuple[str, float]]:
     ]
     if job.allocated:
         layers = len({site.layer for site in job.sites})
+        looks = len({(site.layer, site.target) for site in job.sites})
         share = PASSES / (layers / 2 + 2)
         looked_at = min(share * tokens, SCORED) if job.causal else share * tokens
-        sizing = LOOK * looked_at * layers * (body / 2 + head)
+        sizing = LOOK * looked_at * looks * (body / 2 + head)
         sizing += sum(SIZINGS * EIGENVALUES * min(site.d_in, site.d_out) ** 3 for site in job.sites)
         sizing += sum(ELIMINATION * site.d_in**3 for site in job.sites if site.role == "down")
         found += [("reference outputs", PASS * looked_at * (body + head)), ("sizing layers", sizing)]
@@ -152,13 +153,13 @@ def _evaluation_bytes(job: ConversionJob) -> int:
 def _held(job: ConversionJob, parameters: int, moments: int) -> int:
     """Bytes of weights, moments and results that are in memory together, read whole or block by block."""
     limit = job.recipe.max_memory
-    ffn = ffn_size(job.layout, job.dtype.itemsize)
+    replaced = replaced_size(job.layout, job.dtype.itemsize)
     if not is_streamed(job.recipe.model, parameters, limit):
-        return 4 * parameters + min(moments, store_bytes(limit)) + 2 * 4 * ffn.stored
+        return 4 * parameters + min(moments, store_bytes(limit)) + 2 * 4 * replaced.stored
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(job.dense).values()]
-    outside, rest = parameters - sum(sizes), sum(sizes) - ffn.dense_stored
-    calibrating, building = 8 * max(sizes), job.dtype.itemsize * rest + ffn.bytes
-    return 4 * outside + ffn.bytes + max(calibrating, building)
+    outside, rest = parameters - sum(sizes), sum(sizes) - replaced.dense_stored
+    calibrating, building = 8 * max(sizes), job.dtype.itemsize * rest + replaced.bytes
+    return 4 * outside + replaced.bytes + max(calibrating, building)
 
 
 def _block_bytes(sites: Sequence[Site]) -> int:

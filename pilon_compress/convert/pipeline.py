@@ -25,7 +25,7 @@ from pilon_compress.convert.calibrate.second_moments import Moments
 from pilon_compress.convert.cost import estimate, stages
 from pilon_compress.convert.planning import Planned, plan_conversion
 from pilon_compress.convert.prepare import ConversionJob, prepare
-from pilon_compress.convert.reporting import describe, evaluate_converted, finished
+from pilon_compress.convert.reporting import describe, described, evaluate_converted, finished
 from pilon_compress.convert.sharing.shared_banks import fit_shared
 from pilon_compress.convert.solve.layer import Method
 from pilon_compress.convert.solve.layerwise import solve
@@ -120,7 +120,7 @@ def dry_run(settings: conversion.Recipe, output: str | Path | None = None, *, ov
     expected = estimate(job)
     give_back_freed(scarce=settings.max_memory is not None)
     job = settle(job)
-    return DryRun(dry_run=True, final=job.final, estimate=expected, **vars(job.describe()))
+    return DryRun(dry_run=True, final=job.final, estimate=expected, **described(job))
 
 
 def _convert(

@@ -7,6 +7,7 @@ from pilon_compress.models.families import Site
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.sizing import BankSize, composition_numbers
 from pilon_compress.nn.specs import BankSpec, DenseSpec, ProjectionSpec
+from pilon_compress.nn.targets import Target
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ class Plan:
     host: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(d_in, d_out) in the dense model of the projections that lose neurons."""
 
+    def band_of(self, layer: int) -> int:
+        """Return the index of the band of a layer."""
+        return next(index for index, band in enumerate(self.bands) if layer in band)
+
     def layout(self, quantization: str | None = None) -> Layout:
         """Return the layout of the PILON model, in the number format `quantization` if it is given."""
         matrices = {site.name: DenseSpec(site.d_in, site.d_out, site.bias) for site in self.matrices}
@@ -91,6 +96,16 @@ class Plan:
         }
         made = Layout(specs, projections, matrices, self.host)
         return made if quantization is None else made.in_format(quantization)
+
+
+ORDER: tuple[Target, ...] = ("attention", "other", "ffn")
+"""Kinds of blocks as a layer computes them."""
+
+
+def blocks_of(sites: Sequence[Site]) -> dict[Target, list[Site]]:
+    """Return the sites of one layer by kind of block, in the order in which the layer computes them."""
+    found = {target: [site for site in sites if site.target == target] for target in ORDER}
+    return {target: members for target, members in found.items() if members}
 
 
 def down_of(sites: Sequence[Site]) -> Site | None:

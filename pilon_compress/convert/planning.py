@@ -80,8 +80,8 @@ def plan_conversion(
     budget, outputs = job.recipe.budget, put_away(journal, "reference", source.streamed, limit)
     elastic = job.recipe.form.elastic
     sensitivity = Sensitivity(source, batches, job.causal, outputs)
-    measured = MEASURED * budget.ratio if elastic else None
-    sizings = size_layers(dense, budget.ratio, sensitivity, budget.neurons, budget.rank_multiple, measured)
+    measured = MEASURED * budget.stored_limit if elastic else None
+    sizings = size_layers(dense, budget.stored_limit, sensitivity, budget.neurons, budget.rank_multiple, measured)
     outputs.clear()
     if elastic and any(sizing.elimination is None for sizing in sizings):
         raise BadInput(
@@ -89,7 +89,7 @@ def plan_conversion(
             "or change --targets and --ignore"
         )
     if job.share == "none":
-        accepted = Accepted(allocate(sizings, budget.ratio, budget.mac_limit, elastic=elastic))
+        accepted = Accepted(allocate(sizings, budget.stored_limit, budget.mac_limit, elastic=elastic))
     else:
         accepted = share(dense, job, sizings, batches, held_out or batches)
     for name, fit in accepted.fits.items():
@@ -120,21 +120,23 @@ def share(
 ) -> Accepted:
     """Allocate with shared banks: for every band that can have them, or where the model's loss on `held_out` falls."""
     budget, settings = job.recipe.budget, job.recipe
-    sweeps, layers = EFFORTS[settings.effort].sweeps, [sizing.layer for sizing in sizings]
-    sharing = Sharing(dense, budget.ratio, sweeps, settings.seed, budget.rank_multiple)
+    sweeps, layers = EFFORTS[settings.effort].sweeps, [one.layer for one in sizings if one.kind == "ffn"]
+    sharing = Sharing(dense, budget.stored_limit, sweeps, settings.seed, budget.rank_multiple)
     bands = trial_bands(layers, budget.bands)
     menus = sharing.menus(sizings, bands)
     if not menus:
         raise BadInput(NO_BAND)
+    if any(one.kind != "ffn" for one in sizings):
+        log.info("feed-forward blocks alone share banks: attention stays each layer's own")
     if job.share == "always":
         try:
-            return Accepted(allocate(sizings, budget.ratio, budget.mac_limit, menus, always=True))
+            return Accepted(allocate(sizings, budget.stored_limit, budget.mac_limit, menus, always=True))
         except CannotSpend:
             menus = sharing.menus(sizings, bands, down=True)
-            return Accepted(allocate(sizings, budget.ratio, budget.mac_limit, menus, always=True))
-    together = allocate(sizings, budget.ratio, budget.mac_limit, menus)
-    alone = allocate(sizings, budget.ratio, budget.mac_limit)
-    method = Method(settings.method, (), budget.ratio, job.quantization)
+            return Accepted(allocate(sizings, budget.stored_limit, budget.mac_limit, menus, always=True))
+    together = allocate(sizings, budget.stored_limit, budget.mac_limit, menus)
+    alone = allocate(sizings, budget.stored_limit, budget.mac_limit)
+    method = Method(settings.method, (), budget.stored_limit, job.quantization)
     loss = ModelLoss(dense.source, held_out, job.causal)
     return Acceptance(dense, method, batches if job.sequential else None, loss, sweeps, settings.seed).choose(
         sizings, alone, together

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from pilon_compress.config.conversion import Recipe
 from pilon_compress.config.effort import EFFORTS
 from pilon_compress.convert.allocate.uniform import check_limits, dense_plan, make_plan, preview
-from pilon_compress.convert.plan import Plan, down_of
+from pilon_compress.convert.plan import Plan, blocks_of, down_of
 from pilon_compress.convert.texts import Calibration, held_out, read_calibration, read_evaluation
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.text import DEFAULT_ENCODER, DEFAULT_LM
@@ -23,7 +23,8 @@ from pilon_compress.models.stream_check import check_walk
 from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.formats.registry import conversion_format
 from pilon_compress.nn.layout import Layout
-from pilon_compress.nn.size import ffn_size, model_size
+from pilon_compress.nn.size import model_size, target_ratios
+from pilon_compress.nn.targets import LABELS, label, targets_of
 from pilon_compress.report.layout_parts import layout_parts
 from pilon_compress.results import conversion
 from pilon_compress.results.conversion import ConversionPlan
@@ -84,14 +85,19 @@ class ConversionJob:
         shown = self.plan if self.final else Plan(self.plan.ratio, [], [])
         itemsize, source = self.dtype.itemsize, self.source_dtype.itemsize
         return ConversionPlan(
-            plan=describe_plan(shown, itemsize, self.quantization),
+            plan=describe_plan(shown, itemsize, self.quantization, self.replaced == LABELS["ffn"]),
             dtype=str(self.dtype).removeprefix("torch."),
             source_dtype=str(self.source_dtype).removeprefix("torch."),
-            ffn=ffn_size(self.layout, itemsize).over_dense(source),
+            **target_ratios(self.layout, itemsize, source),
             model=model_size(self.layout, self.dense, itemsize).over_dense(source),
             untouched=untouched(self.dense, self.sites),
             notes=notes(self.dense, self.sites),
         )
+
+    @property
+    def replaced(self) -> str:
+        """Return the kinds of blocks that are replaced, for messages, as in `FFN and attention`."""
+        return label(targets_of(site.name for site in self.sites))
 
     @property
     def quantization(self) -> str | None:
@@ -118,7 +124,7 @@ def allocated(recipe: Recipe) -> bool:
     """True if sizes follow from the calibration text: the banks' shape is not fixed, and something must go, now or
     later."""
     asked, component = recipe.budget, recipe.form.composition == "component"
-    smaller = asked.ratio < 1 or asked.ratio == 1 and ((asked.mac_limit or 1) < 1 or recipe.form.elastic)
+    smaller = asked.stored_limit < 1 or asked.stored_limit == 1 and ((asked.mac_limit or 1) < 1 or recipe.form.elastic)
     return recipe.method == "pilon" and component and smaller and not recipe.budget.fixed_shape
 
 
@@ -126,10 +132,10 @@ def initial_plan(recipe: Recipe, sites: list[Site]) -> Plan:
     """The plan where it is known without calibration; else a guess at it by uniform shares. Raises BadInput."""
     asked = recipe.budget
     if allocated(recipe):
-        guess = preview(sites, min(asked.ratio, asked.mac_limit or 1))
+        guess = preview(sites, min(asked.stored_limit, asked.mac_limit or 1))
         return guess or make_plan(sites, asked, "whitened-svd", recipe.form.composition)
     whole = recipe.method == "pilon" and recipe.form.composition == "component" and not recipe.budget.fixed_shape
-    if whole and asked.ratio == 1:
+    if whole and asked.stored_limit == 1:
         return dense_plan(sites)
     plan = make_plan(sites, asked, recipe.method, recipe.form.composition)
     check_limits(plan, asked)
@@ -144,7 +150,9 @@ def asked_format(recipe: Recipe) -> str | None:
     return conversion_format(recipe.form.bank_dtype)
 
 
-def describe_plan(plan: Plan, itemsize: int, quantization: str | None = None) -> conversion.Plan:
+def describe_plan(
+    plan: Plan, itemsize: int, quantization: str | None = None, ffn_alone: bool = True
+) -> conversion.Plan:
     """The plan bank by bank and matrix by matrix, for the terminal, report.json and the card."""
     sites = [site for bank in plan.banks for site in bank.sites] + plan.matrices
     band = {layer: index for index, layers in enumerate(plan.bands) for layer in layers}
@@ -152,7 +160,8 @@ def describe_plan(plan: Plan, itemsize: int, quantization: str | None = None) ->
     entries = [conversion.PlannedPart(band=band[part.layers[0]], **vars(part)) for part in parts]
     order = {role: place for place, role in enumerate(dict.fromkeys(entry.role for entry in entries))}
     entries.sort(key=lambda entry: (entry.band, order[entry.role]))
-    return conversion.Plan(ffn_ratio=plan.ratio, bands=plan.bands, banks=entries)
+    ffn_ratio = plan.ratio if ffn_alone else None
+    return conversion.Plan(ratio=plan.ratio, ffn_ratio=ffn_ratio, bands=plan.bands, banks=entries)
 
 
 def prepare(recipe: Recipe) -> ConversionJob:
@@ -163,6 +172,7 @@ def prepare(recipe: Recipe) -> ConversionJob:
     dense = checkpoint.empty_model(config)
     causal = checkpoint.is_causal(config)
     sites = find_sites(dense, recipe.scope.targets, recipe.scope.ignore)
+    check_targets(recipe, sites)
     check_walk(dense)
     recipe.evaluation.check_kind(causal)
     if recipe.budget.sharing != "none":
@@ -185,12 +195,29 @@ def prepare(recipe: Recipe) -> ConversionJob:
     return replace(job.planned(plan), final=not job.allocated)
 
 
+def check_targets(recipe: Recipe, sites: list[Site]) -> None:
+    """Raise BadInput for settings that are of feed-forward blocks alone, where other projections are replaced, too."""
+    targets = targets_of(site.name for site in sites)
+    if targets == ["ffn"]:
+        return
+    if recipe.budget.ffn_ratio is not None:
+        raise BadInput(
+            f"budget.ffn_ratio counts feed-forward parameters alone, and {label(targets)} are to be replaced: give "
+            "the size of everything that is replaced as budget.ratio (--ratio)"
+        )
+    if recipe.form.elastic:
+        raise BadInput(
+            f"form.elastic cuts feed-forward blocks alone, and {label(targets)} are to be replaced: leave out "
+            "--elastic, or --targets"
+        )
+
+
 def check_sharing(sites: list[Site], field: str) -> None:
     """Raise BadInput where no band could share: layers whose feed-forward block is not replaced as a whole."""
     layers: dict[int, list[Site]] = {}
     for site in sites:
         layers.setdefault(site.layer, []).append(site)
-    whole = [layer for layer, members in layers.items() if down_of(members) is not None]
+    whole = [layer for layer, members in layers.items() if down_of(blocks_of(members).get("ffn", [])) is not None]
     if len(whole) < 2:
         raise BadInput(
             f"{field} has no effect: it needs two layers whose feed-forward block is replaced as a whole; "

@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ def describe(
         pilon_compress=pilon_compress.__version__,
         source=job.recipe.model,
         method=job.recipe.method,
-        **vars(job.describe()),
+        **described(job),
         whitened_loss={method: sum(values) / len(values) for method, values in losses.items()},
         projections=[describe_projection(site, job.plan, solved) for site in job.sites],
         banks=[_bank(bank, solved) for bank in job.plan.banks],
@@ -72,6 +73,12 @@ def describe(
     )
 
 
+def described(job: ConversionJob) -> dict[str, Any]:
+    """Return the fields of a plan that are set, for a result that has more."""
+    plan = job.describe()
+    return {name: getattr(plan, name) for name in type(plan).model_fields if name in plan.model_fields_set}
+
+
 def _bank(bank: BankPlan, solved: Solved) -> BankUsage:
     fit = solved.banks[bank.name].fit
     usage = bank_usage.describe(fit.energy, fit.selected)
@@ -88,7 +95,7 @@ def describe_projection(site: Site, plan: Plan, solved: Solved) -> Projection:
     values = solved.projections[site.name].spectrum
     points = torch.linspace(0, len(values) - 1, min(SPECTRUM_POINTS, len(values))).round().long()
     share = values / values.sum().clamp_min(1e-300)
-    band = next(index for index, layers in enumerate(plan.bands) if site.layer in layers)
+    band = plan.band_of(site.layer)
     return Projection(
         name=site.name,
         layer=site.layer,

@@ -18,7 +18,7 @@ from pilon_compress.errors import BadInput
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.installed import layout_of
 from pilon_compress.nn.layout import Host, Layout
-from pilon_compress.nn.size import ffn_size
+from pilon_compress.nn.size import replaced_size
 
 STEP, LARGE = 8, 256  # neurons go by so many at a time in blocks of at least so many
 COUNTS, RANKS, PRICES = 32, 24, 40  # tried in blocks that have factors: neurons, ranks of each, weights of size to loss
@@ -50,7 +50,7 @@ def cut(model: Host, blocks: Sequence[BlockWorth], keep: float) -> None:
 def choose_forms(layout: Layout, blocks: Sequence[BlockWorth], keep: float) -> list[Form]:
     """Choose every block's form: the least loss within `keep` of the numbers. Raises BadInput if none fits."""
     menus = [_menu(layout, block) for block in blocks]
-    total = ffn_size(layout).stored
+    total = replaced_size(layout).stored
     chosen = choose(menus, keep * total)
     if chosen is None:
         least = sum(menu[0].stored for menu in menus) / total

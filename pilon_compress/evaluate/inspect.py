@@ -14,7 +14,7 @@ from pilon_compress.models.families import Site, find_sites
 from pilon_compress.models.in_memory import held_model, record_of
 from pilon_compress.nn.kernel_names import kernel_names, kernel_note
 from pilon_compress.nn.layout import Layout
-from pilon_compress.nn.size import bank_size, ffn_size, linear_macs, model_size, neuron_size
+from pilon_compress.nn.size import bank_size, linear_macs, model_size, neuron_size, target_ratios
 from pilon_compress.nn.stored import stored_layout
 from pilon_compress.report.layout_parts import layout_parts
 from pilon_compress.results.evaluation import Evaluation
@@ -94,7 +94,7 @@ def _form(model: str, empty: PreTrainedModel, layout: Layout, parts: list[Part],
     """Return the fields of an inspection that only a PILON model has."""
     report = _report(model)
     source = getattr(torch, str(report.get("source_dtype")), None) or dtype
-    ffn = ffn_size(layout, dtype.itemsize).over_dense(source.itemsize)
+    sizes = target_ratios(layout, dtype.itemsize, source.itemsize)
     return {
         "parts": parts,
         "banks": {
@@ -103,7 +103,8 @@ def _form(model: str, empty: PreTrainedModel, layout: Layout, parts: list[Part],
         }
         | {name: _neuron_bank(layout, name, dtype.itemsize) for name in layout.neuron_banks},
         "source_dtype": str(source).removeprefix("torch."),
-        "ffn": ffn.model_copy(update={"shared_primitives": report.get("shared_primitives")}),
+        **sizes,
+        "ffn": sizes["ffn"].model_copy(update={"shared_primitives": report.get("shared_primitives")}),
         "model_size": model_size(layout, empty, dtype.itemsize).over_dense(source.itemsize),
         "evaluation": report.get("evaluation"),
     }

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
+from pilon_compress.models.attention import mixes_by_attention
 from pilon_compress.models.blocks import blocks
 from pilon_compress.models.families import Site
-from pilon_compress.report.formatting import number
+from pilon_compress.report.formatting import layer_list, number
 from pilon_compress.results.sizes import Share
 
 SMALL = 0.05  # share of parameters in projections to replace below which users are warned
@@ -34,17 +35,26 @@ def untouched(model: PreTrainedModel, sites: Sequence[Site]) -> list[Share]:
 
 
 def notes(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
-    """Return sentences about expert layers that a conversion of `sites` does not change, and about a small reach."""
+    """Return sentences about experts and attention that a conversion of `sites` leaves alone, and a small reach."""
     total = sum(parameter.numel() for parameter in model.parameters())
     lines = []
     if parts := untouched(model, sites):
         names = ", ".join(entry.name for entry in parts[:3]) + (", ..." if len(parts) > 3 else "")
         share = sum(entry.share for entry in parts)
         lines.append(f"mixture of experts: {number(100 * share)} % of the parameters are not touched ({names})")
+    if left := _dense_attention(model, sites):
+        lines.append(f"the attention of layers {layer_list(left)} stays dense")
     reached = sum(site.parameters for site in sites) / total
     if reached < SMALL:
         lines.append(f"only {number(100 * reached)} % of the parameters are in projections that would be replaced")
     return lines
+
+
+def _dense_attention(model: PreTrainedModel, sites: Sequence[Site]) -> list[int]:
+    """Return the layers whose attention stays as it is where that of others is replaced."""
+    replaced = {site.layer for site in sites if site.target == "attention"}
+    layers = enumerate(blocks(model).values()) if replaced else ()
+    return [index for index, block in layers if index not in replaced and mixes_by_attention(block)]
 
 
 def _expert_parts(block: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.installed import banks, dense_matrices, label_parts, layout_of, neuron_banks, projections
 from pilon_compress.nn.int8 import to_int8
 from pilon_compress.nn.layout import BANKS
-from pilon_compress.nn.size import ffn_size, model_size
+from pilon_compress.nn.size import model_size, target_ratios
 from pilon_compress.report.card import packed_card
 from pilon_compress.results.export import Exported
 from pilon_compress.results.sizes import Sizes
@@ -113,9 +113,9 @@ def _outputs(model: PreTrainedModel) -> torch.Tensor:
 
 
 def size_of(model: PreTrainedModel, itemsize: int) -> dict[str, Sizes]:
-    """Sizes of `ffn` and `model`, with so many bytes per plain number, over the dense model in bfloat16."""
+    """Sizes of what is replaced, and of `model`, with so many bytes per plain number, over the dense bfloat16 model."""
     layout, dense = layout_of(model), checkpoint.empty_model(model.config)
     return {
-        "ffn": ffn_size(layout, itemsize).over_dense(),
+        **target_ratios(layout, itemsize),
         "model": model_size(layout, dense, itemsize).over_dense(),
     }

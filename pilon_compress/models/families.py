@@ -1,17 +1,20 @@
-"""Find the feed-forward projections of a model: by a table of architectures, or else by the shapes of its linears."""
+"""Find the projections of a model to replace: feed-forward ones by a table of architectures or else by the shapes of
+linears, attention's by their names."""
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from pilon_compress.errors import BadInput
+from pilon_compress.models.attention import READERS, attention_roles
 from pilon_compress.models.blocks import blocks
 from pilon_compress.models.task import text_config
-from pilon_compress.nn.part import linear_shape
+from pilon_compress.nn.part import is_linear, linear_shape
+from pilon_compress.nn.targets import TARGETS, Target, target_of
 from pilon_compress.plugins import Registry
 
 
@@ -52,6 +55,10 @@ for _model_type, _row in _ROWS.items():
     FAMILIES.add(_model_type, _row)
 
 
+KINDS: dict[str, tuple[Target, ...]] = {"ffn": ("ffn",), "attention": ("attention",), "all": ("ffn", "attention")}
+"""Word of --targets and --ignore -> kinds of blocks that it stands for."""
+
+
 @dataclass(frozen=True)
 class Site:
     """A linear projection that may be replaced: its name, role, shape, and the block that it belongs to."""
@@ -60,12 +67,13 @@ class Site:
     """Module name below the base model."""
     layer: int
     role: str
-    """gate, up, down or gate_up (fused); for a projection outside the feed-forward block its path with underscores."""
+    """gate, up, down or gate_up (fused); in attention q, k, v or qkv (fused) and o; for any other its path with
+    underscores."""
     d_in: int
     d_out: int
     bias: bool
     input: str
-    """Name of the site whose input it shares: gate and up of one layer read the same activations."""
+    """Name of the site whose input it shares: gate and up of one layer read the same activations, and so do q, k, v."""
     block: tuple[str, ...] = ()
     """Names of all projections of its feed-forward block; empty if neurons cannot be pruned there: see `_block`."""
 
@@ -74,44 +82,68 @@ class Site:
         """Return the number of weights, bias included."""
         return self.d_in * self.d_out + self.d_out * self.bias
 
+    @property
+    def target(self) -> Target:
+        """Return the kind of block that it belongs to: ffn, attention or other."""
+        return target_of(self.name)
+
 
 def find_sites(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[Site]:
     """Return the projections of `model` (on any device, meta included) to replace, in layer order.
 
-    Without `targets` these are the feed-forward projections. `targets` and `ignore` are module names below the base
-    model, class names, or `re:` followed by a regular expression that the module name must match from its start. A
-    target may name any linear projection inside a layer. Raises BadInput when nothing is left.
+    Without `targets` these are the feed-forward projections. `targets` and `ignore` are `ffn`, `attention` or `all` of
+    both, module names below the base model, class names, or `re:` followed by a regular expression that the module name
+    must match from its start; these may name any linear projection inside a layer. Raises BadInput when nothing is
+    left, and for a kind of block that the model does not have.
     """
     layers = blocks(model)
-    family = family_of(model)
-    if family is None and not targets:
+    family, kinds = family_of(model), kinds_named(targets)
+    if family is None and "ffn" in kinds:
         raise BadInput(
             f"no feed-forward projections found in {type(model).__name__} (experts, attention and state-space mixers "
             "are not replaced by themselves); name projections with --targets"
         )
     known = text_config(model.config).model_type in FAMILIES
     hidden = _hidden_size(model)
-    roles = {path: role for role, path in family.projections.items()} if family else {}
-    sites = []
+    feed_forward = {path: role for role, path in family.projections.items()} if family else {}
+    sites, named = [], [one for one in targets if one not in KINDS]
+    attends = False
     for index, (layer_name, layer) in enumerate(layers.items()):
-        block = _block(layer, roles, layer_name, known)
+        block, attention = _block(layer, feed_forward, layer_name, known), attention_roles(layer)
+        attends |= bool(attention)
         for path, module in layer.named_modules():
             name = f"{layer_name}.{path}"
             is_target = (
-                _matches(name, module, targets) if targets else path in roles and not mixes_tokens(layer, path, hidden)
+                ("ffn" in kinds and path in feed_forward and not mixes_tokens(layer, path, hidden))
+                or ("attention" in kinds and path in attention)
+                or _matches(name, module, named)
             )
-            if not is_target or not _is_linear(module) or _matches(name, module, ignore):
+            if not is_target or not is_linear(module) or _matches(name, module, ignore):
                 continue
             d_in, d_out = linear_shape(module)
-            role = roles.get(path, path.replace(".", "_"))
-            members = block if path in roles else ()
+            role = {**attention, **feed_forward}.get(path, path.replace(".", "_"))
+            members = block if path in feed_forward else ()
             sites.append(Site(name, index, role, d_in, d_out, module.bias is not None, name, members))
-    if not sites:
-        reason = (
-            "every feed-forward projection is ignored" if ignore and not targets else "no projection matches --targets"
+    if "attention" in kinds and not attends:
+        raise BadInput(
+            f"no attention projections found in {type(model).__name__} by their names (latent and linear attention are "
+            "not known); name projections with --targets re:REGEX"
         )
-        raise BadInput(f"{reason} in {type(model).__name__}")
+    if not sites:
+        raise BadInput(f"{_nothing(kinds, targets, ignore)} in {type(model).__name__}")
     return _share_inputs(sites)
+
+
+def kinds_named(targets: Sequence[str]) -> set[Target]:
+    """Return the kinds of blocks that `targets` names; without targets it is ffn."""
+    named = {kind for one in targets or ("ffn",) for kind in KINDS.get(one, ())}
+    return {kind for kind in TARGETS if kind in named}
+
+
+def _nothing(kinds: set[Target], targets: Sequence[str], ignore: Sequence[str]) -> str:
+    if not ignore or not kinds:
+        return "no projection matches --targets"
+    return f"every {'projection that --targets names' if targets else 'feed-forward projection'} is ignored"
 
 
 def family_of(model: PreTrainedModel) -> Family | None:
@@ -151,7 +183,7 @@ def detect(model: PreTrainedModel) -> Family | None:
         shapes = {
             name: linear_shape(module)
             for name, module in layer.named_modules()
-            if _is_linear(module) and not mixes_tokens(layer, name, hidden)
+            if is_linear(module) and not mixes_tokens(layer, name, hidden)
         }
         kind = (type(layer), frozenset(shapes.items()))
         if kind not in kinds and (family := _family(shapes, hidden)) is not None:
@@ -204,10 +236,6 @@ def mixes_tokens(layer: nn.Module, path: str, hidden: int | None) -> bool:
     return False
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def _matches(name: str, module: nn.Module, patterns: Sequence[str]) -> bool:
     for pattern in patterns:
         if pattern.startswith("re:"):
@@ -216,15 +244,16 @@ def _matches(name: str, module: nn.Module, patterns: Sequence[str]) -> bool:
             except re.error as error:
                 raise BadInput(f"{pattern!r} is not a regular expression: {error}") from None
         else:
-            hit = pattern in (name, type(module).__name__)
+            hit = pattern in (name, type(module).__name__) or target_of(name) in KINDS.get(pattern, ())
         if hit:
             return True
     return False
 
 
 def _share_inputs(sites: list[Site]) -> list[Site]:
-    """Give gate and up of one layer the name of the first of them as `input`, since both read it."""
-    first = {site.layer: site.name for site in reversed(sites) if site.role in ("gate", "up")}
-    return [
-        Site(**{**vars(site), "input": first[site.layer]}) if site.role in ("gate", "up") else site for site in sites
-    ]
+    """Give projections of one layer that read the same the name of the first of them as `input`."""
+    found = sites
+    for roles in (("gate", "up"), READERS):
+        first = {site.layer: site.name for site in reversed(found) if site.role in roles}
+        found = [replace(site, input=first[site.layer]) if site.role in roles else site for site in found]
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 Before = Callable[[nn.Module, tuple[Any, ...]], None]
-After = Callable[[nn.Module, tuple[Any, ...], Any], None]
+After = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def hooked(
 ) -> Iterator[None]:
     """Call hooks whenever a named module of `root` runs inside the context.
 
-    `before`: with the module and its arguments. `after`: with its output besides.
+    `before`: with the module and its arguments. `after`: with its output besides; what it returns takes its place.
     """
     handles = [root.get_submodule(name).register_forward_pre_hook(hook) for name, hook in before]
     handles += [root.get_submodule(name).register_forward_hook(hook) for name, hook in after]

@@ -15,7 +15,7 @@ from pilon_compress.models.families import Site
 from pilon_compress.models.shared_layouts import shared_factors, shared_neurons
 from pilon_compress.nn.bands import split_bands
 from pilon_compress.nn.layout import Layout
-from pilon_compress.nn.size import ffn_size
+from pilon_compress.nn.size import replaced_size
 from pilon_compress.nn.sizing import BankBudget, size_bank, size_private
 from pilon_compress.nn.specs import BankSpec, DenseSpec, ProjectionSpec
 
@@ -55,7 +55,7 @@ def _shared(sites: Sequence[Site], ffn: FfnConfig, multiple: int) -> Layout | No
 
 def _note_waste(layout: Layout, free: Layout) -> None:
     """Say how much of the budget `layout`, of ranks that suit the kernels, leaves, where `free` ranks leave less."""
-    found, other = (ffn_size(one).over_dense().stored_ratio for one in (layout, free))
+    found, other = (replaced_size(one).over_dense().stored_ratio for one in (layout, free))
     if found < (1 - NOTED) * other:
         ranks = sorted({bank.rank for bank in free.banks.values()})
         note(
@@ -74,7 +74,7 @@ def check_limits(layout: Layout, ffn: FfnConfig) -> None:
         users = [layout.projections[user] for user in layout.users(name)]
         if users[0].composition != "softmax":
             banks[name] = replace(bank, n_primitives=min(bank.n_primitives, sum(user.top_k for user in users)))
-    size = ffn_size(replace(layout, banks=banks))
+    size = replaced_size(replace(layout, banks=banks))
     stored, macs = size.stored / size.dense_stored, size.macs / size.dense_macs
     if stored > ffn.ffn_ratio * (1 + 1e-9):
         raise BadInput(

@@ -93,6 +93,11 @@ class LatentPart:
         raise NotImplementedError
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Return True for an nn.Linear and a GPT-2 Conv1D, the linear projections of dense models."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of an nn.Linear, a GPT-2 Conv1D (whose weight is stored (in, out)) or a projection of ours."""
     if isinstance(module, nn.Linear | Projection):

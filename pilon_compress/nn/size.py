@@ -10,6 +10,7 @@ from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.neuron_linear import biased_outputs
 from pilon_compress.nn.part import linear_shape
+from pilon_compress.nn.targets import Target, target_of
 from pilon_compress.results.sizes import Share, Sizes
 
 DENSE_ITEMSIZE = 2  # `dense_bytes` is the dense model in bfloat16, whatever it was stored in
@@ -37,17 +38,27 @@ class Size:
         return Size(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def over_dense(self, source_itemsize: int = DENSE_ITEMSIZE) -> Sizes:
-        """The figures with their ratios, PILON over dense; `source_itemsize`: bytes per number of the dense file."""
+        """The figures with their ratios, PILON over dense; `source_itemsize`: bytes per number of the dense file.
+
+        Ratios of nothing to nothing are 1.
+        """
         source_bytes = self.dense_bytes // DENSE_ITEMSIZE * source_itemsize
         return Sizes(
-            stored_ratio=self.stored / self.dense_stored,
-            bytes_ratio=self.bytes / self.dense_bytes,
-            bytes_ratio_to_source=self.bytes / source_bytes,
-            bytes_ratio_to_bf16=self.bytes / self.dense_bytes,
-            mac_ratio=self.macs / self.dense_macs,
+            stored_ratio=_over(self.stored, self.dense_stored),
+            bytes_ratio=_over(self.bytes, self.dense_bytes),
+            bytes_ratio_to_source=_over(self.bytes, source_bytes),
+            bytes_ratio_to_bf16=_over(self.bytes, self.dense_bytes),
+            mac_ratio=_over(self.macs, self.dense_macs),
             **vars(self),
             source_bytes=source_bytes,
         )
+
+
+def _over(numbers: int, dense: int) -> float:
+    return numbers / dense if dense else 1.0
+
+
+NOTHING = Size(0, 0, 0, 0, 0, 0)
 
 
 def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
@@ -152,25 +163,49 @@ def exits_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
     return Size(exact + plain, 0, exact * SCALE_ITEMSIZE + plain * itemsize, 0, macs, 0)
 
 
-def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
-    """Everything that the layout names: composed projections with their banks, dense matrices, banks of neurons, gates.
+def target_sizes(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> dict[Target, Size]:
+    """Return the size of all that the layout names by kind of block; ffn, with exit gates, also where there is none.
 
     MACs are those of a token that skips no block.
     """
-    parts = [bank_size(layout, bank, itemsize) for bank in layout.banks]
-    parts += [dense_size(layout, name, itemsize) for name in layout.matrices]
-    parts += [neuron_size(layout, bank, itemsize) for bank in layout.neuron_banks]
-    return sum([*parts, exits_size(layout, itemsize)], Size(0, 0, 0, 0, 0, 0))
+    parts = [(next(iter(layout.users(bank)), ""), bank_size(layout, bank, itemsize)) for bank in layout.banks]
+    parts += [(name, dense_size(layout, name, itemsize)) for name in layout.matrices]
+    parts += [(next(iter(layout.users(bank)), ""), neuron_size(layout, bank, itemsize)) for bank in layout.neuron_banks]
+    found: dict[Target, Size] = {"ffn": exits_size(layout, itemsize)}
+    for name, size in parts:
+        found[target_of(name)] = found.get(target_of(name), NOTHING) + size
+    return found
+
+
+def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """Return the size of the feed-forward projections that the layout names."""
+    return target_sizes(layout, itemsize)["ffn"]
+
+
+def replaced_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """Everything that the layout names: composed projections with their banks, dense matrices, banks of neurons, gates."""
+    return sum(target_sizes(layout, itemsize).values(), NOTHING)
+
+
+def target_ratios(
+    layout: Layout, itemsize: int = DENSE_ITEMSIZE, source_itemsize: int = DENSE_ITEMSIZE
+) -> dict[str, Sizes]:
+    """Return the fields `ffn` and, where other projections are replaced, those of `results.sizes.Replaced`."""
+    sizes = target_sizes(layout, itemsize)
+    found = {str(target): size.over_dense(source_itemsize) for target, size in sizes.items()}
+    if len(found) > 1:
+        found["replaced_size"] = sum(sizes.values(), NOTHING).over_dense(source_itemsize)
+    return found
 
 
 def model_size(layout: Layout, dense: PreTrainedModel, itemsize: int = DENSE_ITEMSIZE) -> Size:
     """The whole model; `dense` is the host model before conversion, on any device (meta will do)."""
-    ffn = ffn_size(layout, itemsize)
+    replaced = replaced_size(layout, itemsize)
     parameters = sum(p.numel() for p in dense.parameters())  # tied weights once
-    rest = parameters - ffn.dense_stored
-    rest_macs = linear_macs(dense) - ffn.dense_macs
+    rest = parameters - replaced.dense_stored
+    rest_macs = linear_macs(dense) - replaced.dense_macs
     size = rest * itemsize + sum(_saved_by_int8(dense, *entry, itemsize) for entry in layout.rest.items())
-    return ffn + Size(rest, rest, size, rest * DENSE_ITEMSIZE, rest_macs, rest_macs)
+    return replaced + Size(rest, rest, size, rest * DENSE_ITEMSIZE, rest_macs, rest_macs)
 
 
 def _saved_by_int8(dense: PreTrainedModel, place: str, kind: str, itemsize: int) -> int:

@@ -50,7 +50,7 @@ def _group(module: nn.Module, leaf: str, parameter: Tensor, name: str) -> str:
 
 
 def restrict(model: PreTrainedModel, train: str) -> None:
-    """Let only some parameters learn: `all`, those of the feed-forward part (`ffn`), or `compositions`."""
+    """Let only some parameters learn: `all`, those of replaced projections (`ffn`), or `compositions`."""
     if train == "all":
         return
     model.requires_grad_(False)

@@ -108,7 +108,7 @@ def packed_card(result: Report) -> str:
     int8_error = result.get("rest_relative_error")
     rows = [
         [part, *(formatting.number(result[key][f"{over}_ratio"]) for over in ("stored", "bytes", "mac"))]
-        for key, part in (("ffn", "feed-forward"), ("model", "whole model"))
+        for key, part in formatting.parts_of(result)
     ]
     sections = [
         f"# {code(name)}, packed",

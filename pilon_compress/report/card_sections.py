@@ -29,23 +29,24 @@ def introduction(report: Report) -> str:
     roles = formatting.in_order((bank["role"] for bank in report["plan"]["banks"]), formatting.ROLE_ORDER)
     how = METHODS.get(report["method"], f"by {code(report['method'])}")
     where = f"({cell(', '.join(roles))}) of {len(layers)} layers"
+    names, plan = formatting.replaced_of(report)[0], report["plan"]
     return (
-        f"{code(report['source'])} with the FFN projections {where} replaced {how}. "
-        f"Everything else is the dense model's. Requested FFN ratio: {formatting.number(report['plan']['ffn_ratio'])}. "
+        f"{code(report['source'])} with the {names} projections {where} replaced {how}. "
+        f"Everything else is the dense model's. Requested {names} ratio: {formatting.number(plan['ratio'])}. "
         "The full report is `report.html`, its numbers are in `report.json`."
     )
 
 
 def costs(report: Report) -> str:
-    """Return a table of stored parameters, bytes and MACs over the dense model's, of the FFN and the whole model."""
+    """Return a table of stored parameters, bytes and MACs over the dense model's, of what is replaced and of all."""
     ratios = formatting.ratios(report)
     rows = []
     for label in dict.fromkeys(ratio.label for ratio in ratios):
-        ffn, model = (ratio for ratio in ratios if ratio.label == label)
-        cells = [f"**{formatting.number(ratio.value)}** ({ratio.detail})" for ratio in (ffn, model)]
+        cells = [f"**{formatting.number(one.value)}** ({one.detail})" for one in ratios if one.label == label]
         dtypes = {"dtype": report["dtype"], "source": report.get("source_dtype", "bfloat16")}
         rows.append([label, *cells, OVER[label].format(**dtypes)])
-    return table(["Compressed ÷ dense", "FFN", "Whole model", "Meaning"], rows)
+    parts = [name[:1].upper() + name[1:] for _, name in formatting.parts_of(report)]
+    return table(["Compressed ÷ dense", *parts, "Meaning"], rows)
 
 
 def quality(report: Report) -> list[str]:
@@ -91,10 +92,7 @@ def limits(report: Report) -> list[str]:
         "Loading needs the Python package `pilon_compress`.",
         "Licence, training data, biases and intended use are those of the dense model; see its own card.",
     ]
-    parts = {key: report[key]["mac_ratio"] for key in ("ffn", "model")}
-    heavier = [
-        name for key, name in (("ffn", "FFN"), ("model", "whole model")) if parts[key] is not None and parts[key] > 1
-    ]
+    heavier = [name for key, name in formatting.parts_of(report) if (report[key]["mac_ratio"] or 0) > 1]
     if heavier:
         lines.insert(
             1, f"It stores less than it computes: MACs per token are above dense for the {' and the '.join(heavier)}."
@@ -104,7 +102,7 @@ def limits(report: Report) -> list[str]:
 
 def training_figures(result: Report) -> list[list[str]]:
     """Return rows (name, value, meaning) of a training's figures."""
-    ffn, model, figure = result["ffn"], result.get("model", {}), main_metric(result)
+    figure, parts = main_metric(result), formatting.parts_of(result)
     tokens, steps = formatting.short_count(result["tokens"]), formatting.number(result["steps"])
     rows = [
         [figure.label, f"**{figure.value}**", figure.meaning],
@@ -112,10 +110,10 @@ def training_figures(result: Report) -> list[list[str]]:
         ["Parameters", formatting.short_count(result["parameters"]), "of the whole model"],
     ]
     for key, label in (("stored", "Stored parameters"), ("bytes", "Bytes"), ("mac", "MACs per token")):
-        ratio, whole = f"{key}_ratio", ""
-        if model.get(ratio) is not None:
-            whole = f", of the whole model {formatting.number(model[ratio])}"
-        rows.append([f"{label} ÷ dense", f"**{formatting.number(ffn[ratio])}**", f"of the FFN{whole}"])
+        known = [(name, result[part].get(f"{key}_ratio")) for part, name in parts]
+        (first, value), *others = [(name, formatting.number(ratio)) for name, ratio in known if ratio is not None]
+        more = "".join(f", of the {name} {ratio}" for name, ratio in others)
+        rows.append([f"{label} ÷ dense", f"**{value}**", f"of the {first}{more}"])
     return rows
 
 
@@ -131,6 +129,7 @@ def training_limits(result: Report, recipe: TrainRecipe) -> list[str]:
             "The folder stores the latent weights behind the ternary ones, so it is as large as a float model. Its "
             "feed-forward part computes with a ternary weight -1, 0 or 1 for each, and a few scales."
         )
-    if result["ffn"]["mac_ratio"] > 1:
-        lines.append("Its FFN stores less than it computes: MACs per token are above dense.")
+    heavier = [name for key, name in formatting.parts_of(result) if key != "model" and result[key]["mac_ratio"] > 1]
+    if heavier:
+        lines.append(f"Its {heavier[0]} stores less than it computes: MACs per token are above dense.")
     return lines

@@ -55,6 +55,9 @@ def _view(report: Report) -> dict[str, Any]:
     shared = any(len(bank["layers"]) > 1 for bank in report["plan"]["banks"])
     return {
         "report": report,
+        "replaced_name": formatting.replaced_of(report)[0],
+        "replaced": formatting.replaced_of(report)[1],
+        "attention": bool(report.get("attention")),
         "shared": shared,
         "method": formatting.method_name(report["method"]),
         "costs": [(label, [r for r in ratios if r.label == label]) for label in dict.fromkeys(r.label for r in ratios)],
@@ -170,8 +173,9 @@ def _use_row(banks: Sequence[Report]) -> Row:
 
 
 def _anatomy(report: Report) -> dict[str, Any]:
-    """Return the parameters of the dense and the compressed model by part: the FFN, then all unchanged parts."""
+    """Return the parameters of the dense and the compressed model: what is replaced, then all unchanged parts."""
     dense, stored = report["model"]["dense_stored"], report["model"]["stored"]
+    replaced = formatting.replaced_of(report)[1]
     kept = sorted(report["kept"], key=lambda part: -part["parameters"])
     full = max(dense, stored, 1)
     shades = ("#475569", "#64748b", "#94a3b8", "#b6c2d1", "#d5dde7")
@@ -187,8 +191,8 @@ def _anatomy(report: Report) -> dict[str, Any]:
         for place, part in enumerate(kept)
     ]
     bars = [
-        ("dense", dense, round(100 * report["ffn"]["dense_stored"] / full, 2)),
-        ("compressed", stored, round(100 * report["ffn"]["stored"] / full, 2)),
+        ("dense", dense, round(100 * replaced["dense_stored"] / full, 2)),
+        ("compressed", stored, round(100 * replaced["stored"] / full, 2)),
     ]
     return {"parts": parts, "bars": bars, "colour": plot_style.method_colour(report["method"])}
 

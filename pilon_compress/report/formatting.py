@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 METHOD_NAMES = {"pilon": "PILON", "whitened-svd": "whitened SVD", "svd": "plain SVD"}
-ROLE_ORDER = ("gate", "up", "down")
+ROLE_ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 NONE = "–"
 
 
@@ -76,8 +76,8 @@ def in_order(names: Iterable[str], first: Sequence[str]) -> list[str]:
 
 
 WHITENED_LOSS = (
-    "mean over the FFN projections of the squared error of their outputs ÷ their squared outputs, on the calibration "
-    "text, each output less its mean where a bias compensates for that"
+    "mean over the replaced projections of the squared error of their outputs ÷ their squared outputs, on the "
+    "calibration text, each output less its mean where a bias compensates for that"
 )
 
 
@@ -96,7 +96,7 @@ class Metric(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """A cost ratio, compressed over dense, of one part of the model (`FFN` or `whole model`)."""
+    """A cost ratio, compressed over dense, of one part of the model: see `parts_of`."""
 
     label: str
     part: str
@@ -108,14 +108,32 @@ class Ratio(NamedTuple):
 STORED, BYTES, BYTES_BF16, MACS = "Stored parameters", "Bytes on disk", "Bytes, dense in bfloat16", "MACs per token"
 
 
+def parts_of(report: Mapping[str, Any], model: str = "model") -> list[tuple[str, str]]:
+    """Return (key, label) of the parts of a model whose sizes a report has; those of all of it are at the key `model`.
+
+    That is the FFN, attention where it is replaced, and both together.
+    """
+    named = [("ffn", "FFN"), ("attention", "attention"), ("other", "other projections"), ("replaced_size", "replaced")]
+    found = [(key, name) for key, name in named if report.get(key) and report[key].get("dense_stored") != 0]
+    if len(found) == 2 and found[-1][0] == "replaced_size":  # the same as the one before it
+        found.pop()
+    return [*found, (model, "whole model")] if report.get(model) else found
+
+
+def replaced_of(report: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return the name of all that is replaced, as in `FFN and attention`, and its sizes."""
+    names = [name for key, name in parts_of(report) if key not in ("replaced_size", "model")]
+    return " and ".join(names), report.get("replaced_size") or report["ffn"]
+
+
 def ratios(report: Mapping[str, Any]) -> list[Ratio]:
-    """Return the cost ratios of a report: stored parameters, bytes and MACs, each of the FFN and the whole model.
+    """Return the cost ratios of a report: stored parameters, bytes and MACs, each of all `parts_of` it.
 
     Bytes are over the dense file in its own dtype, and also over bfloat16 where that is another dtype.
     """
     source = report.get("source_dtype", "bfloat16")  # reports before `source_dtype` count the dense model in bfloat16
     shown = [STORED, BYTES, MACS] if source == "bfloat16" else [STORED, BYTES, BYTES_BF16, MACS]
-    by_part = [_part_ratios(report, key, part, source) for key, part in (("ffn", "FFN"), ("model", "whole model"))]
+    by_part = [_part_ratios(report, key, part, source) for key, part in parts_of(report)]
     return [ratios_of_part[label] for label in shown for ratios_of_part in by_part]
 
 

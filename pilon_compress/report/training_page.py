@@ -114,7 +114,7 @@ def main_metric(result: Result) -> formatting.Metric:
 
 def cards(result: Result) -> list[formatting.Metric]:
     """Return the most important figures."""
-    ffn = result["ffn"]
+    name, sizes = formatting.replaced_of(result)
     return [
         main_metric(result),
         formatting.Metric(
@@ -126,8 +126,10 @@ def cards(result: Result) -> list[formatting.Metric]:
             f"{result['processes']} × {result['device']}",
         ),
         formatting.Metric("Parameters", formatting.short_count(result["parameters"]), "of the whole model"),
-        formatting.Metric("FFN stored", formatting.number(ffn["stored_ratio"]), "parameters ÷ the dense FFN's"),
-        formatting.Metric("FFN MACs", formatting.number(ffn["mac_ratio"]), "per token ÷ the dense FFN's"),
+        formatting.Metric(
+            f"{name} stored", formatting.number(sizes["stored_ratio"]), f"parameters ÷ the dense {name}'s"
+        ),
+        formatting.Metric(f"{name} MACs", formatting.number(sizes["mac_ratio"]), f"per token ÷ the dense {name}'s"),
     ]
 
 

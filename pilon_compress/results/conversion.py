@@ -4,7 +4,7 @@ from typing import Literal
 
 from pilon_compress.results.base import Result
 from pilon_compress.results.evaluation import Evaluation
-from pilon_compress.results.sizes import Part, Share, Sizes
+from pilon_compress.results.sizes import Part, Replaced, Share, Sizes
 
 
 class PlannedPart(Part):
@@ -16,7 +16,10 @@ class PlannedPart(Part):
 class Plan(Result):
     """Banks and dense matrices of a conversion; none are listed before the plan is final."""
 
-    ffn_ratio: float
+    ratio: float
+    """Largest ratio of stored numbers of everything that is replaced."""
+    ffn_ratio: float | None
+    """The same where feed-forward projections alone are replaced; else None."""
     bands: list[list[int]]
     """Layers of each band."""
     banks: list[PlannedPart]
@@ -29,7 +32,7 @@ class Estimate(Result):
     peak_gib: float
 
 
-class ConversionPlan(Result):
+class ConversionPlan(Replaced):
     """Sizes of a conversion, known before any weight is solved for."""
 
     plan: Plan
@@ -38,7 +41,7 @@ class ConversionPlan(Result):
     source_dtype: str
     """Number format of the dense model's file."""
     ffn: Sizes
-    """The feed-forward projections that are replaced."""
+    """The feed-forward projections that are replaced; where none is, 0 of 0 numbers and ratios of 1."""
     model: Sizes
     """The whole model."""
     untouched: list[Share]

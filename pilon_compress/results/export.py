@@ -5,10 +5,10 @@ from typing import Any
 from pydantic import SerializeAsAny
 
 from pilon_compress.results.base import Result
-from pilon_compress.results.sizes import Sizes
+from pilon_compress.results.sizes import Replaced, Sizes
 
 
-class Exported(Result):
+class Exported(Replaced):
     """Figures that an exporter measured, or None. An exporter with other figures returns a subclass."""
 
     ffn: Sizes | None = None

@@ -4,11 +4,11 @@ from typing import Literal
 
 from pilon_compress.results.base import Result
 from pilon_compress.results.evaluation import Evaluation
-from pilon_compress.results.sizes import Part, Share, Sizes
+from pilon_compress.results.sizes import Part, Replaced, Share, Sizes
 
 
 class InspectedProjection(Result):
-    """A feed-forward projection: the dense one, and of a PILON model what is stored in its place."""
+    """A projection: the dense one, and of a PILON model what is stored in its place."""
 
     name: str
     layer: int
@@ -40,7 +40,7 @@ class InspectedBank(Sizes):
     quantization: str
 
 
-class Inspection(Result):
+class Inspection(Replaced):
     """A model's projections, and what a conversion would replace or has replaced."""
 
     model: str

@@ -38,13 +38,25 @@ class Sizes(Ratios):
     """Primitives that two layers or more use; None where no model is at hand to count them."""
 
 
+class Replaced(Result):
+    """Sizes of what is replaced beside the feed-forward projections; unset where nothing is."""
+
+    attention: Sizes | None = None
+    """The attention projections that are replaced."""
+    other: Sizes | None = None
+    """Other projections that --targets names."""
+    replaced_size: Sizes | None = None
+    """All projections that are replaced, the feed-forward ones included."""
+
+
 class Part(Result):
     """A bank with the projections that it makes, or a dense matrix."""
 
     names: list[str]
     """Names of the projections, below the base model."""
     role: str
-    """up, gate, gate_up or down; neurons of a bank of neurons, which makes whole blocks (`d_out`: those of a layer)."""
+    """up, gate, gate_up or down; q, k, v or qkv, and o of attention; neurons of a bank of neurons, which makes whole
+    blocks (`d_out`: those of a layer)."""
     layers: list[int]
     d_in: int
     """Inputs as stored, after neurons were dropped."""

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pilon_compress.results.base import Result
-from pilon_compress.results.sizes import Ratios, Sizes
+from pilon_compress.results.sizes import Ratios, Replaced, Sizes
 
 Task = Literal["pretrain", "heal", "sft"]
 
 
-class PlannedTraining(Result):
+class PlannedTraining(Replaced):
     """The result of `train --dry-run`, from shapes alone."""
 
     dry_run: Literal[True]
@@ -35,7 +35,7 @@ class Stage(Result):
     seconds: float
 
 
-class TrainResult(Result):
+class TrainResult(Replaced):
     """Figures of a finished training, on its validation text."""
 
     format_version: int

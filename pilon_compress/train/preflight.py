@@ -16,7 +16,7 @@ from pilon_compress.models import base_architectures, checkpoint, layouts
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.limits import longest_input
 from pilon_compress.nn.layout import Layout
-from pilon_compress.nn.size import ffn_size, model_size
+from pilon_compress.nn.size import model_size, replaced_size, target_ratios
 from pilon_compress.optimize.callbacks import extensions
 from pilon_compress.optimize.trackers import check_trackers
 from pilon_compress.results.sizes import Ratios
@@ -75,7 +75,7 @@ def note_odd_ranks(layout: Layout) -> None:
     packed = layout.in_format("ternary-base3")
     odd = [name for name, spec in layout.projections.items() if spec.top_k * layout.banks[spec.bank].rank % MULTIPLE]
     if odd:
-        before, after = (ffn_size(one).over_dense().mac_ratio for one in (layout, packed))
+        before, after = (replaced_size(one).over_dense().mac_ratio for one in (layout, packed))
         note(
             f"{len(odd)} of {len(layout.projections)} projections have ranks that are no multiples of {MULTIPLE}: the "
             f"ternary kernels pad them, MACs {before:.3f} -> {after:.3f} of the dense ones "
@@ -145,7 +145,8 @@ def layout_asked(recipe: TrainRecipe, config: PretrainedConfig) -> Layout | None
 
 
 def sized(layout: Layout | None, dense: PreTrainedModel) -> dict[str, Any]:
-    """Sizes over the dense model's: fields `ffn` and, of a PILON model, `model` of a result."""
+    """Sizes over the dense model's: fields `ffn` and, of a PILON model, `model` of a result, and those of
+    `target_ratios`."""
     if layout is None or not layout.replaced:
         return {"ffn": Ratios(stored_ratio=1.0, bytes_ratio=1.0, mac_ratio=1.0)}
-    return {"ffn": ffn_size(layout).over_dense(), "model": model_size(layout, dense).over_dense()}
+    return {**target_ratios(layout), "model": model_size(layout, dense).over_dense()}

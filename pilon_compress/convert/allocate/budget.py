@@ -15,14 +15,16 @@ from torch import Tensor
 
 from pilon_compress.convert.allocate.band_parts import part_by_part, without
 from pilon_compress.convert.allocate.options import Choice, Savings, options_of, savings_of
-from pilon_compress.convert.calibrate.sensitivity import Sensitivity
+from pilon_compress.convert.calibrate.sensitivity import Change, Sensitivity
 from pilon_compress.convert.plan import BankPlan, Plan, trimmed
-from pilon_compress.convert.solve.feed_forward import Dense
+from pilon_compress.convert.solve.feed_forward import Dense, FeedForward
+from pilon_compress.convert.solve.layer import uniform_rank
 from pilon_compress.convert.solve.neuron_pruning import Elimination
 from pilon_compress.elastic.knapsack import Limits, Menu, Option, Pick, choose_menus
 from pilon_compress.errors import BadInput
 from pilon_compress.io.progress import track
 from pilon_compress.models.families import Site
+from pilon_compress.nn.targets import Target
 
 TOLERANCE = 0.01  # of a ratio that is to be spent
 SLACK, COARSE = 0.9, 20  # times the tolerance: what may stay unspent, and at first, since options of bands lie coarsely
@@ -35,7 +37,7 @@ class CannotSpend(BadInput):
 
 @dataclass(frozen=True)
 class Sizing:
-    """The sizes that a layer may get: `options` with losses times `scale`, and the order in which its neurons go."""
+    """The sizes that a block of a layer may get: `options` with losses times `scale`, and the order of its neurons."""
 
     layer: int
     sites: list[Site]
@@ -43,6 +45,11 @@ class Sizing:
     scale: float
     elimination: Elimination | None
     savings: Savings = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Target:
+        """Return the kind of block: ffn, attention or other."""
+        return self.sites[0].target
 
     @property
     def counts(self) -> list[int | None]:
@@ -106,25 +113,38 @@ def size_layers(
     multiple: int | None = None,
     measured: float | None = None,
 ) -> list[Sizing]:
-    """The options of every layer around a stored ratio, in the two-sided metric, put right by `sensitivity`.
+    """The options of every block, in the layers' order, around a stored ratio: in the two-sided metric, put right by
+    `sensitivity`.
 
     `neurons`: whether blocks may lose some. `multiple`: of ranks, see `Budget.rank_multiple`. `measured`: share of the
     neurons at which true losses are taken, else `ratio`.
     """
-    layers = dense.layers()
 
-    def size(layer: int) -> Sizing:
-        ff = dense.read(layer)
-        scale = 1.0
-        if sensitivity is not None and ff.down is not None and ff.elimination is not None:
-            count = max(1, round((measured or ratio) * ff.down.d_in))
-            prune = partial(ff.prune, prefix=dense.source.names[layer], neurons=count)
-            scale = sensitivity.measure(layer, prune, ff.elimination.loss(count))
-        saved = savings_of(ff, ratio, neurons)
-        return Sizing(layer, ff.sites, options_of(ff, saved, scale, neurons, multiple), scale, ff.elimination, saved)
+    def size(layer: int) -> list[Sizing]:
+        blocks = [dense.read(layer, kind) for kind in dense.blocks(layer)]
+        changes = [_typical(ff, dense.source.names[layer], measured or ratio) for ff in blocks]
+        scales = [1.0] * len(blocks)
+        if sensitivity is not None:
+            scales = sensitivity.measure(layer, changes)
+        found = []
+        for ff, scale in zip(blocks, scales, strict=True):
+            saved = savings_of(ff, ratio, neurons)
+            options = options_of(ff, saved, scale, neurons, multiple)
+            found.append(Sizing(layer, ff.sites, options, scale, ff.elimination, saved))
+        return found
 
     # in a function, so that one layer's tensors are freed before the next one's are there
-    return [size(layer) for layer in track(layers, "sizing layers")]
+    return [sizing for layer in track(dense.layers(), "sizing layers") for sizing in size(layer)]
+
+
+def _typical(ff: FeedForward, prefix: str, ratio: float) -> Change:
+    """Return a change to a block that leaves about `ratio` of it: fewer neurons, or where none can go lower ranks."""
+    if ff.down is not None and ff.elimination is not None:
+        count = max(1, round(ratio * ff.down.d_in))
+        return Change(partial(ff.prune, prefix=prefix, neurons=count), ff.elimination.loss(count))
+    ranks = {site.name: uniform_rank(site, ratio) for site in ff.sites}
+    lost = sum(float(ff.target(site, None).savings[ranks[site.name] :].sum()) for site in ff.sites)
+    return Change(partial(ff.truncate, prefix=prefix, ranks=ranks), lost)
 
 
 def allocate(
@@ -234,21 +254,32 @@ def _least(menus: Sequence[Menu], cost: Callable[[Option], int]) -> float:
 
 
 def _allocation(sizings: Sequence[Sizing], ratio: float, chosen: Sequence[Pick], elastic: bool) -> Allocation:
-    plan, left, losses = Plan(ratio, [], []), dict[int, Tensor | None](), dict[int, float]()
-    worth = dict[int, Tensor]()
-    for band, pick in enumerate(chosen):
+    plan = Plan(ratio, _bands(sizings, chosen), [])
+    left, losses, worth = dict[int, Tensor | None](), dict[int, float](), dict[int, Tensor]()
+    for pick in chosen:
         choice, members = pick.option.what, [sizings[place] for place in pick.groups]
         assert isinstance(choice, Choice)
-        plan.bands.append([sizing.layer for sizing in members])
-        shared = dict[str, list[Site]]()
+        shared, band = dict[str, list[Site]](), plan.band_of(members[0].layer)
         for sizing in members:
-            left[sizing.layer] = sizing.left(choice.neurons)
+            if sizing.layer not in left or sizing.kind == "ffn":  # the only block that has neurons
+                left[sizing.layer] = sizing.left(choice.neurons)
             if elastic:
                 left[sizing.layer], worth[sizing.layer] = sizing.ordered(choice.neurons)
-            losses[sizing.layer] = pick.option.loss / len(members)
+            losses[sizing.layer] = losses.get(sizing.layer, 0.0) + pick.option.loss / len(members)
             _plan_layer(plan, band, sizing, choice, shared)
         plan.banks.extend(BankPlan(band, role, tuple(shared[role]), *size) for role, size in choice.banks.items())
-    return Allocation(plan, left, losses, worth, {sizing.layer: sizing.scale for sizing in sizings})
+    scales = {sizing.layer: sizing.scale for sizing in sorted(sizings, key=lambda one: one.kind == "ffn")}
+    return Allocation(plan, left, losses, worth, scales)
+
+
+def _bands(sizings: Sequence[Sizing], chosen: Sequence[Pick]) -> list[list[int]]:
+    """Return the layers of each band: those of one pick; an attention belongs to the band of its layer."""
+    found: list[list[int]] = []
+    for pick in sorted(chosen, key=lambda one: (-len(one.groups), one.groups)):
+        layers = [sizings[place].layer for place in pick.groups]
+        if not any(layers[0] in band for band in found):
+            found.append(layers)
+    return sorted(found)
 
 
 def _plan_layer(plan: Plan, band: int, sizing: Sizing, choice: Choice, shared: dict[str, list[Site]]) -> None:
@@ -264,4 +295,4 @@ def _plan_layer(plan: Plan, band: int, sizing: Sizing, choice: Choice, shared: d
         elif rank is None:
             plan.matrices.append(small)
         else:
-            plan.banks.append(BankPlan(band, site.role, (small,), 1, rank, 1, own=bool(choice.banks)))
+            plan.banks.append(BankPlan(band, site.role, (small,), 1, rank, 1, own=len(plan.bands[band]) > 1))

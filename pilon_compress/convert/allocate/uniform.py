@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from pilon_compress.config.budget import Budget
 from pilon_compress.config.conversion import Method
-from pilon_compress.convert.plan import BankPlan, Plan, down_of, trimmed
+from pilon_compress.convert.plan import BankPlan, Plan, blocks_of, down_of, trimmed
 from pilon_compress.errors import BadInput
 from pilon_compress.models.families import Site
 from pilon_compress.nn.bands import split_bands
@@ -16,7 +16,7 @@ OWN_PRIMITIVES = 2  # primitives for each layer, at least: layers start from the
 
 
 def make_plan(sites: Sequence[Site], budget: Budget, method: Method, composition: str) -> Plan:
-    """Solve n, r and k of every bank so that the stored size meets `budget.ratio` of the dense one, bank by bank.
+    """Solve n, r and k of every bank so that its stored size meets `budget.stored_limit` of the dense one.
 
     MACs stay within `budget.mac_limit`. `budget.n_primitives`, `rank` and `top_k` override the solution, and
     `check_limits` refuses those that cannot hold. Methods without sharing get one primitive of the
@@ -41,7 +41,7 @@ def make_plan(sites: Sequence[Site], budget: Budget, method: Method, composition
                 empty = BankPlan(index, role, tuple(members), 0, 0, 0, composition)
                 banks.append(size_of(empty, budget, private))
     stored, dense = sum(bank.stored() for bank in banks), sum(bank.dense_stored() for bank in banks)
-    plan = Plan(budget.ratio if budget.limits_storage else stored / dense, bands, banks)
+    plan = Plan(budget.stored_limit if budget.limits_storage else stored / dense, bands, banks)
     if stored > dense and not budget.allow_larger:
         raise BadInput(
             f"the plan keeps {stored:,} numbers, more than the dense model's {dense:,}: "
@@ -51,7 +51,8 @@ def make_plan(sites: Sequence[Site], budget: Budget, method: Method, composition
 
 
 def preview(sites: Sequence[Site], ratio: float) -> Plan | None:
-    """Return the plan with an equal share of neurons in every layer; None where neurons cannot be pruned.
+    """Return the plan with an equal share of neurons in every layer, and of the ranks of every attention; None where
+    neurons cannot be pruned.
 
     The sizes of an allocated plan are about these; where they go, the calibration text decides.
     """
@@ -59,18 +60,31 @@ def preview(sites: Sequence[Site], ratio: float) -> Plan | None:
     for site in sites:
         layers.setdefault(site.layer, []).append(site)
     plan = Plan(ratio, [[layer] for layer in layers], [])
-    for members in layers.values():
-        down = down_of(members)
-        if down is None:
+    for band, members in enumerate(layers.values()):
+        blocks = blocks_of(members)
+        if not _preview_neurons(plan, blocks.pop("ffn", []), ratio):
             return None
-        fixed, dense = down.d_out * down.bias, sum(site.parameters for site in members)
-        neurons = affordable(ratio * dense, fixed, (dense - fixed) // down.d_in, down.d_in)
-        if neurons < 1:
-            return None
-        for site in members:
-            plan.matrices.append(trimmed(site, neurons, down.d_in))
-            plan.host[site.name] = (site.d_in, site.d_out)
+        for site in (site for block in blocks.values() for site in block):
+            found = size_private(limits_of(BankPlan(band, site.role, (site,), 0, 0, 0), Budget(ratio=ratio)), 1)
+            if found is None:
+                return None
+            plan.banks.append(BankPlan(band, site.role, (site,), *found))
     return plan
+
+
+def _preview_neurons(plan: Plan, members: Sequence[Site], ratio: float) -> bool:
+    """Add a feed-forward block with a share of its neurons to the plan; False where they cannot be pruned."""
+    if not members:
+        return True
+    down = down_of(members)
+    if down is None:
+        return False
+    fixed, dense = down.d_out * down.bias, sum(site.parameters for site in members)
+    neurons = affordable(ratio * dense, fixed, (dense - fixed) // down.d_in, down.d_in)
+    for site in members if neurons else ():
+        plan.matrices.append(trimmed(site, neurons, down.d_in))
+        plan.host[site.name] = (site.d_in, site.d_out)
+    return neurons > 0
 
 
 def dense_plan(sites: Sequence[Site]) -> Plan:
@@ -105,7 +119,7 @@ def limits_of(empty: BankPlan, budget: Budget) -> BankBudget:
         layers=len(empty.sites),
         pair=pair,
         full_rank=empty.full_rank,
-        stored=budget.ratio * empty.dense_stored() - empty.biases(),
+        stored=budget.stored_limit * empty.dense_stored() - empty.biases(),
         components=int((1.0 if limit is None else limit) * empty.d_in * empty.d_out / pair + 1e-9),
         mac_limited=limit is not None,
         composition=empty.composition,
@@ -113,7 +127,7 @@ def limits_of(empty: BankPlan, budget: Budget) -> BankBudget:
 
 
 def _too_small(empty: BankPlan, budget: Budget) -> NoReturn:
-    limits = f"ratio {budget.ratio:g}"
+    limits = f"ratio {budget.stored_limit:g}"
     if budget.mac_limit is not None:
         limits += f" with MACs of at most {budget.mac_limit:g}"
     shape = {"primitives": budget.n_primitives, "selected by each layer": budget.top_k, "as rank": budget.rank}
@@ -134,9 +148,9 @@ def check_limits(plan: Plan, budget: Budget) -> None:
                 + ("raise top_k" if few else "lower rank, or raise mac_ratio")
             )
     stored, dense = sum(bank.stored() for bank in plan.banks), sum(bank.dense_stored() for bank in plan.banks)
-    if budget.limits_storage and stored > budget.ratio * dense * (1 + 1e-9):
+    if budget.limits_storage and stored > budget.stored_limit * dense * (1 + 1e-9):
         raise BadInput(
-            f"the plan stores {stored / dense:.3g} of the dense numbers, above the ratio {budget.ratio:g}: "
+            f"the plan stores {stored / dense:.3g} of the dense numbers, above the ratio {budget.stored_limit:g}: "
             "lower rank, n_primitives or top_k, or raise --ffn-ratio"
         )
     macs = sum(bank.macs() for bank in plan.banks)

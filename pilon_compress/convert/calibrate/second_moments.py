@@ -218,6 +218,8 @@ class _MomentHooks:
         """Take the input of a site now, and its output's gradient when it comes."""
         x = args[0]
         kept = self.masks[self.batch].reshape(-1)
+        if x.numel() != len(kept) * site.d_in:
+            raise BadInput(f"{site.name} reads other inputs than the tokens' states: keep it dense with --ignore")
         if site.input == site.name:
             if site.name not in self.inputs:
                 self.inputs[site.name] = SecondMoment(site.d_in, self.dtype, x.device)

@@ -1,12 +1,13 @@
-"""Calibrate the two-sided metric by layer: the measured loss of trimming a layer over the metric's prediction.
+"""Calibrate the two-sided metric by block: the measured loss of trimming a block over the metric's prediction.
 
 The metric takes the errors of different tokens as independent. They are not, least of all just before the output: in
 MiniLM's last layer the true loss is five times the predicted one, in the others 1.4 times (docs/log.md). Measuring
-each layer once puts their losses on one scale.
+each block once, feed-forward and attention, puts their losses on one scale.
 """
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +20,13 @@ from pilon_compress.models.source import Source
 
 PASSES = 1.5  # passes over all of the calibration text that the measurements may cost together
 SCORED = 2048  # predictions of a language model, at most: layers are then on one scale to 4 % (docs/log.md)
+
+
+class Change(NamedTuple):
+    """A change to a copy of a transformer block, made in place, and the loss that the metric predicts for it."""
+
+    make: Callable[[nn.Module], None]
+    predicted: float
 
 
 class Sensitivity:
@@ -35,22 +43,27 @@ class Sensitivity:
         self.stream = self.loss.stream
 
     @torch.no_grad()
-    def measure(self, layer: int, change: Callable[[nn.Module], None], predicted: float) -> float:
-        """Return true loss ÷ `predicted` loss of a `change`, in place, to a copy of the block of `layer`.
+    def measure(self, layer: int, changes: Sequence[Change]) -> list[float]:
+        """Return true loss ÷ predicted loss of each of the `changes` to the transformer block of `layer`, by itself.
 
         Layers are measured first to last.
         """
         while self.stream.position < layer:
             with self.source.block(self.stream.position) as block:
                 self.stream.advance(block)
-        stream = self.stream.fork()
+        behind = []
         with self.source.block(layer) as module:
-            changed = copy.deepcopy(module)
-            change(changed)
-            stream.advance(changed)
+            for change in changes:
+                changed, stream = copy.deepcopy(module), self.stream.fork()
+                change.make(changed)
+                stream.advance(changed)
+                behind.append(stream)
             self.stream.advance(module)
-        true = self.loss.of(stream)
-        return true / predicted if predicted > 0 and true > 0 else 1.0
+        return [_scale(self.loss.of(stream), change.predicted) for stream, change in zip(behind, changes, strict=True)]
+
+
+def _scale(true: float, predicted: float) -> float:
+    return true / predicted if predicted > 0 and true > 0 else 1.0
 
 
 def _part(batches: Sequence[Batch], share: float, causal: bool) -> list[Batch]:

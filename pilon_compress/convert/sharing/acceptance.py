@@ -73,14 +73,13 @@ class Acceptance:
         self, sizings: Sequence[Sizing], together: Allocation, fits: Mapping[str, BankFit]
     ) -> tuple[list[Allocation], list[SharingTrial], _Streams]:
         """Return the parts that were chosen in turn, the trials, and the place behind the last one."""
-        by_layer = {sizing.layer: sizing for sizing in sizings}
         found, verdicts, place = list[Allocation](), list[SharingTrial](), self._start()
         for layers in track(together.plan.bands, "trying shared banks"):
             part = _part(together, layers)
             if len(layers) == 1:
                 place = self._through(part, {}, place)
             else:
-                private = _private(part, [by_layer[layer] for layer in layers])
+                private = _private(part, [sizing for sizing in sizings if sizing.layer in layers])
                 here = self._through(part, fits, place.fork())
                 other = None if private is None else self._through(private, {}, place)
                 shared, loss = self.exam.of(here.exam), None if other is None else self.exam.of(other.exam)

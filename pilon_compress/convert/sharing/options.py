@@ -3,9 +3,9 @@
 A shared bank costs MACs and saves numbers. Its loss is that of private factors of equal size times a gain that the
 joint fit has measured (`gain`); so banks of every size stand beside ranks and plain matrices in one allocation.
 
-Up-like roles share; `down` stays each layer's own, since it takes up the errors of the layers before it when layers are
-fitted one behind the other, and a shared one takes up next to nothing of them: sharing it lost where the metric's loss
-promised a gain (docs/results/sharing.md). It is offered where a MAC ratio cannot be spent otherwise.
+Up-like roles share, attention stays each layer's own; so does `down`, since it takes up the errors of the layers before
+it when layers are fitted one behind the other, and a shared one takes up next to nothing of them: sharing it lost where
+the metric's loss promised a gain (docs/results/sharing.md). It is offered where a MAC ratio cannot be spent otherwise.
 """
 
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ class Sharing:
 
         down: the role `down` may share, too
         """
-        places = {sizing.layer: place for place, sizing in enumerate(sizings)}
+        places = {sizing.layer: place for place, sizing in enumerate(sizings) if sizing.kind == "ffn"}
         found = []
         for layers in track(bands, "fitting trial banks"):
             groups = tuple(places[layer] for layer in layers)

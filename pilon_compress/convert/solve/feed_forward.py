@@ -1,4 +1,4 @@
-"""Describe a layer's feed-forward block for conversion: dense weights, metrics, and its remaining neurons."""
+"""Describe a block of a layer for conversion: dense weights, metrics, and of a feed-forward one remaining neurons."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,16 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from pilon_compress.convert.calibrate.second_moments import Moments
-from pilon_compress.convert.plan import BankPlan, down_of
+from pilon_compress.convert.plan import BankPlan, blocks_of, down_of
 from pilon_compress.convert.solve.low_rank import Target, damped, factor
 from pilon_compress.convert.solve.neuron_pruning import Elimination, eliminate, refit
 from pilon_compress.models.families import Site
 from pilon_compress.models.source import Source
+from pilon_compress.nn.targets import Target as Kind
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The projections of one layer that are replaced, with tensors in float64 by `Site.name`.
+    """The projections of one layer's feed-forward block that are replaced, with tensors in float64 by `Site.name`.
+
+    Or those of its attention, where no neurons can go.
 
     weights (d_in, d_out)   biases (d_out,)   means (d_in,) of the inputs
     metrics (d_in, d_in): damped moments of the inputs   gradients (d_out, d_out): damped ones of the output gradients
@@ -100,6 +103,18 @@ class FeedForward:
             self._roots[key] = factor(metric)
         return self._roots[key]
 
+    def truncate(self, module: nn.Module, prefix: str, ranks: Mapping[str, int]) -> None:
+        """Cut projections of the dense block `module` to `ranks` by `Site.name`; a bias absorbs the mean error."""
+        for site in self.sites:
+            if site.name not in ranks:
+                continue
+            linear = module.get_submodule(site.name.removeprefix(f"{prefix}."))
+            weight, kernel = self.weights[site.name], linear.get_parameter("weight")
+            cut = self.target(site, None).truncated("pilon", ranks[site.name])
+            if site.bias:
+                linear.get_parameter("bias").add_((self.means[site.name] @ (weight - cut)).to(kernel.dtype))
+            kernel.copy_((cut if type(linear).__name__ == "Conv1D" else cut.T).to(kernel.dtype))
+
     def prune(self, module: nn.Module, prefix: str, neurons: int) -> None:
         """Let `down` of the dense block `module` read `neurons` of its neurons only; a bias absorbs the mean error."""
         assert self.down is not None and self.elimination is not None
@@ -129,18 +144,24 @@ class Dense:
             found.setdefault(site.layer, []).append(site)
         return found
 
-    def read(self, layer: int) -> FeedForward:
-        """Read the feed-forward block of a layer, and its moments."""
+    def blocks(self, layer: int) -> dict[Kind, list[Site]]:
+        """Return the sites of a layer by kind of block, in the order in which it computes them."""
+        return blocks_of(self.layers().get(layer, []))
+
+    def read(self, layer: int, kind: Kind | None = None) -> FeedForward:
+        """Read one block of a layer, and its moments: the feed-forward one, or else the last that is replaced."""
+        blocks = self.blocks(layer)
         with self.source.block(layer) as module:
-            return FeedForward.of(module, self.source.names[layer], layer, self.layers()[layer], self.moments)
+            sites = blocks[kind or list(blocks)[-1]]
+            return FeedForward.of(module, self.source.names[layer], layer, sites, self.moments)
 
     def targets(self, bank: BankPlan, left: Mapping[int, Tensor | None]) -> list[Target]:
         """Return least-squares targets of the layers that share `bank`, with the neurons that are `left`."""
         found = []
         for site in bank.sites:
-            ff = self.read(site.layer)
+            ff = self.read(site.layer, site.target)
             dense = next(one for one in ff.sites if one.name == site.name)
-            found.append(ff.target(dense, left.get(site.layer)))
+            found.append(ff.target(dense, None if ff.down is None else left.get(site.layer)))
         return found
 
 

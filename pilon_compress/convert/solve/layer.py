@@ -1,8 +1,11 @@
-"""Solve a layer's projections in the shapes of its plan: up and gate first, since down reads their outputs."""
+"""Solve a layer's projections in the shapes of its plan, those first whose outputs the others read.
+
+Attention comes before the feed-forward block: q, k and v, then o behind them. Then up and gate, and down behind them.
+"""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from pilon_compress.convert.solve.bank_fit import fit_private, recompose, refit
 from pilon_compress.convert.solve.feed_forward import FeedForward
 from pilon_compress.convert.solve.gptq import round_bank, round_matrix
 from pilon_compress.convert.solve.low_rank import Target
-from pilon_compress.convert.solve.sequential_targets import BlockPair, CrossMoments, put_linear
+from pilon_compress.convert.solve.sequential_targets import BlockPair, CrossMoments, Sum, put_linear
 from pilon_compress.convert.solve.solved import SolvedBank, SolvedLayer, SolvedProjection, Weights
 from pilon_compress.models.families import Site
 from pilon_compress.nn.sizing import affordable
@@ -60,12 +63,19 @@ class LayerShape:
         return self.shared[plan.name], [one.name for one in plan.sites].index(site.name)
 
 
-def solve_layer(ff: FeedForward, shape: LayerShape, method: Method, pair: BlockPair | None, prefix: str) -> SolvedLayer:
+def solve_layer(
+    blocks: Sequence[FeedForward], shape: LayerShape, method: Method, pair: BlockPair | None, prefix: str
+) -> SolvedLayer:
     """Solve the projections of a layer; with `pair`, behind the converted layers before it.
 
-    `prefix`: name of the layer's transformer block. The converted block of `pair` computes with what was solved.
+    blocks: in the order in which the layer computes them   prefix: name of the layer's transformer block
+    The converted block of `pair` computes with what was solved; its dense stream has moved on.
     """
-    return dict(_Solver(ff, shape, method, pair, f"{prefix}.").solved())
+    found: SolvedLayer = {}
+    for block in blocks:
+        own = shape if block.down is not None else replace(shape, left=None)
+        found |= _Solver(block, own, method, pair, f"{prefix}.", moves=block is blocks[-1]).solved()
+    return found
 
 
 def resume_layer(sites: Sequence[Site], solved: SolvedLayer, shape: LayerShape, pair: BlockPair, prefix: str) -> None:
@@ -95,26 +105,46 @@ class _Solver:
     method: Method
     pair: BlockPair | None
     prefix: str
+    moves: bool
+    """True for the last block of a layer, behind which the dense stream moves on."""
 
-    def solved(self) -> Iterator[tuple[str, SolvedProjection]]:
-        ff, left = self.ff, self.shape.left
-        downs = [site for site in ff.sites if site.role == "down"]
-        down = downs[0] if len(downs) == 1 and len(ff.sites) > 1 else None
-        firsts = [site for site in ff.sites if site != down]
-        crosses: dict[str, CrossMoments] = {}
-        if self.pair is not None:
-            read = list(dict.fromkeys(self.local(site.input) for site in firsts))
-            crosses = self.pair.inputs(read, None if down is None else self.local(down.name))
+    def solved(self) -> SolvedLayer:
+        ff = self.ff
+        ends = [site for site in ff.sites if site.role in ("down", "o")]
+        end = ends[0] if len(ends) == 1 and len(ff.sites) > 1 else None
+        firsts, found = [site for site in ff.sites if site != end], SolvedLayer()
+        sums: Sum | None = None
+        if self.pair is not None and end is not None:
+            sums = "next" if end.role == "down" else self.pair.sum_of(self.local(end.name))
+        crosses = self._crosses(firsts, None if sums is None else end, sums, self.moves and (end is None or bool(sums)))
         for site in firsts:
-            cross = crosses.get(self.local(site.input))
-            cross = None if cross is None else cross.through(self._dense(site).float())
-            yield site.name, self._projection(site, ff.target(site, left), cross, down)
-        if down is not None:
-            cross, start = None, ff.target(down, left)
-            if self.pair is not None:
-                self.pair.replace(self.local(down.name), start.weight, self._absorbed(down, start.weight))
-                cross = self.pair.output(self.local(down.name))
-            yield down.name, self._projection(down, start, cross, down)
+            found[site.name] = self._projection(site, ff.target(site, self.shape.left), crosses.get(site.name))
+        if end is not None:
+            found[end.name] = self._end(end, sums)
+        return found
+
+    def _end(self, end: Site, sums: Sum | None) -> SolvedProjection:
+        """Solve the projection that reads what the others make: with `sums` for the residual sum, else for itself."""
+        start = self.ff.target(end, self.shape.left)
+        if self.pair is None:
+            return self._projection(end, start, None)
+        if sums is None:  # of a block whose sum cannot be told
+            return self._projection(end, start, self._crosses([end], None, None, self.moves)[end.name])
+        self.pair.replace(self.local(end.name), start.weight, self._absorbed(end, start.weight))
+        return self._projection(end, start, self.pair.output(self.local(end.name), sums), summed=True)
+
+    def _crosses(
+        self, sites: Sequence[Site], end: Site | None, sums: Sum | None, moves: bool
+    ) -> dict[str, CrossMoments]:
+        """Cross moments of what these sites read in the converted block and what they should put out, by name.
+
+        Without a pair none.
+        """
+        if self.pair is None:
+            return {}
+        read = list(dict.fromkeys(self.local(site.input) for site in sites))
+        crosses = self.pair.inputs(read, None if end is None else self.local(end.name), sums or "next", moves)
+        return {site.name: crosses[self.local(site.input)].through(self._dense(site).float()) for site in sites}
 
     def local(self, name: str) -> str:
         return name.removeprefix(self.prefix)
@@ -126,15 +156,20 @@ class _Solver:
             return weight
         return weight[:, self.ff.columns(site, self.shape.left)]
 
-    def _projection(self, site: Site, start: Target, cross: CrossMoments | None, down: Site | None) -> SolvedProjection:
-        """Solve one projection, and let the converted block compute with it."""
+    def _projection(
+        self, site: Site, start: Target, cross: CrossMoments | None, summed: bool = False
+    ) -> SolvedProjection:
+        """Solve one projection, and let the converted block compute with it.
+
+        summed: the target is what the residual sum misses, else the weight's product alone
+        """
         target = start if cross is None else cross.target(start, site.bias)
         weights = self._weights(site, target, sequential=cross is not None)
         approximation, bias = self.shape.approximation(site, weights), None
         if site.bias and cross is None:
             bias = self._absorbed(site, approximation)
         elif site.bias and cross is not None:
-            bias = cross.bias(approximation) + self._constant(site, down)
+            bias = cross.bias(approximation) + (0 if summed else self._constant(site))
         if self.pair is not None:
             self.pair.replace(self.local(site.name), approximation, bias)
         return SolvedProjection(weights, bias, *self._judged(site, approximation))
@@ -158,11 +193,9 @@ class _Solver:
         composition, own = refit(shared.fit, place, target, plan)
         return Weights(composition=composition, own=own)
 
-    def _constant(self, site: Site, down: Site | None) -> Tensor:
-        """The dense bias where the target is a weight's product alone; the residual sums contain it already."""
+    def _constant(self, site: Site) -> Tensor:
+        """The dense bias, where the target is a weight's product alone; the residual sums contain it already."""
         bias = self.ff.biases[site.name]
-        if site == down:
-            return torch.zeros_like(bias)
         return bias if self.shape.left is None else bias[self.ff.columns(site, self.shape.left)]
 
     def _absorbed(self, site: Site, approximation: Tensor) -> Tensor | None:

@@ -85,8 +85,11 @@ class LayerwiseSolver:
                     f"layer.{layer}", lambda tensors: unpack_layer(tensors, self.method.quantization)
                 )
                 if known is None:
-                    ff = FeedForward.of(module, prefix, layer, sites, self.dense.moments)
-                    solved = solve_layer(ff, shape, self.method, pair, prefix)
+                    blocks = [
+                        FeedForward.of(module, prefix, layer, members, self.dense.moments)
+                        for members in self.dense.blocks(layer).values()
+                    ]
+                    solved = solve_layer(blocks, shape, self.method, pair, prefix)
                     self.journal.put(f"layer.{layer}", pack_layer(solved))
                 else:
                     solved = known

@@ -5,15 +5,15 @@
 
     minimise  E ‖t - x̂ Ŵ‖²_G    hence  W̃ = (Ĉ + εI)⁻¹ (E[x̂ tᵀ] + ε W),  Ĉ = E[x̂ x̂ᵀ],  then  Ŵ from W̃ in the metric Ĉ
 
-For up and gate t = x W (the anchored objective of AA-SVD, 2026). For down, t also makes up for what the residual stream
-has lost: it is the dense model's sum after the block less the converted model's sum before it.
+For up and gate, q, k and v t = x W (the anchored objective of AA-SVD, 2026). For down and o, t also makes up for what
+the residual stream has lost: it is the dense model's sum after the block less the converted model's sum before it.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,12 @@ from pilon_compress.models.hidden_states import Stream
 from pilon_compress.models.hooks import Before, hooked
 
 SKIPPED = (nn.Dropout, nn.Identity)
+SUMMED = 0.05  # relative error at which a sum still counts as one: half precision
+
+Sum = Literal["next", "output"]
+"""The residual sum that a projection adds to: the input of the next module (the norm behind it), or the output of the
+transformer block, where attention and feed-forward part add to it side by side."""
+SUMS: tuple[Sum, ...] = get_args(Sum)
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,16 @@ class BlockPair:
         self.sums: list[Tensor] = []  # the dense residual sum that `down` adds to
 
     @torch.no_grad()
-    def inputs(self, projections: Sequence[str] = (), down: str | None = None) -> dict[str, CrossMoments]:
+    def inputs(
+        self, projections: Sequence[str] = (), down: str | None = None, at: Sum = "next", moves: bool = True
+    ) -> dict[str, CrossMoments]:
         """Cross moments of the inputs that `projections` (names inside the block) read in both streams.
 
-        Runs the dense block for good: its stream moves on batch by batch, and the sums after `down` are remembered.
+        Runs the dense block: its stream moves on batch by batch where it `moves`, and the sums that `down` adds to are
+        remembered.
         """
         crosses: dict[str, CrossMoments] = {}
+        self.sums.clear()
         for index, mask in enumerate(self.stream.block_masks):
             with _noting(self.dense, projections, down) as dense:
                 output = self.theirs.call(self.dense, index, self.theirs.hidden[index])
@@ -103,19 +113,39 @@ class BlockPair:
                 if name not in crosses:
                     crosses[name] = CrossMoments.empty(x.shape[1], t.shape[1], x)
                 crosses[name].update(x, t)
-            self.theirs.hidden[index] = output
+            if moves:
+                self.theirs.hidden[index] = output
             if down is not None:
-                self.sums.append(dense.sum(self.stream.turned(output)))
+                self.sums.append(dense.sum(self.stream.turned(output), at))
         return crosses
 
     @torch.no_grad()
-    def output(self, down: str) -> CrossMoments:
-        """Cross moments of what `down` reads in the converted block and what it should put out."""
+    def sum_of(self, name: str) -> Sum | None:
+        """Return the residual sum that the projection `name` adds to; None where neither grows by its output.
+
+        Measured: the dense block runs on the first batch again, with twice the projection's output.
+        """
+        states, found = self.theirs.hidden[0], []
+        for factor in (1, 2):
+            scaled = partial(_scaled, factor)
+            with hooked(self.dense, after=[(name, scaled)]), _noting(self.dense, (), name) as notes:
+                output = self.stream.turned(self.theirs.call(self.dense, 0, states))
+            found.append((notes, output))
+        (once, before), (twice, after) = found
+        for at in SUMS:
+            grown = twice.sum(after, at) - once.sum(before, at)
+            if (grown - once.output.reshape(grown.shape)).norm() <= SUMMED * once.output.norm():
+                return at
+        return None
+
+    @torch.no_grad()
+    def output(self, down: str, at: Sum = "next") -> CrossMoments:
+        """Cross moments of what `down` reads in the converted block and what it should put out, for the sum `at`."""
         cross: CrossMoments | None = None
         for index, mask in enumerate(self.stream.block_masks):
             with _noting(self.converted, [down], down) as notes:
                 output = self.stream.call(self.converted, index, self.stream.hidden[index])
-            residual = notes.sum(self.stream.turned(output)) - notes.output
+            residual = notes.sum(self.stream.turned(output), at) - notes.output
             x, t = _rows(notes.inputs[down], mask), _rows(self.sums[index] - residual, mask)
             cross = cross or CrossMoments.empty(x.shape[1], t.shape[1], x)
             cross.update(x, t)
@@ -140,6 +170,10 @@ def put_linear(block: nn.Module, name: str, weight: Tensor, bias: Tensor | None,
     if bias is not None:
         linear.bias = nn.Parameter(bias.to(like), requires_grad=False)
     block.set_submodule(name, linear)
+
+
+def _scaled(factor: float, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return factor * output
 
 
 class _AllRecorded(Exception):
@@ -168,9 +202,9 @@ class _Recorder:
         if ran and self.after is None and not isinstance(module, SKIPPED) and args and torch.is_tensor(args[0]):
             self.after = args[0]
 
-    def sum(self, output: Tensor) -> Tensor:
-        """The residual sum that `down` adds to: the input of the norm behind it, or else the block's output."""
-        return (output if self.after is None else self.after).reshape(self.output.shape)
+    def sum(self, output: Tensor, at: Sum = "next") -> Tensor:
+        """The residual sum that `down` adds to: the input of the norm behind it, or else the block's `output`."""
+        return (output if self.after is None or at == "output" else self.after).reshape(self.output.shape)
 
 
 @contextmanager
