@@ -81,7 +81,11 @@ def test_every_label_says_what_it_is(converted, tmp_path):
     shown = anatomy(str(place / "out")).dump()
     for key in ("ffn", "attention", "replaced_size"):
         assert shown[key]["stored"] == report[key]["stored"]
-    healed = preflight.plan(training.build({"task": "heal", "start": str(place / "out"), "data": {"source": "stdlib"}}))
+    healed = preflight.plan(
+        training.build(
+            {"task": "heal", "start": str(place / "out"), "data": {"source": "stdlib", "sequence_length": 64}}
+        )
+    )
     assert healed.attention.stored == report["attention"]["stored"]
 
 
