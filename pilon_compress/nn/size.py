@@ -183,7 +183,7 @@ def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
 
 
 def replaced_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
-    """Everything that the layout names: composed projections with their banks, dense matrices, banks of neurons, gates."""
+    """Everything that the layout names: composed projections, their banks, dense matrices, banks of neurons, gates."""
     return sum(target_sizes(layout, itemsize).values(), NOTHING)
 
 
