@@ -234,7 +234,7 @@ def test_the_command_and_what_reads_its_folder(cli, one, tmp_path):
     done = cli("export", one / "out", "--to", "packed", "--format", "2bit", "-o", tmp_path / "packed", "--json")
     told = json.loads(done.stdout)
     assert told["max_logit_difference"] == 0 and 0 < told["ffn"]["bytes_ratio"] < told["ffn"]["stored_ratio"] / 4
-    assert "| feed-forward |" in (tmp_path / "packed" / "README.md").read_text()
+    assert "| FFN |" in (tmp_path / "packed" / "README.md").read_text()
     cli("inspect", tmp_path / "packed", "--json")
     again = cli("export", tmp_path / "packed", "--to", "packed", "-o", tmp_path / "again", code=2)
     assert "is packed already" in again.stderr and not (tmp_path / "again").exists()
