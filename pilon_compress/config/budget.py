@@ -45,6 +45,14 @@ class Budget(Section):
     `optimize` compute. Default: as `optimize` says."""
     neurons: Switch = True
     """Prune neurons of feed-forward blocks and refit the others. If false, all neurons stay: only ranks are lowered."""
+    whole_matrices: Annotated[Switch, Option()] = False
+    """Drop neurons alone and keep every matrix whole, which is what other runtimes load: see `export --list`."""
+    uniform_width: Annotated[Switch, Option()] = False
+    """Leave the same number of neurons in every layer, as the configs of stock models have it (`export --to native`);
+    matrices stay whole. It costs quality: layers differ in what they can spare."""
+    multiple_of: Annotated[Positive | None, Option(metavar="N")] = None
+    """Make the number of neurons of each layer a multiple of this, with `whole_matrices` or `uniform_width`: 32 suits
+    llama.cpp's q4_0 and q8_0, 256 its k-quants. Default: 8 in large blocks, else any number."""
     share: Annotated[Literal["none", "auto", "always"], Option()] = "none"
     """Bands of layers that share banks of primitives: none; with auto those where the measured loss of the model falls
     on text that no fit has seen; with always every band. A shared bank costs MACs, up to `mac_ratio` (which always
@@ -100,6 +108,11 @@ class Budget(Section):
         """Return none, auto or always: `share`, or what `bands` asks for."""
         asked = "always" if self.bands is not None and "share" not in self.model_fields_set else self.share
         return "none" if self.fixed_shape else asked
+
+    @property
+    def whole(self) -> bool:
+        """Return True if neurons alone are dropped."""
+        return self.whole_matrices or self.uniform_width
 
     @property
     def limits_storage(self) -> bool:

@@ -181,6 +181,10 @@ UNSHARED = Context[Recipe](
 MAC_RATIO = Context[Recipe](
     lambda r: r.budget.mac_ratio is not None, lambda _: "budget.mac_ratio, which sets the limit itself"
 )
+FACTORS = Context[Recipe](
+    lambda r: not r.budget.whole, lambda _: "budget.whole_matrices and budget.uniform_width false"
+)
+MATRICES = Context[Recipe](lambda r: r.budget.whole, lambda _: "budget.whole_matrices or budget.uniform_width")
 UNREFINED = Context[Recipe](lambda r: r.refine.steps == 0, lambda _: "refine.steps 0")
 UNEVALUATED = Context[Recipe](lambda r: r.evaluation.data == "none", lambda _: "evaluation.data none")
 
@@ -190,7 +194,10 @@ TABLE: Table[Recipe] = {
     "budget.bands": (BASELINE, UNSHARED, SCALAR, LARGER, WHOLE),
     "budget.n_primitives": (BASELINE,),
     "budget.top_k": (BASELINE,),
-    "budget.rank_multiple": (RANK, WHOLE),
+    "budget.rank_multiple": (RANK, WHOLE, MATRICES),
+    "budget.whole_matrices": (FIXED, BASELINE, SCALAR, LARGER, WHOLE),
+    "budget.uniform_width": (FIXED, BASELINE, SCALAR, LARGER, WHOLE),
+    "budget.multiple_of": (FACTORS,),
     "budget.optimize": (MAC_RATIO,),
     "form.elastic": (FIXED, BASELINE, SCALAR, LARGER),
     "effort": (BASELINE,),
@@ -211,6 +218,12 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     budget = recipe.budget
     if budget.top_k is not None and budget.n_primitives is not None and budget.top_k > budget.n_primitives:
         yield "budget.top_k", f"is more than the {budget.n_primitives} primitives of a bank: lower it to that at most"
+    if budget.whole and budget.sharing != "none":
+        yield "budget.share", "shares factors of matrices: leave out one of the two, this or whole matrices"
+    if budget.whole and not budget.neurons:
+        yield "budget.neurons", "leaves nothing to drop with whole matrices: leave out one of the two"
+    if recipe.form.elastic and budget.uniform_width:
+        yield "form.elastic", "cuts each layer to a width of its own: leave out one of form.elastic and uniform_width"
     if recipe.form.elastic and budget.sharing != "none":
         yield "form.elastic", "a shared bank has no order of its own for each layer: leave out one of the two"
     if recipe.form.elastic and not budget.neurons:

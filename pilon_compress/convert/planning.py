@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pilon_compress.config.budget import Budget
 from pilon_compress.config.effort import EFFORTS
 from pilon_compress.convert.allocate.budget import Allocation, CannotSpend, Sizing, allocate, size_layers
+from pilon_compress.convert.allocate.widths import uniform_width, with_whole_matrices
 from pilon_compress.convert.calibrate.model_loss import ModelLoss
 from pilon_compress.convert.calibrate.second_moments import Moments, gather
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
@@ -89,7 +91,7 @@ def plan_conversion(
             "or change --targets and --ignore"
         )
     if job.share == "none":
-        accepted = Accepted(allocate(sizings, budget.stored_limit, budget.mac_limit, elastic=elastic))
+        accepted = Accepted(unshared(sizings, budget, elastic))
     else:
         accepted = share(dense, job, sizings, batches, held_out or batches)
     for name, fit in accepted.fits.items():
@@ -100,6 +102,15 @@ def plan_conversion(
         )
     journal.put("allocation", accepted.allocation.pack())
     return planned_as(job, dense, accepted)
+
+
+def unshared(sizings: Sequence[Sizing], budget: Budget, elastic: bool) -> Allocation:
+    """Allocate the budget without shared banks: factors and neurons, neurons alone, or one width for all layers."""
+    if budget.uniform_width:
+        return uniform_width(sizings, budget.stored_limit, budget.mac_limit, budget.multiple_of)
+    if budget.whole_matrices:
+        sizings = with_whole_matrices(sizings, budget.multiple_of)
+    return allocate(sizings, budget.stored_limit, budget.mac_limit, elastic=elastic)
 
 
 def read_trials(tensors: dict[str, Tensor]) -> SharingTrials:

@@ -1,7 +1,5 @@
 """Exports to a plain dense model of the base architecture: every composition multiplied out."""
 
-import copy
-
 import torch
 from torch import nn
 from torch.nn.functional import pad
@@ -14,6 +12,7 @@ from pilon_compress.export.registry import DEFAULTS, ExportJob, exporter
 from pilon_compress.export.save import drop_bundled, save_beside
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import family_of
+from pilon_compress.models.task import text_config
 from pilon_compress.nn.additions import addition
 from pilon_compress.nn.fold import dense
 from pilon_compress.nn.installed import dense_matrices, layout_of, neuron_projections, projections
@@ -21,7 +20,8 @@ from pilon_compress.nn.layout import BANKS, Layout
 from pilon_compress.nn.part import linear_shape
 from pilon_compress.results.export import Exported
 
-WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")  # what configs call the neurons of a block
+# what configs call the neurons of a block
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "ffn_hidden_size")
 
 
 def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | None:
@@ -62,7 +62,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """
     if reason := refuse(model):
         raise BadInput(f"this model {reason}")
-    config = _narrow_config(model, layout_of(model))
+    layout = layout_of(model)
+    config = narrow_config(model, layout) or _host_config(model, layout)
     whole = checkpoint.empty_model(config)
     skeleton, base = whole.base_model, model.base_model
     family = family_of(whole)
@@ -83,25 +84,28 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _narrow_config(model: PreTrainedModel, layout: Layout) -> PretrainedConfig:
-    """Return the config of the dense model: blocks of k neurons where every layer uses k neurons of a bank."""
-    config, widths = _host_config(model), {one.top_k for one in layout.neurons.values()}
+def narrow_config(model: PreTrainedModel, layout: Layout) -> PretrainedConfig | None:
+    """Return the config of the base architecture with the neurons that every layer has left; None if there is none.
+
+    There is where all layers have the same width, and all projections that the config sizes are replaced.
+    """
+    for name in WIDTHS:
+        narrow = _host_config(model, layout)
+        text = text_config(narrow)
+        if not hasattr(text, name):
+            continue
+        for width in {layout.shape(one)[0] for one in layout.replaced}:
+            setattr(text, name, width)
+            empty = checkpoint.empty_model(narrow).base_model
+            if all(linear_shape(empty.get_submodule(one)) == layout.shape(one) for one in layout.replaced):
+                return narrow
+    return None
+
+
+def _host_config(model: PreTrainedModel, layout: Layout) -> PretrainedConfig:
+    config = model.config.__class__.from_dict(model.config.to_dict())
     if _adds_biases(layout):
         config.mlp_bias = True
-    if len(widths) != 1 or layout.projections or layout.matrices:
-        return config
-    for name in WIDTHS:
-        narrow = copy.deepcopy(config)
-        if isinstance(getattr(narrow, name, None), int):
-            setattr(narrow, name, *widths)
-            empty = checkpoint.empty_model(narrow).base_model
-            if all(linear_shape(empty.get_submodule(one)) == layout.shape(one) for one in layout.neurons):
-                return narrow
-    return config
-
-
-def _host_config(model: PreTrainedModel) -> PretrainedConfig:
-    config = model.config.__class__.from_dict(model.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = model.config.architectures

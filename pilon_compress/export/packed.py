@@ -10,9 +10,9 @@ import pilon_compress
 from pilon_compress.config.export import ExportOptions
 from pilon_compress.export.registry import ExportJob, exporter
 from pilon_compress.export.save import drop_bundled, save_beside
+from pilon_compress.export.verify import outputs
 from pilon_compress.models import checkpoint
 from pilon_compress.models.provenance import lineage
-from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.installed import banks, dense_matrices, label_parts, layout_of, neuron_banks, projections
@@ -22,8 +22,6 @@ from pilon_compress.nn.size import model_size, target_ratios
 from pilon_compress.report.card import packed_card
 from pilon_compress.results.export import Exported
 from pilon_compress.results.sizes import Sizes
-
-SAMPLE = (2, 48)  # sequences and tokens on which packed and unpacked are compared
 
 
 def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
@@ -54,14 +52,14 @@ def write(model: PreTrainedModel, job: ExportJob) -> Exported:
     `dtype`: of what is neither ternary nor a scale. Of a model in integers the rest is all that is left to round.
     """
     dtype = checkpoint.find_dtype(job.options.dtype or "auto") or model.dtype
-    before = _outputs(model)
+    before = outputs(model)
     if not all(FORMATS[name].final for name in layout_of(model).kinds):
         packed(model, job.options.encoding or "base3")
-    after = _outputs(model)
+    after = outputs(model)
     found: dict[str, Any] = {"max_logit_difference": float((after - before).abs().max())}
     if job.options.rest == "int8":
         to_int8(model)
-        found["rest_relative_error"] = float((_outputs(model) - after).norm() / after.norm())
+        found["rest_relative_error"] = float((outputs(model) - after).norm() / after.norm())
     drop_bundled(model.config)
     result = Exported.model_validate(found | size_of(model, dtype.itemsize))
     about = {
@@ -103,13 +101,6 @@ def packed(model: PreTrainedModel, encoding: str) -> PreTrainedModel:
         model.base_model.set_submodule(f"{BANKS}.{name}", bank)
     label_parts(model)
     return model.eval()
-
-
-@torch.no_grad()
-def _outputs(model: PreTrainedModel) -> torch.Tensor:
-    """Logits, or of an encoder the last states, on random tokens."""
-    ids = torch.randint(0, vocabulary(model.config), SAMPLE, generator=torch.Generator().manual_seed(0))
-    return model.eval()(input_ids=ids.to(model.device))[0].float()
 
 
 def size_of(model: PreTrainedModel, itemsize: int) -> dict[str, Sizes]:

@@ -177,7 +177,7 @@ def allocate(
         raise CannotSpend(_unspent(menus, limits, ratio, mac_ratio, macs))
     if fine is None:
         raise BadInput(_too_small(menus, ratio, mac_ratio, dense, macs))
-    return _allocation(sizings, ratio, fine, elastic)
+    return allocation_of(sizings, ratio, fine, elastic)
 
 
 def _spent(menus: Sequence[Menu], exact: Limits, coarse: Limits) -> list[Pick] | None:
@@ -253,7 +253,10 @@ def _least(menus: Sequence[Menu], cost: Callable[[Option], int]) -> float:
     return sum(shares.values())
 
 
-def _allocation(sizings: Sequence[Sizing], ratio: float, chosen: Sequence[Pick], elastic: bool) -> Allocation:
+def allocation_of(
+    sizings: Sequence[Sizing], ratio: float, chosen: Sequence[Pick], elastic: bool = False
+) -> Allocation:
+    """Return the allocation that gives its groups, places in `sizings`, the `chosen` options; see `allocate`."""
     plan = Plan(ratio, _bands(sizings, chosen), [])
     left, losses, worth = dict[int, Tensor | None](), dict[int, float](), dict[int, Tensor]()
     for pick in chosen:

@@ -90,7 +90,7 @@ def _pruned(ff: FeedForward, scale: float) -> list[Option]:
     if ff.down is None or ff.elimination is None:
         return []
     found = []
-    for neurons in range(_step(ff.down.d_in), ff.down.d_in, _step(ff.down.d_in)):
+    for neurons in range(neuron_step(ff.down.d_in), ff.down.d_in, neuron_step(ff.down.d_in)):
         sites = [trimmed(site, neurons, ff.down.d_in) for site in ff.sites]
         macs = sum(site.d_in * site.d_out for site in sites)
         stored = sum(site.parameters for site in sites)
@@ -99,8 +99,8 @@ def _pruned(ff: FeedForward, scale: float) -> list[Option]:
     return found
 
 
-def _step(full: int) -> int:
-    """Multiple of neurons that is tried, of `full`."""
+def neuron_step(full: int) -> int:
+    """Return the multiple of neurons that is tried in blocks of `full`."""
     return MULTIPLE if full >= 32 * MULTIPLE else 1
 
 
@@ -165,7 +165,7 @@ def _counts(ff: FeedForward, ratio: float) -> list[int | None]:
     if ff.down is None:
         return [None]
     full = ff.down.d_in
-    step = _step(full)
+    step = neuron_step(full)
     counts = {max(step, round(full * ratio**power / step) * step) for power in POWERS}
     return [None, *(count for count in sorted(counts) if count < full)]
 
