@@ -47,7 +47,7 @@ def test_every_option_has_a_flag():
 @pytest.mark.parametrize(
     ("to", "options", "refused"),
     [
-        ("onnx", {}, "no export target 'onnx'; there are dense, packed, pilon, self-contained"),
+        ("onnx", {}, "no export target 'onnx'; there are dense, native, deci, packed, pilon, self-contained"),
         ("dense", {"rest": "int8"}, "--rest does not apply to an export to dense: it reads --dtype"),
         ("self-contained", {"dtype": "bfloat16"}, "--dtype does not apply to an export to self-contained"),
         ("packed", {}, "plain is not ternary: `pilon-compress train --heal"),
@@ -72,7 +72,10 @@ def test_the_list_says_who_takes_a_model_and_why_not(folder, cli):
 
 
 def test_the_command_asks_for_what_is_missing(folder, cli):
-    assert "--to: dense, packed, pilon, self-contained" in cli("export", "plain", "-o", "x", cwd=folder, code=2).stderr
+    assert (
+        "--to: dense, native, deci, packed, pilon, self-contained"
+        in cli("export", "plain", "-o", "x", cwd=folder, code=2).stderr
+    )
     base4 = cli("export", "plain", "--to", "packed", "--format", "base4", "-o", "x", cwd=folder, code=2)
     assert "--format: must be 'base3' or '2bit' (got 'base4')" in base4.stderr
     assert "with -o" in cli("export", "plain", "--to", "dense", cwd=folder, code=2).stderr

@@ -115,7 +115,7 @@ def test_an_export_that_computes_something_else_is_refused(uneven):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--multiple-of", "32"], "--multiple-of: has no effect with --whole-matrices and --uniform-width false"),
+        (["--set", "budget.multiple_of=32"], "budget.multiple_of: has no effect with budget.whole_matrices"),
         (["--uniform-width", "--share", "always"], "--share: shares factors of matrices"),
         (["--uniform-width", "--rank-multiple", "16"], "--rank-multiple: has no effect"),
         (["--uniform-width", "--multiple-of", "256"], "no multiple of 256: lower --multiple-of"),

@@ -50,9 +50,9 @@ class Budget(Section):
     uniform_width: Annotated[Switch, Option()] = False
     """Leave the same number of neurons in every layer, as the configs of stock models have it (`export --to native`);
     matrices stay whole. It costs quality: layers differ in what they can spare."""
-    multiple_of: Annotated[Positive | None, Option(metavar="N")] = None
-    """Make the number of neurons of each layer a multiple of this, with `whole_matrices` or `uniform_width`: 32 suits
-    llama.cpp's q4_0 and q8_0, 256 its k-quants. Default: 8 in large blocks, else any number."""
+    multiple_of: Annotated[Positive | None, Option(metavar="N", also={"budget.whole_matrices": True})] = None
+    """Make the number of neurons of each layer a multiple of this, all matrices whole: 32 suits llama.cpp's q4_0 and
+    q8_0, 256 its k-quants. Default: 8 in large blocks, else any number."""
     share: Annotated[Literal["none", "auto", "always"], Option()] = "none"
     """Bands of layers that share banks of primitives: none; with auto those where the measured loss of the model falls
     on text that no fit has seen; with always every band. A shared bank costs MACs, up to `mac_ratio` (which always
