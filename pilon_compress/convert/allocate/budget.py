@@ -253,9 +253,7 @@ def _least(menus: Sequence[Menu], cost: Callable[[Option], int]) -> float:
     return sum(shares.values())
 
 
-def allocation_of(
-    sizings: Sequence[Sizing], ratio: float, chosen: Sequence[Pick], elastic: bool = False
-) -> Allocation:
+def allocation_of(sizings: Sequence[Sizing], ratio: float, chosen: Sequence[Pick], elastic: bool = False) -> Allocation:
     """Return the allocation that gives its groups, places in `sizings`, the `chosen` options; see `allocate`."""
     plan = Plan(ratio, _bands(sizings, chosen), [])
     left, losses, worth = dict[int, Tensor | None](), dict[int, float](), dict[int, Tensor]()
