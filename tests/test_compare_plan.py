@@ -66,10 +66,11 @@ def test_cells_are_reused_only_for_the_same_model_text_and_settings(inside):
 
 
 def test_our_own_rows_differ_by_what_their_recipes_say(inside):
-    names = ["pilon", "pilon-bands", "pilon-low-rank", "pilon-refined"]
+    names = ["pilon", "pilon-bands", "pilon-neurons", "pilon-low-rank", "pilon-refined"]
     jobs = comparing.plan(settings(), [0.5], names, 1).jobs
-    plain, shared, low_rank, refined = (jobs[name, 0.5] for name in names)
+    plain, shared, neurons, low_rank, refined = (jobs[name, 0.5] for name in names)
     assert shared.share == "always" and plain.share == "none"
+    assert neurons.share == "always" and neurons.recipe.budget.primitive == "neurons"
     assert plain.recipe.budget.neurons and not low_rank.recipe.budget.neurons
     assert refined.recipe.refine.steps > 0 == plain.recipe.refine.steps
     assert all(job.allocated and job.recipe.budget.stored_limit == 0.5 for job in jobs.values())

@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [  # from the top: a module imports from its own room, 
     {"errors"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-CONVERT = ["sharing", "allocate", "solve", "calibrate", "plan"]  # inside convert, from the top; the rest is above them
+CONVERT = ["neurons", "sharing", "allocate", "solve", "calibrate", "plan"]  # inside convert, from the top
 
 
 def modules() -> dict[str, Path]:

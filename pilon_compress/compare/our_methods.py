@@ -43,6 +43,13 @@ _register(
     PlotStyle("#17618f", "h", "-."),
 )
 _register(
+    "pilon-neurons",
+    ["budget.share=always", "budget.primitive=neurons"],
+    "PILON, shared neurons",
+    "every band of layers shares a bank of whole neurons, matched between the layers and fitted together",
+    PlotStyle("#0b3c5d", "P", ":"),
+)
+_register(
     "pilon-low-rank",
     ["budget.neurons=false"],
     "PILON, all neurons",

@@ -42,7 +42,7 @@ class Budget(Section):
     of stored parameters."""
     mac_ratio: Annotated[Part | None, Option(metavar="RATIO")] = None
     """Largest ratio of MACs per token of what is replaced, PILON over dense: above 0 and at most 1. Not together with
-    `optimize` compute. Default: as `optimize` says."""
+    `optimize` compute. Default: as `optimize` says; an eighth above the stored ratio for shared whole neurons."""
     neurons: Switch = True
     """Prune neurons of feed-forward blocks and refit the others. If false, all neurons stay: only ranks are lowered."""
     whole_matrices: Annotated[Switch, Option()] = False
@@ -57,9 +57,12 @@ class Budget(Section):
     """Bands of layers that share banks of primitives: none; with auto those where the measured loss of the model falls
     on text that no fit has seen; with always every band. A shared bank costs MACs, up to `mac_ratio` (which always
     spends), and saves stored numbers; trying costs two to three times the time. Attention never shares."""
+    primitive: Annotated[Literal["factors", "neurons"], Option()] = "factors"
+    """Primitives that bands share: low-rank factors of each projection, or with `share` always whole neurons (their
+    columns of gate and up, their row of down), for which every layer has scales and a bias of its own."""
     bands: Annotated[Positive | list[list[int]] | None, Option(metavar="BANDS")] = None
     """Bands of layers that share banks: their number, or the layers of each, as in [[0, 1], [2, 3]]; asks for `share`
-    always where that is not set. Default: bands of about three layers."""
+    always where that is not set. Default: bands of about three layers; whole neurons: pairs, or more if needed."""
     n_primitives: Annotated[Positive | None, Option()] = None
     """Primitives per bank. Default: as many as `ffn_ratio` pays for."""
     rank: Annotated[Positive | None, Option()] = None

@@ -185,16 +185,18 @@ FACTORS = Context[Recipe](
     lambda r: not r.budget.whole, lambda _: "budget.whole_matrices and budget.uniform_width false"
 )
 MATRICES = Context[Recipe](lambda r: r.budget.whole, lambda _: "budget.whole_matrices or budget.uniform_width")
+NEURONS = Context[Recipe](lambda r: r.budget.primitive == "neurons", lambda _: "budget.primitive neurons")
 UNREFINED = Context[Recipe](lambda r: r.refine.steps == 0, lambda _: "refine.steps 0")
 UNEVALUATED = Context[Recipe](lambda r: r.evaluation.data == "none", lambda _: "evaluation.data none")
 
 TABLE: Table[Recipe] = {
     "budget.share": (FIXED, BASELINE, SCALAR, LARGER, WHOLE),
-    "budget.neurons": (FIXED, BASELINE, SCALAR, LARGER),
+    "budget.neurons": (FIXED, BASELINE, SCALAR, LARGER, NEURONS),
+    "budget.primitive": (FIXED, BASELINE, UNSHARED, SCALAR, LARGER, WHOLE),
     "budget.bands": (BASELINE, UNSHARED, SCALAR, LARGER, WHOLE),
     "budget.n_primitives": (BASELINE,),
     "budget.top_k": (BASELINE,),
-    "budget.rank_multiple": (RANK, WHOLE, MATRICES),
+    "budget.rank_multiple": (RANK, WHOLE, MATRICES, NEURONS),
     "budget.whole_matrices": (FIXED, BASELINE, SCALAR, LARGER, WHOLE),
     "budget.uniform_width": (FIXED, BASELINE, SCALAR, LARGER, WHOLE),
     "budget.multiple_of": (FACTORS,),
@@ -224,6 +226,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "budget.neurons", "leaves nothing to drop with whole matrices: leave out one of the two"
     if recipe.form.elastic and budget.uniform_width:
         yield "form.elastic", "cuts each layer to a width of its own: leave out one of form.elastic and uniform_width"
+    yield from neuron_conflicts(recipe)
     if recipe.form.elastic and budget.sharing != "none":
         yield "form.elastic", "a shared bank has no order of its own for each layer: leave out one of the two"
     if recipe.form.elastic and not budget.neurons:
@@ -232,6 +235,20 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "form.elastic", "integers are fitted to one size: leave out one of form.elastic and form.bank_dtype"
     if recipe.refine.steps and recipe.form.bank_dtype != "auto":
         yield "refine.steps", "quantised weights cannot be refined: leave out refine.steps, or form.bank_dtype"
+
+
+def neuron_conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield (dotted field, what is wrong) for what does not go with banks of whole neurons."""
+    budget = recipe.budget
+    if budget.primitive != "neurons":
+        return
+    if budget.sharing == "auto":
+        yield "budget.primitive", "whole neurons are shared where they are asked for by name: set budget.share always"
+    if recipe.form.bank_dtype != "auto":
+        yield "form.bank_dtype", "banks of neurons are not quantised in a conversion: leave out one of the two"
+    if budget.mac_limit is not None and budget.mac_limit <= budget.stored_limit:
+        field = "budget.mac_ratio" if budget.mac_ratio is not None else "budget.optimize"
+        yield field, "leaves no MACs for sharing: with budget.primitive neurons they must be above the stored ratio"
 
 
 class ConvertConfig(Flat, Budget, Form, Scope, General):

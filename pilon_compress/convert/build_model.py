@@ -7,15 +7,17 @@ from itertools import chain
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from pilon_compress.convert.plan import Plan
+from pilon_compress.convert.plan import NeuronBankPlan, Plan
 from pilon_compress.convert.solve.solved import Solved
 from pilon_compress.models.source import Source
 from pilon_compress.nn.fold import prune_unused
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.install import install
-from pilon_compress.nn.installed import banks
+from pilon_compress.nn.installed import banks, neuron_banks
+from pilon_compress.nn.neuron_linear import NeuronLinear, fill_block
 
 
 @torch.no_grad()
@@ -44,7 +46,11 @@ def build(
             composed = model.base_model.get_submodule(site.name)
             composed.weight.copy_(fit.weight[place].to(computed))
             composed.selected.copy_(fit.selected[place])
+    for store in plan.neuron_banks:
+        fill_neurons(model, store, solved, computed)
     for name, projection in solved.projections.items():
+        if projection.weights.neurons is not None:
+            continue
         module, weights = model.base_model.get_submodule(name), projection.weights
         if weights.matrix is not None:
             codes = None if weights.rounded is None else weights.rounded.stored
@@ -56,6 +62,25 @@ def build(
     model.to(source.device)
     prune_unused(model)
     return model.requires_grad_(False).eval()
+
+
+def fill_neurons(model: PreTrainedModel, store: NeuronBankPlan, solved: Solved, dtype: torch.dtype) -> None:
+    """Copy a bank of neurons, and the scales and biases of the blocks that use it, into the model."""
+    fit = solved.stores[store.name]
+    bank = dict(neuron_banks(model))[store.name]
+    bank.fill({role: tensor.to(dtype) for role, tensor in {**fit.columns, "down": fit.rows}.items()})
+    for layer, width in store.widths.items():
+        block, scales, biases = dict[str, NeuronLinear](), dict[str, Tensor](), dict[str, Tensor]()
+        for site in store.sites:
+            if site.layer == layer:
+                projection, module = solved.projections[site.name], model.base_model.get_submodule(site.name)
+                assert isinstance(module, NeuronLinear) and projection.weights.neurons is not None
+                block[site.role] = module
+                if module.scaled:
+                    scales[site.role] = projection.weights.neurons.scale.to(dtype)
+                if module.bias is not None and projection.bias is not None:
+                    biases[site.role] = projection.bias[: len(module.bias)].to(dtype)
+        fill_block(block, fit.starts[layer].slots if width < store.neurons else None, scales, biases)
 
 
 @contextmanager

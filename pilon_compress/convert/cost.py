@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from pilon_compress.convert.allocate.uniform import make_plan
 from pilon_compress.convert.calibrate.sensitivity import PASSES, SCORED
+from pilon_compress.convert.neurons.bank_fit import SWEEPS
 from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.prepare import PARAGRAPH, PROCESS_BYTES, ConversionJob, store_bytes
 from pilon_compress.convert.texts import EXAM
@@ -66,17 +67,22 @@ def stages(job: ConversionJob) -> list[tuple[str, float]]:
         sizing += sum(ELIMINATION * site.d_in**3 for site in job.sites if site.role == "down")
         found += [("reference outputs", PASS * looked_at * (body + head)), ("sizing layers", sizing)]
     shares = job.share != "none" and job.allocated
-    joint = _joint_fits(_shared_guess(job) if shares else job.plan.banks)
+    neurons = shares and job.recipe.budget.primitive == "neurons"
+    joint = _joint_fits(_shared_guess(job) if shares and not neurons else job.plan.banks)
     fits = sum(FIT[0] * s.d_in * s.d_out * (s.d_in + s.d_out) + FIT[1] * min(s.d_in, s.d_out) ** 3 for s in job.sites)
     if job.quantization is not None:
         fits += ROUNDING * sum(s.d_in**2 * s.d_out for s in job.sites)
     if job.sequential:
         fits += ANCHOR * PASS * tokens * body + GRAM * tokens * squares
-    if shares:
+    if neurons:
+        found.append(("matching neurons", _matching(job)))
+        fits += _neuron_banks(job, tokens * body)
+    elif shares:
         found.append(("fitting trial banks", TRIAL * joint))
     if shares and job.share == "auto":
         found.append(("reference outputs", PASS * tokens / EXAM * (body + head)))
-    found.append(("fitting shared banks", joint))
+    if not neurons:
+        found.append(("fitting shared banks", joint))
     if shares and job.share == "auto":  # with and without, and once more without any
         found.append(("trying shared banks", 3 * fits))
     found.append(("converting layers", fits))
@@ -90,6 +96,18 @@ def stages(job: ConversionJob) -> list[tuple[str, float]]:
         scored = PASS * (EVALUATED if job.causal else ENCODED) * (body + head)
         found += [("evaluating", 2 * scored)] if job.causal else [("embedding", scored)] * 2
     return found
+
+
+def _matching(job: ConversionJob) -> float:
+    """Operations of matching neurons: inverses of their moments, assignments."""
+    ratio = job.recipe.budget.stored_limit
+    return sum(ELIMINATION * (ratio * site.d_in) ** 3 for site in job.sites if site.role == "down")
+
+
+def _neuron_banks(job: ConversionJob, products: float) -> float:
+    """Operations of fitting banks of neurons, whose normal equations have the neurons of two layers."""
+    widths = [job.recipe.budget.stored_limit * site.d_in for site in job.sites if site.role == "down"]
+    return ANCHOR * PASS * products + SWEEPS * sum((2 * width) ** 3 / 3 for width in widths)
 
 
 def _products(dense: PreTrainedModel, causal: bool) -> tuple[int, int]:

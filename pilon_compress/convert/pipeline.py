@@ -23,6 +23,7 @@ from pilon_compress.config.effort import EFFORTS
 from pilon_compress.convert.build_model import build
 from pilon_compress.convert.calibrate.second_moments import Moments
 from pilon_compress.convert.cost import estimate, stages
+from pilon_compress.convert.neurons.bank_fit import NeuronFitter
 from pilon_compress.convert.planning import Planned, plan_conversion
 from pilon_compress.convert.prepare import ConversionJob, prepare
 from pilon_compress.convert.reporting import describe, described, evaluate_converted, finished
@@ -289,12 +290,14 @@ def solve_plan(
     job, settings, journal = planned.job, planned.job.recipe, journal or Journal()
     sweeps = EFFORTS[settings.effort].sweeps
     fits = fit_shared(planned.dense, job.plan, planned.left, planned.fits, settings.seed, sweeps, journal)
+    neurons = NeuronFitter(planned.dense, job.plan, planned.left, planned.slots, planned.scales, batches, journal)
     solved = solve(
         planned.dense,
         job.plan,
         planned.left,
         Method(settings.method, BASELINES, job.plan.ratio, job.quantization),
         fits=fits,
+        neurons=neurons,
         batches=batches if job.sequential else None,
         dtypes=(source.model.dtype, job.dtype) if source.streamed else (source.model.dtype,),
         journal=journal,

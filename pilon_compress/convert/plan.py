@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from pilon_compress.models.families import Site
+from pilon_compress.models.shared_layouts import add_neurons
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.sizing import BankSize, composition_numbers
 from pilon_compress.nn.specs import BankSpec, DenseSpec, ProjectionSpec
@@ -70,6 +71,35 @@ class BankPlan:
 
 
 @dataclass(frozen=True)
+class NeuronBankPlan:
+    """A bank of whole neurons to be fitted, and its sizes.
+
+    sites: the projections of the blocks that share it, as in the dense model
+    top_k: neurons that each layer uses, in the order of `layers`
+    """
+
+    band: int
+    sites: tuple[Site, ...]
+    neurons: int
+    top_k: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Return the bank's name in the layout."""
+        return f"band{self.band}"
+
+    @property
+    def layers(self) -> list[int]:
+        """Return the layers that share it."""
+        return list(dict.fromkeys(site.layer for site in self.sites))
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """Return the neurons that each layer uses."""
+        return dict(zip(self.layers, self.top_k, strict=True))
+
+
+@dataclass(frozen=True)
 class Plan:
     """The banks, bands and dense matrices of a conversion."""
 
@@ -80,6 +110,13 @@ class Plan:
     """Projections that stay one matrix."""
     host: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(d_in, d_out) in the dense model of the projections that lose neurons."""
+    neuron_banks: list[NeuronBankPlan] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Return every site that is replaced."""
+        found = [site for bank in self.banks for site in bank.sites] + self.matrices
+        return found + [site for store in self.neuron_banks for site in store.sites]
 
     def band_of(self, layer: int) -> int:
         """Return the index of the band of a layer."""
@@ -94,7 +131,11 @@ class Plan:
             for bank in self.banks
             for site in bank.sites
         }
-        made = Layout(specs, projections, matrices, self.host)
+        made = Layout(specs, projections, matrices, dict(self.host))
+        for store in self.neuron_banks:
+            add_neurons(made, store.name, store.sites, store.neurons, store.widths, scales=True)
+            whole = {site.name: (site.d_in, site.d_out) for site in store.sites}
+            made.host.update({name: shape for name, shape in whole.items() if shape != made.shape(name)})
         return made if quantization is None else made.in_format(quantization)
 
 

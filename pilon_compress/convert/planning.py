@@ -17,6 +17,7 @@ from pilon_compress.convert.allocate.widths import uniform_width, with_whole_mat
 from pilon_compress.convert.calibrate.model_loss import ModelLoss
 from pilon_compress.convert.calibrate.second_moments import Moments, gather
 from pilon_compress.convert.calibrate.sensitivity import Sensitivity
+from pilon_compress.convert.neurons.allocation import allocate_neurons
 from pilon_compress.convert.prepare import ConversionJob, store_bytes
 from pilon_compress.convert.sharing.acceptance import Acceptance, Accepted
 from pilon_compress.convert.sharing.options import Sharing
@@ -45,6 +46,7 @@ class Planned:
 
     `left`: by layer the neurons that stay (None: all). `fits`: shared banks by name, as the allocation fitted them.
     `worth`, `scales`: see `Allocation`.
+    `slots`: see `Allocation`.
     `trials`: what `share: auto` has tried.
     """
 
@@ -54,6 +56,7 @@ class Planned:
     fits: dict[str, BankFit] = field(default_factory=dict)
     worth: dict[int, Tensor] = field(default_factory=dict)
     scales: dict[int, float] = field(default_factory=dict)
+    slots: dict[int, Tensor] = field(default_factory=dict)
     trials: SharingTrials | None = None
 
 
@@ -92,6 +95,8 @@ def plan_conversion(
         )
     if job.share == "none":
         accepted = Accepted(unshared(sizings, budget, elastic))
+    elif budget.primitive == "neurons":
+        accepted = Accepted(allocate_neurons(dense, sizings, budget.stored_limit, budget.mac_limit, budget.bands))
     else:
         accepted = share(dense, job, sizings, batches, held_out or batches)
     for name, fit in accepted.fits.items():
@@ -122,7 +127,14 @@ def planned_as(job: ConversionJob, dense: Dense, accepted: Accepted) -> Planned:
     """Return the conversion with the allocation that was accepted."""
     found = accepted.allocation
     return Planned(
-        job.planned(found.plan), dense, found.left, accepted.fits, found.worth, found.scales, accepted.trials
+        job.planned(found.plan),
+        dense,
+        found.left,
+        accepted.fits,
+        found.worth,
+        found.scales,
+        found.slots,
+        accepted.trials,
     )
 
 

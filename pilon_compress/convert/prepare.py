@@ -154,7 +154,7 @@ def describe_plan(
     plan: Plan, itemsize: int, quantization: str | None = None, ffn_alone: bool = True
 ) -> conversion.Plan:
     """The plan bank by bank and matrix by matrix, for the terminal, report.json and the card."""
-    sites = [site for bank in plan.banks for site in bank.sites] + plan.matrices
+    sites = plan.sites
     band = {layer: index for index, layers in enumerate(plan.bands) for layer in layers}
     parts = layout_parts(plan.layout(quantization), sites, itemsize)
     entries = [conversion.PlannedPart(band=band[part.layers[0]], **vars(part)) for part in parts]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress
 from pilon_compress.config import conversion
-from pilon_compress.convert.plan import BankPlan, Plan
+from pilon_compress.convert.plan import BankPlan, NeuronBankPlan, Plan
 from pilon_compress.convert.prepare import PROCESS_BYTES, ConversionJob
 from pilon_compress.convert.solve.layer import uniform_rank
 from pilon_compress.convert.solve.solved import Solved
@@ -54,7 +54,8 @@ def describe(
         **described(job),
         whitened_loss={method: sum(values) / len(values) for method, values in losses.items()},
         projections=[describe_projection(site, job.plan, solved) for site in job.sites],
-        banks=[_bank(bank, solved) for bank in job.plan.banks],
+        banks=[_bank(bank, solved) for bank in job.plan.banks]
+        + [_neurons(store, solved) for store in job.plan.neuron_banks],
         kept=size.unchanged(job.dense, job.layout),
         calibration=CalibrationText(
             data=job.calibration.data,
@@ -81,8 +82,18 @@ def described(job: ConversionJob) -> dict[str, Any]:
 
 def _bank(bank: BankPlan, solved: Solved) -> BankUsage:
     fit = solved.banks[bank.name].fit
-    usage = bank_usage.describe(fit.energy, fit.selected)
-    return BankUsage(band=bank.band, role=bank.role, layers=bank.layers, **usage)
+    used = torch.zeros_like(fit.energy, dtype=torch.bool).scatter_(1, fit.selected.to(fit.energy.device), True)
+    return BankUsage(band=bank.band, role=bank.role, layers=bank.layers, **bank_usage.describe(fit.energy, used))
+
+
+def _neurons(store: NeuronBankPlan, solved: Solved) -> BankUsage:
+    starts = [solved.stores[store.name].starts[layer] for layer in store.layers]
+    energy = torch.zeros(len(starts), store.neurons, dtype=torch.float64)
+    used = torch.zeros_like(energy, dtype=torch.bool)
+    for row, start in enumerate(starts):
+        energy[row, start.slots.cpu()], used[row, start.slots.cpu()] = start.power.double().cpu(), True
+    usage = bank_usage.describe(energy, used)
+    return BankUsage(band=store.band, role="neurons", layers=store.layers, **usage)
 
 
 def _begins_with(named: str | None) -> str | None:

@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 
-def describe(energy: Tensor, selected: Tensor) -> dict[str, Any]:
-    """Return statistics of one bank from `energy` (L, n), power per primitive and layer, and `selected` (L, k).
+def describe(energy: Tensor, used: Tensor) -> dict[str, Any]:
+    """Return statistics of one bank from `energy` (L, n), power per primitive and layer, and `used` (L, n), a mask.
 
     energy: shares of each layer, summing to 1. entropy: from 0 (one primitive has all energy) to 1 (all equal). gini:
     from 0 (all equal) to nearly 1. selected_share: share of the layers that select each primitive. utilisation: share
     of the primitives that any layer selects.
     """
-    layers, n = energy.shape
+    n = energy.shape[1]
     share = (energy / energy.sum(1, keepdim=True).clamp_min(1e-30)).double().cpu()
     entropy = torch.special.entr(share).sum(1) / max(torch.tensor(float(n)).log().item(), 1e-30)
     ranked = share.sort(dim=1).values
     position = torch.arange(1, n + 1, dtype=torch.float64)
     gini = (2 * (ranked * position).sum(1) / n - (n + 1) / n).clamp_min(0)
-    uses = torch.zeros(layers, n).scatter_(1, selected.cpu(), 1.0).mean(0)
+    uses = used.float().mean(0).cpu()
     return {
         "energy": share.tolist(),
         "entropy": entropy.clamp(0, 1).tolist(),

@@ -76,18 +76,18 @@ def _projection(
         macs=site.d_in * site.d_out,
         bank=_storage(layout, site.name),
         kernel=kernels.get(site.name),
-        **({} if part is None else _stored(site, part)),
+        **({} if part is None or layout is None else _stored(site, part, layout)),
     )
 
 
-def _stored(site: Site, part: Part) -> dict[str, Any]:
+def _stored(site: Site, part: Part, layout: Layout) -> dict[str, Any]:
     """Return the fields of `InspectedProjection` about its stored form."""
-    if part.role == "neurons":
-        inner = part.d_out * (2 if site.role == "gate_up" else 1)
-    else:
-        inner = part.d_in if site.role == "down" else part.d_out
-    keys = ("rank", "n_primitives", "top_k", "quantization", "bits")
-    return {"neurons": inner // 2 if site.role == "gate_up" else inner, **{key: getattr(part, key) for key in keys}}
+    found = {key: getattr(part, key) for key in ("rank", "n_primitives", "top_k", "quantization", "bits")}
+    if site.name in layout.neurons:
+        top_k = layout.neurons[site.name].top_k
+        return {**found, "neurons": top_k, "top_k": top_k}
+    inner = part.d_in if site.role == "down" else part.d_out
+    return {**found, "neurons": inner // 2 if site.role == "gate_up" else inner}
 
 
 def _form(model: str, empty: PreTrainedModel, layout: Layout, parts: list[Part], dtype: torch.dtype) -> dict[str, Any]:

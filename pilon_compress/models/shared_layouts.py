@@ -6,7 +6,7 @@
 The bands are the shortest that can spend the MACs; both ratios are met to within `sizing.MET`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, floor
 from typing import NamedTuple, TypeVar
 
@@ -195,13 +195,16 @@ def _stored(blocks: Sequence[Site], neurons: int, top_k: int, scales: bool) -> i
     return neuron_size(layout, "band").stored
 
 
-def add_neurons(layout: Layout, name: str, blocks: Sequence[Site], neurons: int, top_k: int, scales: bool) -> None:
-    """Add a bank of neurons to `layout`, in place, for the blocks that the sites make up."""
+def add_neurons(
+    layout: Layout, name: str, blocks: Sequence[Site], neurons: int, top_k: int | Mapping[int, int], scales: bool
+) -> None:
+    """Add a bank of neurons to `layout`, in place, for the blocks of the sites; `top_k`: of all, or by layer."""
     gated = any(site.role in ("gate", "gate_up") for site in blocks)
     down = next(site for site in blocks if site.role == "down")
     first = {site.layer: site.name for site in reversed(blocks)}
     layout.neuron_banks[name] = NeuronBankSpec(neurons, down.d_out, down.d_out, gated)
     for site in blocks:
-        selection = first[site.layer] if top_k < neurons else ""
+        count = top_k if isinstance(top_k, int) else top_k[site.layer]
+        selection = first[site.layer] if count < neurons else ""
         scaled = scales and has_scale(site.role, gated)
-        layout.neurons[site.name] = NeuronSpec(name, site.role, top_k, site.bias, selection, scaled)
+        layout.neurons[site.name] = NeuronSpec(name, site.role, count, site.bias, selection, scaled)

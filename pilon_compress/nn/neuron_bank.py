@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.lazy import LazyValue
 from pilon_compress.nn.part import Chosen, Matrix, Part
+from pilon_compress.nn.sharded import full
 
 SLICES = 4  # runs of neurons that are cheaper to read in place than to copy
 
@@ -116,6 +117,16 @@ class NeuronBank(Part, nn.Module):
         """Return the matrix of that role as it counts, (d_in, k) or (k, d_out), of the `chosen` neurons."""
         matrix = self.matrix(role).matrix()
         return matrix if chosen is None else matrix.index_select(0 if role == "down" else 1, chosen.indices)
+
+    @property
+    def down_weight(self) -> Tensor:
+        """Return the parameter of `down` (d_out, N): of banks that train."""
+        return self.get_parameter("down.weight")
+
+    def sizes(self) -> Tensor:
+        """‖in‖ · ‖out‖ of every neuron (N,), whole on every process: of banks that train."""
+        enter = self.get_parameter("gate.weight" if self.gated else "up.weight")
+        return full(enter.detach()).norm(dim=1) * full(self.down_weight.detach()).norm(dim=0)
 
     @torch.no_grad()
     def draw(self, std: float, generator: torch.Generator | None) -> None:

@@ -1,12 +1,14 @@
 """Count who uses the primitives of a model's banks."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pilon_compress.nn.installed import projections
+from pilon_compress.nn.installed import neuron_blocks, projections
 from pilon_compress.nn.neuron_linear import NeuronLinear
+from pilon_compress.nn.sharded import full
 
 
 def shared_primitives(model: Any) -> int:
@@ -20,11 +22,25 @@ def shared_primitives(model: Any) -> int:
 def _uses(model: Any) -> list[tuple[int, Tensor]]:
     """(bank, mask of its primitives) of every projection that composes, and of every block of neurons."""
     found = [(id(layer.bank), layer.used()) for _, layer in projections(model)]
-    for _, layer in model.base_model.named_modules():
-        if isinstance(layer, NeuronLinear) and layer.role == "down":  # one selection for the block
-            used = torch.ones(layer.bank.neurons, dtype=torch.bool)
-            chosen = layer.chosen()
-            if chosen is not None:
-                used = torch.zeros_like(used).index_fill(0, chosen.indices.cpu(), True)
-            found.append((id(layer.bank), used))
-    return found
+    return found + [(id(block["down"].bank), used_neurons(block)) for block in neuron_blocks(model)]
+
+
+def used_neurons(block: Mapping[str, NeuronLinear]) -> Tensor:
+    """Return a mask (N,), bool, of the neurons of its bank that a block uses; `block` by role."""
+    bank, chosen = block["down"].bank, block["down"].chosen()
+    if chosen is None:
+        return torch.ones(bank.neurons, dtype=torch.bool)
+    return torch.zeros(bank.neurons, dtype=torch.bool).index_fill(0, chosen.indices.cpu(), True)
+
+
+def neuron_energy(block: Mapping[str, NeuronLinear]) -> Tensor:
+    """Return the energy (N,) of each neuron of its bank in a block: (s · ‖in‖ · s' · ‖out‖)², 0 of those not used."""
+    bank, used = block["down"].bank, used_neurons(block)
+    scale = torch.ones(block["down"].top_k)
+    for layer in block.values():
+        if layer.scaled:
+            scale = scale * full(layer.weight).detach().cpu().float()
+    chosen = block["down"].chosen()
+    places = used.nonzero()[:, 0] if chosen is None else chosen.indices.cpu()
+    size = bank.sizes().cpu().float()
+    return torch.zeros_like(size).index_copy(0, places, (scale * size[places]).square())

@@ -29,11 +29,12 @@ def layout_parts(layout: Layout, sites: Sequence[Site], itemsize: int) -> list[P
     for name, store in layout.neuron_banks.items():
         users = [by_name[user] for user in layout.users(name) if user in by_name]
         if users:
-            top_k = layout.neurons[users[0].name].top_k
+            top_k = max(layout.neurons[user.name].top_k for user in users)
             shape = {"n_primitives": store.neurons, "rank": 1, "top_k": top_k, "composition": "neurons"}
             size = neuron_size(layout, name, itemsize)
             made = _part(layout, users, size, store.quantization, itemsize, shape)
-            parts.append(made.model_copy(update={"role": "neurons", "d_out": top_k}))
+            layers = list(dict.fromkeys(user.layer for user in users))
+            parts.append(made.model_copy(update={"role": "neurons", "d_out": top_k, "layers": layers}))
     order = {site.role: place for place, site in reversed(list(enumerate(sites)))}
     return sorted(parts, key=lambda part: (part.layers[0], order.get(part.role, 0)))
 

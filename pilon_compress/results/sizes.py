@@ -56,7 +56,7 @@ class Part(Result):
     """Names of the projections, below the base model."""
     role: str
     """up, gate, gate_up or down; q, k, v or qkv, and o of attention; neurons of a bank of neurons, which makes whole
-    blocks (`d_out`: those of a layer)."""
+    blocks (`d_out`, `top_k`: those of the widest layer)."""
     layers: list[int]
     d_in: int
     """Inputs as stored, after neurons were dropped."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from pilon_compress.convert.allocate.band_parts import part_by_part, without
 from pilon_compress.convert.allocate.options import Choice, Savings, options_of, savings_of
 from pilon_compress.convert.calibrate.sensitivity import Change, Sensitivity
-from pilon_compress.convert.plan import BankPlan, Plan, trimmed
+from pilon_compress.convert.plan import BankPlan, NeuronBankPlan, Plan, trimmed
 from pilon_compress.convert.solve.feed_forward import Dense, FeedForward
 from pilon_compress.convert.solve.layer import uniform_rank
 from pilon_compress.convert.solve.neuron_pruning import Elimination
@@ -80,6 +80,8 @@ class Allocation:
     """Loss by layer with so many neurons left (f + 1,), 0 with all of the plan's: of elastic conversions."""
     scales: dict[int, float] = field(default_factory=dict)
     """Measured loss of the model over the metric's, by layer."""
+    slots: dict[int, Tensor] = field(default_factory=dict)
+    """Neurons of its bank that a layer uses (k,), ascending; `left` has the dense ones in this order."""
 
     def pack(self) -> dict[str, Tensor]:
         """Return plan, losses and neurons as tensors by name, for the journal."""
@@ -87,6 +89,7 @@ class Allocation:
         plain["scales"] = list(self.scales.items())
         text = torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
         found = {"plain": text} | {f"left.{layer}": left for layer, left in self.left.items() if left is not None}
+        found |= {f"slots.{layer}": slots for layer, slots in self.slots.items()}
         return found | {f"worth.{layer}": loss for layer, loss in self.worth.items()}
 
     @classmethod
@@ -101,8 +104,15 @@ class Allocation:
         host = {name: (a, b) for name, (a, b) in asked["host"].items()}
         left = {layer: tensors.get(f"left.{layer}") for layer in plain["layers"]}
         worth = {layer: tensors[f"worth.{layer}"] for layer in plain["layers"] if f"worth.{layer}" in tensors}
-        plan = Plan(asked["ratio"], asked["bands"], banks, matrices, host)
-        return cls(plan, left, dict(map(tuple, plain["losses"])), worth, dict(map(tuple, plain["scales"])))
+        stores = [
+            NeuronBankPlan(
+                store["band"], tuple(Site(**s) for s in store["sites"]), store["neurons"], tuple(store["top_k"])
+            )
+            for store in asked["neuron_banks"]
+        ]
+        slots = {layer: tensors[f"slots.{layer}"] for layer in plain["layers"] if f"slots.{layer}" in tensors}
+        plan = Plan(asked["ratio"], asked["bands"], banks, matrices, host, stores)
+        return cls(plan, left, dict(map(tuple, plain["losses"])), worth, dict(map(tuple, plain["scales"])), slots)
 
 
 def size_layers(

@@ -15,6 +15,7 @@ from pilon_compress.convert.solve.bank_fit import fit_private, recompose, refit
 from pilon_compress.convert.solve.feed_forward import FeedForward
 from pilon_compress.convert.solve.gptq import round_bank, round_matrix
 from pilon_compress.convert.solve.low_rank import Target
+from pilon_compress.convert.solve.neuron_fit import NeuronFit
 from pilon_compress.convert.solve.sequential_targets import BlockPair, CrossMoments, Sum, put_linear
 from pilon_compress.convert.solve.solved import SolvedBank, SolvedLayer, SolvedProjection, Weights
 from pilon_compress.models.families import Site
@@ -40,17 +41,20 @@ class Method:
 class LayerShape:
     """The form of a converted layer: `banks` of its projections by site name, remaining neurons (None: all).
 
-    `shared`: fitted banks of several layers, by bank name.
+    `shared`: fitted banks of several layers, by bank name. `neurons`: the bank that the layer's neurons come from.
     """
 
     banks: Mapping[str, BankPlan]
     left: Tensor | None
     shared: Mapping[str, SolvedBank]
+    neurons: NeuronFit | None = None
 
     def approximation(self, site: Site, weights: Weights) -> Tensor:
         """Return the matrix (d_in, d_out), float64, that the weights of a site stand for."""
         if weights.matrix is not None:
             return weights.matrix
+        if weights.neurons is not None and self.neurons is not None:
+            return self.neurons.approximation(site, weights.neurons)
         if weights.bank is not None:
             return weights.bank.fit.approximation(0)
         assert weights.composition is not None
@@ -172,7 +176,7 @@ class _Solver:
             bias = cross.bias(approximation) + (0 if summed else self._constant(site))
         if self.pair is not None:
             self.pair.replace(self.local(site.name), approximation, bias)
-        return SolvedProjection(weights, bias, *self._judged(site, approximation))
+        return SolvedProjection(weights, bias, *judge(self.ff, self.shape.left, self.method, site, approximation))
 
     def _weights(self, site: Site, target: Target, sequential: bool) -> Weights:
         """The weights in the plan's form; `sequential`: a layer's own part of a shared bank is fitted to the target."""
@@ -211,20 +215,22 @@ class _Solver:
             return output - mean[left] @ approximation
         return output[ff.columns(site, left)] - mean @ approximation
 
-    def _judged(self, site: Site, approximation: Tensor) -> tuple[dict[str, float], Tensor]:
-        """Errors by method, and the spectrum, on the dense model's own inputs."""
-        ff, left = self.ff, self.shape.left
-        whole = ff.target(site, None)
-        if left is not None and site == ff.down:
-            approximation = torch.zeros_like(whole.weight).index_copy(0, left, approximation)
-        elif left is not None:  # outputs of dropped neurons are not counted as error
-            approximation = whole.weight.index_copy(1, ff.columns(site, left), approximation)
-        errors = {self.method.name: whole.output_loss(approximation)}
-        rank = uniform_rank(site, self.method.ratio)
-        for method in self.method.baselines:
-            if method not in errors:
-                errors[method] = whole.truncation_loss(method, rank)
-        return {method: max(0.0, value) for method, value in errors.items()}, whole.spectrum
+
+def judge(
+    ff: FeedForward, left: Tensor | None, method: Method, site: Site, approximation: Tensor
+) -> tuple[dict[str, float], Tensor]:
+    """Return errors by method, and the spectrum, on the dense model's own inputs; `left`: neurons that stay."""
+    whole = ff.target(site, None)
+    if left is not None and site == ff.down:
+        approximation = torch.zeros_like(whole.weight).index_copy(0, left, approximation)
+    elif left is not None:  # outputs of dropped neurons are not counted as error
+        approximation = whole.weight.index_copy(1, ff.columns(site, left), approximation)
+    errors = {method.name: whole.output_loss(approximation)}
+    rank = uniform_rank(site, method.ratio)
+    for name in method.baselines:
+        if name not in errors:
+            errors[name] = whole.truncation_loss(name, rank)
+    return {name: max(0.0, value) for name, value in errors.items()}, whole.spectrum
 
 
 def uniform_rank(site: Site, ratio: float) -> int:

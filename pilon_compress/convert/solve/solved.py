@@ -1,14 +1,15 @@
 """Hold the results of a conversion: weights of every projection with their errors, and the shared banks."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from pilon_compress.convert.plan import BankPlan, Plan
+from pilon_compress.convert.plan import BankPlan, NeuronBankPlan, Plan
 from pilon_compress.convert.solve.bank_fit import BankFit, Own
 from pilon_compress.convert.solve.gptq import Rounded
+from pilon_compress.convert.solve.neuron_fit import NeuronFit, NeuronPart
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Weights:
 
     composition (k, r) or (k, 1)   own: primitives of the shared bank that no other layer selects
     rounded: the integers of the matrix, where it is in integers
+    neurons: the layer's own part, where the projection uses a bank of neurons
     """
 
     matrix: Tensor | None = None
@@ -48,6 +50,7 @@ class Weights:
     bank: SolvedBank | None = None
     composition: Tensor | None = None
     own: Own | None = None
+    neurons: NeuronPart | None = None
 
     def pack(self) -> dict[str, Tensor]:
         """Return all of it as tensors by name, for the journal."""
@@ -55,7 +58,8 @@ class Weights:
         found = {name: tensor for name, tensor in parts.items() if tensor is not None}
         found |= {} if self.rounded is None else self.rounded.pack("rounded")
         found |= {} if self.bank is None else {f"bank.{key}": tensor for key, tensor in self.bank.pack().items()}
-        found |= {} if self.own is None else {f"own.{key}": tensor for key, tensor in self.own._asdict().items()}
+        for name, part in (("own", self.own), ("neurons", self.neurons)):
+            found |= {} if part is None else {f"{name}.{key}": tensor for key, tensor in part._asdict().items()}
         return found
 
     @classmethod
@@ -65,19 +69,22 @@ class Weights:
         rounded = None
         if matrix is not None and quantization is not None:
             rounded = Rounded.unpack("rounded", tensors, quantization)
-        own = _below(tensors, "own.")
+        own, neurons = _below(tensors, "own."), _below(tensors, "neurons.")
         return cls(
             matrix,
             rounded,
             SolvedBank.unpack(bank, quantization) if bank else None,
             tensors.get("composition"),
             Own(**own) if own else None,
+            NeuronPart(**neurons) if neurons else None,
         )
 
     def stored_as(self, dtypes: Iterable[torch.dtype]) -> "Weights":
         """Return them with matrix and primitives rounded to each of `dtypes` in turn: float64 of a model is large."""
         if self.matrix is not None:
             return replace(self, matrix=_rounded_to(self.matrix, dtypes))
+        if self.neurons is not None:
+            return replace(self, neurons=self.neurons._replace(own=_rounded_to(self.neurons.own, dtypes)))
         if self.bank is None:
             return self
         fit = self.bank.fit
@@ -138,16 +145,24 @@ def unpack_layer(tensors: Mapping[str, Tensor], quantization: str | None) -> Sol
 
 @dataclass(frozen=True)
 class Solved:
-    """The converted projections by `Site.name`, and the banks by name."""
+    """The converted projections by `Site.name`, the banks by name, and the banks of neurons by name."""
 
     projections: dict[str, SolvedProjection]
     banks: dict[str, SolvedBank]
+    stores: dict[str, NeuronFit] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, layers: Iterable[SolvedLayer], shared: Mapping[str, SolvedBank]) -> "Solved":
+    def of(
+        cls,
+        plan: Plan,
+        layers: Iterable[SolvedLayer],
+        shared: Mapping[str, SolvedBank],
+        neurons: Mapping[str, NeuronFit],
+    ) -> "Solved":
         """Put layers together with the banks that they share."""
         projections = {name: one for layer in layers for name, one in layer.items()}
-        return cls(projections, {bank.name: _bank(bank, projections, shared) for bank in plan.banks})
+        stores = {store.name: _store(store, projections, neurons[store.name]) for store in plan.neuron_banks}
+        return cls(projections, {bank.name: _bank(bank, projections, shared) for bank in plan.banks}, stores)
 
     @property
     def errors(self) -> dict[str, dict[str, float]]:
@@ -164,3 +179,10 @@ def _bank(plan: BankPlan, projections: SolvedLayer, shared: Mapping[str, SolvedB
         if weights.composition is not None:
             found = replace(found, fit=found.fit.recomposed(place, weights.composition, weights.own))
     return found
+
+
+def _store(plan: NeuronBankPlan, projections: SolvedLayer, fit: NeuronFit) -> NeuronFit:
+    """A bank of neurons with those that single layers have fitted for themselves."""
+    sites = {site.name: site for site in plan.sites}
+    parts = {name: projections[name].weights.neurons for name in sites}
+    return fit.completed({name: part for name, part in parts.items() if part is not None}, sites)
