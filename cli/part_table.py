@@ -92,6 +92,6 @@ def _row(label: str, group: Sequence[Part], dtype: str) -> list[str]:
         next(iter(kinds)) if len(kinds) == 1 else "mixed",
         short_count(total("stored")),
         mib(total("bytes")),
-        number(total("stored") / total("dense_stored")),
-        number(total("macs") / total("dense_macs")),
+        number(total("stored") / total("dense_stored")) if total("dense_stored") else "",
+        number(total("macs") / total("dense_macs")) if total("dense_macs") else "",
     ]

@@ -23,9 +23,13 @@ from pilon_compress.results.export import Exported
 # what configs call the neurons of a block
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "ffn_hidden_size")
 
+EXPERTS = "has experts, and no such form: `--to self-contained` writes it with the code that routes"
+
 
 def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | None:
     """Say why `model` has no dense form; None if it has one."""
+    if layout_of(model).routers:
+        return EXPERTS
     if layout_of(model).rest:
         return "is in int8 throughout: export the model that it was packed from"
     if layout_of(model).exits:

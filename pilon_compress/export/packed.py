@@ -27,6 +27,10 @@ from pilon_compress.results.sizes import Sizes
 def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
     """Say why there is nothing to pack in `model`; None if there is."""
     layout = layout_of(model)
+    if layout.routers:
+        return (
+            "has experts, which the packed kernels do not route: it computes as it is, or export `--to self-contained`"
+        )
     if layout.kinds <= {kind.packs for kind in FORMATS.values()}:
         return None
     if all(FORMATS[name].final for name in layout.kinds):

@@ -17,7 +17,7 @@ from pilon_compress.models import checkpoint
 from pilon_compress.models.architectures.registry import ARCHITECTURES
 from pilon_compress.nn.init import initialise
 from pilon_compress.nn.install import install
-from pilon_compress.nn.installed import neuron_projections
+from pilon_compress.nn.installed import neuron_projections, projections
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.neuron_bank import Selection
 from pilon_compress.nn.stored import stored_layout
@@ -81,6 +81,7 @@ def build_with(config: PretrainedConfig, layout: Layout | None, seed: int) -> Pr
         initialise(model, getattr(config, "initializer_range", 0.02), generator)
         balance_selection(model, layout)
         balance_neurons(model, torch.Generator().manual_seed(seed))
+        balance_experts(model, torch.Generator().manual_seed(seed))
     return model.float().train()
 
 
@@ -98,6 +99,8 @@ def balance_selection(model: PreTrainedModel, layout: Layout) -> None:
     users: dict[str, int] = {}
     for name, spec in layout.projections.items():
         composed = model.base_model.get_submodule(name)
+        if spec.experts > 1:
+            continue
         turn = users.get(spec.bank, 0)
         users[spec.bank] = turn + 1
         if spec.composition != "softmax":
@@ -114,10 +117,32 @@ def balance_neurons(model: PreTrainedModel, generator: torch.Generator) -> None:
     """
     blocks: dict[int, list[Selection]] = {}
     for _, layer in neuron_projections(model):
-        if layer.owns:
+        if layer.owns and layer.experts == 1:
             assert layer.selection is not None
             blocks.setdefault(id(layer.bank), []).append(layer.selection)
     for selections in blocks.values():
         for place, selection in zip(torch.randperm(len(selections), generator=generator), selections, strict=True):
             start = round(int(place) * selection.neurons / len(selections))
             selection.selected.copy_((start + torch.arange(selection.top_k)) % selection.neurons)
+
+
+@torch.no_grad()
+def balance_experts(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Select primitives and neurons of experts at random, so that all are used by equally many, to within one.
+
+    Experts that select disjoint parts of a bank own them: so it is where the bank is as large as all selections.
+    """
+    uses: dict[int, torch.Tensor] = {}
+    layers: list[tuple[int, int, torch.Tensor]] = [
+        (id(one.bank), one.bank.n_primitives, one.selected) for _, one in projections(model) if one.experts > 1
+    ]
+    for _, layer in neuron_projections(model):
+        if layer.owns and layer.experts > 1:
+            assert layer.selection is not None
+            layers.append((id(layer.bank), layer.bank.neurons, layer.selection.selected))
+    for bank, count, selected in layers:
+        used = uses.setdefault(bank, torch.zeros(count))
+        for row in selected:
+            least = (used + torch.rand(count, generator=generator)).topk(len(row), largest=False).indices
+            used[least] += 1
+            row.copy_(least.sort().values)

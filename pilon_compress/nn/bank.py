@@ -1,12 +1,14 @@
 """The bank: low-rank primitives that every layer of a band shares."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pilon_compress.nn.part import Part
 from pilon_compress.nn.sharded import full
+
+Segment = tuple[int, int, int]  # (expert, start, end) of rows that are sorted by expert
 
 
 class PrimitiveBank(Part, nn.Module):
@@ -52,11 +54,16 @@ class PrimitiveBank(Part, nn.Module):
         """Return the number of outputs."""
         return self.B.shape[2]
 
-    def forward(self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0, *, segments: Sequence[Segment] = ()
+    ) -> Tensor:
         """Compose the `selected` (k,) primitives with `weight` (k, r) or (k, 1) on `x` (..., d_in): two GEMMs.
 
-        `group` matters to banks that quantise their inputs.
+        `group` matters to banks that quantise their inputs. With `segments` of the rows `x` (N, d_in), those of expert
+        e are composed with `selected[e]` and `weight[e]`.
         """
+        if segments:
+            return self.by_segment(x, selected, weight, group, segments)
         k, r = selected.shape[0], self.rank
         A, B = (factor.to(x.dtype) for factor in self.primitives(selected))
         A, B = A.permute(1, 0, 2).reshape(self.d_in, k * r), B.reshape(k * r, self.d_out)
@@ -64,6 +71,13 @@ class PrimitiveBank(Part, nn.Module):
         u = x @ A
         u = u * factor.to(u.dtype).expand(k, r).reshape(k * r)
         return (u if shift is None else u + shift.to(u.dtype).expand(k, r).reshape(k * r)) @ B
+
+    def by_segment(
+        self, x: Tensor, selected: Tensor, weight: Tensor, group: int, segments: Sequence[Segment]
+    ) -> Tensor:
+        """Compute `forward` with an expert for each segment."""
+        parts = [self.forward(x[start:end], selected[expert], weight[expert], group) for expert, start, end in segments]
+        return torch.cat(parts)
 
     def affine(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Factor and shift, (k, r) or (k, 1), that turn the latent x A into the one that meets B; None: no shift.

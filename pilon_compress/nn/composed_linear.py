@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.part import Projection
+from pilon_compress.nn.router import Router
 from pilon_compress.nn.sharded import full
 
 COMPOSITIONS = ("component", "scalar", "softmax")
@@ -18,7 +19,9 @@ class ComposedLinear(Projection, nn.Module):
     scalar        (k, 1)    one signed coefficient per selected primitive
     softmax       (n, 1)    logits over the whole bank; the k largest are selected and renormalised (original PILON)
 
-    `group`: inputs that share a scale of a quantiser, 0 for all of a token's.
+    `group`: inputs that share a scale of a quantiser, 0 for all of a token's. `router`: that of the block, where the
+    projection holds a recipe for each of its experts: `weight` (E, k, r), `selected` (E, k). It then computes rows that
+    are sorted by expert, within the block's forward pass alone.
 
     The composition tensor is called `weight` on purpose: a checkpoint that is loaded without this package meets a
     stock layer with another shape and fails, instead of running on random weights.
@@ -26,6 +29,7 @@ class ComposedLinear(Projection, nn.Module):
 
     bank: PrimitiveBank
     selected: Tensor
+    router: Router | None
 
     def __init__(
         self,
@@ -35,6 +39,7 @@ class ComposedLinear(Projection, nn.Module):
         composition: str = "component",
         host_shape: tuple[int, int] | None = None,
         group: int = 0,
+        router: Router | None = None,
     ) -> None:
         super().__init__()
         if composition not in COMPOSITIONS:
@@ -43,13 +48,16 @@ class ComposedLinear(Projection, nn.Module):
             raise ValueError(f"top_k {top_k} is not between 1 and the bank's {bank.n_primitives} primitives")
         # borrowed, not registered: one owner, one key in the checkpoint, one storage, one optimiser entry
         object.__setattr__(self, "bank", bank)
+        object.__setattr__(self, "router", router)
+        self.experts = 1 if router is None else router.recipes
         self.composition, self.top_k, self.group = composition, top_k, group
         self.in_features, self.out_features = bank.d_in, bank.d_out
         self.host_shape = host_shape or (bank.d_in, bank.d_out)
         shape = {"component": (top_k, bank.rank), "scalar": (top_k, 1), "softmax": (bank.n_primitives, 1)}[composition]
-        self.weight = nn.Parameter(torch.empty(shape))
+        each = () if router is None else (self.experts,)
+        self.weight = nn.Parameter(torch.empty(*each, *shape))
         if composition != "softmax":
-            self.register_buffer("selected", torch.arange(top_k))
+            self.register_buffer("selected", torch.arange(top_k).expand(*each, top_k).clone())
         self.bias = nn.Parameter(torch.zeros(bank.d_out)) if bias else None
 
     def own_types(self) -> dict[str, torch.dtype]:
@@ -67,7 +75,10 @@ class ComposedLinear(Projection, nn.Module):
         return None if leaf == "bias" else "compositions"
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
-        """`selected` (k,) int64 and the weight (k, r) or (k, 1) that each selected primitive gets."""
+        """`selected` (k,) int64 and the weight (k, r) or (k, 1) that each selected primitive gets.
+
+        With experts both have a row for each: (E, k) and (E, k, r).
+        """
         if self.composition != "softmax":
             return self.selected, self.weight
         top = self.weight[:, 0].topk(self.top_k)
@@ -83,18 +94,24 @@ class ComposedLinear(Projection, nn.Module):
         used = torch.zeros(self.bank.n_primitives, dtype=torch.bool, device=self.weight.device)
         if self.composition == "softmax":
             return used.index_fill(0, full(self.weight).detach()[:, 0].topk(self.top_k).indices, True)
-        return used.index_fill(0, self.selected, True)
+        return used.index_fill(0, self.selected.flatten(), True)
 
     def active(self) -> Tensor:
         """Mask (r,), bool, of the components of rank that take part: all of a plain layer."""
         return torch.ones(self.bank.rank, dtype=torch.bool, device=self.weight.device)
 
     def spread(self) -> Tensor:
-        """Weight (n, r) or (n, 1) of every primitive of the bank as it stands, 0 of those that are not selected."""
+        """Weight (n, r) or (n, 1) of every primitive of the bank as it stands, 0 of those that are not selected.
+
+        With experts it is the root mean square over them.
+        """
         weight, used = full(self.weight).detach(), self.used()
         if self.composition == "softmax":
             return weight[:, 0].masked_fill(~used, float("-inf")).softmax(0)[:, None]
-        return weight.new_zeros(len(used), weight.shape[1]).index_copy(0, self.selected, weight)
+        empty = weight.new_zeros(len(used), weight.shape[-1])
+        if self.experts == 1:
+            return empty.index_copy(0, self.selected, weight)
+        return empty.index_add(0, self.selected.flatten(), weight.flatten(0, 1).square() / self.experts).sqrt()
 
     def energy(self) -> Tensor:
         """Energy (n,) of each primitive as it stands: the sum over components of (g · ‖a‖ · ‖b‖)²."""
@@ -124,8 +141,17 @@ class ComposedLinear(Projection, nn.Module):
 
     def compose(self, x: Tensor) -> Tensor:
         """`x` (..., d_in) -> (..., d_out), without the bias."""
+        if self.router is not None:
+            return self._by_expert(x, self.router)
         y: Tensor = self.bank(x, *self.coefficients(), self.group)
         return y
+
+    def _by_expert(self, x: Tensor, router: Router) -> Tensor:
+        """Compute every segment of the rows `x` (..., d_in), sorted by expert, with that expert's recipe."""
+        rows = x.reshape(-1, x.shape[-1])
+        # one call of the bank, however many experts have rows: FSDP reduces its gradient once for each
+        y: Tensor = self.bank(rows, self.selected, self.weight, self.group, segments=router.segments())
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def affine(self) -> tuple[Tensor, Tensor | None]:
         """Factor and shift of the latent, (k, r) or (k, 1): see `PrimitiveBank.affine`."""
@@ -137,4 +163,5 @@ class ComposedLinear(Projection, nn.Module):
         return (
             f"d_in={bank.d_in}, d_out={bank.d_out}, top_k={self.top_k} of {bank.n_primitives}, rank={bank.rank}, "
             f"composition={self.composition}, bias={self.bias is not None}"
+            + (f", experts={self.experts}" if self.experts > 1 else "")
         )

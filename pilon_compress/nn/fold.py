@@ -5,7 +5,14 @@ from torch import Tensor, nn
 
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.composed_linear import ComposedLinear
-from pilon_compress.nn.installed import banks, dense_matrices, neuron_banks, neuron_projections, projections
+from pilon_compress.nn.installed import (
+    banks,
+    dense_matrices,
+    neuron_banks,
+    neuron_projections,
+    projections,
+    routers,
+)
 from pilon_compress.nn.layout import BANKS, Host
 
 
@@ -40,8 +47,12 @@ def dense(composed: ComposedLinear) -> tuple[Tensor, Tensor | None]:
 
 
 def foldable(model: Host) -> bool:
-    """Return True if `fold` may change the model, which it may not with ternary banks."""
-    return all(bank.folds for _, bank in banks(model)) and all(store.folds for _, store in neuron_banks(model))
+    """Return True if `fold` may change the model, which it may not with ternary banks, nor with experts."""
+    return (
+        not any(True for _ in routers(model))
+        and all(bank.folds for _, bank in banks(model))
+        and all(store.folds for _, store in neuron_banks(model))
+    )
 
 
 @torch.no_grad()
@@ -51,8 +62,10 @@ def fold(model: Host) -> Host:
     A projection becomes two Linears, or one where k·r > d_in·d_out / (d_in + d_out), or where it uses a bank of
     neurons: then that of its k neurons. The result runs faster, holds more
     memory than the shared banks, and is no longer a PILON model that could be saved as one. Raises ValueError for
-    ternary banks: their products are of integers, which folding would lose.
+    ternary banks: their products are of integers, which folding would lose; and for experts, which are no one matrix.
     """
+    if any(True for _ in routers(model)):
+        raise ValueError("experts do not fold: a token's matrices depend on the token")
     if not foldable(model):
         raise ValueError("ternary banks do not fold: export them packed")
     base = model.base_model
@@ -98,7 +111,7 @@ def prune_unused(model: Host) -> int:
         layers = users.get(id(bank), [])
         used = torch.zeros(bank.n_primitives, dtype=torch.bool, device=layers[0].weight.device if layers else None)
         for layer in layers:
-            used[layer.coefficients()[0]] = True
+            used[layer.coefficients()[0].flatten()] = True
         if bool(used.all()):
             continue
         for layer in layers:

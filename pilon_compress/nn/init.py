@@ -2,7 +2,7 @@
 
 import torch
 
-from pilon_compress.nn.installed import dense_matrices, neuron_banks, neuron_projections, projections
+from pilon_compress.nn.installed import dense_matrices, neuron_banks, neuron_projections, projections, routers
 from pilon_compress.nn.layout import Host
 
 
@@ -44,4 +44,6 @@ def initialise(model: Host, std: float, generator: torch.Generator | None = None
         layer.weight.fill_(1)
         if layer.bias is not None:
             layer.bias.zero_()
+    for _, router in routers(model):
+        router.draw(std, generator)
     return model

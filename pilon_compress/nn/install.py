@@ -8,13 +8,15 @@ from torch import nn
 from pilon_compress.nn.additions import add
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.exits import ExitGate, add_gate
+from pilon_compress.nn.extended import extend
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.installed import label_parts
 from pilon_compress.nn.int8 import install_int8
 from pilon_compress.nn.layout import BANKS, Host, Layout
 from pilon_compress.nn.neuron_bank import NeuronBank, Selection
 from pilon_compress.nn.neuron_linear import NeuronLinear
-from pilon_compress.nn.part import linear_shape
+from pilon_compress.nn.part import Projection, linear_shape
+from pilon_compress.nn.router import RoutedBlock, Router
 
 
 def install(model: Host, layout: Layout) -> Host:
@@ -31,10 +33,11 @@ def install(model: Host, layout: Layout) -> Host:
     for name, form in layout.neuron_banks.items():
         banks[name] = NeuronBank(form.neurons, form.d_in, form.d_out, form.gated, form.quantization, form.group)
     selections = {
-        name: Selection(layout.neuron_banks[spec.bank].neurons, spec.top_k)
+        name: Selection(layout.neuron_banks[spec.bank].neurons, spec.top_k, spec.experts)
         for name, spec in layout.neurons.items()
         if spec.selection == name
     }
+    routers = {block: Router(**vars(spec)) for block, spec in layout.routers.items()}
     for name in layout.replaced:
         try:
             dense = base.get_submodule(name)
@@ -43,7 +46,9 @@ def install(model: Host, layout: Layout) -> Host:
         expected = layout.host_shape(name)
         if linear_shape(dense) != expected:
             raise ValueError(f"{name} is {linear_shape(dense)} in the model, {expected} in the layout")
-        base.set_submodule(name, _module(layout, name, banks, selections))
+        base.set_submodule(name, _module(layout, name, banks, selections, routers.get(layout.router_of(name))))
+    for block, router in routers.items():
+        route(base.get_submodule(block), router, block)
     setattr(base, BANKS, _tree(banks))
     for name, kind, place in layout.additions():
         add(banks[place] if place in banks else base.get_submodule(place), name, kind)
@@ -73,7 +78,29 @@ def _tree(banks: Mapping[str, nn.Module]) -> nn.ModuleDict:
     return tree
 
 
-def _module(layout: Layout, name: str, banks: Mapping[str, Any], selections: Mapping[str, Selection]) -> nn.Module:
+def route(block: nn.Module, router: Router, name: str) -> None:
+    """Let the `router` choose which recipe of its projections computes a token of `block`, in place.
+
+    Raises ValueError for a block that has more than projections of ours: they would see sorted rows, too; and for one
+    with an exit gate, which must lie around the router.
+    """
+    if hasattr(block, "exit_gate"):
+        raise ValueError(f"{name} has an exit gate: experts come before it")
+    own = [f"{path}." for path, module in block.named_modules() if isinstance(module, Projection)]
+    other = next((path for path, _ in block.named_parameters() if not path.startswith(tuple(own))), None)
+    if other is not None or hasattr(block, "router"):
+        raise ValueError(f"{name} cannot have experts: it has {other or 'a router'} beside its projections")
+    extend(block, RoutedBlock)
+    block.router = router
+
+
+def _module(
+    layout: Layout,
+    name: str,
+    banks: Mapping[str, Any],
+    selections: Mapping[str, Selection],
+    router: Router | None,
+) -> nn.Module:
     host_shape = layout.host_shape(name)
     if name in layout.neurons:
         one = layout.neurons[name]
@@ -85,9 +112,10 @@ def _module(layout: Layout, name: str, banks: Mapping[str, Any], selections: Map
             scaled=one.scaled,
             bias=one.bias,
             host_shape=host_shape,
+            router=router,
         )
     if name in layout.matrices:
         matrix = layout.matrices[name]
         return FORMATS[matrix.quantization].matrix(matrix.d_in, matrix.d_out, matrix.bias, host_shape, matrix.group)
     spec = layout.projections[name]
-    return ComposedLinear(banks[spec.bank], spec.top_k, spec.bias, spec.composition, host_shape, spec.group)
+    return ComposedLinear(banks[spec.bank], spec.top_k, spec.bias, spec.composition, host_shape, spec.group, router)

@@ -14,7 +14,8 @@ from pilon_compress.nn.layout import BANKS, Host, Layout
 from pilon_compress.nn.neuron_bank import NeuronBank
 from pilon_compress.nn.neuron_linear import NeuronLinear
 from pilon_compress.nn.part import Matrix, Part, linear_shape
-from pilon_compress.nn.specs import BankSpec, DenseSpec, NeuronBankSpec, NeuronSpec, ProjectionSpec
+from pilon_compress.nn.router import Router
+from pilon_compress.nn.specs import BankSpec, DenseSpec, NeuronBankSpec, NeuronSpec, ProjectionSpec, RouterSpec
 
 
 def projections(model: Host) -> Iterator[tuple[str, ComposedLinear]]:
@@ -57,6 +58,13 @@ def neuron_blocks(model: Host) -> Iterator[dict[str, NeuronLinear]]:
         yield block
 
 
+def routers(model: Host) -> Iterator[tuple[str, Router]]:
+    """Yield every router of a PILON model, by module name of its feed-forward block below the base model."""
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, Router):
+            yield name.rpartition(".")[0], module
+
+
 def banks(model: Host) -> Iterator[tuple[str, PrimitiveBank]]:
     """Yield every bank of a PILON model by its layout name (`band0.up`)."""
     for name, bank in banks_in(model.base_model):
@@ -91,7 +99,7 @@ def layout_of(model: Host) -> Layout:
     names = {id(bank): name for name, bank in banks(model)}
     specs = {name: BankSpec(b.d_in, b.d_out, b.n_primitives, b.rank, b.format) for name, b in banks(model)}
     composed = {
-        name: ProjectionSpec(names[id(p.bank)], p.top_k, p.bias is not None, p.composition, p.group)
+        name: ProjectionSpec(names[id(p.bank)], p.top_k, p.bias is not None, p.composition, p.group, p.experts)
         for name, p in projections(model)
     }
     matrices = {
@@ -102,7 +110,13 @@ def layout_of(model: Host) -> Layout:
     owners = {id(one.selection): name for name, one in neuron_projections(model) if one.owns}
     neurons = {
         name: NeuronSpec(
-            homes[id(one.bank)], one.role, one.top_k, one.bias_of_dense, owners.get(id(one.selection), ""), one.scaled
+            homes[id(one.bank)],
+            one.role,
+            one.top_k,
+            one.bias_of_dense,
+            owners.get(id(one.selection), ""),
+            one.scaled,
+            one.experts,
         )
         for name, one in neuron_projections(model)
     }
@@ -112,7 +126,8 @@ def layout_of(model: Host) -> Layout:
     layers = [*projections(model), *dense_matrices(model), *neuron_projections(model)]
     host = {name: layer.host_shape for name, layer in layers if layer.host_shape != linear_shape(layer)}
     exits = {name: block.exit_gate.spec for name, block in gated_blocks(model)}
-    layout = Layout(specs, composed, matrices, host, installed(model), {}, stores, neurons, exits)
+    routed = {name: RouterSpec(one.width, one.experts, one.top_k, one.kind, one.shared) for name, one in routers(model)}
+    layout = Layout(specs, composed, matrices, host, installed(model), {}, stores, neurons, exits, routed)
     for name, research, kind in ((name, *one) for name, module in (*banks(model), *layers) for one in added(module)):
         layout = layout.with_addition(research, kind, [name])
     return layout

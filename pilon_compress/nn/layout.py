@@ -15,6 +15,7 @@ from pilon_compress.nn.specs import (
     NeuronBankSpec,
     NeuronSpec,
     ProjectionSpec,
+    RouterSpec,
     read_spec,
     shape_of,
     table_of,
@@ -23,6 +24,7 @@ from pilon_compress.nn.specs import (
 
 Host = Any  # a transformers PreTrainedModel; transformers imports this file while that class is being made
 REST = ("linear", "embedding", "head")  # kinds of 8-bit layers, see `int8.installed`
+ROUTED = ("none", "ternary")  # number formats of banks that experts compose from
 BANKS = "pilon_banks"  # where the base model owns its banks
 
 
@@ -34,6 +36,7 @@ PARTS = {
     "neuron_banks": ("neuron_banks", NeuronBankSpec),
     "neurons": ("neurons", NeuronSpec),
     "exits": ("exits", ExitSpec),
+    "routers": ("routers", RouterSpec),
 }
 ALWAYS = ("banks", "projections", "kept")  # keys that are written even where they are empty
 
@@ -46,7 +49,8 @@ class Layout:
     feed-forward block (`h.0.mlp`).
     `host`: (d_in, d_out) of the host model's projection, for those that lost inputs or outputs with the neurons of
     their block. The up, gate and down projections of one block agree on the neurons that are left. `rest`: what else
-    is in 8 bits, as `form.int8` names it. `research`: banks and projections by research module and kind of addition,
+    is in 8 bits, as `form.int8` names it. `routers`: by module name of the feed-forward block, whose projections hold
+    as many recipes. `research`: banks and projections by research module and kind of addition,
     see `nn.additions`.
     """
 
@@ -59,6 +63,7 @@ class Layout:
     neuron_banks: dict[str, NeuronBankSpec] = field(default_factory=dict)
     neurons: dict[str, NeuronSpec] = field(default_factory=dict)
     exits: dict[str, ExitSpec] = field(default_factory=dict)
+    routers: dict[str, RouterSpec] = field(default_factory=dict)
 
     @property
     def replaced(self) -> list[str]:
@@ -143,6 +148,7 @@ class Layout:
         for name in self.exits:
             if not any(one.startswith(f"{name}.") for one in self.replaced):
                 raise ValueError(f"the layout has an exit gate for {name!r}, of which it replaces no projection")
+        self._check_routers()
         for name in self.host:
             if name not in self.replaced:
                 raise ValueError(f"the layout's host names {name!r}, which it does not replace")
@@ -152,6 +158,37 @@ class Layout:
         for name, kind in self.rest.items():
             if kind not in REST:
                 raise ValueError(f"{name}: {kind!r} is none of {', '.join(REST)}")
+
+    def _check_routers(self) -> None:
+        for name, spec in self.routers.items():
+            if spec.experts < 2 or spec.top_k > spec.experts:
+                raise ValueError(f"the router of {name} chooses {spec.top_k} of {spec.experts} experts")
+            if not any(self.router_of(one) == name for one in self.replaced):
+                raise ValueError(f"the layout has a router for {name}, and no projections there")
+        users: dict[str, ProjectionSpec | NeuronSpec] = {**self.projections, **self.neurons}
+        for name, user in users.items():
+            router = self.routers.get(self.router_of(name))
+            if user.experts != (router.recipes if router else 1):
+                raise ValueError(f"projection {name} has {user.experts} experts, its block another number")
+            store = self.banks.get(user.bank) or self.neuron_banks[user.bank]
+            if router and store.quantization not in ROUTED:
+                raise ValueError(f"projection {name} has experts, and its bank is in {store.quantization}")
+            if router and isinstance(user, ProjectionSpec) and user.composition == "softmax":
+                raise ValueError(f"projection {name} has experts, and a composition by softmax")
+        if self.routers and (added := [place for _, _, place in self.additions()]):
+            raise ValueError(f"the layout has experts, and additions of research to {added[0]}")
+        for name in self.matrices:
+            if self.router_of(name):
+                raise ValueError(f"{name} is a dense matrix in a block with experts")
+
+    def router_of(self, name: str) -> str:
+        """Return the block whose router chooses the recipe of the projection `name`; "" for none."""
+        return next((block for block in self.routers if name.startswith(f"{block}.")), "")
+
+    def active(self, name: str) -> int:
+        """Return how many recipes of the projection `name` compute a token: 1 without a router."""
+        block = self.router_of(name)
+        return self.routers[block].active if block else 1
 
     def _check_neurons(self, name: str, spec: NeuronSpec) -> None:
         bank, owner = self.neuron_banks.get(spec.bank), self.neurons.get(spec.selection)
@@ -163,6 +200,8 @@ class Layout:
             raise ValueError(f"projection {name} selects {spec.top_k} of the {bank.neurons} neurons of {spec.bank}")
         if spec.selection and (owner is None or owner.selection != spec.selection or owner.bank != spec.bank):
             raise ValueError(f"projection {name} takes its selection from {spec.selection!r}, which has none for it")
+        if owner is not None and owner.experts != spec.experts:
+            raise ValueError(f"projection {name} has {spec.experts} experts, {spec.selection} {owner.experts}")
         if owner is not None and owner.top_k != spec.top_k:
             raise ValueError(f"projection {name} selects {spec.top_k} neurons, {spec.selection} {owner.top_k}")
         if spec.scaled and not has_scale(spec.role, bank.gated):

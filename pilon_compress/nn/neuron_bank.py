@@ -10,7 +10,7 @@ Scales s, s' and the bias b belong to a neuron and a layer (`nn.neuron_linear`).
 of a band are plain blocks that share their weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,26 +26,32 @@ SLICES = 4  # runs of neurons that are cheaper to read in place than to copy
 class Selection(Part, nn.Module):
     """The `top_k` neurons of a bank of `neurons` that one block uses: `selected` (k,), stored once.
 
-    The block's projections call it rather than read `selected`, so that offloading can bring it first.
+    With several `experts` each selects its own: `selected` (E, k). The block's projections call it rather than read
+    `selected`, so that offloading can bring it first.
     """
 
     selected: Tensor
 
-    def __init__(self, neurons: int, top_k: int) -> None:
+    def __init__(self, neurons: int, top_k: int, experts: int = 1) -> None:
         super().__init__()
-        self.neurons, self.top_k = neurons, top_k
-        self.register_buffer("selected", torch.arange(top_k))
-        self._runs: LazyValue[tuple[tuple[int, int], ...]] = LazyValue()
+        self.neurons, self.top_k, self.experts = neurons, top_k, experts
+        each = () if experts == 1 else (experts,)
+        self.register_buffer("selected", torch.arange(top_k).expand(*each, top_k).clone())
+        self._runs: LazyValue[list[tuple[tuple[int, int], ...]]] = LazyValue()
 
-    def forward(self) -> Chosen:
-        """Return the selection, with its runs of consecutive neurons if they are few."""
+    def forward(self, expert: int = 0) -> Chosen:
+        """Return the selection, that of one `expert`, with its runs of consecutive neurons if they are few."""
+        selected = self.selected if self.experts == 1 else self.selected[expert]
         if torch.compiler.is_compiling() or self.selected.is_meta:
-            return Chosen(self.selected, ())
-        return Chosen(self.selected, self._runs.get((self.selected,), self._find_runs))
+            return Chosen(selected, ())
+        return Chosen(selected, self._runs.get((self.selected,), self._find_runs)[expert])
 
-    def _find_runs(self) -> tuple[tuple[int, int], ...]:
+    def _find_runs(self) -> list[tuple[tuple[int, int], ...]]:
+        return [self._runs_of(row) for row in self.selected.view(self.experts, self.top_k).cpu()]
+
+    @staticmethod
+    def _runs_of(selected: Tensor) -> tuple[tuple[int, int], ...]:
         """(start, end) of each run of consecutive neurons, in the order of `selected`; () if there are many."""
-        selected = self.selected.cpu()
         cuts = ((selected.diff() != 1).nonzero()[:, 0] + 1).tolist()
         if len(cuts) >= SLICES:
             return ()
@@ -57,11 +63,12 @@ class Selection(Part, nn.Module):
         low, high = self.selected.aminmax()
         if low < 0 or high >= self.neurons:
             return f"selects neurons that are not among the {self.neurons} of its bank"
-        return None if len(self.selected.unique()) == self.top_k else "selects a neuron twice"
+        rows = self.selected.view(self.experts, self.top_k).sort(1).values
+        return "selects a neuron twice" if bool((rows.diff(dim=1) == 0).any()) else None
 
     def extra_repr(self) -> str:
         """Return the sizes for `repr`."""
-        return f"{self.top_k} of {self.neurons}"
+        return f"{self.top_k} of {self.neurons}" + (f", experts={self.experts}" if self.experts > 1 else "")
 
 
 class NeuronBank(Part, nn.Module):
@@ -108,9 +115,17 @@ class NeuronBank(Part, nn.Module):
         """Return True if plain matrices compute the same as the bank's: not so of integer products."""
         return all(matrix.folds for _, matrix in self.matrices())
 
-    def forward(self, x: Tensor, role: str, chosen: Chosen | None = None) -> Tensor:
-        """Multiply `x` (..., d) with the matrix of that role, of the `chosen` neurons; None: of all of them."""
-        y: Tensor = self.get_submodule(role)(x, chosen, role == "down")
+    def forward(
+        self, x: Tensor, role: str, chosen: Chosen | None = None, segments: Sequence[tuple[Chosen, int, int]] = ()
+    ) -> Tensor:
+        """Multiply `x` (..., d) with the matrix of that role, of the `chosen` neurons; None: of all of them.
+
+        With `segments`, (chosen, start, end), each of those rows of `x` (N, d) with neurons of its own.
+        """
+        matrix = self.get_submodule(role)
+        if segments:
+            return torch.cat([matrix(x[start:end], one, role == "down") for one, start, end in segments])
+        y: Tensor = matrix(x, chosen, role == "down")
         return y
 
     def part(self, role: str, chosen: Chosen | None = None) -> Tensor:

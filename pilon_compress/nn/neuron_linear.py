@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from pilon_compress.nn.neuron_bank import NeuronBank, Selection
 from pilon_compress.nn.part import Chosen, Projection
+from pilon_compress.nn.router import Router
 
 NEURON_ROLES = ("gate", "up", "gate_up", "down")
 
@@ -25,6 +26,7 @@ class NeuronLinear(Projection, nn.Module):
     selection: that of the block, None where it uses all neurons; the projection that `owns` it has it in the file
     scaled: it has a scale for each of its k neurons and, before the activation, a bias
     bias: it has the bias of the dense projection, of all outputs
+    router: that of the block, where it has scales and biases for each of its experts: (E, k), see `ComposedLinear`
 
     The scale is called `weight`, and one that has none holds a single number of that name: a checkpoint that is loaded
     without this package meets a stock layer of another shape and fails, instead of running on random weights.
@@ -32,6 +34,7 @@ class NeuronLinear(Projection, nn.Module):
 
     bank: NeuronBank
     selection: Selection | None
+    router: Router | None
     weight: Tensor
 
     def __init__(
@@ -44,12 +47,16 @@ class NeuronLinear(Projection, nn.Module):
         scaled: bool = True,
         bias: bool = False,
         host_shape: tuple[int, int] | None = None,
+        router: Router | None = None,
     ) -> None:
         super().__init__()
         if role not in NEURON_ROLES or (role in ("gate", "gate_up") and not bank.gated):
             raise ValueError(f"a bank of neurons {'with' if bank.gated else 'without'} gates has no {role} projection")
         # borrowed, not registered: one owner, one key in the checkpoint, one storage, one optimiser entry
         object.__setattr__(self, "bank", bank)
+        object.__setattr__(self, "router", router)
+        self.experts = 1 if router is None else router.recipes
+        each = () if router is None else (self.experts,)
         if owns or selection is None:
             self.selection = selection
         else:
@@ -62,11 +69,11 @@ class NeuronLinear(Projection, nn.Module):
         self.host_shape = host_shape or shape
         self.scaled, self.bias_of_dense = scaled, bias
         if scaled:
-            self.weight = nn.Parameter(torch.ones(self.top_k))
+            self.weight = nn.Parameter(torch.ones(*each, self.top_k))
         else:
             self.register_buffer("weight", torch.ones(1))
         biased = biased_outputs(role, self.out_features, bias, scaled)
-        self.bias = nn.Parameter(torch.zeros(biased)) if biased else None
+        self.bias = nn.Parameter(torch.zeros(*each, biased)) if biased else None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -83,19 +90,39 @@ class NeuronLinear(Projection, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute `x` (..., d_in) -> (..., d_out)."""
+        y = self._multiply(x) if self.router is None else self._by_expert(x.reshape(-1, x.shape[-1]), self.router)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return y if y.device == x.device else y.to(x.device)  # a shared bank lives on one of several devices
+
+    def _multiply(self, x: Tensor) -> Tensor:
         chosen, scale = self.chosen(), self.weight if self.scaled else None
         if self.role == "down":
-            y = self.bank(x if scale is None else x * scale.to(x.dtype), "down", chosen)
+            y: Tensor = self.bank(x if scale is None else x * scale.to(x.dtype), "down", chosen)
         else:
             first, *others = [self.bank(x, role, chosen) for role in self.sources]
             first = first if scale is None else first * scale.to(first)
             y = torch.cat([first, *others], -1) if others else first
-        if y.device != x.device:  # a bank shared by layers on several devices lives on one of them
-            y = y.to(x.device)
-        return y if self.bias is None else y + self._wide_bias(self.bias)
+        return y if self.bias is None else y + self._wide_bias(self.bias).to(y.device)
+
+    def _by_expert(self, x: Tensor, router: Router) -> Tensor:
+        """Compute rows `x` (N, d_in) that are sorted by expert; one call for each matrix: see `ComposedLinear`."""
+        spans = router.segments()
+        segments = [(self.selection(e), start, end) for e, start, end in spans] if self.selection is not None else []
+
+        def rows(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor[expert].expand(end - start, -1) for expert, start, end in spans])
+
+        scale = rows(self.weight) if self.scaled else None
+        if self.role == "down":
+            y: Tensor = self.bank(x if scale is None else x * scale.to(x.dtype), "down", None, segments)
+        else:
+            first, *others = [self.bank(x, role, None, segments) for role in self.sources]
+            first = first if scale is None else first * scale.to(first)
+            y = torch.cat([first, *others], -1) if others else first
+        return y if self.bias is None else y + self._wide_bias(rows(self.bias)).to(y.device)
 
     def _wide_bias(self, bias: Tensor) -> Tensor:
-        missing = self.out_features - len(bias)
+        missing = self.out_features - bias.shape[-1]
         return pad(bias, (0, missing)) if missing else bias
 
     @torch.no_grad()

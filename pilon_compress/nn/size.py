@@ -10,6 +10,8 @@ from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.neuron_linear import biased_outputs
 from pilon_compress.nn.part import linear_shape
+from pilon_compress.nn.router import NARROW
+from pilon_compress.nn.specs import RouterSpec
 from pilon_compress.nn.targets import Target, target_of
 from pilon_compress.results.sizes import Share, Sizes
 
@@ -24,7 +26,8 @@ class Size:
 
     MACs are those of matrix products with weights: attention scores, norms and look-ups do not count. A composition
     that would cost more MACs than its dense matrix counts as the dense one, which is how `fold` runs it; not so in a
-    format with a kernel, which counts what the kernel computes, with its padding (`Format.multiple`).
+    format with a kernel, which counts what the kernel computes, with its padding (`Format.multiple`). A block with
+    experts stores all of them and its router, and computes a token with the active ones, which do not fold.
     """
 
     stored: int
@@ -71,9 +74,10 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
     for name in layout.users(bank):
         user = layout.projections[name]
         width = spec.rank if user.composition == "component" else 1
-        numbers += (spec.n_primitives if user.composition == "softmax" else user.top_k) * width + user.bias * spec.d_out
-        indices += 0 if user.composition == "softmax" else user.top_k
-        scales += user.top_k * width + _added(layout, name, exact=True)
+        weights = (spec.n_primitives if user.composition == "softmax" else user.top_k) * width
+        numbers += user.experts * weights + user.bias * spec.d_out
+        indices += 0 if user.composition == "softmax" else user.experts * user.top_k
+        scales += user.experts * user.top_k * width + _added(layout, name, exact=True)
         numbers += _added(layout, name)
         d_in, d_out = layout.host_shape(name)
         macs += projection_macs(layout, name)
@@ -122,8 +126,9 @@ def neuron_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Si
     plain = indices = macs = dense = dense_macs = 0
     for name in users:
         user, (_, columns), (d_in, d_out) = layout.neurons[name], layout.shape(name), layout.host_shape(name)
-        plain += (user.top_k if user.scaled else 1) + biased_outputs(user.role, columns, user.bias, user.scaled)
-        indices += user.top_k * (user.selection == name)
+        plain += user.experts * biased_outputs(user.role, columns, user.bias, user.scaled)
+        plain += user.experts * user.top_k if user.scaled else 1
+        indices += user.experts * user.top_k * (user.selection == name)
         macs += projection_macs(layout, name)
         dense += d_in * d_out + user.bias * d_out
         dense_macs += d_in * d_out
@@ -144,15 +149,17 @@ def projection_macs(layout: Layout, name: str) -> int:
         spec = layout.banks[user.bank]
         kind = FORMATS[spec.quantization]
         pair = kind.computed(user.top_k * spec.rank) * (spec.d_in + kind.computed(spec.d_out))
-        return min(pair, spec.d_in * spec.d_out) if kind.multiple == 1 else pair
+        folds = kind.multiple == 1 and user.experts == 1
+        return min(pair, spec.d_in * spec.d_out) if folds else layout.active(name) * pair
     stored = layout.neuron_banks[layout.neurons[name].bank] if name in layout.neurons else layout.matrices[name]
     rows, columns = layout.shape(name)
-    return rows * FORMATS[stored.quantization].computed(columns)
+    return layout.active(name) * rows * FORMATS[stored.quantization].computed(columns)
 
 
 def block_macs(layout: Layout, block: str) -> int:
-    """Return the MACs per token of the replaced projections in the module `block`, by name below the base model."""
-    return sum(projection_macs(layout, name) for name in layout.replaced if name.startswith(f"{block}."))
+    """Return the MACs per token of the module `block`, by name below the base model: its projections and its router."""
+    router = router_macs(layout.routers[block]) if block in layout.routers else 0
+    return router + sum(projection_macs(layout, name) for name in layout.replaced if name.startswith(f"{block}."))
 
 
 def exits_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
@@ -163,15 +170,29 @@ def exits_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
     return Size(exact + plain, 0, exact * SCALE_ITEMSIZE + plain * itemsize, 0, macs, 0)
 
 
+def router_size(layout: Layout, block: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
+    """Return the size of the router of a feed-forward block; the dense model has none."""
+    macs = router_macs(layout.routers[block])
+    exact = layout.routers[block].experts  # of the balance
+    return Size(macs + exact, 0, macs * itemsize + exact * SCALE_ITEMSIZE, 0, macs, 0)
+
+
+def router_macs(spec: RouterSpec) -> int:
+    """Count the MACs per token of a router, and as many weights."""
+    inner = max(1, spec.width // NARROW)
+    return spec.experts * spec.width if spec.kind == "linear" else inner * (spec.width + spec.experts)
+
+
 def target_sizes(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> dict[Target, Size]:
-    """Return the size of all that the layout names by kind of block; ffn, with exit gates, also where there is none.
+    """Return the size of all that the layout names by kind of block; ffn, with exit gates and routers, also where there is none.
 
     MACs are those of a token that skips no block.
     """
     parts = [(next(iter(layout.users(bank)), ""), bank_size(layout, bank, itemsize)) for bank in layout.banks]
     parts += [(name, dense_size(layout, name, itemsize)) for name in layout.matrices]
     parts += [(next(iter(layout.users(bank)), ""), neuron_size(layout, bank, itemsize)) for bank in layout.neuron_banks]
-    found: dict[Target, Size] = {"ffn": exits_size(layout, itemsize)}
+    routers = [router_size(layout, block, itemsize) for block in layout.routers]
+    found: dict[Target, Size] = {"ffn": sum(routers, exits_size(layout, itemsize))}
     for name, size in parts:
         found[target_of(name)] = found.get(target_of(name), NOTHING) + size
     return found
@@ -183,7 +204,7 @@ def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
 
 
 def replaced_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
-    """Everything that the layout names: composed projections, their banks, dense matrices, banks of neurons, gates."""
+    """Everything that the layout names: composed projections, their banks, dense matrices, banks of neurons, routers, gates."""
     return sum(target_sizes(layout, itemsize).values(), NOTHING)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from pilon_compress.nn.composed_linear import COMPOSITIONS
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.neuron_linear import NEURON_ROLES
+from pilon_compress.nn.router import ROUTER_KINDS
 
 NEVER = -1e4  # threshold below every predicted price: no token skips the block
 WIDEST, LARGEST = 1 << 26, 1 << 40  # of one size, and of the numbers of one side of a bank
@@ -32,13 +33,17 @@ class BankSpec:
 
 @dataclass(frozen=True)
 class ProjectionSpec:
-    """Bank name (`band0.up`), number of primitives, bias, composition and group: see `ComposedLinear`."""
+    """Bank name (`band0.up`), number of primitives, bias, composition and group: see `ComposedLinear`.
+
+    experts: recipes that it holds, of which its block's router chooses (`Layout.routers`); 1 without a router
+    """
 
     bank: str
     top_k: int
     bias: bool
     composition: str = "component"
     group: int = 0
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class NeuronSpec:
 
     bias: the dense projection has one   selection: the projection of its block that holds the selection; "" where the
     block uses all neurons   scaled: it has a scale for each neuron and, before the activation, a bias
+    experts: as of `ProjectionSpec`
     """
 
     bank: str
@@ -78,6 +84,31 @@ class NeuronSpec:
     bias: bool
     selection: str = ""
     scaled: bool = True
+    experts: int = 1
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """The router of a feed-forward block of inputs of `width`: see `Router`.
+
+    shared: recipes beside the `experts` that are always on
+    """
+
+    width: int
+    experts: int
+    top_k: int
+    kind: str = "linear"
+    shared: int = 0
+
+    @property
+    def recipes(self) -> int:
+        """Return the recipes that the block's projections hold."""
+        return self.experts + self.shared
+
+    @property
+    def active(self) -> int:
+        """Return the recipes that compute a token."""
+        return self.top_k + self.shared
 
 
 @dataclass(frozen=True)
@@ -135,16 +166,18 @@ def read_spec(kind: type, entry: Any, where: str) -> Any:
 
 
 def checked(value: Any, name: str, kind: Any, where: str) -> Any:
-    """Check the `value` of a field: its exact type, sizes from 1 (`group`, `substitute`: 0) to WIDEST, known words."""
+    """Check the `value` of a field: its exact type, sizes from 1 (some from 0) to WIDEST, words that are known."""
     if type(value) is not kind:
         raise ValueError(f"{where}: {name} must be {kind.__name__}, not {value!r:.60}")
-    if kind is int and not (0 if name in ("group", "substitute") else 1) <= value <= WIDEST:
+    if kind is int and not (0 if name in ("group", "shared", "substitute") else 1) <= value <= WIDEST:
         raise ValueError(f"{where}: {name} is {value}, which no model has")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{where}: {name} is {value}, which is no number")
     if name == "composition" and value not in COMPOSITIONS:
         raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
     if name == "role" and value not in NEURON_ROLES:
+        raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
+    if name == "kind" and value not in ROUTER_KINDS:
         raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
     if name == "quantization" and value not in FORMATS:
         newer = "written by a newer pilon-compress, or with a plug-in that PILON_PLUGINS must name?"

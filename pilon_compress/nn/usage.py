@@ -27,20 +27,23 @@ def _uses(model: Any) -> list[tuple[int, Tensor]]:
 
 def used_neurons(block: Mapping[str, NeuronLinear]) -> Tensor:
     """Return a mask (N,), bool, of the neurons of its bank that a block uses; `block` by role."""
-    bank, chosen = block["down"].bank, block["down"].chosen()
-    if chosen is None:
+    bank, selection = block["down"].bank, block["down"].selection
+    if selection is None:
         return torch.ones(bank.neurons, dtype=torch.bool)
-    return torch.zeros(bank.neurons, dtype=torch.bool).index_fill(0, chosen.indices.cpu(), True)
+    return torch.zeros(bank.neurons, dtype=torch.bool).index_fill(0, selection.selected.cpu().flatten(), True)
 
 
 def neuron_energy(block: Mapping[str, NeuronLinear]) -> Tensor:
-    """Return the energy (N,) of each neuron of its bank in a block: (s · ‖in‖ · s' · ‖out‖)², 0 of those not used."""
-    bank, used = block["down"].bank, used_neurons(block)
+    """Return the energy (N,) of each neuron of its bank in a block: (s · ‖in‖ · s' · ‖out‖)², 0 of those not used.
+
+    Of a block with experts it is the mean over them.
+    """
+    bank, selection, experts = block["down"].bank, block["down"].selection, block["down"].experts
     scale = torch.ones(block["down"].top_k)
     for layer in block.values():
         if layer.scaled:
             scale = scale * full(layer.weight).detach().cpu().float()
-    chosen = block["down"].chosen()
-    places = used.nonzero()[:, 0] if chosen is None else chosen.indices.cpu()
+    places = torch.arange(bank.neurons) if selection is None else selection.selected.cpu()
     size = bank.sizes().cpu().float()
-    return torch.zeros_like(size).index_copy(0, places, (scale * size[places]).square())
+    energy = (scale * size[places]).square().expand(experts, -1) / experts
+    return torch.zeros_like(size).index_add(0, places.expand_as(energy).flatten(), energy.flatten())

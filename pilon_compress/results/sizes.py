@@ -55,8 +55,8 @@ class Part(Result):
     names: list[str]
     """Names of the projections, below the base model."""
     role: str
-    """up, gate, gate_up or down; q, k, v or qkv, and o of attention; neurons of a bank of neurons, which makes whole
-    blocks (`d_out`, `top_k`: those of the widest layer)."""
+    """up, gate, gate_up or down; router; q, k, v or qkv, and o of attention; neurons of a bank of neurons, which makes
+    whole blocks (`d_out`, `top_k`: those of the widest layer)."""
     layers: list[int]
     d_in: int
     """Inputs as stored, after neurons were dropped."""
@@ -68,6 +68,10 @@ class Part(Result):
     rank: int | None
     top_k: int | None
     composition: str | None
+    experts: int | None = None
+    """Recipes that each of its layers holds, of which a router chooses; None without a router."""
+    active: int | None = None
+    """Recipes that compute a token; None without a router."""
     quantization: str
     """none, or the number format of the weights."""
     bits: float

@@ -9,7 +9,7 @@ Forward passes are the kernels' (`kernels.dispatch`), which compute what `nn.ter
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from pilon_compress.kernels.cpu_layout import BankTiles, MatrixTiles
 from pilon_compress.kernels.dispatch import UnpackedBank
 from pilon_compress.kernels.gpu_layout import MULTIPLE, BankWords, MatrixWords
 from pilon_compress.nn.additions import added, addition
-from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.bank import PrimitiveBank, Segment
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.formats.ternary import TernaryBank, TernaryLinear
@@ -101,12 +101,21 @@ class PackedBank(PrimitiveBank):
         self.shape = (int(used.sum()), *self.shape[1:])
 
     def forward(
-        self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0, shift: Tensor | None = None
+        self,
+        x: Tensor,
+        selected: Tensor,
+        weight: Tensor,
+        group: int = 0,
+        shift: Tensor | None = None,
+        *,
+        segments: Sequence[Segment] = (),
     ) -> Tensor:
         """Compose the `selected` (k,) primitives on `x` (..., d_in), with scales `weight` (k, r).
 
-        `shift` (k, r) is added to the latent behind its scale: that of `research.original.form`.
+        `shift` (k, r) is added to the latent behind its scale: that of `research.original.form`. No `segments`:
+        experts are not packed.
         """
+        assert not segments
         codes = (self.A_codes, self.B_codes)
         if self.rank % MULTIPLE and not torch.compiler.is_compiling():  # which knows no addresses
             layers = self._gathered[group].get(codes, lambda: Unpacked(None)).layers

@@ -1,10 +1,12 @@
 """Ternary weights in training: floats that learn, of which digits and scales count, and inputs as 8-bit codes."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pilon_compress.kernels.reference import product, quantise
-from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.bank import PrimitiveBank, Segment
 from pilon_compress.nn.dense_linear import DenseLinear
 from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.part import Chosen, LatentPart
@@ -41,8 +43,12 @@ class TernaryBank(LatentPart, PrimitiveBank):
         for name in ("A_digits", "B_digits"):
             self.register_buffer(name, None, persistent=False)
 
-    def forward(self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0, *, segments: Sequence[Segment] = ()
+    ) -> Tensor:
         """Compute `PrimitiveBank.forward`; `group`: inputs that share a scale, 0 for all of a token's."""
+        if segments:
+            return self.by_segment(x, selected, weight, group, segments)
         if self.training:
             return self._compose(x, selected, weight, group)
         with torch.autocast(x.device.type, enabled=False):  # half precision would round integers

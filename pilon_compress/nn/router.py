@@ -1,0 +1,194 @@
+"""The router of a feed-forward block: it chooses, for every token, which of the block's recipes (experts) compute it.
+
+    scores (N, E)     softmax of a linear map or a small MLP of the block's input, in float32
+    chosen (N, K)     the `top_k` experts of the largest score + balance; weights: their scores over their sum
+    shared            further recipes that compute every token, with weight 1; they come first
+
+An expert owns no matrices: it is a selection and a composition over a bank that all experts of a band read.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pilon_compress.nn.part import Part
+
+ROUTER_KINDS = ("linear", "mlp")
+NARROW = 4  # width of the block's input over that of the MLP's hidden layer
+
+
+class Routing(NamedTuple):
+    """Rows of a block's input, sorted by the recipe that computes them.
+
+    tokens (M,) int64: the input row of every sorted row   places (N, K): the sorted rows of every token
+    weights (N, K) float32   segments: (recipe, start, end) of the sorted rows of every recipe that has any
+    """
+
+    tokens: Tensor
+    places: Tensor
+    weights: Tensor
+    segments: tuple[tuple[int, int, int], ...]
+
+
+@dataclass
+class Load:
+    """Counts over the tokens that a router has seen: `counts` of each expert, the summed entropy of its scores (nats).
+
+    tokens: how many they were
+    """
+
+    counts: Tensor
+    entropy: Tensor | float = 0.0
+    tokens: int = field(default=0)
+
+    def add(self, counts: Tensor, entropy: Tensor, tokens: int) -> None:
+        """Add the figures of one batch."""
+        self.counts += counts
+        self.entropy = self.entropy + entropy
+        self.tokens += tokens
+
+    def clear(self) -> None:
+        """Begin to count anew."""
+        self.counts, self.entropy, self.tokens = torch.zeros_like(self.counts), 0.0, 0
+
+
+class Router(Part, nn.Module):
+    """Route rows (N, width) to `top_k` of `experts` recipes, and to the `shared` ones that are always on.
+
+    balance: added to the scores for the choice alone (DeepSeek-V3's balancing without a loss); zeros unless trained so
+    watchers: `Load` objects that count what is routed
+    terms: losses of the last forward pass that had gradients, for the training loop to take: see `take_terms`
+    routing: that of the pass that is running, which the block's projections read
+    """
+
+    balance: Tensor
+
+    def __init__(self, width: int, experts: int, top_k: int, kind: str = "linear", shared: int = 0) -> None:
+        super().__init__()
+        self.width, self.experts, self.top_k, self.kind, self.shared = width, experts, top_k, kind, shared
+        if kind == "mlp":
+            self.inner = nn.Parameter(torch.empty(max(1, width // NARROW), width))
+        self.weight = nn.Parameter(torch.empty(experts, width if kind == "linear" else max(1, width // NARROW)))
+        self.register_buffer("balance", torch.zeros(experts))
+        self.watchers: list[Load] = []
+        self.terms: tuple[Tensor, Tensor] | None = None
+        self.routing: Routing | None = None
+
+    def own_types(self) -> dict[str, torch.dtype]:
+        """Return the tensors that keep a dtype of their own: steps of the balance are too small for 16 bits."""
+        return {"balance": torch.float32}
+
+    def refuse(self) -> str | None:
+        """Return why the loaded tensors are damaged, or None."""
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in (*self.parameters(), self.balance))
+        return None if finite else "holds numbers that are not finite"
+
+    def optimizer_group(self, leaf: str) -> str | None:
+        """Return the parameter group of the parameter `leaf`: one of its own, without weight decay."""
+        return "routers"
+
+    @torch.no_grad()
+    def draw(self, std: float, generator: torch.Generator | None) -> None:
+        """Fill the weights, in place, with N(0, std²), and the balance with zeros."""
+        for parameter in self.parameters():
+            parameter.normal_(0, std, generator=generator)
+        self.balance.zero_()
+
+    @property
+    def recipes(self) -> int:
+        """Return the number of recipes that the block's projections hold."""
+        return self.shared + self.experts
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Return the logits (N, E) of `rows` (N, width), in float32 whatever the model computes in, or more."""
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        with torch.autocast(rows.device.type, enabled=False):
+            rows = rows.to(dtype)
+            if self.kind == "mlp":
+                rows = functional.gelu(functional.linear(rows, self.inner.to(dtype)))
+            return functional.linear(rows, self.weight.to(dtype))
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the chosen experts (N, K) of `scores` (N, E), the best first, and their weights (N, K)."""
+        chosen = (scores + self.balance).topk(self.top_k, -1).indices
+        best = scores.gather(1, chosen)
+        # one expert alone has weight 1 in any case: the gradient is then that of its own score (straight through)
+        return chosen, best / (best.detach() if self.top_k == 1 else best.sum(-1, keepdim=True))
+
+    def forward(self, rows: Tensor) -> Routing:
+        """Route `rows` (N, width)."""
+        logits = self.logits(rows)
+        scores = logits.softmax(-1)
+        chosen, weights = self.choose(scores)
+        if self.shared:
+            always = torch.arange(self.shared, device=rows.device).expand(len(rows), -1)
+            chosen = torch.cat([always, chosen + self.shared], 1)
+            weights = torch.cat([torch.ones_like(always, dtype=weights.dtype), weights], 1)
+        order = chosen.flatten().argsort(stable=True)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        counts = chosen.flatten().bincount(minlength=self.recipes).cpu()
+        self._note(logits, scores, counts[self.shared :].double())
+        ends = counts.cumsum(0).tolist()
+        spans = zip(range(self.recipes), [0, *ends], ends, strict=False)
+        tokens = order.div(chosen.shape[1], rounding_mode="floor")
+        return Routing(tokens, places.view_as(chosen), weights, tuple(span for span in spans if span[2] > span[1]))
+
+    def _note(self, logits: Tensor, scores: Tensor, counts: Tensor) -> None:
+        """Keep the losses of this pass, and count for whoever watches."""
+        if torch.is_grad_enabled() and len(scores):
+            share = (counts / counts.sum()).to(scores)  # 1/E each where the load is even
+            balance = self.experts * (share * scores.mean(0)).sum()
+            self.terms = balance, logits.logsumexp(-1).square().mean()
+        if self.watchers:
+            entropy = torch.special.entr(scores.detach()).sum()
+            for watcher in self.watchers:
+                watcher.add(counts, entropy, len(scores))
+
+    def take_terms(self) -> tuple[Tensor, Tensor] | None:
+        """Return the load-balancing and the z-loss of the last pass with gradients, once; None without one.
+
+        balance: E · Σ share of the assignments · mean score (Switch; 1 where both are even)   z: mean logsumexp²
+        """
+        terms, self.terms = self.terms, None
+        return terms
+
+    def segments(self) -> tuple[tuple[int, int, int], ...]:
+        """Return the segments of the pass that is running. Raises RuntimeError outside of one."""
+        if self.routing is None:
+            raise RuntimeError(f"{self.label or 'the router'}: experts compute within their block alone")
+        return self.routing.segments
+
+    def extra_repr(self) -> str:
+        """Return the sizes for `repr`."""
+        return f"top_k={self.top_k} of {self.experts}, {self.kind}, shared={self.shared}"
+
+
+class RoutedBlock(nn.Module):
+    """Mixin of a feed-forward block whose tokens are routed: see `nn.extended`.
+
+    The block's own forward pass runs once, on all rows sorted by recipe; its projections compute each segment with its
+    recipe. There is no padding, and no copy of a bank.
+    """
+
+    router: Router
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Compute `hidden` (..., d) -> (..., d)."""
+        router, rows = self.router, hidden.reshape(-1, hidden.shape[-1])
+        routing: Routing = router(rows)
+        if not len(rows):
+            return torch.zeros_like(hidden)
+        router.routing = routing
+        try:
+            y = super().forward(rows.index_select(0, routing.tokens)[None])[0]
+        finally:
+            router.routing = None
+        # sums in the order of the choice, not of the rows: the same on every device, with and without duplicates
+        each = y.index_select(0, routing.places.flatten()).unflatten(0, routing.places.shape)
+        mixed = (each * routing.weights[..., None].to(each.dtype)).sum(1)
+        return mixed.view(*hidden.shape[:-1], -1)
