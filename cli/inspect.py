@@ -65,6 +65,14 @@ def print_converted(result: dict[str, Any], verbose: bool = False) -> None:
     print_parts(title, result["parts"], result["dtype"], names=True, verbose=verbose)
     kinds = dict.fromkeys(part["quantization"].replace("none", result["dtype"]) for part in result["parts"])
     say(f"Banks and matrices are stored as {', '.join(kinds)}, everything else as {result['dtype']}.")
+    if experts := {(part["experts"], part["active"]) for part in result["parts"] if part.get("experts")}:
+        counts = ", ".join(f"{active} of {recipes}" for recipes, active in sorted(experts))
+        say(f"A token is computed by {counts} experts of its block, recipes over one bank that a router chooses.")
+    if routing := result.get("routing"):
+        say(
+            f"Routers on the validation text: entropy {number(routing['entropy'])}, load {number(routing['load_max'])} "
+            f"times the mean at most, cosine of two experts {number(routing['similarity'])}."
+        )
     for key, part in parts_of(result, "model_size"):
         sizes, source = result[key], result["source_dtype"]
         text = (

@@ -48,6 +48,20 @@ def test_two_processes_train_the_same_model_as_one(launch, alone, parallel):
     assert difference(folder, "one", parallel) < TOLERANCE
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_route_and_balance_as_one(launch, alone, parallel):
+    folder, _ = alone
+    moe = "experts=4,top_k=2,balance=0,z_loss=0.01,bias_rate=0.003"  # Switch's loss is no sum over processes
+    words = ["--tokens", "4096", "--moe", moe]
+    expected = launch(folder, "experts", 1, *words) if not (folder / "experts/train.json").is_file() else None
+    result = launch(folder, f"experts-{parallel}", 2, *words, "--set", f"run.parallel={parallel}")
+    expected = expected or json.loads((folder / "experts/train.json").read_text())
+    assert result["val_perplexity"] == pytest.approx(expected["val_perplexity"], rel=1e-3)
+    for name, load in expected["routing"]["load"].items():
+        assert result["routing"]["load"][name] == pytest.approx(load, abs=0.01)
+    assert difference(folder, "experts", f"experts-{parallel}") < TOLERANCE
+
+
 def test_a_sharded_run_goes_on_alone(launch, alone):
     folder, expected = alone
     words = ("--tokens", "6144", "--set", "run.parallel=fsdp", "--set", "run.checkpoint_every=0.001")

@@ -209,3 +209,20 @@ def test_what_is_judged_is_what_is_saved(home, tmp_path):
     assert train_model(again, tmp_path / "again", quiet=True).dump()["before"] == pytest.approx(
         result["val_perplexity"], rel=1e-5
     )
+
+
+def test_experts_of_a_converted_model_begin_no_worse_than_it_and_learn(home, tmp_path):
+    static = train_model(healing(home, steps=1), tmp_path / "static", quiet=True).before
+    moe = {"ffn.moe": {"experts": 4, "top_k": 2}}
+    recipe = healing(home, **moe)
+    planned = plan(recipe)
+    result = train_model(recipe, tmp_path / "out", quiet=True)
+    assert result.before <= static * 1.001 and result.val_perplexity < result.before
+    assert result.ffn.stored == planned.ffn.stored and result.ffn.macs == planned.ffn.macs
+    assert result.routing.load_max < 4 and result.routing.similarity < 0.9999
+    assert recipes.load(str(tmp_path / "out/recipe.yaml")) == recipe
+    assert evaluate(str(tmp_path / "out"), data=str(home / "text.jsonl")).perplexity > 1
+    with pytest.raises(BadInput, match="has experts already"):
+        plan(recipe.model_copy(update={"start": str(tmp_path / "out"), "teacher": str(home / "dense")}))
+    with pytest.raises(BadInput, match="is dense: convert it"):
+        plan(recipe.model_copy(update={"start": str(home / "dense"), "teacher": str(home / "dense")}))

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pilon_compress.config.experts import Experts
 from pilon_compress.config.option import Option
 from pilon_compress.config.ratio import Part
 from pilon_compress.config.reading import Above, Count, Positive, Section, Share, Switch, Text
@@ -74,6 +75,10 @@ class FfnConfig(Section):
     (Pufferfish, Wang et al., 2021, does so with private factors). For `kind` pilon and `primitive` factors."""
     dense_after: Above = 0.67
     """Factor on the learning rate after the dense share of the training."""
+    moe: Annotated[Experts | None, Option(metavar="FIELD=VALUE,...")] = None
+    """Experts: each block holds several recipes over the bank of its band, of which a router chooses for every token,
+    as in experts=8,top_k=2; more fields in docs/moe.md. From scratch `mac_ratio` is that of the active ones; with task
+    heal the blocks of the converted model get experts, which begin as its static compositions. Default: none."""
     like: Annotated[Text | None, Option(metavar="MODEL", also={"task": "pretrain"})] = None
     """Converted model whose layout, base architecture and tokenizer a control run takes, from random initial weights.
     Default: none."""
@@ -90,11 +95,23 @@ class FfnConfig(Section):
         """True if MACs beyond the stored numbers are spent on primitives that layers share."""
         fixed = self.n_primitives is not None or self.top_k is not None
         more = self.share == "auto" and self.macs > self.ffn_ratio and not fixed and self.composition != "softmax"
+        more = more and self.moe is None  # experts share the bank whatever the ratios
         return self.kind == "pilon" and (self.share == "always" or more)
 
 
 def ffn_conflicts(ffn: FfnConfig) -> Iterator[tuple[str, str]]:
-    """Yield (dotted field, what is wrong) for what does not go with sharing that is asked for by name."""
+    """Yield (dotted field, what is wrong) for what does not go with experts, or sharing that is asked for by name."""
+    if ffn.moe is not None and ffn.kind == "pilon":
+        if ffn.share == "always":
+            yield (
+                "ffn.moe",
+                "shares its bank among experts as the ratios have it: leave out one, this or ffn.share always",
+            )
+        if ffn.composition == "softmax":
+            yield "ffn.moe", "needs ffn.composition component or scalar"
+        if ffn.dense_until and ffn.primitive == "factors":
+            yield "ffn.moe", "begins from scratch, not with a conversion: set ffn.dense_until to 0"
+        return
     if ffn.kind != "pilon" or ffn.share != "always":
         return
     if ffn.primitive == "factors":

@@ -67,7 +67,7 @@ class Flag:
     @cached_property
     def types(self) -> list[Any]:
         """Types that the field takes, None left out: `int` and `list[list[int]]` of a number or lists of layers."""
-        return [one for one in _members(self.info.annotation) if one is not NoneType]
+        return [one for one in members(self.info.annotation) if one is not NoneType]
 
     @cached_property
     def choices(self) -> list[str]:
@@ -138,13 +138,13 @@ def _section(info: FieldInfo) -> type[BaseModel]:
     return info.annotation
 
 
-def _members(annotation: Any) -> Iterator[Any]:
+def members(annotation: Any) -> Iterator[Any]:
     """Yield the types of a union, or the type itself, without their Annotated."""
     if get_origin(annotation) is Annotated:
-        yield from _members(get_args(annotation)[0])
+        yield from members(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, UnionType):
         for one in get_args(annotation):
-            yield from _members(one)
+            yield from members(one)
     else:
         yield annotation
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from pilon_compress.config import strict_yaml
-from pilon_compress.config.option import flags
+from pilon_compress.config.option import flags, members
 from pilon_compress.config.strict_yaml import Document
 from pilon_compress.errors import BadInput
 from pilon_compress.io.disk import read_bounded
@@ -287,9 +287,8 @@ def _explain(error: ErrorDetails, model: type[Section]) -> str:
 
 def _fields(model: type[Section], location: Sequence[int | str]) -> list[str]:
     for key in location:
-        section = model.parts()[str(key)]
-        assert isinstance(section, type) and issubclass(section, Section)  # only sections forbid unknown fields
-        model = section
+        kinds = members(model.parts()[str(key)])  # of a section, or of one that may be left out
+        model = next(one for one in kinds if isinstance(one, type) and issubclass(one, Section))
     return list(model.parts())
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from pilon_compress.config import reading, strict_yaml
 from pilon_compress.config.conflicts import Context, Table, refuse_conflicts, refused, without_effect
+from pilon_compress.config.experts import ExpertsConfig, expert_conflicts
 from pilon_compress.config.fields import Device, DType
 from pilon_compress.config.model import FfnConfig, HostConfig, TernaryConfig, ffn_conflicts
 from pilon_compress.config.option import RUNNING, Option, Options
@@ -133,6 +134,7 @@ class TrainRecipe(General, Progressive, TaskModels):
 
 SCRATCH = Context[TrainRecipe](lambda r: r.task == "pretrain", lambda _: "task pretrain, which begins from scratch")
 STARTED = Context[TrainRecipe](lambda r: r.task != "pretrain", lambda r: f"task {r.task}, whose model is there already")
+TAUGHT = Context[TrainRecipe](lambda r: r.task == "sft", lambda _: "task sft, whose model is there already")
 ALONE = Context[TrainRecipe](lambda r: r.task != "heal", lambda r: f"task {r.task}, which distils nothing")
 LIKE = Context[TrainRecipe](lambda r: r.ffn.like is not None, lambda _: "ffn.like, which brings the model's shape")
 FLOAT = Context[TrainRecipe](lambda r: not r.ternary.enabled, lambda _: "ternary.enabled false")
@@ -155,6 +157,7 @@ TABLE: dict[str, tuple[Context[TrainRecipe], ...]] = {
     "distill.match_until": (ALONE, NO_HIDDEN),
     **{f"host.{name}": (STARTED,) for name in HostConfig.model_fields},
     **{f"ffn.{name}": (STARTED,) for name in FfnConfig.model_fields},
+    "ffn.moe": (TAUGHT,),
     "ffn.dense_after": (STARTED, COLD),
     "ternary.group": (FLOAT,),
     **{f"ternary.{name}": (FLOAT, UNHEALED) for name in ("after", "blocks", "scales")},
@@ -174,6 +177,7 @@ WARM = Context[TrainRecipe](lambda r: r.warm, lambda _: "ffn.dense_until: the co
 FORM: Table[TrainRecipe] = {
     **{f"host.{name}": (LIKE,) for name in HostConfig.model_fields},
     "ffn.kind": (LIKE,),
+    "ffn.moe": (LIKE, DENSE, PRIVATE),
     "ffn.ffn_ratio": (LIKE, DENSE),
     "ffn.mac_ratio": (LIKE, DENSE),
     "ffn.primitive": (LIKE, DENSE, PRIVATE),
@@ -197,6 +201,8 @@ def conflicts(recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
         yield "ffn.dense_until", "needs schedule.tokens, and a schedule.kind that is wsd or constant"
     if recipe.task == "pretrain" and recipe.ffn.like is None:
         yield from ffn_conflicts(recipe.ffn)
+    if recipe.ffn.moe is not None:
+        yield from moe_conflicts(recipe, recipe.ffn.moe)
     if recipe.shrink and (recipe.task != "heal" or recipe.shrink != sorted(set(recipe.shrink), reverse=True)):
         yield "shrink", "is for task heal, and its ratios must fall"
     distill = recipe.distill
@@ -217,6 +223,22 @@ def conflicts(recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
         for field, message in section.conflicts(recipe):
             yield f"research.{name}.{field}", message
     yield from refused(without_effect(recipe, TABLE))
+
+
+def moe_conflicts(recipe: TrainRecipe, moe: ExpertsConfig) -> Iterator[tuple[str, str]]:
+    """Yield (dotted field, what is wrong) for what does not go with experts."""
+    yield from expert_conflicts(moe)
+    if recipe.research.sections:
+        yield "ffn.moe", "does not go with fields of research: leave out one of the two"
+    if recipe.shrink:
+        yield "ffn.moe", "heals one model, and shrink converts several: leave out one of the two"
+    if recipe.task == "heal" and recipe.ternary.enabled:
+        yield "ffn.moe", "is ternary from scratch alone: leave out one of the two, this or ternary.enabled"
+    if recipe.task == "heal" and moe.shared:
+        yield (
+            "ffn.moe",
+            "of a converted model has no shared experts, which would count its blocks twice: leave them out",
+        )
 
 
 def idle(recipe: TrainRecipe) -> list[str]:

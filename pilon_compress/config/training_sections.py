@@ -61,6 +61,8 @@ class OptimizerConfig(Section):
     """Factor on the learning rate of banks."""
     compositions: Number = 1.0
     """Factor on the learning rate of compositions."""
+    routers: Number = 1.0
+    """Factor on the learning rate of the routers of experts."""
     embeddings: Number = 1.0
     """Factor on the learning rate of embeddings."""
     weight_decay: Number = 0.1

@@ -19,6 +19,7 @@ from pilon_compress.nn.stored import stored_layout
 from pilon_compress.report.layout_parts import layout_parts
 from pilon_compress.results.evaluation import Evaluation
 from pilon_compress.results.inspection import InspectedBank, InspectedProjection, Inspection
+from pilon_compress.results.routing import Routing
 from pilon_compress.results.sizes import Part
 
 
@@ -95,8 +96,10 @@ def _form(model: str, empty: PreTrainedModel, layout: Layout, parts: list[Part],
     report = _report(model)
     source = getattr(torch, str(report.get("source_dtype")), None) or dtype
     sizes = target_ratios(layout, dtype.itemsize, source.itemsize)
+    routing = _routing(model) if layout.routers else None
     return {
         "parts": parts,
+        **({"routing": routing} if routing is not None else {}),
         "banks": {
             name: InspectedBank(**vars(spec), **vars(bank_size(layout, name, dtype.itemsize).over_dense()))
             for name, spec in layout.banks.items()
@@ -131,12 +134,22 @@ def _report(model: str) -> dict[str, Any]:
         return {}
 
 
-def _page(model: str) -> bytes:
-    """Return the report.json beside the weights, or that of a model in memory."""
+def _routing(model: str) -> Routing | None:
+    """Return the figures of the routers in the train.json beside the weights; None where it cannot be read."""
+    try:
+        return Routing.model_validate(json.loads(_page(model, "train.json"))["routing"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _page(model: str, name: str = "report.json") -> bytes:
+    """Return the report of that name beside the weights, or that of a model in memory."""
     if (held := held_model(model)) is not None:
         record = record_of(held)
-        return record.report.model_dump_json().encode() if record.report else record.pages["report.json"]
-    return (Path(checkpoint.resolve(model)) / "report.json").read_bytes()
+        if name == "report.json" and record.report:
+            return record.report.model_dump_json().encode()
+        return record.pages[name]
+    return (Path(checkpoint.resolve(model)) / name).read_bytes()
 
 
 def _storage(layout: Layout | None, name: str) -> str | None:

@@ -1,6 +1,7 @@
 """Layouts of models that are trained from scratch: banks, factors or narrower blocks within the budgets of a recipe.
 
 share none      private factors, or blocks of fewer neurons          stored = MACs
+moe             banks whose layers have several recipes                  `expert_layouts`
 share always    banks whose layers compute more than they store      `shared_layouts`
 """
 
@@ -11,6 +12,7 @@ from pilon_compress.config.model import FfnConfig, TernaryConfig
 from pilon_compress.errors import BadInput
 from pilon_compress.io.messages import note
 from pilon_compress.kernels.gpu_layout import MULTIPLE
+from pilon_compress.models.expert_layouts import expert_neurons, router_numbers, routers_for
 from pilon_compress.models.families import Site
 from pilon_compress.models.shared_layouts import shared_factors, shared_neurons
 from pilon_compress.nn.bands import split_bands
@@ -36,7 +38,10 @@ def layout_for(sites: Sequence[Site], ffn: FfnConfig, ternary: TernaryConfig = T
         return with_ternary(dense_layout(sites), sites, ternary)
     multiple = MULTIPLE if ternary.enabled else 1
     layout = _shared(sites, ffn, multiple) if ffn.shares else None
-    if layout is None and ffn.kind == "pilon" and ffn.primitive == "neurons":
+    experts = ffn.moe if ffn.kind == "pilon" else None
+    if experts is not None and ffn.primitive == "neurons":
+        layout = expert_neurons(sites, ffn, experts)
+    elif layout is None and ffn.kind == "pilon" and ffn.primitive == "neurons":
         layout = _narrowed(sites, ffn)
     elif layout is None:
         layout = _composed(sites, ffn, multiple)
@@ -73,7 +78,8 @@ def check_limits(layout: Layout, ffn: FfnConfig) -> None:
     for name, bank in banks.items():
         users = [layout.projections[user] for user in layout.users(name)]
         if users[0].composition != "softmax":
-            banks[name] = replace(bank, n_primitives=min(bank.n_primitives, sum(user.top_k for user in users)))
+            used = sum(user.top_k * user.experts for user in users)
+            banks[name] = replace(bank, n_primitives=min(bank.n_primitives, used))
     size = replaced_size(replace(layout, banks=banks))
     stored, macs = size.stored / size.dense_stored, size.macs / size.dense_macs
     if stored > ffn.ffn_ratio * (1 + 1e-9):
@@ -118,9 +124,13 @@ def _composed(sites: Sequence[Site], ffn: FfnConfig, multiple: int) -> Layout:
             name = f"band{index}.{role}"
             banks[name] = bank
             composition = "component" if ffn.kind == "lowrank" else ffn.composition
-            projections |= {site.name: ProjectionSpec(name, top_k, site.bias, composition) for site in members}
+            recipes = ffn.moe.recipes if ffn.moe is not None and ffn.kind == "pilon" else 1
+            projections |= {
+                site.name: ProjectionSpec(name, top_k, site.bias, composition, experts=recipes) for site in members
+            }
     host = {d.name: (d.d_in, d.d_out) for d, w in zip(sites, wide, strict=True) if d != w}
-    return Layout(banks, projections, {}, host)
+    routers = routers_for(sites, ffn.moe) if ffn.moe is not None and ffn.kind == "pilon" else {}
+    return Layout(banks, projections, {}, host, routers=routers)
 
 
 def widened(sites: Sequence[Site], neurons: float) -> list[Site]:
@@ -153,12 +163,18 @@ def _size(members: Sequence[Site], dense: Sequence[Site], ffn: FfnConfig, multip
     """Return the bank of one band and role, and the number of its primitives that a layer selects."""
     site = members[0]
     pair = site.d_in + site.d_out
+    stored = ffn.ffn_ratio * sum(one.parameters for one in dense) - sum(one.d_out for one in members if one.bias)
+    macs, recipes, active = ffn.macs * dense[0].d_in * dense[0].d_out, 1, 1
+    if ffn.moe is not None and ffn.kind == "pilon":
+        recipes, active = ffn.moe.recipes, ffn.moe.active
+        router = router_numbers(dense[0], ffn.moe)  # this projection's part of its block's router
+        stored, macs = stored - len(members) * router, macs - router
     budget = BankBudget(
-        layers=len(members),
+        layers=len(members) * recipes,
         pair=pair,
         full_rank=min(site.d_in, site.d_out),
-        stored=ffn.ffn_ratio * sum(one.parameters for one in dense) - sum(one.d_out for one in members if one.bias),
-        components=min(int(ffn.macs * dense[0].d_in * dense[0].d_out / pair), site.d_in, site.d_out),
+        stored=stored,
+        components=min(int(macs / pair / active), site.d_in, site.d_out),
         composition="component" if ffn.kind == "lowrank" else ffn.composition,
     )
     if ffn.kind == "lowrank":

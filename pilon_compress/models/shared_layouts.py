@@ -196,9 +196,18 @@ def _stored(blocks: Sequence[Site], neurons: int, top_k: int, scales: bool) -> i
 
 
 def add_neurons(
-    layout: Layout, name: str, blocks: Sequence[Site], neurons: int, top_k: int | Mapping[int, int], scales: bool
+    layout: Layout,
+    name: str,
+    blocks: Sequence[Site],
+    neurons: int,
+    top_k: int | Mapping[int, int],
+    scales: bool,
+    experts: int = 1,
 ) -> None:
-    """Add a bank of neurons to `layout`, in place, for the blocks of the sites; `top_k`: of all, or by layer."""
+    """Add a bank of neurons to `layout`, in place, for the blocks of the sites; `top_k`: of all, or by layer.
+
+    experts: recipes of each block
+    """
     gated = any(site.role in ("gate", "gate_up") for site in blocks)
     down = next(site for site in blocks if site.role == "down")
     first = {site.layer: site.name for site in reversed(blocks)}
@@ -207,4 +216,4 @@ def add_neurons(
         count = top_k if isinstance(top_k, int) else top_k[site.layer]
         selection = first[site.layer] if count < neurons else ""
         scaled = scales and has_scale(site.role, gated)
-        layout.neurons[site.name] = NeuronSpec(name, site.role, count, site.bias, selection, scaled)
+        layout.neurons[site.name] = NeuronSpec(name, site.role, count, site.bias, selection, scaled, experts)

@@ -184,9 +184,9 @@ def router_macs(spec: RouterSpec) -> int:
 
 
 def target_sizes(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> dict[Target, Size]:
-    """Return the size of all that the layout names by kind of block; ffn, with exit gates and routers, also where there is none.
+    """Return the size of all that the layout names by kind of block; ffn also where there is none.
 
-    MACs are those of a token that skips no block.
+    Exit gates and routers are of the ffn. MACs are those of a token that skips no block.
     """
     parts = [(next(iter(layout.users(bank)), ""), bank_size(layout, bank, itemsize)) for bank in layout.banks]
     parts += [(name, dense_size(layout, name, itemsize)) for name in layout.matrices]
@@ -204,7 +204,7 @@ def ffn_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
 
 
 def replaced_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
-    """Everything that the layout names: composed projections, their banks, dense matrices, banks of neurons, routers, gates."""
+    """Everything that the layout names: projections and their banks, matrices, banks of neurons, routers, gates."""
     return sum(target_sizes(layout, itemsize).values(), NOTHING)
 
 

@@ -29,6 +29,10 @@ class Callback(Protocol):
         """Return a term that is added to the loss, once per step."""
         return None
 
+    def batch_penalty(self) -> Tensor | None:
+        """Return a term that is added to the loss of each micro batch, after its forward pass: a mean over tokens."""
+        return None
+
     def around(self) -> Any:
         """Return a context manager around the optimiser's step."""
         return nullcontext()

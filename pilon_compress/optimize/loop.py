@@ -123,6 +123,8 @@ def _step(job: Training, share: float) -> tuple[float, int, dict[str, float]]:
             with torch.autocast(world.device.type, torch.bfloat16) if job.half else nullcontext():
                 loss = job.run(*arguments) / scored
             extra = [p for p in (callback.penalty() for callback in job.callbacks) if p is not None] if last else []
+            means = [p for p in (callback.batch_penalty() for callback in job.callbacks) if p is not None]
+            extra += [mean * (batch.tokens * world.size / max(1, tokens)) for mean in means]
             # processes average their gradients: times their number, so that it is the mean over all tokens
             (loss * world.size + sum(extra)).backward()
         total += float(loss.detach())

@@ -2,6 +2,7 @@
 
 banks           primitives: (n, d_in, r) and (n, r, d_out)
 compositions    weights of compositions, and what research adds to banks and projections
+routers         those that choose experts: no weight decay, which would pull all experts together
 embeddings      token and position embeddings, untied heads
 matrices        every other parameter of two dimensions
 vectors         norms and biases: no weight decay
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pilon_compress.config.training_sections import Optimizer
-from pilon_compress.nn.installed import banks, dense_matrices, neuron_banks, neuron_projections, projections
+from pilon_compress.nn.installed import banks, dense_matrices, neuron_banks, neuron_projections, projections, routers
 from pilon_compress.nn.part import Part
 from pilon_compress.nn.sharded import full
 
-GROUPS = ("banks", "compositions", "embeddings", "matrices", "vectors")
+GROUPS = ("banks", "compositions", "routers", "embeddings", "matrices", "vectors")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients and steps of Jordan et al., 2024
 NEWTON_SCHULZ_STEPS = 5
 MOMENTUM = 0.95
@@ -50,12 +51,13 @@ def _group(module: nn.Module, leaf: str, parameter: Tensor, name: str) -> str:
 
 
 def restrict(model: PreTrainedModel, train: str) -> None:
-    """Let only some parameters learn: `all`, those of replaced projections (`ffn`), or `compositions`."""
+    """Let only some parameters learn: `all`, those of replaced projections (`ffn`), or `compositions` and routers."""
     if train == "all":
         return
     model.requires_grad_(False)
     learning: list[nn.Module] = [layer for _, layer in projections(model)]
     learning += [layer for _, layer in neuron_projections(model)]
+    learning += [router for _, router in routers(model)]
     if train == "ffn":
         learning += [part for _, part in (*banks(model), *dense_matrices(model), *neuron_banks(model))]
     for module in learning:
@@ -71,7 +73,7 @@ def make_optimizers(model: nn.Module, asked: Optimizer) -> list[torch.optim.Opti
     a converted model differ by orders of magnitude.
     """
     groups = group_parameters(model)
-    factors = {"banks": asked.banks, "compositions": asked.compositions, "embeddings": asked.embeddings}
+    factors = {name: getattr(asked, name) for name in ("banks", "compositions", "routers", "embeddings")}
     by_muon = ("banks", "matrices") if asked.name == "muon" else ()
 
     def entries(names: Iterable[str], rate: float) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pilon_compress.config.training_sections import Run
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.corpus import Streamed
+from pilon_compress.nn.router import Router
 from pilon_compress.optimize.callbacks import Callback
 from pilon_compress.optimize.checkpoints import Checkpoints, tensors_of
 from pilon_compress.parallel import World
@@ -50,6 +51,7 @@ class Training:
     limit        seconds after which the run ends, of one process; the schedule then follows the clock if that is faster
     keep_best    keep the weights that were best on the validation text, and go on from them where the loss runs away
     worst        validation loss over the first one from which on the loss counts as run away
+    routing      figures of the routers since the last look, see `train.routing`; None of a model without experts
     extra_fields further fields of the result, from the mean validation loss at the end and at the start
 
     State: `before` and `best`, means of the validation loss over all processes at the start (with `evaluate_first`) and
@@ -79,6 +81,7 @@ class Training:
     keep_best: bool = False
     worst: float = math.inf
     diagnostics: Callable[[], dict[str, float]] | None = None
+    routing: Callable[[], Any] | None = None
     sample: Callable[[], str] | None = None
     half: bool = False
     metric: ValidationMetric = PERPLEXITY
@@ -110,15 +113,21 @@ class Training:
 
 @torch.no_grad()
 def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the parameters of those names."""
-    for name, parameter in module.named_parameters():
+    """Copy tensors into the parameters, and the routers' balances, of those names."""
+    for name, parameter in (*module.named_parameters(), *_balances(module)):
         if name in tensors:
             parameter.copy_(tensors[name])
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters that learn, by name."""
-    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    """Copies of the parameters that learn, and of what moves beside them, by name."""
+    learning = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    return {name: p.detach().clone() for name, p in (*learning, *_balances(module))}
+
+
+def _balances(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the balances of routers by name: buffers that a training moves."""
+    return [(f"{name}.balance", part.balance) for name, part in module.named_modules() if isinstance(part, Router)]
 
 
 def _tensors(job: Training) -> dict[str, Tensor]:

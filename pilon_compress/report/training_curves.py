@@ -22,6 +22,7 @@ COLOURS = {
     "embeddings": "#009E73",
     "matrices": "#CC79A7",
     "vectors": "#56B4E9",
+    "routers": "#111827",
 }
 EVALUATED = {"val_perplexity": "validation perplexity", "val_cosine": "cosine to the teacher"}
 USE = {
@@ -30,6 +31,8 @@ USE = {
     "composition_entropy": ("entropy within a layer", "#E69F00"),
     "primitive_entropy": ("entropy over the bank", "#009E73"),
     "primitive_gini": ("Gini over the bank", "#CC79A7"),
+    "router_entropy": ("entropy of a router", "#8C564B"),
+    "expert_similarity": ("cosine of experts", "#7F7F7F"),
     "zero_share": ("weights 0", "#111827"),
     "flipped_share": ("weights changed", "#56B4E9"),
 }

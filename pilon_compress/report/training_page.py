@@ -23,6 +23,10 @@ DIAGNOSTICS = {
     "primitive_gini": "Gini of a bank",
     "utilisation": "Utilisation",
     "dead_share": "Dead primitives ÷ all",
+    "router_entropy": "Entropy of a router",
+    "load_cv": "Deviation of the experts' load ÷ its mean",
+    "load_max": "Busiest expert ÷ the mean",
+    "expert_similarity": "Cosine of two experts",
     "zero_share": "Ternary weights 0 ÷ all",
     "flipped_share": "Ternary weights changed since the evaluation before ÷ all",
 }
@@ -43,7 +47,7 @@ def page(result: Result, recipe: TrainRecipe, lines: Sequence[Mapping[str, Any]]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": formatting.number, "short": formatting.short_count}
     source = resources.files("pilon_compress.report").joinpath("templates/training.html.j2").read_text(encoding="utf-8")
-    measured = [line for line in lines if "utilisation" in line or "zero_share" in line]
+    measured = [line for line in lines if {"utilisation", "zero_share", "load_cv"} & set(line)]
     return environment.from_string(source).render(
         result=result,
         recipe=recipe,

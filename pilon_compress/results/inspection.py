@@ -4,6 +4,7 @@ from typing import Literal
 
 from pilon_compress.results.base import Result
 from pilon_compress.results.evaluation import Evaluation
+from pilon_compress.results.routing import Routing
 from pilon_compress.results.sizes import Part, Replaced, Share, Sizes
 
 
@@ -65,6 +66,8 @@ class Inspection(Replaced):
     banks: dict[str, InspectedBank] | None = None
     source_dtype: str | None = None
     """Number format of the dense model's file."""
+    routing: Routing | None = None
+    """Of a model with experts: figures on the validation text of its training; None where train.json has none."""
     ffn: Sizes | None = None
     model_size: Sizes | None = None
     evaluation: Evaluation | None = None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pilon_compress.results.base import Result
+from pilon_compress.results.routing import Routing
 from pilon_compress.results.sizes import Ratios, Replaced, Sizes
 
 Task = Literal["pretrain", "heal", "sft"]
@@ -58,6 +59,8 @@ class TrainResult(Replaced):
     """The feed-forward projections; ratios alone for a dense model."""
     model: Sizes | None = None
     """The whole model, where it is a PILON model."""
+    routing: Routing | None = None
+    """Of a model with experts."""
     processes: int
     device: str
     command: str

@@ -45,14 +45,17 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
     for _, layer in projections(job.trainee.model):
         layer.settle()
     round_to(job.trainee, dtype_of(run.recipe))
+    if job.routing is not None:
+        job.routing()  # from here on the validation text alone counts
     loss = validation_loss(job)
+    routing = None if job.routing is None else job.routing()
     model = gathered(job)
     result: TrainResult | None = None
     if run.world.first:
         prune_unused(model)
         if corpus.ends and model.generation_config is not None:  # an answer ends where the chats' answers did
             model.generation_config.eos_token_id = list(corpus.ends)
-        told = {"begins_with": corpus.begins_with}
+        told = {"begins_with": corpus.begins_with} | ({"routing": routing} if routing is not None else {})
         if job.extra_fields is not None and run.asked.task == "heal":  # otherwise nobody has named a teacher
             told |= job.extra_fields(loss, job.before)
         result = describe(run, job, model, loss).model_copy(update=told)

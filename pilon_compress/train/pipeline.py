@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pilon_compress.config.experts import ExpertsConfig
 from pilon_compress.config.training import TrainRecipe
 from pilon_compress.data import text
 from pilon_compress.data.batch import Batch
@@ -51,11 +52,13 @@ from pilon_compress.parallel import join, lone, spread, wrap
 from pilon_compress.results.training import TrainResult
 from pilon_compress.train.bank_diagnostics import BankDiagnostics
 from pilon_compress.train.dense_warmup import convert_once, stages
+from pilon_compress.train.expert_start import begin_experts, routers_to_add
 from pilon_compress.train.finish import finish
 from pilon_compress.train.freeze_unused import FreezeUnused
 from pilon_compress.train.heal import Healing, open_healing, steps_of, teacher_of, tokens_of
 from pilon_compress.train.preflight import check, layout_asked, plan, say_idle
 from pilon_compress.train.progressive import shrink
+from pilon_compress.train.routing import RouterLosses, RoutingFigures
 from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, read_result, settle
 from pilon_compress.train.ternary.blocks import fit_blocks
 from pilon_compress.train.ternary.initialise import ternarise
@@ -276,6 +279,8 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> 
     recipe = run.recipe
     if recipe.start is not None:
         model = checkpoint.load_model(recipe.start, dtype=torch.float32)
+        if recipe.ffn.moe is not None:
+            start_experts(run, model, corpus)
         if layout_of(model).is_ternary:
             centre(model)
         elif recipe.ternary.enabled:
@@ -295,6 +300,17 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> 
     if recipe.run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(run.world.device).train()
+
+
+def start_experts(run: Run, model: PreTrainedModel, corpus: Corpus) -> None:
+    """Give the blocks of a converted model experts, in place, fitted on the first of the text; alike everywhere."""
+    assert run.recipe.ffn.moe is not None
+    model.config.use_cache = False
+    device, sites = run.world.device, find_sites(checkpoint.empty_model(model.config), layout_of(model).replaced)
+    routers = routers_to_add(layout_of(model), sites, run.recipe.ffn.moe)
+    dense = checkpoint.load_model(teacher_of(run.recipe), dtype=torch.float32, share=True)
+    begin_experts(model.to(device), dense.to(device), routers, corpus.first().to(device), run.recipe.seed)
+    spread(model, run.world)
 
 
 def round_model(run: Run, model: PreTrainedModel, corpus: Corpus) -> None:
@@ -317,7 +333,7 @@ def assemble(
     layers = list(blocks(model).values())
     wrapped = wrap(trainee, layers, world, recipe.run.parallel, half)
     compiled: Callable[..., Any] = torch.compile(wrapped, dynamic=False) if recipe.run.compile else wrapped
-    diagnostics = BankDiagnostics(model)
+    diagnostics, routing = BankDiagnostics(model), RoutingFigures(model, world)
     optimizers, steps = make_optimizers(trainee, recipe.optimizer), steps_of(recipe, corpus)
     return Training(
         recipe=recipe.model_dump(mode="json"),
@@ -337,13 +353,15 @@ def assemble(
         callbacks=[
             *([healing.recovery] if healing else []),
             *callbacks_for(recipe, model, optimizers, steps),
+            *([RouterLosses(model, recipe.ffn.moe or ExpertsConfig(), world)] if routing.loads else []),
             diagnostics,
         ],
         metric=healing.metric if healing else PERPLEXITY,
         extra_fields=healing.extra_fields if healing else None,
         evaluate_first=healing is not None,
         keep_best=healing is not None and recipe.distill.keep_best,
-        diagnostics=diagnostics,
+        diagnostics=lambda: diagnostics() | routing(),
+        routing=routing.report,
         micro_batches=micro_batches,
         flops_per_token=6.0 * macs_per_token(model),
         half=half,

@@ -21,6 +21,7 @@ from pilon_compress.optimize.callbacks import extensions
 from pilon_compress.optimize.trackers import check_trackers
 from pilon_compress.results.sizes import Ratios
 from pilon_compress.results.training import PlannedTraining
+from pilon_compress.train.expert_start import routers_to_add, with_experts
 from pilon_compress.train.heal import teacher_of
 
 log = logging.getLogger(__name__)
@@ -48,9 +49,15 @@ def check(recipe: TrainRecipe) -> None:
     layout = base_architectures.layout_in(config)
     if recipe.start is not None and layout is not None and layout.quantized and not layout.is_ternary:
         raise BadInput(f"{model} is packed, which does not train: start from the model that it was made from")
+    if recipe.ffn.moe is not None and recipe.start is not None:
+        if layout is None:
+            raise BadInput(f"{model} is dense: convert it, since experts are recipes over its banks")
+        routers_to_add(layout, find_sites(checkpoint.empty_model(config), layout.replaced), recipe.ffn.moe)
     if recipe.ternary.enabled and recipe.start is not None and not recipe.shrink:
         if layout is None:
             raise BadInput(f"{model} is dense: convert it, or name --shrink")
+        if layout.routers:
+            raise BadInput(f"{model} has experts, which are ternary from scratch alone: leave --ternary out")
         if layout.is_ternary:
             raise BadInput(f"{model} is ternary already: leave --ternary out")
         if layout.neuron_banks:
@@ -137,6 +144,9 @@ def layout_asked(recipe: TrainRecipe, config: PretrainedConfig) -> Layout | None
         layout = layouts.layout_for(sites, recipe.ffn, recipe.ternary)
     else:
         layout = base_architectures.layout_in(config)
+        if layout is not None and recipe.start is not None and recipe.ffn.moe is not None:
+            sites = find_sites(checkpoint.empty_model(config), layout.replaced)
+            layout = with_experts(layout, routers_to_add(layout, sites, recipe.ffn.moe))
         layout = layout and layouts.with_ternary(layout, sites, recipe.ternary)
     if recipe.start is None:
         for extension in extensions(recipe):

@@ -1,0 +1,60 @@
+"""The section `ffn.moe` of a training recipe: experts, which are recipes over one bank, and their router."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from pilon_compress.config import strict_yaml
+from pilon_compress.config.reading import Count, Number, Positive, Section
+
+
+class ExpertsConfig(Section):
+    """Experts of each feed-forward block: recipes over the bank of its band, of which a router chooses per token."""
+
+    experts: Positive = 8
+    """Experts of each block, beside the shared ones."""
+    top_k: Positive = 2
+    """Experts that compute a token; their weights sum to 1."""
+    router: Literal["linear", "mlp"] = "linear"
+    """Router: a linear map of the block's input, or an MLP with a hidden layer of a quarter of its width."""
+    shared: Count = 0
+    """Further experts that compute every token, with weight 1."""
+    balance: Number = 0.01
+    """Weight of the load-balancing loss (Switch Transformer), the mean over blocks."""
+    z_loss: Number = 0.001
+    """Weight of the router's z-loss: the mean squared logsumexp of its logits (ST-MoE)."""
+    bias_rate: Number = 0.0
+    """Step by which the choice of an expert is made easier or harder after each training step, while its load is below
+    or above the mean (DeepSeek-V3's balancing without a loss; 0.001 there). Default: 0, off."""
+
+    @property
+    def recipes(self) -> int:
+        """Return the recipes of a block, shared ones included."""
+        return self.experts + self.shared
+
+    @property
+    def active(self) -> int:
+        """Return the recipes that compute a token."""
+        return self.top_k + self.shared
+
+
+def read_experts(value: Any) -> Any:
+    """Return the fields of "experts=4,top_k=2"; anything but such a text as it is, for pydantic to check."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",")]
+    if not all(equals and name.strip() and text.strip() for name, equals, text in pairs):
+        raise ValueError("must be FIELD=VALUE with commas between them, as in experts=8,top_k=2")
+    return {name.strip(): strict_yaml.parse(text.strip(), f"--moe {name}").data for name, _, text in pairs}
+
+
+Experts = Annotated[ExpertsConfig, BeforeValidator(read_experts)]
+
+
+def expert_conflicts(experts: ExpertsConfig) -> Iterator[tuple[str, str]]:
+    """Yield (dotted field, what is wrong) for numbers that contradict each other."""
+    if experts.experts < 2:
+        yield "ffn.moe", "needs two experts or more, to choose from"
+    elif experts.top_k > experts.experts:
+        yield "ffn.moe", f"has top_k {experts.top_k}, more than its {experts.experts} experts"
