@@ -47,6 +47,8 @@ def routers_to_add(layout: Layout, sites: Sequence[Site], asked: ExpertsConfig) 
     """
     if layout.routers:
         raise BadInput("the model has experts already: leave --moe out")
+    if layout.exits:
+        raise BadInput("the model has exit gates, which come after experts: leave --moe out")
     if layout.quantized:
         raise BadInput("the model is quantised or ternary: experts are for floats, leave --moe out")
     found = {}
