@@ -26,6 +26,7 @@ ARMS: dict[str, list[str]] = {
     "static factors, stored .5, MACs .5": EVEN,
     "fewer neurons, stored .5, MACs .5": [*EVEN, *NEURONS],
     "experts of factors 2/8, stored .5, MACs .5": [*EVEN, "--moe", "experts=8,top_k=2"],
+    "mixed recipes 2/8, stored .5, MACs .5": [*EVEN, "--moe", "experts=8,top_k=2,mix=recipes"],
     "experts of neurons 2/8, stored .5, MACs .5": [*EVEN, *NEURONS, "--moe", "experts=8,top_k=2"],
     "static factors, stored .25, MACs .25": ["--set", "ffn.ffn_ratio=0.25"],
     "experts of factors 2/4, stored .5, MACs .25": [*SPARSE, "--moe", "experts=4,top_k=2"],
@@ -37,10 +38,10 @@ ARMS: dict[str, list[str]] = {
 }
 
 
-def train(arm: str, seed: int, tokens: int) -> dict[str, Any]:
+def train(recipe: str, arm: str, seed: int, tokens: int) -> dict[str, Any]:
     """Train one arm and return its row: validation perplexity beside stored numbers, bytes and MACs."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["train", "--recipe", "tiny", "-o", f"{folder}/out", "--json", "--set", "ffn.dense_until=0"]
+        words = ["train", "--recipe", recipe, "-o", f"{folder}/out", "--json", "--set", "ffn.dense_until=0"]
         words += ["--set", f"schedule.tokens={tokens}", "--set", f"seed={seed}", *ARMS[arm]]
         done = subprocess.run(
             [sys.executable, "-m", "pilon_compress.cli", *words], capture_output=True, text=True, check=False
@@ -50,7 +51,8 @@ def train(arm: str, seed: int, tokens: int) -> dict[str, Any]:
     told = json.loads(done.stdout)
     sizes = {name: told["ffn"].get(name) for name in ("stored_ratio", "mac_ratio", "bytes", "shared_primitives")}
     routing = {name: value for name, value in (told.get("routing") or {}).items() if name != "load"}
-    return {"arm": arm, "seed": seed, "tokens": tokens, "perplexity": told["val_perplexity"], **sizes, **routing}
+    row = {"recipe": recipe, "arm": arm, "seed": seed, "tokens": tokens, "perplexity": told["val_perplexity"]}
+    return row | sizes | routing
 
 
 def steps(repeats: int) -> list[dict[str, Any]]:
@@ -93,16 +95,17 @@ def record(row: dict[str, Any]) -> None:
     """Add a row of a training to the record, which other processes may be writing, too."""
     found = known()
     rows = [*found["scratch"], row]
-    rows.sort(key=lambda one: (one["tokens"], list(ARMS).index(one["arm"]), one["seed"]))
+    rows.sort(key=lambda one: (one["recipe"], one["tokens"], list(ARMS).index(one["arm"]), one["seed"]))
     RESULTS.write_text(json.dumps({**found, "scratch": rows}, indent=1) + "\n")
 
 
-def table(rows: list[dict[str, Any]], tokens: int) -> str:
-    """Return the rows of one length as Markdown: mean and range of perplexities."""
+def table(rows: list[dict[str, Any]], recipe: str, tokens: int) -> str:
+    """Return the rows of one recipe and length as Markdown: mean and range of perplexities."""
     lines = ["| form | stored | MACs | perplexity, mean (range) of seeds | router entropy | cosine of experts |"]
     lines += ["|---|---|---|---|---|---|"]
     for arm in ARMS:
-        mine = [row for row in rows if row["tokens"] == tokens and row["arm"] == arm]
+        here = {"recipe": recipe, "tokens": tokens, "arm": arm}
+        mine = [row for row in rows if here.items() <= row.items()]
         if mine:
             values = [row["perplexity"] for row in mine]
             spread = f"{mean(values):.2f} ({min(values):.2f}–{max(values):.2f}) of {len(values)}"
@@ -117,12 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", default="", help="arms whose name contains this")
+    parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--tokens", type=int, default=2097152)
     parser.add_argument("--steps", type=int, default=0, help="time this many steps of each form instead")
     parser.add_argument("--smoke", action="store_true", help="a few steps of one arm, nothing on record")
     options = parser.parse_args()
     if options.smoke:
-        print(train("experts of factors 2/8, stored .5, MACs .5", 0, 8192))
+        print(train("smoke", "experts of factors 2/8, stored .5, MACs .5", 0, 8192))
         return
     if options.steps:
         found = steps(options.steps)
@@ -130,10 +134,10 @@ def main() -> None:
         print(json.dumps(found, indent=1))
         return
     for seed, arm in [(seed, arm) for seed in range(options.seeds) for arm in ARMS if options.only in arm]:
-        asked = {"arm": arm, "seed": seed, "tokens": options.tokens}
+        asked = {"recipe": options.recipe, "arm": arm, "seed": seed, "tokens": options.tokens}
         if not any(asked.items() <= row.items() for row in known()["scratch"]):
-            record(train(arm, seed, options.tokens))
-    print(table(known()["scratch"], options.tokens))
+            record(train(options.recipe, arm, seed, options.tokens))
+    print(table(known()["scratch"], options.recipe, options.tokens))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pilon_compress.nn.install import install
 from pilon_compress.nn.installed import layout_of, neuron_projections, projections, routers
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.neuron_linear import has_scale
-from pilon_compress.nn.router import Router
+from pilon_compress.nn.router import MIXES, Router
 from pilon_compress.nn.size import ffn_size
 from pilon_compress.nn.specs import BankSpec, NeuronBankSpec, NeuronSpec, ProjectionSpec, RouterSpec
 from pilon_compress.train.expert_start import refit, start
@@ -80,20 +80,26 @@ def pilon(tiny, family="llama", form="factors", router=RouterSpec(32, 4, 2), qua
 
 
 def matrices(layer, expert):
-    """The matrix (d_in, d_out) and the bias of one expert of a projection, in float64."""
+    """The matrix (d_in, d_out) and the bias of one expert of a projection, in float64; of several by their weights."""
+    own = layer.router.mix == "outputs"
+    share = torch.eye(layer.experts, dtype=torch.float64)[expert] if isinstance(expert, int) else expert
+    place = expert if own else 0
+
+    def mixed(tensor):
+        return torch.tensordot(share, tensor.double(), 1)
+
     if hasattr(layer, "spread"):
-        A, B = layer.bank.primitives(layer.selected[expert])
-        weight = layer.weight[expert].double()[:, :, None]
+        A, B = layer.bank.primitives(layer.selected[place] if own else layer.selected)
         bias = 0.0 if layer.bias is None else layer.bias.double()
-        return (A.double() @ (weight * B.double())).sum(0), bias
-    chosen = layer.selection(expert)
+        return (A.double() @ (mixed(layer.weight)[:, :, None] * B.double())).sum(0), bias
+    chosen = layer.selection(place)
     parts = [layer.bank.part(role, chosen).double() for role in layer.sources]
     if layer.scaled:
-        scale = layer.weight[expert].double()
+        scale = mixed(layer.weight)
         parts[0] = parts[0] * (scale[:, None] if layer.role == "down" else scale)
     bias = torch.zeros(layer.out_features, dtype=torch.float64)
     if layer.bias is not None:
-        bias[: layer.bias.shape[1]] = layer.bias[expert].double()
+        bias[: layer.bias.shape[1]] = mixed(layer.bias)
     return torch.cat(parts, 1), bias
 
 
@@ -106,20 +112,26 @@ def plain_block(block, x, act):
     picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * scores
     weights = picked / picked.sum(-1, keepdim=True)
     shared = torch.ones(*x.shape[:-1], block.router.shared, dtype=torch.float64)
-    y = torch.zeros_like(x)
-    for expert, weight in enumerate(torch.cat([shared, weights], -1).unbind(-1)):
-        inner = [x @ matrix + bias for matrix, bias in (matrices(layer, expert) for layer in enter)]
+    weights = torch.cat([shared, weights], -1)
+
+    def computed(rows, expert):
+        inner = [rows @ matrix + bias for matrix, bias in (matrices(layer, expert) for layer in enter)]
         if len(inner) == 1 and inner[0].shape[-1] == 2 * matrices(down, expert)[0].shape[0]:
             inner = inner[0].chunk(2, -1)
-        hidden = act(inner[0]) * inner[1] if len(inner) == 2 else act(inner[0])
         matrix, bias = matrices(down, expert)
-        y += weight[..., None] * (hidden @ matrix + bias)
-    return y
+        return (act(inner[0]) * inner[1] if len(inner) == 2 else act(inner[0])) @ matrix + bias
+
+    if block.router.mix == "outputs":
+        return sum(weights[..., e, None] * computed(x, e) for e in range(block.router.recipes))
+    rows = [computed(row, share) for row, share in zip(x.flatten(0, -2), weights.flatten(0, -2), strict=True)]
+    return torch.stack(rows).view_as(x)
 
 
-@pytest.mark.parametrize(
-    "router", [RouterSpec(32, 4, 2), RouterSpec(32, 4, 4), RouterSpec(32, 3, 1, "mlp", 1)], ids=str
-)
+ROUTERS = [RouterSpec(32, 4, 2), RouterSpec(32, 4, 4), RouterSpec(32, 3, 1, "mlp", 1)]
+ROUTERS += [RouterSpec(32, 4, 2, mix="recipes"), RouterSpec(32, 3, 2, "mlp", 1, "recipes")]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -132,19 +144,24 @@ def test_a_block_is_the_weighted_sum_of_its_experts(tiny, family, form, router):
     assert block(x[:, :0]).shape == (2, 0, 32)
 
 
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_tokens_are_routed_each_for_itself(tiny, form):
-    model, x = pilon(tiny, form=form).double(), torch.randn(11, 32, dtype=torch.float64)
+def test_tokens_are_routed_each_for_itself(tiny, form, mix):
+    model, x = (
+        pilon(tiny, form=form, router=RouterSpec(32, 4, 2, mix=mix)).double(),
+        torch.randn(11, 32, dtype=torch.float64),
+    )
     order = torch.randperm(11)
     block = model.model.layers[0].mlp
     torch.testing.assert_close(block(x)[order], block(x[order]), rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(block(x)[3:4], block(x[3:4]), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_are_those_of_the_plain_sum(tiny, form):
-    model = pilon(tiny, form=form).double()
+def test_gradients_are_those_of_the_plain_sum(tiny, form, mix):
+    model = pilon(tiny, form=form, router=RouterSpec(32, 4, 2, mix=mix)).double()
     block, x = model.model.layers[1].mlp, torch.randn(13, 32, dtype=torch.float64, requires_grad=True)
     tensors = [x, *block.parameters(), *model.model.pilon_banks.parameters()]
     ours = torch.autograd.grad(block(x).square().sum(), tensors)
@@ -155,9 +172,10 @@ def test_gradients_are_those_of_the_plain_sum(tiny, form):
 
 
 @pytest.mark.parametrize("quantization", ["none", "ternary"])
-@pytest.mark.parametrize(("family", "form"), [("llama", "factors"), ("llama", "neurons"), ("gpt2", "factors")])
-def test_a_saved_model_loads_to_the_same_bits_and_size(tiny, tmp_path, family, form, quantization):
-    model = pilon(tiny, family, form, RouterSpec(32, 4, 2, "mlp", 1), quantization)
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("family", "form"), [("llama", "factors"), ("gpt2", "neurons")])
+def test_a_saved_model_loads_to_the_same_bits_and_size(tiny, tmp_path, family, form, mix, quantization):
+    model = pilon(tiny, family, form, RouterSpec(32, 4, 2, "mlp", 1, mix), quantization)
     next(routers(model))[1].balance.fill_(0.123456789)
     save_model(model, tiny.tiny_tokenizer(), tmp_path / "m", torch.bfloat16)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
@@ -184,6 +202,8 @@ def test_macs_are_those_of_the_active_experts_and_the_router(tiny):
     with torch.no_grad():
         narrow = ffn_size(neurons(model, RouterSpec(32, 4, 2, "mlp")))
     assert narrow.macs == 3 * (2 * 12 * (32 + 32) + 8 * (32 + 4))
+    mixed = ffn_size(factors(model, RouterSpec(32, 4, 2, mix="recipes")))
+    assert mixed.macs == 3 * (2 * (12 * (32 + 64) + 4 * 12) + 4 * 32)
 
 
 def test_inspect_names_the_experts(tiny, tmp_path, cli):
@@ -238,12 +258,13 @@ def test_a_block_with_attention_inside_is_refused(tiny):
         install(model, layout)
 
 
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_copies_of_a_static_recipe_change_nothing_and_a_refit_finds_each_expert(tiny, form):
+def test_copies_of_a_static_recipe_change_nothing_and_a_refit_finds_each_expert(tiny, form, mix):
     """The last projection of an expert is refitted to outputs that another composition made: it becomes that one."""
     model = tiny.tiny_model("arcee")
-    layout = FORMS[form](model, RouterSpec(32, 2, 1))
+    layout = FORMS[form](model, RouterSpec(32, 2, 1, mix=mix))
     plain = {name: replace(spec, experts=1) for name, spec in layout.projections.items()}
     install(
         model,

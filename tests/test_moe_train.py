@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from pilon_compress.config import training
 from pilon_compress.config.experts import ExpertsConfig
 from pilon_compress.config.model import FfnConfig, HostConfig
+from pilon_compress.config.training_calls import HealConfig, TrainConfig
 from pilon_compress.config.training_sections import Optimizer
 from pilon_compress.errors import BadInput
 from pilon_compress.models import base_architectures, checkpoint, layouts
@@ -32,18 +33,22 @@ def built(ffn, family="arcee"):
     return base_architectures.build_with(config(family), layout, 0)
 
 
-def ffn(**more):
-    return FfnConfig(moe=ExpertsConfig(experts=4, top_k=2), **more)
+def ffn(mix="outputs", **more):
+    return FfnConfig(moe=ExpertsConfig(experts=4, top_k=2, mix=mix), **more)
 
 
 @pytest.mark.parametrize("family", ["arcee", "llama"])
 @pytest.mark.parametrize("share", ["none", "auto"])
 @pytest.mark.parametrize(("stored", "macs"), [(0.5, 0.5), (0.5, 0.25), (0.25, 0.5)])
 @pytest.mark.parametrize("primitive", ["factors", "neurons"])
-def test_experts_spend_the_budget_and_no_more(primitive, stored, macs, share, family):
-    model = built(ffn(primitive=primitive, ffn_ratio=stored, mac_ratio=macs, share=share), family)
+@pytest.mark.parametrize("mix", ["outputs", "recipes"])
+def test_experts_spend_the_budget_and_no_more(mix, primitive, stored, macs, share, family):
+    model = built(ffn(mix, primitive=primitive, ffn_ratio=stored, mac_ratio=macs, share=share), family)
     found = ffn_size(layout_of(model)).over_dense()
-    assert 0.75 * stored <= found.stored_ratio <= stored and 0.7 * macs <= found.mac_ratio <= macs
+    assert found.stored_ratio <= stored and found.mac_ratio <= macs
+    own = mix == "recipes" and stored > macs  # a layer selects what MACs pay for: the rest of a budget is dead storage
+    assert found.stored_ratio >= 0.75 * min(stored, macs if own and share == "none" else stored)
+    assert found.mac_ratio >= 0.7 * min(macs, stored if share == "none" and mix == "recipes" else macs)
     assert len(list(routers(model))) == 6
 
 
@@ -82,6 +87,15 @@ def test_contradictions_are_refused_in_one_line(words, message):
     with pytest.raises(BadInput, match=message) as refusal:
         training.build({"task": "pretrain", "ffn": words, "schedule": {"tokens": 1000}})
     assert "\n" not in str(refusal.value)
+
+
+def test_python_programs_ask_for_experts_in_the_same_words():
+    healing = HealConfig(moe={"experts": 4, "mix": "recipes"}).recipe("converted")
+    assert healing.ffn.moe == ExpertsConfig(experts=4, mix="recipes") and healing.task == "heal"
+    assert TrainConfig(ffn=ffn()).recipe(None).ffn.moe.experts == 4
+    assert training.load("smoke", ["ffn.moe={experts: 4}"]).ffn.moe == ExpertsConfig(experts=4)
+    with pytest.raises(BadInput, match="top_k 9"):
+        HealConfig(moe="top_k=9")
 
 
 def test_routers_learn_in_a_group_of_their_own_without_decay():
@@ -147,9 +161,11 @@ def test_similarity_is_one_where_experts_are_alike():
     assert expert_similarity(model) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("more", [(), ("--primitive", "neurons"), ("--ternary",)])
+@pytest.mark.parametrize("more", [(), ("--primitive", "neurons"), ("--ternary",), ("mix",)])
 def test_a_run_ends_reports_and_loads(cli, tmp_path, more):
     asked = "experts=4,top_k=2" + ",bias_rate=0.001" * ("neurons" in more)
+    if more == ("mix",):
+        asked, more = f"{asked},mix=recipes", ()
     words = ("train", "--recipe", "smoke", "--moe", asked, "-o", "out", "--json", "--tokens", "6144")
     planned = json.loads(cli(*words, *more, "--dry-run", cwd=tmp_path).stdout)
     result = json.loads(cli(*words, *more, cwd=tmp_path).stdout)

@@ -20,6 +20,9 @@ class ExpertsConfig(Section):
     """Router: a linear map of the block's input, or an MLP with a hidden layer of a quarter of its width."""
     shared: Count = 0
     """Further experts that compute every token, with weight 1."""
+    mix: Literal["outputs", "recipes"] = "outputs"
+    """What of the chosen experts is added, weighted: their outputs (each computes the token), or their recipes, the
+    coefficients over one selection of primitives (the block computes the token once)."""
     balance: Number = 0.01
     """Weight of the load-balancing loss (Switch Transformer), the mean over blocks."""
     z_loss: Number = 0.001
@@ -34,9 +37,14 @@ class ExpertsConfig(Section):
         return self.experts + self.shared
 
     @property
-    def active(self) -> int:
-        """Return the recipes that compute a token."""
-        return self.top_k + self.shared
+    def passes(self) -> int:
+        """Return how often a block computes a token."""
+        return self.top_k + self.shared if self.mix == "outputs" else 1
+
+    @property
+    def mixed(self) -> int:
+        """Return the recipes that are mixed for every token: 0 where outputs are."""
+        return self.recipes if self.mix == "recipes" else 0
 
 
 def read_experts(value: Any) -> Any:

@@ -37,7 +37,16 @@ class HostConfig(Section):
     """Tokenizer: hub id, folder or package:NAME; or bpe, a byte-level BPE of `vocab_size` trained on the data."""
 
 
-class FfnConfig(Section):
+class ExpertsOf(Section):
+    """Experts, in a model from scratch or in one that is healed."""
+
+    moe: Annotated[Experts | None, Option(metavar="FIELD=VALUE,...")] = None
+    """Experts: each block holds several recipes over the bank of its band, of which a router chooses for every token,
+    as in experts=8,top_k=2; more fields in docs/moe.md. From scratch `mac_ratio` is that of the active ones; with task
+    heal the blocks of the converted model get experts, which begin as its static compositions. Default: none."""
+
+
+class FfnConfig(ExpertsOf):
     """Form of the feed-forward projections of a model that is trained from scratch."""
 
     kind: Annotated[Literal["pilon", "lowrank", "dense"], Option("--ffn")] = "pilon"
@@ -75,10 +84,6 @@ class FfnConfig(Section):
     (Pufferfish, Wang et al., 2021, does so with private factors). For `kind` pilon and `primitive` factors."""
     dense_after: Above = 0.67
     """Factor on the learning rate after the dense share of the training."""
-    moe: Annotated[Experts | None, Option(metavar="FIELD=VALUE,...")] = None
-    """Experts: each block holds several recipes over the bank of its band, of which a router chooses for every token,
-    as in experts=8,top_k=2; more fields in docs/moe.md. From scratch `mac_ratio` is that of the active ones; with task
-    heal the blocks of the converted model get experts, which begin as its static compositions. Default: none."""
     like: Annotated[Text | None, Option(metavar="MODEL", also={"task": "pretrain"})] = None
     """Converted model whose layout, base architecture and tokenizer a control run takes, from random initial weights.
     Default: none."""

@@ -3,7 +3,7 @@
 from pydantic import model_validator
 
 from pilon_compress.config.flat import Flat, arranged
-from pilon_compress.config.model import FfnConfig, HostConfig, TernaryConfig
+from pilon_compress.config.model import ExpertsOf, FfnConfig, HostConfig, TernaryConfig
 from pilon_compress.config.training import General, Progressive, TrainRecipe
 from pilon_compress.config.training_sections import (
     Distill,
@@ -16,7 +16,7 @@ from pilon_compress.config.training_sections import (
 )
 
 
-class HealConfig(Flat, Distill, Run, Sequences, Length, Rate, Progressive, General):
+class HealConfig(Flat, ExpertsOf, Distill, Run, Sequences, Length, Rate, Progressive, General):
     """The healing of a converted model as Python programs ask for it: the fields of a recipe, most of them flat.
 
     Fields that are not set have the defaults of healing. Raises BadInput for an unknown field, a value that is out of

@@ -99,7 +99,7 @@ def balance_selection(model: PreTrainedModel, layout: Layout) -> None:
     users: dict[str, int] = {}
     for name, spec in layout.projections.items():
         composed = model.base_model.get_submodule(name)
-        if spec.experts > 1:
+        if spec.experts > 1 and composed.selected.dim() > 1:  # see `balance_experts`
             continue
         turn = users.get(spec.bank, 0)
         users[spec.bank] = turn + 1
@@ -117,8 +117,7 @@ def balance_neurons(model: PreTrainedModel, generator: torch.Generator) -> None:
     """
     blocks: dict[int, list[Selection]] = {}
     for _, layer in neuron_projections(model):
-        if layer.owns and layer.experts == 1:
-            assert layer.selection is not None
+        if layer.owns and layer.selection is not None and layer.selection.experts == 1:
             blocks.setdefault(id(layer.bank), []).append(layer.selection)
     for selections in blocks.values():
         for place, selection in zip(torch.randperm(len(selections), generator=generator), selections, strict=True):
@@ -134,11 +133,12 @@ def balance_experts(model: PreTrainedModel, generator: torch.Generator) -> None:
     """
     uses: dict[int, torch.Tensor] = {}
     layers: list[tuple[int, int, torch.Tensor]] = [
-        (id(one.bank), one.bank.n_primitives, one.selected) for _, one in projections(model) if one.experts > 1
+        (id(one.bank), one.bank.n_primitives, one.selected)
+        for _, one in projections(model)
+        if one.experts > 1 and one.selected.dim() > 1
     ]
     for _, layer in neuron_projections(model):
-        if layer.owns and layer.experts > 1:
-            assert layer.selection is not None
+        if layer.owns and layer.selection is not None and layer.selection.experts > 1:
             layers.append((id(layer.bank), layer.bank.neurons, layer.selection.selected))
     for bank, count, selected in layers:
         used = uses.setdefault(bank, torch.zeros(count))

@@ -39,7 +39,7 @@ def expert_blocks(sites: Sequence[Site]) -> dict[str, list[Site]]:
 
 def router_spec(width: int, experts: ExpertsConfig) -> RouterSpec:
     """Return the router of a block whose input is `width` wide."""
-    return RouterSpec(width, experts.experts, experts.top_k, experts.router, experts.shared)
+    return RouterSpec(width, experts.experts, experts.top_k, experts.router, experts.shared, experts.mix)
 
 
 def routers_for(sites: Sequence[Site], experts: ExpertsConfig) -> dict[str, RouterSpec]:
@@ -79,7 +79,8 @@ def _size(members: Sequence[Site], ffn: FfnConfig, experts: ExpertsConfig) -> tu
     per_layer = [site for site in members if site.layer == members[0].layer]
     router = router_macs(next(iter(routers_for(per_layer, experts).values())))
     macs = ffn.macs - router / sum(site.d_in * site.d_out for site in per_layer)
-    top_k = _rounded(floor(macs * width / experts.active))
+    inner = sum(site.d_in * site.d_out for site in per_layer) / width  # MACs of a neuron
+    top_k = _rounded(floor(macs * width * inner / (inner * experts.passes + 4 * experts.mixed)))
 
     def stored(neurons: int, top_k: int) -> int:
         layout = Layout({}, {}, {}, {}, routers=routers_for(members, experts))
@@ -89,7 +90,7 @@ def _size(members: Sequence[Site], ffn: FfnConfig, experts: ExpertsConfig) -> tu
     if top_k > 0:
         fixed, more = (stored(top_k + extra, top_k) for extra in (1, 2))
         neurons = top_k + 1 + floor((ffn.ffn_ratio * dense - fixed) / (more - fixed))
-        neurons = _rounded(min(neurons, layers * experts.recipes * top_k))
+        neurons = _rounded(min(neurons, layers * (1 if experts.mixed else experts.recipes) * top_k))
         if neurons > top_k:
             return neurons, top_k
         # each expert uses all neurons, with scales of its own

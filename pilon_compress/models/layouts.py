@@ -78,7 +78,7 @@ def check_limits(layout: Layout, ffn: FfnConfig) -> None:
     for name, bank in banks.items():
         users = [layout.projections[user] for user in layout.users(name)]
         if users[0].composition != "softmax":
-            used = sum(user.top_k * user.experts for user in users)
+            used = sum(layout.projections[user].top_k * layout.selections(user) for user in layout.users(name))
             banks[name] = replace(bank, n_primitives=min(bank.n_primitives, used))
     size = replaced_size(replace(layout, banks=banks))
     stored, macs = size.stored / size.dense_stored, size.macs / size.dense_macs
@@ -164,18 +164,22 @@ def _size(members: Sequence[Site], dense: Sequence[Site], ffn: FfnConfig, multip
     site = members[0]
     pair = site.d_in + site.d_out
     stored = ffn.ffn_ratio * sum(one.parameters for one in dense) - sum(one.d_out for one in members if one.bias)
-    macs, recipes, active = ffn.macs * dense[0].d_in * dense[0].d_out, 1, 1
+    macs, experts = ffn.macs * dense[0].d_in * dense[0].d_out, None
     if ffn.moe is not None and ffn.kind == "pilon":
-        recipes, active = ffn.moe.recipes, ffn.moe.active
+        experts = ffn.moe
         router = router_numbers(dense[0], ffn.moe)  # this projection's part of its block's router
         stored, macs = stored - len(members) * router, macs - router
+    # experts with selections of their own count as layers of their own; mixed ones as longer recipes of one layer
+    own = experts.recipes if experts is not None and not experts.mixed else 1
+    mixed = experts.mixed if experts is not None else 0
     budget = BankBudget(
-        layers=len(members) * recipes,
+        layers=len(members) * own,
         pair=pair,
         full_rank=min(site.d_in, site.d_out),
         stored=stored,
-        components=min(int(macs / pair / active), site.d_in, site.d_out),
+        components=min(int(macs / (pair * (experts.passes if experts else 1) + mixed)), site.d_in, site.d_out),
         composition="component" if ffn.kind == "lowrank" else ffn.composition,
+        recipes=max(1, mixed),
     )
     if ffn.kind == "lowrank":
         size = size_private(budget, multiple)

@@ -59,7 +59,8 @@ class PrimitiveBank(Part, nn.Module):
     ) -> Tensor:
         """Compose the `selected` (k,) primitives with `weight` (k, r) or (k, 1) on `x` (..., d_in): two GEMMs.
 
-        `group` matters to banks that quantise their inputs. With `segments` of the rows `x` (N, d_in), those of expert
+        `weight` (N, k, r): coefficients of each row of `x` (N, d_in). `group` matters to banks that quantise their
+        inputs. With `segments` of the rows `x` (N, d_in), those of expert
         e are composed with `selected[e]` and `weight[e]`.
         """
         if segments:
@@ -69,7 +70,7 @@ class PrimitiveBank(Part, nn.Module):
         A, B = A.permute(1, 0, 2).reshape(self.d_in, k * r), B.reshape(k * r, self.d_out)
         factor, shift = self.affine(weight)
         u = x @ A
-        u = u * factor.to(u.dtype).expand(k, r).reshape(k * r)
+        u = u * factor.to(u.dtype).expand(*factor.shape[:-2], k, r).flatten(-2)
         return (u if shift is None else u + shift.to(u.dtype).expand(k, r).reshape(k * r)) @ B
 
     def by_segment(

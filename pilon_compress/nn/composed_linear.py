@@ -21,7 +21,8 @@ class ComposedLinear(Projection, nn.Module):
 
     `group`: inputs that share a scale of a quantiser, 0 for all of a token's. `router`: that of the block, where the
     projection holds a recipe for each of its experts: `weight` (E, k, r), `selected` (E, k). It then computes rows that
-    are sorted by expert, within the block's forward pass alone.
+    are sorted by expert, within the block's forward pass alone; or, where the router mixes recipes, over one selection
+    (k,), all rows with coefficients of their own.
 
     The composition tensor is called `weight` on purpose: a checkpoint that is loaded without this package meets a
     stock layer with another shape and fails, instead of running on random weights.
@@ -56,8 +57,9 @@ class ComposedLinear(Projection, nn.Module):
         shape = {"component": (top_k, bank.rank), "scalar": (top_k, 1), "softmax": (bank.n_primitives, 1)}[composition]
         each = () if router is None else (self.experts,)
         self.weight = nn.Parameter(torch.empty(*each, *shape))
+        rows = () if router is None else router.selections
         if composition != "softmax":
-            self.register_buffer("selected", torch.arange(top_k).expand(*each, top_k).clone())
+            self.register_buffer("selected", torch.arange(top_k).expand(*rows, top_k).clone())
         self.bias = nn.Parameter(torch.zeros(bank.d_out)) if bias else None
 
     def own_types(self) -> dict[str, torch.dtype]:
@@ -77,7 +79,7 @@ class ComposedLinear(Projection, nn.Module):
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """`selected` (k,) int64 and the weight (k, r) or (k, 1) that each selected primitive gets.
 
-        With experts both have a row for each: (E, k) and (E, k, r).
+        With experts both have a row for each, (E, k) and (E, k, r), but for a selection that they share.
         """
         if self.composition != "softmax":
             return self.selected, self.weight
@@ -111,7 +113,8 @@ class ComposedLinear(Projection, nn.Module):
         empty = weight.new_zeros(len(used), weight.shape[-1])
         if self.experts == 1:
             return empty.index_copy(0, self.selected, weight)
-        return empty.index_add(0, self.selected.flatten(), weight.flatten(0, 1).square() / self.experts).sqrt()
+        places = self.selected.expand(self.experts, -1).flatten()
+        return empty.index_add(0, places, weight.flatten(0, 1).square() / self.experts).sqrt()
 
     def energy(self) -> Tensor:
         """Energy (n,) of each primitive as it stands: the sum over components of (g · ‖a‖ · ‖b‖)²."""
@@ -147,8 +150,11 @@ class ComposedLinear(Projection, nn.Module):
         return y
 
     def _by_expert(self, x: Tensor, router: Router) -> Tensor:
-        """Compute every segment of the rows `x` (..., d_in), sorted by expert, with that expert's recipe."""
+        """Compute the rows `x` (..., d_in) with experts: each segment with one, or each row with its mixed recipe."""
         rows = x.reshape(-1, x.shape[-1])
+        if router.mix == "recipes":
+            mixed: Tensor = self.bank(rows, self.selected, router.coefficients(self.weight), self.group)
+            return mixed.view(*x.shape[:-1], mixed.shape[-1])
         # one call of the bank, however many experts have rows: FSDP reduces its gradient once for each
         y: Tensor = self.bank(rows, self.selected, self.weight, self.group, segments=router.segments())
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -30,7 +30,7 @@ def add_experts(model: Host, routers: Mapping[str, RouterSpec]) -> None:
             (path, layer) for path, layer in block.named_modules() if isinstance(layer, ComposedLinear | NeuronLinear)
         ]
         old = next((one.selection for _, one in layers if isinstance(one, NeuronLinear)), None)
-        selection = None if old is None else Selection(old.neurons, old.top_k, spec.recipes)
+        selection = None if old is None else Selection(old.neurons, old.top_k, *router.selections)
         if selection is not None and old is not None:
             selection.selected.copy_(old.selected)
         for path, layer in layers:

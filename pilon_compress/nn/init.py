@@ -5,6 +5,8 @@ import torch
 from pilon_compress.nn.installed import dense_matrices, neuron_banks, neuron_projections, projections, routers
 from pilon_compress.nn.layout import Host
 
+APART = 0.3  # standard deviation of what recipes that a router mixes have of their own, over what they have in common
+
 
 @torch.no_grad()
 def initialise(model: Host, std: float, generator: torch.Generator | None = None) -> Host:
@@ -23,6 +25,9 @@ def initialise(model: Host, std: float, generator: torch.Generator | None = None
         composed.weight.normal_(0, 0.01, generator=generator)
         if not softmax:
             composed.weight.sign_()
+        if composed.experts > 1 and composed.selected.dim() == 1:  # mixed recipes begin alike: they would cancel
+            apart = torch.empty_like(composed.weight).normal_(0, APART, generator=generator)
+            composed.weight.copy_(composed.weight[:1] * (1 + apart))
         if composed.bias is not None:
             composed.bias.zero_()
         if composed.composition != "softmax":

@@ -33,7 +33,7 @@ def install(model: Host, layout: Layout) -> Host:
     for name, form in layout.neuron_banks.items():
         banks[name] = NeuronBank(form.neurons, form.d_in, form.d_out, form.gated, form.quantization, form.group)
     selections = {
-        name: Selection(layout.neuron_banks[spec.bank].neurons, spec.top_k, spec.experts)
+        name: Selection(layout.neuron_banks[spec.bank].neurons, spec.top_k, layout.selections(name))
         for name, spec in layout.neurons.items()
         if spec.selection == name
     }

@@ -126,7 +126,10 @@ def layout_of(model: Host) -> Layout:
     layers = [*projections(model), *dense_matrices(model), *neuron_projections(model)]
     host = {name: layer.host_shape for name, layer in layers if layer.host_shape != linear_shape(layer)}
     exits = {name: block.exit_gate.spec for name, block in gated_blocks(model)}
-    routed = {name: RouterSpec(one.width, one.experts, one.top_k, one.kind, one.shared) for name, one in routers(model)}
+    routed = {
+        name: RouterSpec(one.width, one.experts, one.top_k, one.kind, one.shared, one.mix)
+        for name, one in routers(model)
+    }
     layout = Layout(specs, composed, matrices, host, installed(model), {}, stores, neurons, exits, routed)
     for name, research, kind in ((name, *one) for name, module in (*banks(model), *layers) for one in added(module)):
         layout = layout.with_addition(research, kind, [name])

@@ -185,10 +185,20 @@ class Layout:
         """Return the block whose router chooses the recipe of the projection `name`; "" for none."""
         return next((block for block in self.routers if name.startswith(f"{block}.")), "")
 
-    def active(self, name: str) -> int:
-        """Return how many recipes of the projection `name` compute a token: 1 without a router."""
+    def passes(self, name: str) -> int:
+        """Return how often the projection `name` computes a token: 1 without a router."""
         block = self.router_of(name)
-        return self.routers[block].active if block else 1
+        return self.routers[block].passes if block else 1
+
+    def selections(self, name: str) -> int:
+        """Return how many selections the projection `name` holds: 1 without a router, and where recipes are mixed."""
+        router = self.routers.get(self.router_of(name))
+        return router.recipes if router and router.mix == "outputs" else 1
+
+    def mixing(self, name: str, numbers: int) -> int:
+        """Return the MACs per token of mixing recipes of so many numbers in the projection `name`."""
+        router = self.routers.get(self.router_of(name))
+        return router.recipes * numbers if router and router.mix == "recipes" else 0
 
     def _check_neurons(self, name: str, spec: NeuronSpec) -> None:
         bank, owner = self.neuron_banks.get(spec.bank), self.neurons.get(spec.selection)

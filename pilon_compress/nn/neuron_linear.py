@@ -105,18 +105,21 @@ class NeuronLinear(Projection, nn.Module):
         return y if self.bias is None else y + self._wide_bias(self.bias).to(y.device)
 
     def _by_expert(self, x: Tensor, router: Router) -> Tensor:
-        """Compute rows `x` (N, d_in) that are sorted by expert; one call for each matrix: see `ComposedLinear`."""
-        spans = router.segments()
+        """Compute rows `x` (N, d_in) with experts; one call for each matrix: see `ComposedLinear`."""
+        spans = router.segments() if router.mix == "outputs" else ()
+        chosen = None if spans else self.chosen()
         segments = [(self.selection(e), start, end) for e, start, end in spans] if self.selection is not None else []
 
         def rows(tensor: Tensor) -> Tensor:
+            if router.mix == "recipes":
+                return router.coefficients(tensor)
             return torch.cat([tensor[expert].expand(end - start, -1) for expert, start, end in spans])
 
         scale = rows(self.weight) if self.scaled else None
         if self.role == "down":
-            y: Tensor = self.bank(x if scale is None else x * scale.to(x.dtype), "down", None, segments)
+            y: Tensor = self.bank(x if scale is None else x * scale.to(x.dtype), "down", chosen, segments)
         else:
-            first, *others = [self.bank(x, role, None, segments) for role in self.sources]
+            first, *others = [self.bank(x, role, chosen, segments) for role in self.sources]
             first = first if scale is None else first * scale.to(first)
             y = torch.cat([first, *others], -1) if others else first
         return y if self.bias is None else y + self._wide_bias(rows(self.bias)).to(y.device)

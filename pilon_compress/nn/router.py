@@ -5,6 +5,10 @@
     shared            further recipes that compute every token, with weight 1; they come first
 
 An expert owns no matrices: it is a selection and a composition over a bank that all experts of a band read.
+
+    mix outputs       every chosen expert computes the token, and their outputs are added, weighted
+    mix recipes       the chosen experts' coefficients are added, weighted, over the one selection that all have:
+                      the block computes the token once
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +21,7 @@ from torch.nn import functional
 from pilon_compress.nn.part import Part
 
 ROUTER_KINDS = ("linear", "mlp")
+MIXES = ("outputs", "recipes")
 NARROW = 4  # width of the block's input over that of the MLP's hidden layer
 
 
@@ -61,14 +66,17 @@ class Router(Part, nn.Module):
     balance: added to the scores for the choice alone (DeepSeek-V3's balancing without a loss); zeros unless trained so
     watchers: `Load` objects that count what is routed
     terms: losses of the last forward pass that had gradients, for the training loop to take: see `take_terms`
-    routing: that of the pass that is running, which the block's projections read
+    routing, mixture: those of the pass that is running, which the block's projections read
     """
 
     balance: Tensor
 
-    def __init__(self, width: int, experts: int, top_k: int, kind: str = "linear", shared: int = 0) -> None:
+    def __init__(
+        self, width: int, experts: int, top_k: int, kind: str = "linear", shared: int = 0, mix: str = "outputs"
+    ) -> None:
         super().__init__()
         self.width, self.experts, self.top_k, self.kind, self.shared = width, experts, top_k, kind, shared
+        self.mix = mix
         if kind == "mlp":
             self.inner = nn.Parameter(torch.empty(max(1, width // NARROW), width))
         self.weight = nn.Parameter(torch.empty(experts, width if kind == "linear" else max(1, width // NARROW)))
@@ -76,6 +84,7 @@ class Router(Part, nn.Module):
         self.watchers: list[Load] = []
         self.terms: tuple[Tensor, Tensor] | None = None
         self.routing: Routing | None = None
+        self.mixture: Tensor | None = None
 
     def own_types(self) -> dict[str, torch.dtype]:
         """Return the tensors that keep a dtype of their own: steps of the balance are too small for 16 bits."""
@@ -101,6 +110,11 @@ class Router(Part, nn.Module):
     def recipes(self) -> int:
         """Return the number of recipes that the block's projections hold."""
         return self.shared + self.experts
+
+    @property
+    def selections(self) -> tuple[int, ...]:
+        """Return the shape in front of a selection (k,): a row for each recipe, or () where all have one."""
+        return (self.recipes,) if self.mix == "outputs" else ()
 
     def logits(self, rows: Tensor) -> Tensor:
         """Return the logits (N, E) of `rows` (N, width), in float32 whatever the model computes in, or more."""
@@ -137,6 +151,24 @@ class Router(Part, nn.Module):
         tokens = order.div(chosen.shape[1], rounding_mode="floor")
         return Routing(tokens, places.view_as(chosen), weights, tuple(span for span in spans if span[2] > span[1]))
 
+    def mixed(self, rows: Tensor) -> Tensor:
+        """Return the weights (N, recipes) of all recipes for `rows` (N, width), 0 of those that are not chosen."""
+        logits = self.logits(rows)
+        scores = logits.softmax(-1)
+        chosen, weights = self.choose(scores)
+        self._note(logits, scores, chosen.flatten().bincount(minlength=self.experts).cpu().double())
+        mixture = torch.zeros_like(scores).scatter(1, chosen, weights)
+        return torch.cat([torch.ones_like(mixture[:, : self.shared]), mixture], 1) if self.shared else mixture
+
+    def coefficients(self, weight: Tensor) -> Tensor:
+        """Return the coefficients (N, ...) of the rows of the pass that is running, mixed of `weight` (recipes, ...).
+
+        Raises RuntimeError outside of a pass.
+        """
+        if self.mixture is None:
+            raise RuntimeError(f"{self.label or 'the router'}: experts compute within their block alone")
+        return (self.mixture.to(weight.dtype) @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+
     def _note(self, logits: Tensor, scores: Tensor, counts: Tensor) -> None:
         """Keep the losses of this pass, and count for whoever watches."""
         if torch.is_grad_enabled() and len(scores):
@@ -164,14 +196,14 @@ class Router(Part, nn.Module):
 
     def extra_repr(self) -> str:
         """Return the sizes for `repr`."""
-        return f"top_k={self.top_k} of {self.experts}, {self.kind}, shared={self.shared}"
+        return f"top_k={self.top_k} of {self.experts}, {self.kind}, shared={self.shared}, mix={self.mix}"
 
 
 class RoutedBlock(nn.Module):
     """Mixin of a feed-forward block whose tokens are routed: see `nn.extended`.
 
     The block's own forward pass runs once, on all rows sorted by recipe; its projections compute each segment with its
-    recipe. There is no padding, and no copy of a bank.
+    recipe. There is no padding, and no copy of a bank. With mixed recipes it runs on the rows as they are.
     """
 
     router: Router
@@ -180,6 +212,12 @@ class RoutedBlock(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Compute `hidden` (..., d) -> (..., d)."""
         router, rows = self.router, hidden.reshape(-1, hidden.shape[-1])
+        if router.mix == "recipes":
+            router.mixture = router.mixed(rows)
+            try:
+                return super().forward(hidden)
+            finally:
+                router.mixture = None
         routing: Routing = router(rows)
         if not len(rows):
             return torch.zeros_like(hidden)

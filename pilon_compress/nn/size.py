@@ -76,7 +76,7 @@ def bank_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Size
         width = spec.rank if user.composition == "component" else 1
         weights = (spec.n_primitives if user.composition == "softmax" else user.top_k) * width
         numbers += user.experts * weights + user.bias * spec.d_out
-        indices += 0 if user.composition == "softmax" else user.experts * user.top_k
+        indices += 0 if user.composition == "softmax" else layout.selections(name) * user.top_k
         scales += user.experts * user.top_k * width + _added(layout, name, exact=True)
         numbers += _added(layout, name)
         d_in, d_out = layout.host_shape(name)
@@ -128,7 +128,7 @@ def neuron_size(layout: Layout, bank: str, itemsize: int = DENSE_ITEMSIZE) -> Si
         user, (_, columns), (d_in, d_out) = layout.neurons[name], layout.shape(name), layout.host_shape(name)
         plain += user.experts * biased_outputs(user.role, columns, user.bias, user.scaled)
         plain += user.experts * user.top_k if user.scaled else 1
-        indices += user.experts * user.top_k * (user.selection == name)
+        indices += layout.selections(name) * user.top_k * (user.selection == name)
         macs += projection_macs(layout, name)
         dense += d_in * d_out + user.bias * d_out
         dense_macs += d_in * d_out
@@ -149,11 +149,18 @@ def projection_macs(layout: Layout, name: str) -> int:
         spec = layout.banks[user.bank]
         kind = FORMATS[spec.quantization]
         pair = kind.computed(user.top_k * spec.rank) * (spec.d_in + kind.computed(spec.d_out))
-        folds = kind.multiple == 1 and user.experts == 1
-        return min(pair, spec.d_in * spec.d_out) if folds else layout.active(name) * pair
+        if kind.multiple == 1 and user.experts == 1:  # it folds
+            return min(pair, spec.d_in * spec.d_out)
+        mixed = layout.mixing(name, user.top_k * (spec.rank if user.composition == "component" else 1))
+        return layout.passes(name) * pair + mixed
     stored = layout.neuron_banks[layout.neurons[name].bank] if name in layout.neurons else layout.matrices[name]
     rows, columns = layout.shape(name)
-    return layout.active(name) * rows * FORMATS[stored.quantization].computed(columns)
+    macs = layout.passes(name) * rows * FORMATS[stored.quantization].computed(columns)
+    if name not in layout.neurons:
+        return macs
+    neurons = layout.neurons[name]
+    own = neurons.top_k * neurons.scaled + biased_outputs(neurons.role, columns, neurons.bias, neurons.scaled)
+    return macs + layout.mixing(name, own)
 
 
 def block_macs(layout: Layout, block: str) -> int:

@@ -33,7 +33,7 @@ class BankBudget:
     pair: numbers of one component, d_in + d_out, summed over the banks
     stored: numbers at most, biases not among them
     components: top_k · rank of one layer at most, by MACs. `mac_limited` False: layers may select their even share of
-    the primitives beyond that.
+    the primitives beyond that. recipes: compositions of each layer over one selection
     """
 
     layers: int
@@ -44,10 +44,11 @@ class BankBudget:
     mac_limited: bool = True
     composition: str = "component"
     banks: int = 1
+    recipes: int = 1
 
     def stored_by(self, size: BankSize) -> int:
         """Count the numbers that banks of that size and their compositions store."""
-        compositions = self.banks * self.layers * composition_numbers(self.composition, size)
+        compositions = self.banks * self.layers * composition_numbers(self.composition, size, self.recipes)
         return size.n_primitives * size.rank * self.pair + compositions
 
     def filled_by(self, size: BankSize) -> bool:
@@ -61,11 +62,14 @@ class BankBudget:
         return selected and self.stored_by(size) >= (1 - WASTE) * spent
 
 
-def composition_numbers(composition: str, size: BankSize) -> int:
-    """Count the numbers of one layer's composition: weights and selected indices, or the logits of a softmax."""
+def composition_numbers(composition: str, size: BankSize, recipes: int = 1) -> int:
+    """Count the numbers of one layer's composition: weights and selected indices, or the logits of a softmax.
+
+    recipes: so many weights of one selection
+    """
     if composition == "softmax":
         return size.n_primitives
-    return size.top_k * ((size.rank if composition == "component" else 1) + 1)
+    return size.top_k * (recipes * (size.rank if composition == "component" else 1) + 1)
 
 
 def affordable(limit: float, fixed: float, price: float, most: int) -> int:

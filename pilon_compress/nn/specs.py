@@ -7,7 +7,7 @@ from typing import Any
 from pilon_compress.nn.composed_linear import COMPOSITIONS
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.neuron_linear import NEURON_ROLES
-from pilon_compress.nn.router import ROUTER_KINDS
+from pilon_compress.nn.router import MIXES, ROUTER_KINDS
 
 NEVER = -1e4  # threshold below every predicted price: no token skips the block
 WIDEST, LARGEST = 1 << 26, 1 << 40  # of one size, and of the numbers of one side of a bank
@@ -91,7 +91,7 @@ class NeuronSpec:
 class RouterSpec:
     """The router of a feed-forward block of inputs of `width`: see `Router`.
 
-    shared: recipes beside the `experts` that are always on
+    shared: recipes beside the `experts` that are always on   mix: what of the chosen ones is added, outputs or recipes
     """
 
     width: int
@@ -99,6 +99,7 @@ class RouterSpec:
     top_k: int
     kind: str = "linear"
     shared: int = 0
+    mix: str = "outputs"
 
     @property
     def recipes(self) -> int:
@@ -107,8 +108,13 @@ class RouterSpec:
 
     @property
     def active(self) -> int:
-        """Return the recipes that compute a token."""
+        """Return the recipes that count for a token."""
         return self.top_k + self.shared
+
+    @property
+    def passes(self) -> int:
+        """Return how often the block computes a token."""
+        return self.active if self.mix == "outputs" else 1
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,8 @@ def checked(value: Any, name: str, kind: Any, where: str) -> Any:
     if name == "composition" and value not in COMPOSITIONS:
         raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
     if name == "role" and value not in NEURON_ROLES:
+        raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
+    if name == "mix" and value not in MIXES:
         raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
     if name == "kind" and value not in ROUTER_KINDS:
         raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")

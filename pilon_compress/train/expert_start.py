@@ -158,11 +158,11 @@ def refit(down: Any, expert: int, hidden: Tensor, wanted: Tensor, share: Tensor)
     """
     weight, bias = down.weight[expert], None if down.bias is None else down.bias
     if isinstance(down, ComposedLinear):
-        A, B = down.bank.primitives(down.selected[expert])
+        A, B = down.bank.primitives(down.selected.expand(down.experts, -1)[expert])
         latent, B = hidden @ A.permute(1, 0, 2).flatten(1), B.flatten(0, 1)
         group = len(B) // weight.numel()  # components that share a coefficient
     else:
-        chosen = None if down.selection is None else down.selection(expert)
+        chosen = None if down.selection is None else down.selection(expert if down.selection.experts > 1 else 0)
         latent, B, group = hidden, down.bank.part("down", chosen), 1
         bias = None if bias is None else bias[expert]
         if not down.scaled:

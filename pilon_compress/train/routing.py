@@ -116,14 +116,15 @@ def expert_similarity(model: Any) -> float:
             weight = full(layer.weight).float()
             sizes = layer.bank.sizes().float()
             spread = weight.new_zeros(layer.experts, *sizes.shape)
-            places = layer.selected[..., None].expand(*layer.selected.shape, sizes.shape[1])
+            places = layer.selected.expand(layer.experts, -1)[..., None].expand(-1, -1, sizes.shape[1])
             recipes.append((spread.scatter(1, places, weight.expand(places.shape)) * sizes).flatten(1))
     for _, one in neuron_projections(model):
         if one.experts > 1 and one.role == "down":
             whole = torch.ones(one.experts, one.top_k, device=one.weight.device)
             scale = full(one.weight).float() if one.scaled else whole
             if one.selection is not None:
-                scale = scale.new_zeros(one.experts, one.bank.neurons).scatter(1, one.selection.selected, scale)
+                places = one.selection.selected.expand(one.experts, -1)
+                scale = scale.new_zeros(one.experts, one.bank.neurons).scatter(1, places, scale)
             recipes.append(scale)
     found = [_mean_cosine(rows) for rows in recipes]
     return sum(found) / len(found) if found else 1.0

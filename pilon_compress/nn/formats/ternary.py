@@ -83,12 +83,12 @@ class TernaryBank(LatentPart, PrimitiveBank):
         return A, digits(self.B.index_select(0, selected), B_scale.index_select(0, selected), rounding)
 
     def folded(self, selected: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale (k·r,) and shift (k·r,) or None of the latent: both weight scales, and what `affine` says."""
+        """Scale (k·r,), of mixed recipes (N, k·r), and shift (k·r,) or None of the latent, weight scales included."""
         A_scale, B_scale = (one.index_select(0, selected).squeeze(-1) for one in self.scales())
         factor, shift = self.affine(weight.float())
         shape = (selected.shape[0], self.rank)
-        scale = A_scale.expand(shape) * factor.expand(shape) * B_scale.expand(shape)
-        return scale.reshape(-1), None if shift is None else (shift.expand(shape) * B_scale).reshape(-1)
+        scale = A_scale.expand(shape) * factor.expand(*factor.shape[:-2], *shape) * B_scale.expand(shape)
+        return scale.flatten(-2), None if shift is None else (shift.expand(shape) * B_scale).reshape(-1)
 
     @torch.no_grad()
     def hold(self) -> None:
