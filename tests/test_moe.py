@@ -55,7 +55,8 @@ def neurons(model, router, quantization="none"):
     host = {site.name: (site.d_in, site.d_out) for site in sites}
     bank = NeuronBankSpec(40, 32, 32, gated, quantization)
     blocks = {site.name.rpartition(".")[0] for site in sites}
-    return Layout({}, {}, {}, host, {}, {}, {"all": bank}, users, dict.fromkeys(sorted(blocks), router))
+    routers = dict.fromkeys(sorted(blocks), router)
+    return Layout({}, {}, {}, host, neuron_banks={"all": bank}, neurons=users, routers=routers)
 
 
 FORMS = {"factors": factors, "neurons": neurons}
