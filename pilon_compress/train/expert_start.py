@@ -19,18 +19,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pilon_compress.config.experts import ExpertsConfig
+from pilon_compress.config.training import TrainRecipe
 from pilon_compress.convert.calibrate.damping import damped_solve
 from pilon_compress.data.batch import Batch
+from pilon_compress.data.corpus import Corpus
 from pilon_compress.errors import BadInput
+from pilon_compress.models import checkpoint
 from pilon_compress.models.expert_layouts import expert_blocks, router_spec
-from pilon_compress.models.families import Site
+from pilon_compress.models.families import Site, find_sites
 from pilon_compress.models.hooks import Before, hooked
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.experts import add_experts
+from pilon_compress.nn.installed import layout_of
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.neuron_linear import NeuronLinear
 from pilon_compress.nn.router import Router
 from pilon_compress.nn.specs import RouterSpec
+from pilon_compress.parallel import World, spread
+from pilon_compress.train.heal import teacher_of
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +80,19 @@ def with_experts(layout: Layout, routers: Mapping[str, RouterSpec]) -> Layout:
         neurons={name: replace(spec, experts=experts(name)) for name, spec in layout.neurons.items()},
         routers=dict(routers),
     )
+
+
+def start_experts(recipe: TrainRecipe, world: World, model: PreTrainedModel, corpus: Corpus) -> None:
+    """Give the blocks of a converted model experts, in place, fitted on the first of the text; alike everywhere."""
+    assert recipe.ffn.moe is not None
+    model.config.use_cache = False
+    layout = layout_of(model)
+    sites = find_sites(checkpoint.empty_model(model.config), layout.replaced)
+    routers = routers_to_add(layout, sites, recipe.ffn.moe)
+    dense = checkpoint.load_model(teacher_of(recipe), dtype=torch.float32, share=True)
+    batch = corpus.first().to(world.device)
+    begin_experts(model.to(world.device), dense.to(world.device), routers, batch, recipe.seed)
+    spread(model, world)
 
 
 @torch.no_grad()

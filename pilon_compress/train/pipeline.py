@@ -52,7 +52,7 @@ from pilon_compress.parallel import join, lone, spread, wrap
 from pilon_compress.results.training import TrainResult
 from pilon_compress.train.bank_diagnostics import BankDiagnostics
 from pilon_compress.train.dense_warmup import convert_once, stages
-from pilon_compress.train.expert_start import begin_experts, routers_to_add
+from pilon_compress.train.expert_start import start_experts
 from pilon_compress.train.finish import finish
 from pilon_compress.train.freeze_unused import FreezeUnused
 from pilon_compress.train.heal import Healing, open_healing, steps_of, teacher_of, tokens_of
@@ -280,7 +280,7 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> 
     if recipe.start is not None:
         model = checkpoint.load_model(recipe.start, dtype=torch.float32)
         if recipe.ffn.moe is not None:
-            start_experts(run, model, corpus)
+            start_experts(recipe, run.world, model, corpus)
         if layout_of(model).is_ternary:
             centre(model)
         elif recipe.ternary.enabled:
@@ -300,17 +300,6 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> 
     if recipe.run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(run.world.device).train()
-
-
-def start_experts(run: Run, model: PreTrainedModel, corpus: Corpus) -> None:
-    """Give the blocks of a converted model experts, in place, fitted on the first of the text; alike everywhere."""
-    assert run.recipe.ffn.moe is not None
-    model.config.use_cache = False
-    device, sites = run.world.device, find_sites(checkpoint.empty_model(model.config), layout_of(model).replaced)
-    routers = routers_to_add(layout_of(model), sites, run.recipe.ffn.moe)
-    dense = checkpoint.load_model(teacher_of(run.recipe), dtype=torch.float32, share=True)
-    begin_experts(model.to(device), dense.to(device), routers, corpus.first().to(device), run.recipe.seed)
-    spread(model, run.world)
 
 
 def round_model(run: Run, model: PreTrainedModel, corpus: Corpus) -> None:
