@@ -162,12 +162,16 @@ def test_similarity_is_one_where_experts_are_alike():
     assert expert_similarity(model) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("more", [(), ("--primitive", "neurons"), ("--ternary",), ("mix",)])
-def test_a_run_ends_reports_and_loads(cli, tmp_path, more):
-    asked = "experts=4,top_k=2" + ",bias_rate=0.001" * ("neurons" in more)
-    if more == ("mix",):
-        asked, more = f"{asked},mix=recipes", ()
-    words = ("train", "--recipe", "smoke", "--moe", asked, "-o", "out", "--json", "--tokens", "6144")
+RUNS = [
+    ("experts=4,top_k=2", ()),
+    ("experts=4,top_k=2,bias_rate=0.001", ("--primitive", "neurons")),
+    ("experts=4,top_k=2,mix=recipes", ("--ternary",)),
+]
+
+
+@pytest.mark.parametrize(("moe", "more"), RUNS)
+def test_a_run_ends_reports_and_loads(cli, tmp_path, moe, more):
+    words = ("train", "--recipe", "smoke", "--moe", moe, "-o", "out", "--json", "--tokens", "4096")
     planned = json.loads(cli(*words, *more, "--dry-run", cwd=tmp_path).stdout)
     result = json.loads(cli(*words, *more, cwd=tmp_path).stdout)
     assert result["ffn"] == {**result["ffn"], **planned["ffn"]}
@@ -181,4 +185,4 @@ def test_a_run_ends_reports_and_loads(cli, tmp_path, more):
     assert len(list(routers(model))) == 4
     found = json.loads(cli("inspect", "out", "--json", cwd=tmp_path).stdout)
     assert found["routing"]["similarity"] == routing["similarity"]
-    assert any(float(router.balance.abs().max()) > 0 for _, router in routers(model)) == ("neurons" in more)
+    assert any(float(router.balance.abs().max()) > 0 for _, router in routers(model)) == ("bias_rate" in moe)
