@@ -35,6 +35,7 @@ from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.neuron_linear import NeuronLinear
 from pilon_compress.nn.router import Router
 from pilon_compress.nn.specs import RouterSpec
+from pilon_compress.nn.targets import target_of
 from pilon_compress.parallel import World, spread
 from pilon_compress.train.heal import teacher_of
 
@@ -58,7 +59,8 @@ def routers_to_add(layout: Layout, sites: Sequence[Site], asked: ExpertsConfig) 
     if layout.quantized:
         raise BadInput("the model is quantised or ternary: experts are for floats, leave --moe out")
     found = {}
-    for name, block in expert_blocks([site for site in sites if site.name in layout.replaced]).items():
+    own = [site for site in sites if site.name in layout.replaced and target_of(site.name) == "ffn"]
+    for name, block in expert_blocks(own).items() if own else ():
         specs = [layout.projections.get(site.name) or layout.neurons.get(site.name) for site in block]
         if all(spec is not None and getattr(spec, "composition", "") != "softmax" for spec in specs):
             width = layout.shape(next(site.name for site in block if site.role != "down"))[0]
