@@ -47,7 +47,7 @@ def test_every_option_has_a_flag():
 @pytest.mark.parametrize(
     ("to", "options", "refused"),
     [
-        ("onnx", {}, "no export target 'onnx'; there are dense, native, deci, packed, pilon, self-contained"),
+        ("onnx", {}, "no export target 'onnx'; there are .*native"),
         ("dense", {"rest": "int8"}, "--rest does not apply to an export to dense: it reads --dtype"),
         ("self-contained", {"dtype": "bfloat16"}, "--dtype does not apply to an export to self-contained"),
         ("packed", {}, "plain is not ternary: `pilon-compress train --heal"),

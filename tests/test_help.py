@@ -7,6 +7,7 @@ import typer
 
 from pilon_compress.cli.main import app
 from pilon_compress.cli.options import Configured
+from pilon_compress.config.experts import ExpertsConfig
 from pilon_compress.data.readers.registry import FORMATS, SOURCES
 from pilon_compress.errors import BadInput
 
@@ -105,6 +106,8 @@ def sample(flag) -> tuple[str, object]:
     """A value that is not the default: as it is typed, and as the field holds it."""
     if flag.name == "--ffn" and not flag.choices:
         return "64x128", "64x128"
+    if flag.name == "--moe":
+        return "experts=4,top_k=2", ExpertsConfig(experts=4, top_k=2)
     if flag.choices:
         word = next(one for one in flag.choices if one != flag.info.default)
         return word, word

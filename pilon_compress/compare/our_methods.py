@@ -76,7 +76,7 @@ for _kind, _grid in grids().items():
 def settings(base: conversion.Recipe, method: str, ratio: float) -> conversion.Recipe:
     """The recipe of one of OURS at one ratio. Raises BadInput for a ratio that is out of range."""
     size = f"budget.ffn_ratio={float(ratio)}"
-    return conversion.build(base.model_dump(exclude_none=True), [size, *OURS[method]])
+    return conversion.build(base.model_dump(exclude_none=True, exclude_unset=True), [size, *OURS[method]])
 
 
 def candidate(job: ConversionJob, source: Source, batches: list[Batch], moments: Moments, seed: int) -> Candidate:

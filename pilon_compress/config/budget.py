@@ -58,8 +58,8 @@ class Budget(Section):
     on text that no fit has seen; with always every band. A shared bank costs MACs, up to `mac_ratio` (which always
     spends), and saves stored numbers; trying costs two to three times the time. Attention never shares."""
     primitive: Annotated[Literal["factors", "neurons"], Option()] = "factors"
-    """Primitives that bands share: low-rank factors of each projection, or with `share` always whole neurons (their
-    columns of gate and up, their row of down), for which every layer has scales and a bias of its own."""
+    """Primitives that bands share: low-rank factors of each projection, or whole neurons (their columns of gate and up,
+    their row of down), for which every layer has scales and a bias of its own; neurons ask for `share` always."""
     bands: Annotated[Positive | list[list[int]] | None, Option(metavar="BANDS")] = None
     """Bands of layers that share banks: their number, or the layers of each, as in [[0, 1], [2, 3]]; asks for `share`
     always where that is not set. Default: bands of about three layers; whole neurons: pairs, or more if needed."""
@@ -108,8 +108,9 @@ class Budget(Section):
 
     @property
     def sharing(self) -> str:
-        """Return none, auto or always: `share`, or what `bands` asks for."""
-        asked = "always" if self.bands is not None and "share" not in self.model_fields_set else self.share
+        """Return none, auto or always: `share`, or what `bands` and `primitive` ask for."""
+        named = self.bands is not None or self.primitive == "neurons"
+        asked = "always" if named and "share" not in self.model_fields_set else self.share
         return "none" if self.fixed_shape else asked
 
     @property

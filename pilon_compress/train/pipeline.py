@@ -282,7 +282,8 @@ def open_model(run: Run, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> 
         if recipe.ffn.moe is not None:
             start_experts(recipe, run.world, model, corpus)
         if layout_of(model).is_ternary:
-            centre(model)
+            if recipe.run.train != "compositions":
+                centre(model)
         elif recipe.ternary.enabled:
             round_model(run, model, corpus)
     elif recipe.ffn.like is not None:
