@@ -33,6 +33,8 @@ def print_result(result: dict[str, Any]) -> None:
         print_entries(part, entries)
     for name, reason in result["skipped"].items():
         say(f"{name} was left out: {reason}")
+    if (share := result.get("skipped_work")) is not None:
+        say(f"{share:.1%} of the feed-forward work is skipped at exit gates, on English text")
     if kernels := result.get("kernels"):
         from pilon_compress.nn.kernel_names import kernel_note
 

@@ -82,6 +82,13 @@ def print_converted(result: dict[str, Any], verbose: bool = False) -> None:
         if source != "bfloat16":
             text += f", {number(sizes['bytes_ratio_to_bf16'])} in bfloat16"
         say(text)
+    if exits := list((result.get("exits") or {}).values()):
+        kind = f"a linear map of rank {exits[0]['substitute']}" if exits[0]["substitute"] else "a constant"
+        limits = dict.fromkeys(f"{gate['threshold']:.3g}" for gate in exits)
+        say(
+            f"{len(exits)} blocks have exit gates: a token skips a block, and {kind} answers, where the predicted log "
+            f"of the divergence in nats is below {', '.join(limits)}. MACs are those of a token that skips nothing."
+        )
     figures = quality(result["evaluation"])
     if figures:
         rows = [[figure.label, figure.value, figure.dense] for figure in figures]

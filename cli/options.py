@@ -145,6 +145,8 @@ def _overrides(flag: Flag, text: Any) -> list[Override]:
     """Return what a flag says, and what it sets besides; nothing where it was not given."""
     if text is None or text is False or (flag.is_list and not text):
         return []
+    if text == "" and flag.mark.bare:
+        return [Override(flag.mark.bare, True, flag.name)]
     value = list(text) if flag.is_list else text if flag.is_text or flag.is_switch else _scalar(flag, text)
     also = [Override(field, other, flag.name, beside=True) for field, other in flag.mark.also.items()]
     return [Override(flag.path, value, flag.name), *also]

@@ -16,7 +16,7 @@ from .parameters import DryRun, Json, Output, Overwrite, named
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.", rich_help_panel=RUNNING)
 ]
-NEEDS = "name a --recipe to train from scratch, or a model to --heal or --sft"
+NEEDS = "name a --recipe to train from scratch, or a model to --heal, --sft or --exit-gates"
 
 
 @configured(TrainRecipe, Recipes("convert", NEEDS))
@@ -84,6 +84,12 @@ def print_result(result: TrainResult) -> None:
         ["parameters", short_count(result.parameters)],
         *_sizes(result),
     ]
+    if (exits := result.exits) is not None:
+        rows += [
+            ["FFN work skipped", f"{exits.skipped:.1%}"],
+            ["perplexity, nothing skipped", number(exits.perplexity_without)],
+            ["perplexity increase", f"{exits.perplexity_increase:.2%} of {exits.max_perplexity_increase:.2%}"],
+        ]
     print_table(f"{result.task}, {number(result.seconds)} s", ["", "measured"], rows)
     print(f"model   {result.output}\nmetrics {result.output}/metrics.jsonl")
 

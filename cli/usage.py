@@ -116,7 +116,17 @@ def _write(formatter: Any, records: list[tuple[str, str]]) -> None:
 
 
 class Command(_Spaced, TyperCommand):
-    """A command whose help is plain text."""
+    """A command whose help is plain text. Options that are marked as `bare` may come without a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flags = getattr(self.callback, "flags", [])  # of `options.configured`
+        return super().parse_args(ctx, with_values(args, {flag.name for flag in flags if flag.mark.bare}))
+
+
+def with_values(words: list[str], bare: set[str]) -> list[str]:
+    """Return a command's words with an empty value behind each option of `bare` that has none."""
+    followed = zip(words, [*words[1:], "-"], strict=True)
+    return [one for word, after in followed for one in ([word, ""] if word in bare and after[:1] == "-" else [word])]
 
 
 class Group(_Spaced, TyperGroup):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, which loads them when they ar
     from pilon_compress.api.measuring import compare as compare
     from pilon_compress.api.measuring import evaluate as evaluate
     from pilon_compress.api.measuring import inspect as inspect
+    from pilon_compress.api.training import add_exit_gates as add_exit_gates
     from pilon_compress.api.training import heal as heal
     from pilon_compress.api.training import train as train
     from pilon_compress.config.benchmark import BenchConfig as BenchConfig
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, which loads them when they ar
     from pilon_compress.config.model import FfnConfig as FfnConfig
     from pilon_compress.config.model import HostConfig as HostConfig
     from pilon_compress.config.model import TernaryConfig as TernaryConfig
+    from pilon_compress.config.training_calls import ExitGatesConfig as ExitGatesConfig
     from pilon_compress.config.training_calls import HealConfig as HealConfig
     from pilon_compress.config.training_calls import TrainConfig as TrainConfig
     from pilon_compress.config.training_sections import OptimizerConfig as OptimizerConfig
@@ -71,6 +73,7 @@ _PUBLIC = {  # public name -> module
     "load": "api.conversion",
     "heal": "api.training",
     "train": "api.training",
+    "add_exit_gates": "api.training",
     "evaluate": "api.measuring",
     "compare": "api.measuring",
     "inspect": "api.measuring",
@@ -86,6 +89,7 @@ _PUBLIC = {  # public name -> module
     "CompareConfig": "config.comparison",
     "HealConfig": "config.training_calls",
     "TrainConfig": "config.training_calls",
+    "ExitGatesConfig": "config.training_calls",
     "HostConfig": "config.model",
     "FfnConfig": "config.model",
     "TernaryConfig": "config.model",

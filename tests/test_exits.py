@@ -13,6 +13,7 @@ import pilon_compress  # noqa: F401  registers the quantisation method
 from pilon_compress.errors import BadInput
 from pilon_compress.export.dense import to_dense
 from pilon_compress.export.packed import packed
+from pilon_compress.export.run import export
 from pilon_compress.export.save import save_model
 from pilon_compress.models.families import find_sites
 from pilon_compress.models.layouts import dense_layout
@@ -224,3 +225,17 @@ def test_blocks_of_another_form_are_refused(tiny):
     model = tiny.tiny_model("bert")
     with pytest.raises(ValueError, match="takes hidden states alone"):
         add_gate(model.base_model.get_submodule("encoder.layer.0.output"), ExitGate(32))
+
+
+def test_a_self_contained_folder_brings_its_gates(tiny, tmp_path, bare):
+    save_model(gated(tiny, substitute=4), tiny.tiny_tokenizer(), tmp_path / "out", torch.float32)
+    export(str(tmp_path / "out"), tmp_path / "alone", "self-contained")
+    script = """
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("alone", trust_remote_code=True)
+torch.save(model(torch.arange(6, 40)[None]).logits, "logits.pt")
+"""
+    bare.python(script, cwd=tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(torch.arange(6, 40)[None]).logits)

@@ -29,7 +29,8 @@ convert --output --recipe --set --ffn-ratio --bands --n-primitives --rank --top-
  --refine --dtype --bank-dtype --device --seed --max-memory --overwrite --dry-run --verbose --json
 compare --output --ffn-ratio --methods --seeds --calibration --samples --sequence-length --batch-size --eval-data
  --eval-samples --device --seed --overwrite --list --dry-run --json
-train --recipe --output --heal --teacher --cache-teacher --temperature --shrink --like --sft --ffn --primitive --share
+train --recipe --output --heal --teacher --cache-teacher --temperature --shrink --like --sft --exit-gates
+ --max-perplexity-increase --ffn --primitive --share
  --ffn-ratio --mac-ratio --ternary --data
  --validation --chat-template --learn --sequence-length --tokens --batch-size --learning-rate --set --device --seed
  --resume --overwrite --dry-run --json
@@ -89,9 +90,10 @@ def test_no_name_is_lost():
 
 def parsed(command: str, *words: str):
     """The config that the command makes of `words`, by typer's parser."""
-    base = [] if {*words} & {"--heal", "--sft", "--like"} else BASE.get(command, ["m"])
+    base = [] if {*words} & {"--heal", "--sft", "--like", "--exit-gates"} else BASE.get(command, ["m"])
     scratch = {*words} & {"--ffn", "--primitive", "--share", "--ffn-ratio", "--mac-ratio"}
     base = ["--set", "task=pretrain"] if command == "train" and scratch else base
+    base = ["--exit-gates", "m"] if "--max-perplexity-increase" in words else base
     context = GROUP.commands[command].make_context(command, [*base, *words])
     return CONFIGURED[command].read(context.params)
 

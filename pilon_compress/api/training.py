@@ -1,4 +1,4 @@
-"""Heal a converted model, train one from scratch or on chats."""
+"""Heal a converted model, train one from scratch or on chats, add exit gates."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pilon_compress.api.context import ModelLike, Texts, calling, device_of
 from pilon_compress.api.conversion import load
 from pilon_compress.config.training import TrainRecipe
-from pilon_compress.config.training_calls import HealConfig, TrainConfig
+from pilon_compress.config.training_calls import ExitGatesConfig, HealConfig, TrainConfig
 from pilon_compress.data.memory import hold as hold_texts
 from pilon_compress.errors import BadInput
 from pilon_compress.models.in_memory import hold, hold_or_none
@@ -87,6 +87,38 @@ def train(
         if model is not None:
             recipe = recipe.model_copy(update={"device": device_of(model, recipe.device)})
         return _trained(recipe, output, resume, overwrite, progress)
+
+
+def add_exit_gates(
+    model: ModelLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: ExitGatesConfig | None = None,
+    data: Texts | None = None,
+    *,
+    validation: Texts | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> tuple[PreTrainedModel, TrainResult]:
+    """Let tokens of a causal language model skip feed-forward blocks; return the model with gates and its figures.
+
+    model       an object of transformers, which does not change, or a reference; dense or PILON. Its weights stay.
+    data        texts, or the name of a source, that prices are estimated on; one document in five is held out for the
+                threshold, unless `validation` is given
+    output      folder for the model; without one nothing is written that stays
+
+    `result.exits` has the share of the work that is skipped and what it costs. Raises BadInput.
+    """
+    asked = config or ExitGatesConfig()
+    with (
+        calling(progress),
+        hold(model, tokenizer) as start,
+        hold_texts(data) as text,
+        hold_texts(validation) as held_out,
+    ):
+        recipe = asked.recipe(start, source=text, validation=held_out)
+        recipe = recipe.model_copy(update={"device": device_of(model, recipe.device)})
+        return _trained(recipe, output, False, overwrite, progress)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from pilon_compress.bench.block_variants import BASELINE, Unavailable
 from pilon_compress.bench.model_variants import VARIANTS
 from pilon_compress.bench.timing import interleaved
 from pilon_compress.config.benchmark import BenchCommand
+from pilon_compress.data import sequences, text
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.limits import longest_input
@@ -19,7 +21,10 @@ from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.installed import layout_of
 from pilon_compress.nn.kernel_names import kernel_names
 from pilon_compress.nn.layout import BANKS
+from pilon_compress.nn.skipping import counting
 from pilon_compress.results.benchmark import Benchmark
+
+TEXT = "stdlib"  # source of text that is on every machine
 
 
 @torch.inference_mode()
@@ -48,7 +53,15 @@ def bench_model(config: BenchCommand) -> Benchmark:
             variants[name] = VARIANTS[name](pilon)
         except Unavailable as reason:
             skipped[name] = str(reason)
-    ids = torch.randint(5, vocabulary(pilon.config), (batch, context), device=target)
+    share: float | None = None
+    if layout_of(pilon).exits:  # whose decisions depend on the text
+        ids = _text(model, batch, context).to(target)
+        with counting(pilon) as count:
+            pilon(ids)
+            count.take(torch.ones_like(ids, dtype=torch.bool))
+        share = count.share
+    else:
+        ids = torch.randint(5, vocabulary(pilon.config), (batch, context), device=target)
     parts = {"prefill": {name: _prefill(variant, ids) for name, variant in variants.items()}}
     if checkpoint.is_causal(pilon.config):
         parts["decode"] = {name: _decode(variant, ids) for name, variant in variants.items()}
@@ -58,7 +71,17 @@ def bench_model(config: BenchCommand) -> Benchmark:
         timed[part] = {name: times.summary(name, BASELINE) for name in runs}
     about = circumstances(target, config.rounds)
     kernels = kernel_names(layout_of(pilon), target.type)
+    timed |= {} if share is None else {"skipped_work": share}
     return Benchmark(model=model, context=context, batch=batch, **about, **timed, kernels=kernels, skipped=skipped)
+
+
+def _text(model: str, batch: int, context: int) -> torch.Tensor:
+    """Return ids (batch, context) of English text, for models whose time depends on it. Raises BadInput."""
+    documents = list(text.open_text(TEXT))
+    ids, _ = sequences.stream(checkpoint.load_tokenizer(model), documents, batch * context)
+    if len(ids) < batch * context:
+        raise BadInput(f"the text of a timing has {len(ids)} tokens: lower --batch or --context")
+    return torch.tensor(ids[: batch * context]).reshape(batch, context)
 
 
 def _prefill(model: Any, ids: torch.Tensor) -> Callable[[], object]:
@@ -67,15 +90,18 @@ def _prefill(model: Any, ids: torch.Tensor) -> Callable[[], object]:
 
 
 def _decode(model: Any, ids: torch.Tensor) -> Callable[[], object]:
-    """Return a function that decodes one token after the context `ids`; it crops the cache to the context again."""
+    """Return a function that decodes one token after the context `ids`; it crops the cache to the context again.
+
+    Tokens are those of the context in turn, since exit gates decide by the token.
+    """
     cache = DynamicCache(config=model.config)
     # transformers before 5.23 calls the argument past_key_values
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     model(ids, use_cache=True, logits_to_keep=1, **{name: cache})
-    token = ids[:, :1]
+    tokens = cycle(ids.split(1, 1))
 
     def step() -> None:
-        model(token, use_cache=True, **{name: cache})
+        model(next(tokens), use_cache=True, **{name: cache})
         cache.crop(-1)
 
     return step

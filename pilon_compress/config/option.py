@@ -30,6 +30,7 @@ class Option:
     help      sentences in place of the field's docstring
     tail      sentences behind it; {module:REGISTRY} in them stands for the entries of a registry, plug-ins included
     also      values of other fields that the option sets, by dotted name
+    bare      dotted switch that the option sets, and nothing else, where no value follows it
     """
 
     name: str = ""
@@ -38,6 +39,7 @@ class Option:
     help: str = ""
     tail: str = ""
     also: dict[str, Any] = field(default_factory=dict)
+    bare: str = ""
 
 
 @dataclass(frozen=True)

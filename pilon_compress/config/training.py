@@ -20,14 +20,19 @@ from pilon_compress.config.training_sections import (
     WHAT,
     Data,
     Distill,
+    ExitGates,
     Optimizer,
     Run,
     Schedule,
 )
 
-Task = Literal["pretrain", "heal", "sft"]
+Task = Literal["pretrain", "heal", "sft", "gates"]
 HEAL = "Converted model that learns from its dense teacher; with --shrink a dense model. Default: no healing."
 SFT = "Model, dense or PILON, to fine-tune on chats. Default: no fine-tuning."
+GATES = (
+    "End with exit gates, which let tokens skip feed-forward blocks. With MODEL, dense or PILON, its weights stay and "
+    "gates are all that is trained. Default: no gates."
+)
 WEIGHT_DECAY_ENDS = 0.5  # share of a ternary training, as in the second stage of BitNet b1.58 (Ma et al., 2024)
 
 
@@ -42,14 +47,15 @@ class TaskModels(Section):
     """The task, and the models that it begins with."""
 
     task: Task
-    """Task: pretrain (from scratch), heal (a converted model learns from its dense teacher) or sft (fine-tuning on
-    chats)."""
+    """Task: pretrain (from scratch), heal (a converted model learns from its dense teacher), sft (fine-tuning on chats)
+    or gates (exit gates for a model whose weights stay)."""
     start: Annotated[
         Text | None,
         Option("--heal", WHAT, "MODEL", help=HEAL, also={"task": "heal"}),
         Option("--sft", WHAT, "MODEL", help=SFT, also={"task": "sft"}),
+        Option("--exit-gates", WHAT, "[MODEL]", help=GATES, also={"task": "gates"}, bare="exits.enabled"),
     ] = None
-    """Model to heal or fine-tune, PILON or dense. Default: none, for task pretrain."""
+    """Model to heal, to fine-tune or to add exit gates to, PILON or dense. Default: none, for task pretrain."""
     teacher: Annotated[Text | None, Option(panel=WHAT, metavar="MODEL")] = None
     """Dense model that the healing model learns from. Default: the one that it was converted from."""
 
@@ -96,6 +102,7 @@ class TrainRecipe(General, Progressive, TaskModels):
     optimizer: Annotated[Optimizer, Options(RUNNING)] = Optimizer()
     schedule: Annotated[Schedule, Options(RUNNING)] = Schedule()
     distill: Annotated[Distill, Options(WHAT)] = Distill()
+    exits: Annotated[ExitGates, Options(WHAT)] = ExitGates()
     run: Annotated[Run, Options(RUNNING)] = Run()
     research: Research = Research()
     """Research modules by name, with their own fields: `original` (the original PILON's training), `bitnet`."""
@@ -118,6 +125,11 @@ class TrainRecipe(General, Progressive, TaskModels):
         """Share of the steps after which weight decay is off: 1 unless the training is ternary."""
         ends = [section.weight_decay_ends for section in self.research.sections.values()]
         return next((end for end in ends if end is not None), WEIGHT_DECAY_ENDS) if self.ternary.enabled else 1.0
+
+    @property
+    def gated(self) -> bool:
+        """True if the training ends with exit gates."""
+        return self.task == "gates" or self.exits.enabled
 
     @property
     def warm(self) -> bool:
@@ -148,6 +160,9 @@ COSINE = Context[TrainRecipe](lambda r: r.schedule.kind == "cosine", lambda _: "
 NO_KL = Context[TrainRecipe](lambda r: r.distill.kl == 0, lambda _: "distill.kl 0")
 NO_HIDDEN = Context[TrainRecipe](lambda r: r.distill.hidden == 0, lambda _: "distill.hidden 0")
 
+FROZEN = Context[TrainRecipe](lambda r: r.task == "gates", lambda _: "task gates, which changes no weights")
+UNGATED = Context[TrainRecipe](lambda r: not r.gated, lambda _: "exits.enabled false")
+
 TABLE: dict[str, tuple[Context[TrainRecipe], ...]] = {
     "start": (SCRATCH,),
     "teacher": (ALONE,),
@@ -165,7 +180,12 @@ TABLE: dict[str, tuple[Context[TrainRecipe], ...]] = {
     "optimizer.muon_learning_rate": (ADAMW,),
     "schedule.decay": (CONSTANT, COSINE),
     "schedule.floor": (CONSTANT,),
+    **{f"exits.{name}": (UNGATED,) for name in ExitGates.model_fields if name != "enabled"},
 }
+_SECTIONS: dict[str, type[Section]] = {"optimizer": Optimizer, "schedule": Schedule, "run": Run}
+_OF_WEIGHTS = [f"{section}.{name}" for section, fields in _SECTIONS.items() for name in fields.model_fields]
+_OF_WEIGHTS += ["ternary.enabled", "data.chat_template"]
+TABLE |= {path: (*TABLE.get(path, ()), FROZEN) for path in _OF_WEIGHTS}
 
 DENSE = Context[TrainRecipe](lambda r: r.ffn.kind == "dense", lambda _: "ffn.kind dense")
 PRIVATE = Context[TrainRecipe](lambda r: r.ffn.kind == "lowrank", lambda _: "ffn.kind lowrank")
@@ -213,6 +233,8 @@ def conflicts(recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
     ffn = recipe.ffn
     if ffn.top_k is not None and ffn.n_primitives is not None and ffn.top_k > ffn.n_primitives:
         yield "ffn.top_k", f"is more than the {ffn.n_primitives} primitives of a bank: lower it to that at most"
+    if recipe.shrink and recipe.exits.enabled:
+        yield "exits.enabled", "is for a training that ends once, not with shrink: add gates to its result, task gates"
     if recipe.task == "sft" and recipe.ternary.enabled:
         yield "ternary.enabled", "is for pretrain and heal: a ternary model is taught chats as it is"
     if recipe.ternary.after + recipe.ternary.blocks + recipe.ternary.scales > 1 + 1e-9:

@@ -7,6 +7,7 @@ from pilon_compress.config.model import ExpertsOf, FfnConfig, HostConfig, Ternar
 from pilon_compress.config.training import General, Progressive, TrainRecipe
 from pilon_compress.config.training_sections import (
     Distill,
+    ExitGates,
     Length,
     OptimizerConfig,
     Rate,
@@ -26,6 +27,7 @@ class HealConfig(Flat, ExpertsOf, Distill, Run, Sequences, Length, Rate, Progres
     ternary: TernaryConfig = TernaryConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    exits: ExitGates = ExitGates()
 
     @model_validator(mode="after")
     def _every_option_counts(self) -> "HealConfig":
@@ -48,6 +50,7 @@ class TrainConfig(Flat, Run, Sequences, Length, Rate, General):
     ternary: TernaryConfig = TernaryConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    exits: ExitGates = ExitGates()
 
     @model_validator(mode="after")
     def _every_option_counts(self) -> "TrainConfig":
@@ -59,3 +62,19 @@ class TrainConfig(Flat, Run, Sequences, Length, Rate, General):
         given: dict[str, dict[str, str | None]] = {"data": data, "host": {"tokenizer": tokenizer}}
         fixed = {"task": "pretrain" if start is None else "sft", "start": start}
         return arranged(self, TrainRecipe, fixed, given)
+
+
+class ExitGatesConfig(Flat, ExitGates, Sequences, General):
+    """Exit gates for a model whose weights stay, as Python programs ask for them: the fields of a recipe, flat.
+
+    Raises BadInput for an unknown field, a value that is out of range, and fields that exclude each other.
+    """
+
+    @model_validator(mode="after")
+    def _every_option_counts(self) -> "ExitGatesConfig":
+        self.recipe("model")
+        return self
+
+    def recipe(self, start: str, **data: str | None) -> TrainRecipe:
+        """Return the recipe that adds gates to `start`; `data`: text sources, as fields of the section."""
+        return arranged(self, TrainRecipe, {"task": "gates", "start": start}, {"data": data})

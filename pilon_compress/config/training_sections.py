@@ -2,8 +2,11 @@
 
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from pilon_compress.config.fields import SOURCES
 from pilon_compress.config.option import Option
+from pilon_compress.config.ratio import Ratio
 from pilon_compress.config.reading import Above, Count, Number, Positive, Section, Share, Switch, Text
 
 WHAT = "What is trained"
@@ -122,6 +125,20 @@ class Distill(Section):
     cache."""
     keep_best: Switch = True
     """End with the weights that were best on the validation text, not with the last ones."""
+
+
+class ExitGates(Section):
+    """Gates that let tokens skip feed-forward blocks, trained after everything else; the weights do not change."""
+
+    enabled: Switch = False
+    """End with the training of exit gates. Task gates, which does nothing else, has no need of it."""
+    max_perplexity_increase: Annotated[Ratio, Field(gt=0, le=1), Option()] = 0.01
+    """Perplexity that skipping may cost on the validation text, as a share of the model's own, as in 1%."""
+    tokens: Positive = 2**15
+    """Tokens of the training text that the price of skipping a block is estimated on."""
+    substitute: Count | None = None
+    """Rank of the linear map that answers in a skipped block's place; 0: a constant alone. Default: an eighth of the
+    hidden size."""
 
 
 class Run(Section):

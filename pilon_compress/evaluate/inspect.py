@@ -18,7 +18,7 @@ from pilon_compress.nn.size import bank_size, linear_macs, model_size, neuron_si
 from pilon_compress.nn.stored import stored_layout
 from pilon_compress.report.layout_parts import layout_parts
 from pilon_compress.results.evaluation import Evaluation
-from pilon_compress.results.inspection import InspectedBank, InspectedProjection, Inspection
+from pilon_compress.results.inspection import InspectedBank, InspectedExit, InspectedProjection, Inspection
 from pilon_compress.results.routing import Routing
 from pilon_compress.results.sizes import Part
 
@@ -105,6 +105,7 @@ def _form(model: str, empty: PreTrainedModel, layout: Layout, parts: list[Part],
             for name, spec in layout.banks.items()
         }
         | {name: _neuron_bank(layout, name, dtype.itemsize) for name in layout.neuron_banks},
+        "exits": {name: InspectedExit(**vars(gate)) for name, gate in layout.exits.items()} or None,
         "source_dtype": str(source).removeprefix("torch."),
         **sizes,
         "ffn": sizes["ffn"].model_copy(update={"shared_primitives": report.get("shared_primitives")}),

@@ -23,6 +23,7 @@ from pilon_compress.models.causality import check_causal
 from pilon_compress.models.limits import check_length, longest_input
 from pilon_compress.models.task import vocabulary
 from pilon_compress.nn.functional import kl_divergence, rows_at_once
+from pilon_compress.nn.skipping import counting
 from pilon_compress.results.evaluation import Evaluation
 
 LONGEST_WINDOW = 1024
@@ -68,12 +69,16 @@ def measure(
     _check_ids(model, tokenizer, before + ids)
     rows = min(batch_size, rows_at_once(window * vocabulary(model.config), COPIES))
     batches = list(_batches(_windows(ids, before, room, stride), rows))
-    sums = sum((_scores(model, against, batch) for batch in track(batches, "evaluating")), torch.zeros(4).double())
+    sums = torch.zeros(4, dtype=torch.float64)
+    with counting(model) as count:
+        for batch in track(batches, "evaluating"):
+            sums += _scores(model, against, batch)
+            count.take(batch.targets != IGNORED)
     tokens = sum(batch.scored for batch in batches)
     begin, separator = sequences.begins_with(tokenizer), sequences.separator(tokenizer)
     metrics = _metrics(sums, tokens, bytes_per_token, against is not None)
     settings = {"window": window, "stride": stride, "begins_with": begin, "eos": bool(separator)}
-    return Evaluation.model_validate({"kind": "causal", **metrics, **settings})
+    return Evaluation.model_validate({"kind": "causal", **metrics, **settings, **count.figures()})
 
 
 def _metrics(sums: Tensor, tokens: int, bytes_per_token: float, compared: bool) -> dict[str, Any]:

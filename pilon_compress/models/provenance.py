@@ -34,8 +34,12 @@ def lineage(folder: str | Path) -> Lineage:
     evaluation: str | None = None
     texts: list[str] = []
     place: str | None = str(folder)
+    gated = False
     for _ in range(GENERATIONS):
         recipe = _recipe(Path(place).expanduser()) if place is not None else {}
+        if gated and not recipe:  # the weights of task gates are those of the model that it began with
+            dense = dense or place
+        gated = recipe.get("task") == "gates"
         data = recipe.get("calibration") or recipe.get("data") or {}
         sources = [data.get(key) for key in ("data", "source")] if isinstance(data, dict) else []
         texts += [one for one in sources if isinstance(one, str) and one]

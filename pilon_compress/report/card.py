@@ -85,7 +85,7 @@ def training_card(result: Report, recipe: TrainRecipe, causal: bool = True, dens
         "`train.json` and `metrics.jsonl`.",
         "## Measured",
         f"{table(['', 'This model', ''], figures)}\n\nEvaluated on {text}.",
-        f"![Loss, perplexity and rates over the training]({PICTURE})",
+        *([] if recipe.task == "gates" else [f"![Loss, perplexity and rates over the training]({PICTURE})"]),
         "## Load",
         *_loading(result["output"], kind, pilon="model" in result),
         *_reproduction(

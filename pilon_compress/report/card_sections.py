@@ -114,6 +114,9 @@ def training_figures(result: Report) -> list[list[str]]:
         (first, value), *others = [(name, formatting.number(ratio)) for name, ratio in known if ratio is not None]
         more = "".join(f", of the {name} {ratio}" for name, ratio in others)
         rows.append([f"{label} ÷ dense", f"**{value}**", f"of the {first}{more}"])
+    if exits := result.get("exits"):
+        meaning = f"of the FFN, at exit gates: perplexity {exits['perplexity_increase']:+.2%}, measured with all gates"
+        rows.append(["Work skipped", f"**{exits['skipped']:.1%}**", meaning])
     return rows
 
 

@@ -186,6 +186,8 @@ _CIRCUMSTANCES = {
     "stride": "Stride, tokens",
     "begins_with": "Sequences begin with",
     "eos": "EOS between documents",
+    "skipped": "Feed-forward work skipped at exit gates",
+    "skipped_by_layer": "Tokens that skip, by layer",
 }
 _DENSE_KEYS = {dense for _, _, dense in QUALITY.values() if dense}
 
@@ -212,6 +214,7 @@ def circumstances(details: Mapping[str, Any] | None) -> list[tuple[str, str]]:
             continue
         if isinstance(value, bool):
             value = "yes" if value else "no"
-        text = number(value) if isinstance(value, int | float) else str(value)
+        values = value if isinstance(value, list) else [value]
+        text = ", ".join(number(one) if isinstance(one, int | float) else str(one) for one in values)
         rows.append((_CIRCUMSTANCES.get(key, key.replace("_", " ")), text))
     return rows

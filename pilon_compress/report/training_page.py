@@ -76,7 +76,8 @@ def title(recipe: TrainRecipe) -> str:
 def description(recipe: TrainRecipe) -> str:
     """Return the part of a sentence that describes the training, to follow the name."""
     ternary = ", with ternary feed-forward weights and 8-bit activations"
-    return _training(recipe) + (ternary if recipe.ternary.enabled else "")
+    exits = ", and given exit gates, by which tokens skip feed-forward blocks"
+    return _training(recipe) + (ternary if recipe.ternary.enabled else "") + (exits if recipe.exits.enabled else "")
 
 
 def _training(recipe: TrainRecipe) -> str:
@@ -84,6 +85,8 @@ def _training(recipe: TrainRecipe) -> str:
         return f"was distilled from {recipe.teacher or 'the dense model that it was converted from'}"
     if recipe.task == "sft":
         return "was fine-tuned on conversations"
+    if recipe.task == "gates":
+        return "was given exit gates, by which tokens skip feed-forward blocks; its weights did not change"
     if recipe.ffn.primitive == "neurons" and recipe.ffn.kind == "pilon":
         shared = ", of neurons that layers share" if recipe.ffn.shares else ""
         return f"was trained from random weights, its feed-forward blocks narrower than the dense ones{shared}"
@@ -119,6 +122,8 @@ def main_metric(result: Result) -> formatting.Metric:
 def cards(result: Result) -> list[formatting.Metric]:
     """Return the most important figures."""
     name, sizes = formatting.replaced_of(result)
+    exits = result.get("exits")
+    skipping = "of the feed-forward work, at exit gates, for {} of the perplexity"
     return [
         main_metric(result),
         formatting.Metric(
@@ -134,6 +139,15 @@ def cards(result: Result) -> list[formatting.Metric]:
             f"{name} stored", formatting.number(sizes["stored_ratio"]), f"parameters ÷ the dense {name}'s"
         ),
         formatting.Metric(f"{name} MACs", formatting.number(sizes["mac_ratio"]), f"per token ÷ the dense {name}'s"),
+        *(
+            [
+                formatting.Metric(
+                    "Skipped", f"{exits['skipped']:.1%}", skipping.format(f"{exits['perplexity_increase']:.2%}")
+                )
+            ]
+            if exits
+            else []
+        ),
     ]
 
 

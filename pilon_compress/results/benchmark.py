@@ -56,6 +56,8 @@ class Benchmark(Result):
     """By variant: reading `context` tokens."""
     decode: dict[str, Timing] | None = None
     """By variant: one token after `context` tokens (causal language models)."""
+    skipped_work: float | None = None
+    """Models with exit gates: share of the feed-forward work that is skipped on the text that is read."""
     speedup: dict[str, float] | None = None
     """Blocks: by variant, over dense fp32."""
     spread: dict[str, list[float]] | None = None

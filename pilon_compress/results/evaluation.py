@@ -34,6 +34,10 @@ class Evaluation(Result):
     """Mean KL(dense ‖ model), in nats per token; 0 is lossless (causal)."""
     top1_agreement: float | None = None
     """Share of tokens for which both models rank the same token first (causal)."""
+    skipped: float | None = None
+    """Share of the feed-forward work that exit gates skipped (causal models with gates)."""
+    skipped_by_layer: list[float] | None = None
+    """Share of the tokens that skipped each block with a gate, in layer order."""
     cosine: float | None = None
     """Mean cosine of a text's embeddings by both models; 1 is lossless (encoder)."""
     neighbors10: float | None = None

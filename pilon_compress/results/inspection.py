@@ -41,6 +41,16 @@ class InspectedBank(Sizes):
     quantization: str
 
 
+class InspectedExit(Result):
+    """The exit gate of a feed-forward block."""
+
+    d: int
+    threshold: float
+    """Log of the predicted price, KL in nats, below which a token skips the block."""
+    substitute: int
+    """Rank of the linear map that answers in the block's place; 0: a constant."""
+
+
 class Inspection(Replaced):
     """A model's projections, and what a conversion would replace or has replaced."""
 
@@ -64,6 +74,8 @@ class Inspection(Replaced):
     parts: list[Part] | None = None
     """PILON: banks and dense matrices, as all that follows."""
     banks: dict[str, InspectedBank] | None = None
+    exits: dict[str, InspectedExit] | None = None
+    """By module name of the block; None without gates."""
     source_dtype: str | None = None
     """Number format of the dense model's file."""
     routing: Routing | None = None

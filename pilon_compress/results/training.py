@@ -7,7 +7,7 @@ from pilon_compress.results.base import Result
 from pilon_compress.results.routing import Routing
 from pilon_compress.results.sizes import Ratios, Replaced, Sizes
 
-Task = Literal["pretrain", "heal", "sft"]
+Task = Literal["pretrain", "heal", "sft", "gates"]
 
 
 class PlannedTraining(Replaced):
@@ -33,6 +33,28 @@ class Stage(Result):
     val_cosine: float | None = None
     steps: int | None = None
     tokens: int
+    seconds: float
+
+
+class TrainedExits(Result):
+    """Exit gates at the end of a training, on its validation text."""
+
+    skipped: float
+    """Share of the feed-forward work that tokens skip."""
+    skipped_by_layer: list[float]
+    """Share of the tokens that skip each block, in layer order."""
+    perplexity_without: float
+    """The same model's perplexity where no token skips."""
+    perplexity_increase: float
+    """Perplexity over that, less 1."""
+    max_perplexity_increase: float
+    """The most that was allowed."""
+    threshold: float
+    """Log of the predicted price, KL in nats for work of a mean block, below which tokens skip."""
+    substitute: int
+    """Rank of the linear map that answers in a skipped block's place."""
+    tokens: int
+    """Tokens that prices were estimated on."""
     seconds: float
 
 
@@ -80,6 +102,8 @@ class TrainResult(Replaced):
     """Perplexity over the teacher's."""
     neighbors10: float | None = None
     """Encoders: share of a text's 10 nearest texts that it has with the teacher."""
+    exits: TrainedExits | None = None
+    """Where the training ended with exit gates; `val_perplexity` is then the one with skipping."""
     stages: list[Stage] | None = None
     """Where there were several trainings in turn; steps, tokens and seconds are then their sums."""
 

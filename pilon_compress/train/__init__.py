@@ -7,6 +7,7 @@ heal           recovery distillation from the dense teacher
 progressive    converting and healing in turn
 dense_warmup   dense at first, then converted
 ternary        ternary weights: at the start, and in each step
+exits          exit gates, at the end of a training or alone
 freeze_unused  primitives that take no part in a step keep their values
 bank_diagnostics  entropy, use and dead shares of the banks at every evaluation
 finish         the model folder with its report

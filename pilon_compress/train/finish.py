@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,8 @@ from pilon_compress.optimize.monitor import read_metrics
 from pilon_compress.optimize.training import Training, put
 from pilon_compress.report.card import training_card
 from pilon_compress.report.training_page import write_pages
-from pilon_compress.results.training import TrainResult
+from pilon_compress.results.training import TrainedExits, TrainResult
+from pilon_compress.train.exits.add import add_exits
 from pilon_compress.train.preflight import sized
 from pilon_compress.train.run import RESULT, Run
 
@@ -47,23 +49,40 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
     round_to(job.trainee, dtype_of(run.recipe))
     if job.routing is not None:
         job.routing()  # from here on the validation text alone counts
-    loss = validation_loss(job)
+    loss = math.nan if run.recipe.task == "gates" else validation_loss(job)
     routing = None if job.routing is None else job.routing()
     model = gathered(job)
     result: TrainResult | None = None
     if run.world.first:
         prune_unused(model)
+        exits = gates_added(run, job, model, corpus) if run.recipe.gated else None
+        loss = loss if exits is None else math.log(exits.perplexity_without * (1 + exits.perplexity_increase))
         if corpus.ends and model.generation_config is not None:  # an answer ends where the chats' answers did
             model.generation_config.eos_token_id = list(corpus.ends)
-        told = {"begins_with": corpus.begins_with} | ({"routing": routing} if routing is not None else {})
+        told: dict[str, Any] = {"begins_with": corpus.begins_with}
+        told |= {} if routing is None else {"routing": routing}
         if job.extra_fields is not None and run.asked.task == "heal":  # otherwise nobody has named a teacher
             told |= job.extra_fields(loss, job.before)
+        told |= {} if exits is None else {"exits": exits}
         result = describe(run, job, model, loss).model_copy(update=told)
         if run.stages:
             result = summed(result, run.stages)
         write(run, model, tokenizer, result)
     run.world.wait()
     return result
+
+
+def gates_added(run: Run, job: Training, model: PreTrainedModel, corpus: Corpus) -> TrainedExits:
+    """Add exit gates to the final `model`, on the CPU, in place; their figures. They are all that task gates does."""
+    if not run.quiet:
+        log.info("exit gates: prices of skipping, then a threshold on the validation text")
+    work = run.output / "checkpoints" / "exits"
+    model.to(run.world.device)
+    found = add_exits(model, corpus, run.recipe.exits, dtype_of(run.recipe), work, run.recipe.seed)
+    model.to("cpu")
+    if run.recipe.task == "gates":
+        job.tokens, job.seconds = found.tokens, found.seconds
+    return found
 
 
 def summed(result: TrainResult, stages: Sequence[TrainResult]) -> TrainResult:
@@ -88,12 +107,18 @@ def gathered(job: Training) -> PreTrainedModel:
     state = {name: full(tensor).detach().cpu().clone() for name, tensor in model.state_dict().items()}
     state = plain_state(model, state)
     plain = copy.copy(model.config)
-    fresh = checkpoint.build(plain).to("meta")
+    fresh = checkpoint.build(plain)
+    computed = dict(fresh.named_buffers())  # of positions and the like, which no state holds
+    fresh = fresh.to("meta")
     layout = layout_of(model)
     if layout.replaced:
         install(fresh, layout)
     fresh.load_state_dict(state, assign=True)
     fresh.tie_weights()
+    for name, buffer in list(fresh.named_buffers()):
+        if buffer.is_meta:
+            place, _, leaf = name.rpartition(".")
+            setattr(fresh.get_submodule(place), leaf, computed[name])
     if hasattr(model, "generation_config"):  # not without a head
         fresh.generation_config = model.generation_config
     return fresh.eval()

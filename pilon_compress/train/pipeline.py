@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress.config.experts import ExpertsConfig
 from pilon_compress.config.training import TrainRecipe
+from pilon_compress.config.training_sections import ExitGates
 from pilon_compress.data import text
 from pilon_compress.data.batch import Batch
 from pilon_compress.data.corpus import Corpus, open_corpus, open_paragraphs, source_of
@@ -119,7 +120,7 @@ def train_run(run: Run, resume: bool, fresh: bool) -> TrainResult | None:
     with monitors as monitor:
         if run.recipe.task == "heal" and run.recipe.ternary.blocks:
             train_blocks(run, job)
-        else:
+        elif run.recipe.task != "gates":  # whose work is the end, see `finish`
             train(job, monitor)
     result = finish(run, job, tokenizer, corpus)
     shutil.rmtree(run.output / "checkpoints" / FITTED, ignore_errors=True)  # the model holds them
@@ -171,6 +172,7 @@ def train_blocks(run: Run, job: Training) -> None:
 def before(run: Run, recipe: TrainRecipe, folder: Path, fresh: bool) -> TrainResult:
     """Return the result of a stage that ends in `folder`, trained now unless it is done."""
     if not (folder / RESULT).is_file():
+        recipe = recipe.model_copy(update={"exits": ExitGates()})  # gates belong to the end
         one = replace(run, recipe=recipe, output=folder, whole=None, stages=())
         try:
             train_run(one, True, claim(one, resume=True, overwrite=False))
@@ -324,7 +326,8 @@ def assemble(
     wrapped = wrap(trainee, layers, world, recipe.run.parallel, half)
     compiled: Callable[..., Any] = torch.compile(wrapped, dynamic=False) if recipe.run.compile else wrapped
     diagnostics, routing = BankDiagnostics(model), RoutingFigures(model, world)
-    optimizers, steps = make_optimizers(trainee, recipe.optimizer), steps_of(recipe, corpus)
+    optimizers = make_optimizers(trainee, recipe.optimizer)
+    steps = 0 if recipe.task == "gates" else steps_of(recipe, corpus)
     return Training(
         recipe=recipe.model_dump(mode="json"),
         how=recipe.run,

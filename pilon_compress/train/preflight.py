@@ -21,6 +21,7 @@ from pilon_compress.optimize.callbacks import extensions
 from pilon_compress.optimize.trackers import check_trackers
 from pilon_compress.results.sizes import Ratios
 from pilon_compress.results.training import PlannedTraining
+from pilon_compress.train.exits.places import check_gates, gate_places, with_gates
 from pilon_compress.train.expert_start import routers_to_add, with_experts
 from pilon_compress.train.heal import teacher_of
 
@@ -38,10 +39,16 @@ CAUSAL: Table[TrainRecipe] = {"distill.pooled": (_CAUSAL,)}
 def check(recipe: TrainRecipe) -> None:
     """Raise BadInput for a recipe that does not go with the models it names: before anything is written."""
     check_trackers(recipe.run.track)
+    if recipe.gated and recipe.ffn.moe is not None:
+        raise BadInput("exit gates and experts were not tried together: leave out one of the two")
     model = recipe.start or recipe.ffn.like
     if model is None:
+        if recipe.gated:
+            check_gates(base_architectures.config_for(recipe.host, recipe.data.sequence_length, None), "the model")
         return
     config = checkpoint.load_config(model)
+    if recipe.gated:
+        check_gates(config, model)
     if recipe.shrink:
         checkpoint.check_dense(model, config)
     elif recipe.task == "heal":
@@ -53,6 +60,10 @@ def check(recipe: TrainRecipe) -> None:
         if layout is None:
             raise BadInput(f"{model} is dense: convert it, since experts are recipes over its banks")
         routers_to_add(layout, find_sites(checkpoint.empty_model(config), layout.replaced), recipe.ffn.moe)
+    if recipe.gated and layout is not None and layout.routers:
+        raise BadInput(f"{model} has experts, with which exit gates were not tried: give a model without them")
+    if layout is not None and layout.exits and recipe.task in ("heal", "sft") and not recipe.gated:
+        note(f"{model} has exit gates, chosen before this training: they stay, --exit-gates chooses them anew")
     if recipe.ternary.enabled and recipe.start is not None and not recipe.shrink:
         if layout is None:
             raise BadInput(f"{model} is dense: convert it, or name --shrink")
@@ -114,6 +125,8 @@ def plan(recipe: TrainRecipe) -> PlannedTraining:
         config = base_architectures.config_for(recipe.host, recipe.data.sequence_length, None)
     dense = checkpoint.empty_model(config)
     layout = layout_asked(recipe, config)
+    if recipe.gated:
+        layout = with_gates(layout, gate_places(dense), recipe.exits.substitute)
     sizes = sized(layout, dense)
     parameters = sum(p.numel() for p in dense.parameters())
     if recipe.shrink:  # about: conversions find their layouts themselves
@@ -126,7 +139,7 @@ def plan(recipe: TrainRecipe) -> PlannedTraining:
         dry_run=True,
         task=recipe.task,
         data=recipe.data.source or DEFAULT_ENCODER if separate else source_of(recipe),
-        tokens=recipe.schedule.tokens,
+        tokens=recipe.exits.tokens if recipe.task == "gates" else recipe.schedule.tokens,
         batch_size=recipe.run.batch_size,
         parameters=parameters,
         **sizes,
