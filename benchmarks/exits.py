@@ -124,7 +124,7 @@ def times(model: PreTrainedModel, rows: Tensor, threshold: float, rounds: int) -
             set_threshold(model, limit)
             for place in range(half, half + DECODED):
                 model(rows[:1, place : place + 1], past_key_values=cache, use_cache=True)
-            cache.crop(half)
+            cache.crop(-DECODED)
 
         return run
 
@@ -223,8 +223,9 @@ def main() -> None:
     one = Measurement(model, rows)
     print(f"{asked.name}: perplexity {math.exp(one.nats):.2f} on {rows.numel()} tokens, threshold {one.chosen:.3g}")
     if not any((row["name"], row["kind"]) == (asked.name, "time") for row in known):
-        known.append({"name": asked.name, "kind": "time", "place": 0, **times(model, rows, one.chosen, asked.rounds)})
-        print(known[-1], flush=True)
+        row = {"name": asked.name, "kind": "time", "place": 0, **times(model, rows, one.chosen, asked.rounds)}
+        known.append(row)
+        print(row, flush=True)
     curves(one, asked.name, known)
 
 
