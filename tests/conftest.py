@@ -48,6 +48,7 @@ LONG = {  # files of ten CPU seconds or so: they train, compile, convert whole m
     "test_train",
     "test_train_distributed",
     "test_train_encoder",
+    "test_train_exits",
     "test_train_heal",
     "test_train_heal_distributed",
     "test_train_selection_road",
