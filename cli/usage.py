@@ -125,7 +125,7 @@ class Command(_Spaced, TyperCommand):
 
 def with_values(words: list[str], bare: set[str]) -> list[str]:
     """Return a command's words with an empty value behind each option of `bare` that has none."""
-    followed = zip(words, [*words[1:], "-"], strict=True)
+    followed = zip(words, [*words[1:], "-"], strict=False)  # of no words, none
     return [one for word, after in followed for one in ([word, ""] if word in bare and after[:1] == "-" else [word])]
 
 

@@ -241,6 +241,7 @@ def test_a_training_from_scratch_ends_with_gates(tmp_path, cli):
 def test_the_option_may_come_without_a_model():
     assert with_values(["--exit-gates", "-o", "x"], {"--exit-gates"}) == ["--exit-gates", "", "-o", "x"]
     assert with_values(["-o", "x", "--exit-gates"], {"--exit-gates"}) == ["-o", "x", "--exit-gates", ""]
+    assert with_values([], {"--exit-gates"}) == []
     assert with_values(["--exit-gates", "m", "-o", "x"], {"--exit-gates"}) == ["--exit-gates", "m", "-o", "x"]
 
 
