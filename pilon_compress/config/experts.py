@@ -21,7 +21,7 @@ class ExpertsConfig(Section):
     shared: Count = 0
     """Further experts that compute every token, with weight 1."""
     mix: Literal["outputs", "recipes"] = "outputs"
-    """What of the chosen experts is added, weighted: their outputs (each computes the token), or their recipes, the
+    """Add the chosen experts, weighted: their outputs (each computes the token), or their recipes, the
     coefficients over one selection of primitives (the block computes the token once)."""
     balance: Number = 0.01
     """Weight of the load-balancing loss (Switch Transformer), the mean over blocks."""

@@ -79,7 +79,7 @@ class Inspection(Replaced):
     source_dtype: str | None = None
     """Number format of the dense model's file."""
     routing: Routing | None = None
-    """Of a model with experts: figures on the validation text of its training; None where train.json has none."""
+    """Figures of a model with experts on the validation text of its training; None where train.json has none."""
     ffn: Sizes | None = None
     model_size: Sizes | None = None
     evaluation: Evaluation | None = None

@@ -7,7 +7,7 @@ class Routing(Result):
     """How a model's routers spread the validation text over its experts."""
 
     entropy: float
-    """Of a router's scores: 0 (one expert has all) to 1; the mean over tokens and blocks."""
+    """Entropy of a router's scores, 0 (one expert has all) to 1; the mean over tokens and blocks."""
     load_cv: float
     """Standard deviation of the experts' load over its mean; the mean over blocks."""
     load_max: float

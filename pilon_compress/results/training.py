@@ -82,7 +82,7 @@ class TrainResult(Replaced):
     model: Sizes | None = None
     """The whole model, where it is a PILON model."""
     routing: Routing | None = None
-    """Of a model with experts."""
+    """Figures of experts and routers; None of a model without."""
     processes: int
     device: str
     command: str
