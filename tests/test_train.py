@@ -187,7 +187,7 @@ def test_dry_run_writes_nothing(start, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "name a --recipe to train from scratch, or a model to --heal or --sft"),
+        ((), "name a --recipe to train from scratch, or a model to --heal, --sft or --exit-gates"),
         (("--recipe", "smoke"), "name the folder to write with -o"),
         (("--heal", "a", "--sft", "b"), "--heal and --sft disagree: leave out one of the two"),
         (
