@@ -12,6 +12,7 @@ from pilon_compress.convert.calibrate.second_moments import add_gram
 from pilon_compress.convert.plan import trimmed
 from pilon_compress.convert.solve.eigen import eigenvalues
 from pilon_compress.convert.solve.feed_forward import FeedForward
+from pilon_compress.convert.solve.neuron_pruning import Elimination
 from pilon_compress.elastic.knapsack import Option, pareto
 from pilon_compress.models.families import Site
 from pilon_compress.nn.sizing import BankSize
@@ -89,14 +90,18 @@ def _pruned(ff: FeedForward, scale: float) -> list[Option]:
     """Plain matrices of every number of neurons: one elimination has the loss of all, so the budget is met closely."""
     if ff.down is None or ff.elimination is None:
         return []
-    found = []
-    for neurons in range(neuron_step(ff.down.d_in), ff.down.d_in, neuron_step(ff.down.d_in)):
-        sites = [trimmed(site, neurons, ff.down.d_in) for site in ff.sites]
-        macs = sum(site.d_in * site.d_out for site in sites)
-        stored = sum(site.parameters for site in sites)
-        whole = Choice(neurons, {site.name: None for site in sites})
-        found.append(Option(scale * ff.elimination.loss(neurons), stored, macs, whole))
-    return found
+    step = neuron_step(ff.down.d_in)
+    counts, elimination = range(step, ff.down.d_in, step), ff.elimination
+    return [whole_block(ff.sites, ff.down.d_in, elimination, scale, count) for count in counts]
+
+
+def whole_block(sites: Sequence[Site], width: int, elimination: Elimination, scale: float, neurons: int) -> Option:
+    """Return the block with `neurons` of its `width` left, and every matrix whole."""
+    left, loss = None if neurons == width else neurons, 0.0
+    if left is not None:
+        sites, loss = [trimmed(site, left, width) for site in sites], scale * elimination.loss(left)
+    stored, macs = sum(site.parameters for site in sites), sum(site.d_in * site.d_out for site in sites)
+    return Option(loss, stored, macs, Choice(left, {site.name: None for site in sites}))
 
 
 def neuron_step(full: int) -> int:

@@ -1,11 +1,11 @@
 """Allocate neurons alone, every matrix whole, as stock formats have it: a width for each layer, or one for all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pilon_compress.convert.allocate.budget import Allocation, Sizing, allocation_of, dense_size
-from pilon_compress.convert.allocate.options import Choice, neuron_step
-from pilon_compress.convert.plan import down_of, trimmed
+from pilon_compress.convert.allocate.options import neuron_step, whole_block
+from pilon_compress.convert.plan import down_of
 from pilon_compress.elastic.knapsack import Option, Pick
 from pilon_compress.errors import BadInput
 from pilon_compress.models.families import Site
@@ -16,7 +16,7 @@ def with_whole_matrices(sizings: Sequence[Sizing], multiple: int | None = None) 
 
     Raises BadInput for a layer of which not all projections are replaced: its neurons cannot go.
     """
-    return [replace(one, options=list(_options(one, _widths([one], multiple)))) for one in sizings]
+    return [replace(one, options=_options(one, _widths([one], multiple))) for one in sizings]
 
 
 def uniform_width(
@@ -55,16 +55,11 @@ def _widths(sizings: Sequence[Sizing], multiple: int | None) -> list[int]:
     return found
 
 
-def _options(sizing: Sizing, widths: Sequence[int]) -> Iterator[Option]:
-    """Yield the block with each number of neurons, in the order of `widths`."""
-    down = _down(sizing)
-    assert sizing.elimination is not None
-    for width in widths:
-        neurons = None if width == down.d_in else width
-        sites = [site if neurons is None else trimmed(site, neurons, down.d_in) for site in sizing.sites]
-        loss = 0.0 if neurons is None else sizing.scale * sizing.elimination.loss(neurons)
-        stored, macs = sum(site.parameters for site in sites), sum(site.d_in * site.d_out for site in sites)
-        yield Option(loss, stored, macs, Choice(neurons, {site.name: None for site in sizing.sites}))
+def _options(sizing: Sizing, widths: Sequence[int]) -> list[Option]:
+    """Return the block with each number of neurons, in the order of `widths`."""
+    width, elimination = _down(sizing).d_in, sizing.elimination
+    assert elimination is not None
+    return [whole_block(sizing.sites, width, elimination, sizing.scale, count) for count in widths]
 
 
 def _down(sizing: Sizing) -> Site:
