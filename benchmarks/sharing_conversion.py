@@ -75,7 +75,7 @@ def run(arm: str, asked: float, seed: int, options: argparse.Namespace) -> None:
         made = f"{folder}/converted"
         form = [word.format(twice=min(1.0, 2 * asked)) for word in ARMS[arm]]
         words = [options.model, "--ffn-ratio", str(asked), *form, "--calibration", options.text, "--seed", str(seed)]
-        if "ternary" in missing:
+        if "ternary" in missing and "neurons" not in form:  # a bank of neurons has no ranks
             words += ["--rank-multiple", "16"]
         command("convert", *words, "--eval-data", "none", *shlex.split(options.convert), "-o", made)
         for stage in missing:
