@@ -14,7 +14,7 @@ from pilon_compress.convert.pipeline import convert
 from pilon_compress.errors import BadInput
 from pilon_compress.export.deci import deci_config, read_deci, width_of
 from pilon_compress.export.run import export, target_table
-from pilon_compress.export.verify import difference
+from pilon_compress.export.verify import ExportFailed, difference
 from tests.test_elastic import IDS, TEXT
 
 HEADS = {"bert": "base"}
@@ -108,7 +108,7 @@ def test_the_list_says_which_stock_form_takes_a_model(uneven):
 
 def test_an_export_that_computes_something_else_is_refused(uneven):
     model = AutoModelForCausalLM.from_pretrained(uneven)
-    with pytest.raises(BadInput, match="computes something else, by .*: nothing is written"):
+    with pytest.raises(ExportFailed, match="computes something else, by .*: nothing is written"):
         difference(model, torch.zeros(2, 48, model.config.vocab_size), "native")
 
 

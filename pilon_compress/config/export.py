@@ -18,6 +18,9 @@ class ExportOptions(Section):
     rest: Annotated[Literal["none", "int8"] | None, Option()] = None
     """Number format of attention, head and token embeddings in a packed export: int8, or none to leave them as they
     are. Default: none."""
+    type: Annotated[Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"] | None, Option()] = None
+    """Number type of the matrices of a GGUF file; q4_k_m takes llama.cpp's own quantiser, the package xllamacpp.
+    Default: f16."""
     keep: Annotated[Part | None, Option(metavar="SHARE")] = None
     """Cut a model that was converted with --elastic: largest share of its stored feed-forward numbers, above 0 and at
     most 1. Default: all."""

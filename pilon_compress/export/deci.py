@@ -82,8 +82,7 @@ def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | N
 def write(model: PreTrainedModel, job: ExportJob) -> DeciExported:
     """Write the model; what was written is read again, and compared, before it is kept."""
     before, widths = outputs(model), widths_of(model)
-    dense.to_dense(model)
-    _trim(model, widths)
+    to_plain(model)
     measured = dict[str, Any]()
 
     def finish(folder: Path) -> None:
@@ -108,6 +107,14 @@ def widths_of(model: PreTrainedModel) -> list[int]:
         own = block.get_submodule("mlp.down_proj").in_features
         found.append(layout.shape(down)[0] if down in layout.replaced else int(own))  # type: ignore[arg-type]
     return found
+
+
+def to_plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace, in place, every projection of ours by a plain layer of the width that it has left."""
+    widths = widths_of(model)
+    dense.to_dense(model)
+    _trim(model, widths)
+    return model
 
 
 @torch.no_grad()

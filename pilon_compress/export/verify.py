@@ -3,11 +3,14 @@
 import torch
 from transformers import PreTrainedModel
 
-from pilon_compress.errors import BadInput
 from pilon_compress.models.task import vocabulary
 
 SAMPLE = (2, 48)  # sequences and tokens on which outputs are compared
 TOLERANCE = 2e-2  # of the largest output: a wrong order of neurons or a lost bias is far above, bfloat16 below
+
+
+class ExportFailed(RuntimeError):
+    """What was written is not the model that it was written from; it has been deleted."""
 
 
 @torch.no_grad()
@@ -20,9 +23,9 @@ def outputs(model: PreTrainedModel) -> torch.Tensor:
 def difference(written: PreTrainedModel, before: torch.Tensor, form: str) -> float:
     """Return the largest difference of a `written` model's outputs to those `before`.
 
-    Raises BadInput where it is no rounding error: the export then leaves nothing behind.
+    Raises ExportFailed where it is no rounding error: the export then leaves nothing behind.
     """
     found = float((outputs(written) - before).abs().max())
     if not found <= TOLERANCE * float(before.abs().max()):
-        raise BadInput(f"the export to {form} computes something else, by {found:.3g}: nothing is written")
+        raise ExportFailed(f"the export to {form} computes something else, by {found:.3g}: nothing is written")
     return found

@@ -1,0 +1,150 @@
+"""Exports to a GGUF file, which llama.cpp, Ollama and LM Studio run."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pilon_compress.config.export import ExportOptions
+from pilon_compress.errors import BadInput
+from pilon_compress.export import deci, dense
+from pilon_compress.export.llama_cpp import architectures, runtime, tensors, vocabulary
+from pilon_compress.export.native import factors
+from pilon_compress.export.registry import DEFAULTS, ExportJob, exporter
+from pilon_compress.export.save import MODELING_FILE
+from pilon_compress.export.verify import ExportFailed
+from pilon_compress.io import companions
+from pilon_compress.io.folders import fresh_folder
+from pilon_compress.models import checkpoint
+from pilon_compress.models.companions import companions_of
+from pilon_compress.nn.installed import layout_of
+from pilon_compress.results.export import Exported
+
+SUFFIX = ".gguf"
+FILE_TYPES = {
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_0": "MOSTLY_Q4_0",
+    "q4_k_m": "MOSTLY_Q4_K_M",
+}
+
+
+class GgufExported(Exported):
+    """An export to a GGUF file."""
+
+    file: str = ""
+    """Name of the file in the folder."""
+    architecture: str = ""
+    """llama.cpp's name of the architecture."""
+    type: str = ""
+    """Type of the matrices that was asked for."""
+    types: dict[str, int] = {}
+    """Tensors by the type that they got; rows that do not fill a block get another than was asked for."""
+    bytes: int = 0
+    """Size of the file."""
+    load_seconds: float | None = None
+    """Seconds in which llama.cpp loads it."""
+    verified: str = ""
+    """By what the file was verified, or why it was not."""
+
+
+def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | None:
+    """Say why `model` cannot become a GGUF file; None if it can."""
+    if reason := dense.refuse(model, options) or factors(layout_of(model)):
+        return reason
+    if not model.can_generate():
+        return "writes no text: GGUF files are written of causal language models"
+    if reason := architectures.refuse(model.config):
+        return reason
+    if options.type == "q4_k_m" and not runtime.available():
+        return "cannot be rounded to q4_k_m without llama.cpp's quantiser: pip install xllamacpp"
+    if dense.narrow_config(model, layout_of(model)) is None and model.config.model_type not in ("llama", "mistral"):
+        return (
+            f"has layers of different widths, which llama.cpp reads of Llamas alone, not of {model.config.model_type}: "
+            "convert with --uniform-width"
+        )
+    return None
+
+
+@exporter(
+    "gguf",
+    about="One GGUF file for llama.cpp, Ollama and LM Studio, with the tokenizer and the chat template.",
+    load="llama-cli -m {folder}/*.gguf",
+    refuse=refuse,
+    options=("type",),
+)
+def write(model: PreTrainedModel, job: ExportJob) -> GgufExported:
+    """Write the file; where llama.cpp is installed, it loads it, and tokens and logits are compared before it stays."""
+    uniform = dense.narrow_config(model, layout_of(model)) is not None
+    model = model.float()
+    dense.to_dense(model) if uniform else deci.to_plain(model)
+    source = Path(checkpoint.resolve(job.source))
+    if reason := vocabulary.refuse(source):
+        raise BadInput(f"{job.source} {reason}")
+    kind: tensors.Type = job.options.type or "f16"
+    measured: dict[str, Any] = {"type": kind}
+    beside = companions_of(job.source)
+    beside.pop(MODELING_FILE, None)  # of a self-contained source
+    with fresh_folder(job.output, job.overwrite) as folder:
+        companions.copy(beside, folder)
+        path = folder / f"{job.output.name}-{kind.upper()}{SUFFIX}"
+        measured["architecture"], measured["types"] = write_file(path, model, kind, source)
+        measured |= {"file": path.name, "bytes": path.stat().st_size}
+        measured |= _verify(path, model, job.source, kind)
+    return GgufExported(**measured)
+
+
+def widths_of(model: PreTrainedModel) -> list[int]:
+    """Return the neurons of each layer of a plain model."""
+    text, layers = model.config, model.config.num_hidden_layers
+    if text.model_type == "gpt2":
+        return [text.n_inner or 4 * text.hidden_size] * layers
+    return [int(layer.mlp.down_proj.in_features) for layer in model.base_model.layers]
+
+
+def write_file(path: Path, model: PreTrainedModel, kind: tensors.Type, source: Path) -> tuple[str, dict[str, int]]:
+    """Write a plain transformers `model` with the tokenizer of the folder `source`, tensor by tensor.
+
+    Returns llama.cpp's name of the architecture, and the number of tensors of each type.
+    """
+    import gguf
+
+    arch = architectures.describe(model, widths_of(model))
+    writer, counts = gguf.GGUFWriter(path, arch.name), dict[str, int]()
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(str(getattr(model.config, "_name_or_path", "") or path.stem).rsplit("/", 1)[-1])
+    for key, value in arch.keys.items():
+        full = f"{arch.name}.{key}"
+        if isinstance(value, list):
+            writer.add_array(full, value)
+        elif isinstance(value, float):
+            writer.add_float32(full, value)
+        else:
+            writer.add_uint32(full, value)
+    writer.add_file_type(int(gguf.LlamaFileType[FILE_TYPES[kind]]))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    vocabulary.add_vocabulary(writer, source, model.config.vocab_size)
+    for one in tensors.tensors(model, arch, kind, model.config.num_hidden_layers):
+        writer.add_tensor(one.name, one.data, raw_dtype=gguf.GGMLQuantizationType[one.kind])
+        counts[one.kind] = counts.get(one.kind, 0) + 1
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return arch.name, counts
+
+
+def _verify(path: Path, model: PreTrainedModel, source: str, kind: str) -> dict[str, Any]:
+    """Compare the file in llama.cpp with the model. Raises ExportFailed where it computes something else."""
+    if not runtime.available():
+        return {"verified": "not run: llama.cpp is not installed (pip install xllamacpp)"}
+    found = runtime.verify(path, model, checkpoint.load_tokenizer(source))
+    if not found.tokens_agree:
+        raise ExportFailed("llama.cpp splits text otherwise than the tokenizer does: nothing is written")
+    if not found.difference <= runtime.TOLERANCES.get(kind, float("inf")):
+        raise ExportFailed(
+            f"llama.cpp computes something else from the file, by {found.difference:.3g} nats: nothing is written"
+        )
+    return {"max_logit_difference": found.difference, "load_seconds": found.load_seconds, "verified": "by llama.cpp"}

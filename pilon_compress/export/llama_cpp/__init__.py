@@ -1,0 +1,1 @@
+"""Writes GGUF files, the format of llama.cpp: names, types and order of tensors, vocabulary; and runs them there."""

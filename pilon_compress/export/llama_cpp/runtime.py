@@ -1,0 +1,89 @@
+"""Run a GGUF file in llama.cpp, by the wheel xllamacpp, to compare tokens and log-probabilities with transformers."""
+
+import json
+import time
+import urllib.request
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pilon_compress.export.verify import ExportFailed
+
+TEXT = (
+    "The committee met on 12 March 1987 to review the results; nobody had expected that the cost of 3,400 pounds "
+    "would rise so quickly.\n\nIn the end, they didn't agree: \"It's a question of time,\" said the chairman."
+)
+LIKELIEST = 20  # tokens whose log-probabilities are compared
+PLACES = 4  # prefixes of the text
+TOLERANCES = {"f32": 0.02, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5}
+"""Largest difference in log-probability, nats, that the rounding of a type explains; the others are reported alone."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What llama.cpp made of a file: largest difference of log-probabilities in nats, seconds to load, agreement."""
+
+    difference: float
+    load_seconds: float
+    tokens_agree: bool
+
+
+def available() -> bool:
+    """Return True where llama.cpp is installed."""
+    return find_spec("xllamacpp") is not None
+
+
+class Runtime:
+    """A GGUF file that llama.cpp has loaded, on the CPU. Raises ExportFailed where it cannot."""
+
+    def __init__(self, path: Path, threads: int = 1, context: int = 512) -> None:
+        import xllamacpp
+
+        given = xllamacpp.CommonParams()
+        given.model.path, given.n_ctx, given.n_parallel, given.n_gpu_layers = str(path), context, 1, 0
+        given.cpuparams.n_threads = given.cpuparams_batch.n_threads = threads
+        given.warmup, given.verbosity = False, -1
+        begun = time.perf_counter()
+        try:
+            self.server = xllamacpp.Server(given)
+        except RuntimeError as error:
+            raise ExportFailed(f"llama.cpp cannot load {path.name}") from error
+        self.load_seconds = time.perf_counter() - begun
+
+    def post(self, path: str, asked: dict[str, Any]) -> Any:
+        """Ask llama.cpp's server."""
+        request = urllib.request.Request(  # noqa: S310 - its own loopback address
+            self.server.listening_address + path, json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
+            return json.load(answer)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the tokens of a text, without special ones."""
+        return [int(one) for one in self.post("/tokenize", {"content": text, "add_special": False})["tokens"]]
+
+    def likeliest(self, tokens: list[int]) -> dict[int, float]:
+        """Return the log-probabilities of the likeliest next tokens, by id."""
+        asked = {"prompt": tokens, "n_predict": 1, "n_probs": LIKELIEST, "temperature": 0, "cache_prompt": False}
+        (first,) = self.post("/completion", asked)["completion_probabilities"]
+        return {int(one["id"]): float(one["logprob"]) for one in first["top_logprobs"]}
+
+
+@torch.no_grad()
+def verify(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Verified:
+    """Compare a file in llama.cpp with the `model` that it was written from: tokens, and log-probabilities."""
+    runtime = Runtime(path)
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    agree = runtime.tokenize(TEXT) == ids
+    largest = 0.0
+    for part in range(1, PLACES + 1):
+        prefix = ids[: len(ids) * part // PLACES]
+        logits = model(input_ids=torch.tensor([prefix], device=model.device))[0][0, -1]
+        ours = logits.double().log_softmax(-1)
+        theirs = runtime.likeliest(prefix)
+        largest = max([largest, *(abs(value - float(ours[token])) for token, value in theirs.items())])
+    return Verified(largest, runtime.load_seconds, agree)

@@ -1,0 +1,115 @@
+"""Choose the type of every tensor of a GGUF file, and round numbers to it."""
+
+import ctypes
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from pilon_compress.errors import BadInput
+from pilon_compress.export.llama_cpp.architectures import Architecture, rotary_factors, turned
+
+Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
+TYPES: tuple[Type, ...] = get_args(Type)
+SMALL = 32  # numbers of a block of q8_0 and q4_0
+LARGE = 256  # of q4_k and q6_k
+FALLBACKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # for rows that are no multiple of LARGE, as in llama.cpp
+WHOLE = ("position_embd.weight", "rope_freqs.weight")  # tensors that are looked up or divided by, kept in float32
+
+
+class Written(NamedTuple):
+    """A tensor of the file: its name, its bytes as an array, and the type of its numbers, by its name in gguf."""
+
+    name: str
+    data: np.ndarray
+    kind: str
+
+
+def tensors(model: PreTrainedModel, arch: Architecture, kind: Type, layers: int) -> Iterator[Written]:
+    """Yield the tensors of a plain model, rounded to `kind`, in the file's order and names.
+
+    Raises BadInput for a tensor that llama.cpp's architecture has no place for.
+    """
+    import gguf
+
+    names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch.name), layers)
+    factors = rotary_factors(model)
+    if factors is not None:
+        yield Written("rope_freqs.weight", factors.numpy(), "F32")
+    tied = bool(model.config.tie_word_embeddings)
+    for name, value in model.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
+        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if place is None:
+            raise BadInput(f"llama.cpp's architecture {arch.name} has no place for {name}: take another form")
+        weight = turned(name, value, model.config, arch.name).float().cpu().contiguous().numpy()
+        chosen = kind_of(place, weight.shape, kind, layers)
+        yield Written(place, rounded(weight, chosen), chosen)
+
+
+def kind_of(name: str, shape: tuple[int, ...], asked: Type, layers: int) -> str:
+    """Return the type of a tensor: that which is asked for, or the next that its rows fill."""
+    if len(shape) < 2 or name in WHOLE:
+        return "F32"
+    row, head = shape[-1], name in ("token_embd.weight", "output.weight")
+    if asked == "q4_k_m":
+        layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
+        careful = head or (("attn_v" in name or "ffn_down" in name) and _more_bits(layer, layers))
+        found = "Q6_K" if careful else "Q4_K"
+        found = found if row % LARGE == 0 else FALLBACKS[found]
+    else:
+        found = "Q8_0" if asked == "q4_0" and head else asked.upper()
+    return found if not found.startswith("Q") or row % SMALL == 0 else "F16"
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """Return True for layers that a medium mixture keeps in six bits: an eighth at either end, a third between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def rounded(weight: np.ndarray, kind: str) -> np.ndarray:
+    """Return `weight` (…, numbers of a row), float32, in the type `kind`: numbers, or rows of bytes."""
+    import gguf
+
+    if kind == "F32":
+        return weight
+    if kind == "F16":
+        if not np.isfinite(weight.astype(np.float16)).all():
+            raise BadInput("a weight is too large for f16: take --type bf16 or q8_0")
+        return weight.astype(np.float16)
+    if kind.endswith("_K"):
+        return _by_ggml(weight, gguf.GGMLQuantizationType[kind])
+    return gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
+
+
+@cache
+def _ggml() -> Any:
+    """Load ggml, which the wheel xllamacpp holds."""
+    found = find_spec("xllamacpp")
+    assert found is not None and found.submodule_search_locations
+    (path,) = Path(next(iter(found.submodule_search_locations))).glob("xllamacpp*.so")
+    library = ctypes.PyDLL(str(path))
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
+    return library
+
+
+def _by_ggml(weight: np.ndarray, kind: Any) -> np.ndarray:
+    """Round `weight` (rows, numbers) by llama.cpp's own code, without an importance matrix."""
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows, numbers = weight.shape
+    made = np.zeros((rows, numbers // block * size), np.uint8)
+    source = np.ascontiguousarray(weight, np.float32)
+    pointers = (source.ctypes.data_as(ctypes.c_void_p), made.ctypes.data_as(ctypes.c_void_p))
+    _ggml().ggml_quantize_init(int(kind))
+    done = _ggml().ggml_quantize_chunk(int(kind), *pointers, 0, rows, numbers, None)
+    assert done == made.nbytes, (done, made.nbytes)
+    return made

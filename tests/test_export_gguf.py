@@ -1,0 +1,98 @@
+"""GGUF files that we write, as llama.cpp itself reads them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pilon_compress.config.export import ExportOptions
+from pilon_compress.errors import BadInput
+from pilon_compress.export.llama_cpp import architectures, runtime, tensors, vocabulary
+from pilon_compress.export.run import export, target_table
+from pilon_compress.export.verify import ExportFailed
+from tests.test_stock_formats import make, uneven  # noqa: F401 - a fixture
+
+needs_llama_cpp = pytest.mark.skipif(not runtime.available(), reason="llama.cpp (xllamacpp) is not installed")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_llama_cpp_computes_what_a_uniform_model_computes(tiny, tmp_path, family):
+    folder = make(tmp_path, tiny, family, uniform_width=True)
+    found = export(str(folder), tmp_path / "made", "gguf", ExportOptions(type="f32")).dump()
+    assert found["architecture"] == family
+    assert found["verified"] == "by llama.cpp" and found["max_logit_difference"] < 5e-3
+    (file,) = (tmp_path / "made").glob("*.gguf")
+    assert file.name == found["file"] and file.stat().st_size == found["bytes"]
+
+
+@needs_llama_cpp
+def test_layers_of_different_widths_are_exact_in_architecture_deci(uneven, tmp_path):  # noqa: F811
+    found = export(str(uneven), tmp_path / "made", "gguf", ExportOptions(type="f32")).dump()
+    assert found["architecture"] == "deci" and found["max_logit_difference"] < 5e-3
+    running = runtime.Runtime(tmp_path / "made" / found["file"])
+    ours, words = AutoModelForCausalLM.from_pretrained(uneven), AutoTokenizer.from_pretrained(uneven)
+    ids = words("for x in range", return_tensors="pt")["input_ids"]
+    expected = ours(ids).logits[0, -1].log_softmax(-1)
+    told = running.likeliest(ids[0].tolist())
+    assert max(told, key=told.get) == int(expected.argmax())
+
+
+@needs_llama_cpp
+def test_a_file_that_computes_something_else_is_not_kept(tiny, tmp_path, monkeypatch):
+    folder = make(tmp_path, tiny, "llama", uniform_width=True)
+    monkeypatch.setattr(architectures, "ROTATED", ())
+    with pytest.raises(ExportFailed, match="computes something else .* nothing is written"):
+        export(str(folder), tmp_path / "made", "gguf", ExportOptions(type="f32"))
+    assert not (tmp_path / "made").exists()
+
+
+def test_rows_that_fill_no_block_get_the_next_type():
+    kinds = {
+        ("blk.0.ffn_up.weight", (64, 96), "q8_0"): "Q8_0",
+        ("blk.0.ffn_down.weight", (64, 90), "q8_0"): "F16",
+        ("blk.0.attn_norm.weight", (64,), "q8_0"): "F32",
+        ("token_embd.weight", (300, 64), "q4_0"): "Q8_0",
+        ("blk.0.ffn_down.weight", (64, 512), "q4_k_m"): "Q4_K",
+        ("blk.2.ffn_down.weight", (64, 512), "q4_k_m"): "Q6_K",
+        ("blk.2.ffn_down.weight", (64, 576), "q4_k_m"): "Q8_0",
+        ("blk.0.ffn_up.weight", (64, 576), "q4_k_m"): "Q5_0",
+    }
+    assert {asked: tensors.kind_of(asked[0], asked[1], asked[2], 3) for asked in kinds} == kinds
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_k_m"])
+def test_the_command_line_writes_one_smaller_file(tiny, tmp_path, kind):
+    folder = make(tmp_path, tiny, "llama", uniform_width=True, multiple_of=32)
+    words = ["export", str(folder), "--to", "gguf", "--type", kind, "-o", str(tmp_path / "made"), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pilon_compress.cli", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    full = export(str(folder), tmp_path / "full", "gguf", ExportOptions(type="f32")).dump()
+    assert told["bytes"] < full["bytes"] and told["types"].keys() <= {"F32", "Q8_0", "Q4_0", "Q5_0"}
+    assert [path.suffix for path in (tmp_path / "made").iterdir()].count(".gguf") == 1
+
+
+def test_what_cannot_become_a_file_is_said_before_anything_is_written(tiny, tmp_path):
+    bert = make(tmp_path, tiny, "bert", uniform_width=True)
+    rows = {row[0]: row[2] for row in target_table(str(bert))[1]}
+    assert "writes no text" in rows["gguf"]
+    with pytest.raises(BadInput, match="--type does not apply to an export to native"):
+        export(str(bert), tmp_path / "made", "native", ExportOptions(type="f16"))
+    assert not (tmp_path / "made").exists()
+
+
+def test_splitting_rules_are_known_by_their_tokenizer_json():
+    split = {"type": "Split", "pattern": {"Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{N}{1,3}|..."}}
+    plain, digits = {"type": "ByteLevel"}, {"type": "Digits", "individual_digits": True}
+    assert vocabulary.pre_tokenizer({"pre_tokenizer": plain}) == "gpt-2"
+    both = {"type": "Sequence", "pretokenizers": [digits, plain]}
+    assert vocabulary.pre_tokenizer({"pre_tokenizer": both}) == "smollm"
+    llama = {"type": "Sequence", "pretokenizers": [split, plain]}
+    assert vocabulary.pre_tokenizer({"pre_tokenizer": llama}) == "llama-bpe"
+    assert vocabulary.pre_tokenizer({"pre_tokenizer": {"type": "Metaspace"}}) is None
