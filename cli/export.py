@@ -61,4 +61,6 @@ def print_result(result: ExportResult) -> None:
         say(f"largest difference of outputs {figures.max_logit_difference:.3g}")
     if figures.rest_relative_error is not None:
         say(f"outputs moved by {figures.rest_relative_error:.3g} of their norm by rounding the rest")
+    for remark in figures.remarks:
+        say(remark)
     print(f"loads with {result.load}")

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pilon_compress.config.export import ExportOptions
 from pilon_compress.errors import BadInput
@@ -78,10 +79,46 @@ def test_the_command_line_writes_one_smaller_file(tiny, tmp_path, kind):
     assert [path.suffix for path in (tmp_path / "made").iterdir()].count(".gguf") == 1
 
 
+def word_pieces():
+    """A lower-casing WordPiece tokenizer of letters."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{one}" for one in letters),
+        *"0123456789.,:;'-?\"",
+    ]
+    core = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer(lowercase=True)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+@needs_llama_cpp
+def test_llama_cpp_embeds_as_a_converted_encoder_does(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "tiny_tokenizer", lambda **_: word_pieces())
+    folder = make(tmp_path, tiny, "bert", uniform_width=True)
+    found = export(str(folder), tmp_path / "made", "gguf", ExportOptions(type="f32")).dump()
+    assert found["architecture"] == "bert" and found["max_logit_difference"] < 1e-4
+    running = runtime.Runtime(tmp_path / "made" / found["file"], embeds=True)
+    first, other = running.embedding("a river"), running.embedding("the price of bread")
+    assert len(first) == 32 and first != other
+
+
 def test_what_cannot_become_a_file_is_said_before_anything_is_written(tiny, tmp_path):
     bert = make(tmp_path, tiny, "bert", uniform_width=True)
-    rows = {row[0]: row[2] for row in target_table(str(bert))[1]}
-    assert "writes no text" in rows["gguf"]
+    with pytest.raises(BadInput, match="other than WordPiece"):
+        export(str(bert), tmp_path / "made", "gguf")
+    (tmp_path / "b").mkdir()
+    opt = make(tmp_path / "b", tiny, "opt", uniform_width=True)
+    rows = {row[0]: row[2] for row in target_table(str(opt))[1]}
+    assert rows["gguf"].startswith("no: it is of the type opt") and rows["native"] == "yes"
     with pytest.raises(BadInput, match="--type does not apply to an export to native"):
         export(str(bert), tmp_path / "made", "native", ExportOptions(type="f16"))
     assert not (tmp_path / "made").exists()

@@ -1,5 +1,6 @@
 """Exports to a GGUF file, which llama.cpp, Ollama and LM Studio run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,10 @@ def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | N
     """Say why `model` cannot become a GGUF file; None if it can."""
     if reason := dense.refuse(model, options) or factors(layout_of(model)):
         return reason
-    if not model.can_generate():
-        return "writes no text: GGUF files are written of causal language models"
+    if model.config.model_type == "bert" and type(model).__name__ != "BertModel":
+        return "has a head, which llama.cpp's bert has no place for: it computes embeddings"
+    if model.config.model_type != "bert" and not model.can_generate():
+        return "writes no text and is no BERT: GGUF files are written of causal language models and BERT encoders"
     if reason := architectures.refuse(model.config):
         return reason
     if options.type == "q4_k_m" and not runtime.available():
@@ -71,7 +74,7 @@ def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | N
 @exporter(
     "gguf",
     about="One GGUF file for llama.cpp, Ollama and LM Studio, with the tokenizer and the chat template.",
-    load="llama-cli -m {folder}/*.gguf",
+    load="llama-server -m {folder}/*.gguf",
     refuse=refuse,
     options=("type",),
 )
@@ -81,7 +84,7 @@ def write(model: PreTrainedModel, job: ExportJob) -> GgufExported:
     model = model.float()
     dense.to_dense(model) if uniform else deci.to_plain(model)
     source = Path(checkpoint.resolve(job.source))
-    if reason := vocabulary.refuse(source):
+    if reason := vocabulary.refuse(source, encoder=model.config.model_type == "bert"):
         raise BadInput(f"{job.source} {reason}")
     kind: tensors.Type = job.options.type or "f16"
     measured: dict[str, Any] = {"type": kind}
@@ -93,15 +96,32 @@ def write(model: PreTrainedModel, job: ExportJob) -> GgufExported:
         measured["architecture"], measured["types"] = write_file(path, model, kind, source)
         measured |= {"file": path.name, "bytes": path.stat().st_size}
         measured |= _verify(path, model, job.source, kind)
-    return GgufExported(**measured)
+    return GgufExported(**measured, remarks=_remarks(measured))
+
+
+def _remarks(measured: dict[str, Any]) -> list[str]:
+    """Say what was written, and by what it was verified."""
+    kinds = ", ".join(f"{count} of {kind}" for kind, count in measured["types"].items())
+    loaded = f", loaded in {measured['load_seconds']:.1f} s" if "load_seconds" in measured else ""
+    return [
+        f"{measured['file']}: {measured['bytes'] / 1e6:,.1f} MB, architecture {measured['architecture']}",
+        f"tensors: {kinds}; verified {measured['verified']}{loaded}",
+    ]
 
 
 def widths_of(model: PreTrainedModel) -> list[int]:
     """Return the neurons of each layer of a plain model."""
     text, layers = model.config, model.config.num_hidden_layers
-    if text.model_type == "gpt2":
-        return [text.n_inner or 4 * text.hidden_size] * layers
+    if text.model_type in architectures.LEARNED:
+        return [getattr(text, "n_inner", None) or getattr(text, "intermediate_size", 4 * text.hidden_size)] * layers
     return [int(layer.mlp.down_proj.in_features) for layer in model.base_model.layers]
+
+
+def pooling_of(source: Path) -> str:
+    """Return how an encoder's folder pools its states: by its sentence-transformers config, or else their mean."""
+    path = source / "1_Pooling" / "config.json"
+    told = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return "cls" if told.get("pooling_mode_cls_token") or told.get("pooling_mode") == "cls" else "mean"
 
 
 def write_file(path: Path, model: PreTrainedModel, kind: tensors.Type, source: Path) -> tuple[str, dict[str, int]]:
@@ -117,12 +137,16 @@ def write_file(path: Path, model: PreTrainedModel, kind: tensors.Type, source: P
     writer.add_name(str(getattr(model.config, "_name_or_path", "") or path.stem).rsplit("/", 1)[-1])
     for key, value in arch.keys.items():
         full = f"{arch.name}.{key}"
-        if isinstance(value, list):
+        if isinstance(value, bool):
+            writer.add_bool(full, value)
+        elif isinstance(value, list):
             writer.add_array(full, value)
         elif isinstance(value, float):
             writer.add_float32(full, value)
         else:
             writer.add_uint32(full, value)
+    if arch.name == "bert":
+        writer.add_pooling_type(gguf.PoolingType[pooling_of(source).upper()])
     writer.add_file_type(int(gguf.LlamaFileType[FILE_TYPES[kind]]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocabulary.add_vocabulary(writer, source, model.config.vocab_size)
@@ -139,12 +163,16 @@ def write_file(path: Path, model: PreTrainedModel, kind: tensors.Type, source: P
 def _verify(path: Path, model: PreTrainedModel, source: str, kind: str) -> dict[str, Any]:
     """Compare the file in llama.cpp with the model. Raises ExportFailed where it computes something else."""
     if not runtime.available():
-        return {"verified": "not run: llama.cpp is not installed (pip install xllamacpp)"}
-    found = runtime.verify(path, model, checkpoint.load_tokenizer(source))
+        return {"verified": "by nothing: llama.cpp is not installed (pip install xllamacpp)"}
+    tokenizer = checkpoint.load_tokenizer(source)
+    if model.config.model_type == "bert":
+        found = runtime.verify_encoder(path, model, tokenizer, pooling_of(Path(checkpoint.resolve(source))))
+    else:
+        found = runtime.verify(path, model, tokenizer)
     if not found.tokens_agree:
         raise ExportFailed("llama.cpp splits text otherwise than the tokenizer does: nothing is written")
     if not found.difference <= runtime.TOLERANCES.get(kind, float("inf")):
         raise ExportFailed(
-            f"llama.cpp computes something else from the file, by {found.difference:.3g} nats: nothing is written"
+            f"llama.cpp computes something else from the file, by {found.difference:.3g}: nothing is written"
         )
     return {"max_logit_difference": found.difference, "load_seconds": found.load_seconds, "verified": "by llama.cpp"}

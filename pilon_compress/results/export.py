@@ -19,6 +19,8 @@ class Exported(Replaced):
     """Largest difference of outputs on random tokens, in float32, to the model before."""
     rest_relative_error: float | None = None
     """Norm of the difference by rounding attention, head and embeddings, over the outputs' norm."""
+    remarks: list[str] = []
+    """Sentences for a reader: what was written, and by what it was verified."""
 
 
 class ExportResult(Result):

@@ -10,26 +10,29 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-NAMES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
+NAMES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2", "bert": "bert"}
 """llama.cpp's architecture by `config.model_type`; `deci` is that of Llamas with a width for every layer."""
 ROTATED = ("llama", "deci")
 """Architectures that rotate neighbouring numbers of a head, where transformers rotates its halves."""
 ROTATIONS = ("default", "llama3")
+LEARNED = ("gpt2", "bert")
+"""Kinds of models whose positions are learned vectors."""
+ACTIVATIONS = {"gpt2": ("gelu_new", "gelu_pytorch_tanh"), "bert": ("gelu",)}
 
 
 def refuse(config: PretrainedConfig) -> str | None:
     """Say, as the end of a sentence, why llama.cpp cannot run a model of this config; None if it can."""
     kind = config.model_type
     if kind not in NAMES:
-        return f"is a {kind} model: GGUF files are written of {', '.join(NAMES)}"
-    if kind != "gpt2" and rotation(config).get("rope_type", "default") not in ROTATIONS:
+        return f"is of the type {kind}: GGUF files are written of {', '.join(NAMES)}"
+    if kind not in LEARNED and rotation(config).get("rope_type", "default") not in ROTATIONS:
         return f"scales its rotary positions by {rotation(config)['rope_type']!r}, which is not written yet"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return "attends within a sliding window, which llama.cpp does not do for this architecture"
     if kind == "gpt2" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights):
         return "scales attention in a way that llama.cpp's gpt2 does not know"
     act = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
-    if act not in ("silu", "gelu_new", "gelu_pytorch_tanh"):
+    if act not in ACTIVATIONS.get(kind, ("silu",)):
         return f"has the activation {act!r}, which llama.cpp does not compute for this architecture"
     return None
 
@@ -44,7 +47,7 @@ class Architecture:
     """An architecture of llama.cpp, with its hyperparameters by key, {arch} left open."""
 
     name: str
-    keys: Mapping[str, int | float | list[int]]
+    keys: Mapping[str, bool | int | float | list[int]]
 
 
 def describe(model: PreTrainedModel, widths: Sequence[int]) -> Architecture:
@@ -52,7 +55,7 @@ def describe(model: PreTrainedModel, widths: Sequence[int]) -> Architecture:
     config, uneven = model.config, len(set(widths)) > 1
     name = "deci" if uneven else NAMES[config.model_type]
     heads, layers = config.num_attention_heads, len(widths)
-    keys: dict[str, int | float | list[int]] = {
+    keys: dict[str, bool | int | float | list[int]] = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": layers,
@@ -60,8 +63,10 @@ def describe(model: PreTrainedModel, widths: Sequence[int]) -> Architecture:
         "attention.head_count": [heads] * layers if uneven else heads,
         "vocab_size": config.vocab_size,
     }
-    if name == "gpt2":
-        return Architecture(name, keys | {"attention.layer_norm_epsilon": float(config.layer_norm_epsilon)})
+    if config.model_type in LEARNED:
+        epsilon = config.layer_norm_epsilon if name == "gpt2" else config.layer_norm_eps
+        keys |= {"attention.layer_norm_epsilon": float(epsilon), "attention.causal": name == "gpt2"}
+        return Architecture(name, keys)
     groups = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys |= {

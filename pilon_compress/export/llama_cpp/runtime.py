@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress.export.verify import ExportFailed
@@ -20,7 +21,8 @@ TEXT = (
 LIKELIEST = 20  # tokens whose log-probabilities are compared
 PLACES = 4  # prefixes of the text
 TOLERANCES = {"f32": 0.02, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5}
-"""Largest difference in log-probability, nats, that the rounding of a type explains; the others are reported alone."""
+"""Largest difference that the rounding of a type explains: in log-probability, nats, or, of encoders, of a number of
+the normalised embedding. The differences of other types are reported alone."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,13 @@ def available() -> bool:
 class Runtime:
     """A GGUF file that llama.cpp has loaded, on the CPU. Raises ExportFailed where it cannot."""
 
-    def __init__(self, path: Path, threads: int = 1, context: int = 512) -> None:
+    def __init__(self, path: Path, threads: int = 1, context: int = 512, embeds: bool = False) -> None:
         import xllamacpp
 
         given = xllamacpp.CommonParams()
         given.model.path, given.n_ctx, given.n_parallel, given.n_gpu_layers = str(path), context, 1, 0
         given.cpuparams.n_threads = given.cpuparams_batch.n_threads = threads
-        given.warmup, given.verbosity = False, -1
+        given.warmup, given.verbosity, given.embedding = False, -1, embeds
         begun = time.perf_counter()
         try:
             self.server = xllamacpp.Server(given)
@@ -72,18 +74,34 @@ class Runtime:
         (first,) = self.post("/completion", asked)["completion_probabilities"]
         return {int(one["id"]): float(one["logprob"]) for one in first["top_logprobs"]}
 
+    def embedding(self, text: str) -> list[float]:
+        """Return the normalised embedding of a text."""
+        (found,) = self.post("/embedding", {"content": text})
+        return [float(one) for one in found["embedding"][0]]
+
+
+@torch.no_grad()
+def verify_encoder(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pooling: str) -> Verified:
+    """Compare the embedding of a text in llama.cpp with that of the `model` that the file was written from."""
+    running = Runtime(path, embeds=True)
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    states = model(**tokenizer(TEXT, return_tensors="pt").to(model.device))[0][0].double()
+    ours = normalize(states[0] if pooling == "cls" else states.mean(0), dim=0).cpu()
+    theirs = torch.tensor(running.embedding(TEXT), dtype=torch.float64)
+    return Verified(float((ours - theirs).abs().max()), running.load_seconds, running.tokenize(TEXT) == ids)
+
 
 @torch.no_grad()
 def verify(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Verified:
     """Compare a file in llama.cpp with the `model` that it was written from: tokens, and log-probabilities."""
-    runtime = Runtime(path)
+    running = Runtime(path)
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    agree = runtime.tokenize(TEXT) == ids
+    agree = running.tokenize(TEXT) == ids
     largest = 0.0
     for part in range(1, PLACES + 1):
         prefix = ids[: len(ids) * part // PLACES]
         logits = model(input_ids=torch.tensor([prefix], device=model.device))[0][0, -1]
         ours = logits.double().log_softmax(-1)
-        theirs = runtime.likeliest(prefix)
+        theirs = running.likeliest(prefix)
         largest = max([largest, *(abs(value - float(ours[token])) for token, value in theirs.items())])
-    return Verified(largest, runtime.load_seconds, agree)
+    return Verified(largest, running.load_seconds, agree)

@@ -18,7 +18,8 @@ TYPES: tuple[Type, ...] = get_args(Type)
 SMALL = 32  # numbers of a block of q8_0 and q4_0
 LARGE = 256  # of q4_k and q6_k
 FALLBACKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # for rows that are no multiple of LARGE, as in llama.cpp
-WHOLE = ("position_embd.weight", "rope_freqs.weight")  # tensors that are looked up or divided by, kept in float32
+WHOLE = ("position_embd.weight", "token_types.weight", "rope_freqs.weight")  # looked up or divided by, in float32
+UNREAD = ("pooler.",)  # parts of an encoder behind the last states, which embeddings do not read
 
 
 class Written(NamedTuple):
@@ -42,7 +43,7 @@ def tensors(model: PreTrainedModel, arch: Architecture, kind: Type, layers: int)
         yield Written("rope_freqs.weight", factors.numpy(), "F32")
     tied = bool(model.config.tie_word_embeddings)
     for name, value in model.state_dict().items():
-        if tied and name == "lm_head.weight":
+        if (tied and name == "lm_head.weight") or name.startswith(UNREAD):
             continue
         place = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if place is None:
