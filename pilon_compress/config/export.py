@@ -20,7 +20,7 @@ class ExportOptions(Section):
     are. Default: none."""
     type: Annotated[Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"] | None, Option()] = None
     """Number type of the matrices of a GGUF file; q4_k_m takes llama.cpp's own quantiser, the package xllamacpp.
-    Default: f16."""
+    Default: that which holds the model's integers, or f16."""
     keep: Annotated[Part | None, Option(metavar="SHARE")] = None
     """Cut a model that was converted with --elastic: largest share of its stored feed-forward numbers, above 0 and at
     most 1. Default: all."""

@@ -1,6 +1,7 @@
 """Exports to a GGUF file, which llama.cpp, Ollama and LM Studio run."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from pilon_compress.config.export import ExportOptions
 from pilon_compress.errors import BadInput
 from pilon_compress.export import deci, dense
+from pilon_compress.export.integers import Integers, integers_of
 from pilon_compress.export.llama_cpp import architectures, runtime, tensors, vocabulary
 from pilon_compress.export.native import factors
 from pilon_compress.export.registry import DEFAULTS, ExportJob, exporter
@@ -22,6 +24,7 @@ from pilon_compress.nn.installed import layout_of
 from pilon_compress.results.export import Exported
 
 SUFFIX = ".gguf"
+WRITES: dict[int, tensors.Type] = {4: "q4_0", 8: "q8_0"}  # types that hold integers of so many bits as they are
 FILE_TYPES = {
     "f32": "ALL_F32",
     "f16": "MOSTLY_F16",
@@ -45,6 +48,8 @@ class GgufExported(Exported):
     """Tensors by the type that they got; rows that do not fill a block get another than was asked for."""
     bytes: int = 0
     """Size of the file."""
+    integers_kept: int = 0
+    """Matrices whose integers and scales are those of the conversion, not rounded again."""
     load_seconds: float | None = None
     """Seconds in which llama.cpp loads it."""
     verified: str = ""
@@ -80,32 +85,36 @@ def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | N
 )
 def write(model: PreTrainedModel, job: ExportJob) -> GgufExported:
     """Write the file; where llama.cpp is installed, it loads it, and tokens and logits are compared before it stays."""
-    uniform = dense.narrow_config(model, layout_of(model)) is not None
+    uniform, integers = dense.narrow_config(model, layout_of(model)) is not None, integers_of(model)
     model = model.float()
     dense.to_dense(model) if uniform else deci.to_plain(model)
     source = Path(checkpoint.resolve(job.source))
     if reason := vocabulary.refuse(source, encoder=model.config.model_type == "bert"):
         raise BadInput(f"{job.source} {reason}")
-    kind: tensors.Type = job.options.type or "f16"
+    kind: tensors.Type = job.options.type or WRITES.get(next((one.bits for one in integers.values()), 0), "f16")
     measured: dict[str, Any] = {"type": kind}
     beside = companions_of(job.source)
     beside.pop(MODELING_FILE, None)  # of a self-contained source
     with fresh_folder(job.output, job.overwrite) as folder:
         companions.copy(beside, folder)
         path = folder / f"{job.output.name}-{kind.upper()}{SUFFIX}"
-        measured["architecture"], measured["types"] = write_file(path, model, kind, source)
+        measured["architecture"], measured["types"] = write_file(path, model, kind, source, integers)
+        measured["integers_kept"] = sum(tensors.fits(one, kind.upper()) for one in integers.values())
         measured |= {"file": path.name, "bytes": path.stat().st_size}
         measured |= _verify(path, model, job.source, kind)
-    return GgufExported(**measured, remarks=_remarks(measured))
+    remarks = _remarks({**measured, "integers": len(integers)})
+    return GgufExported(**measured, remarks=remarks)
 
 
 def _remarks(measured: dict[str, Any]) -> list[str]:
     """Say what was written, and by what it was verified."""
     kinds = ", ".join(f"{count} of {kind}" for kind, count in measured["types"].items())
     loaded = f", loaded in {measured['load_seconds']:.1f} s" if "load_seconds" in measured else ""
+    kept, total = measured["integers_kept"], measured["integers"]
+    rounding = f"; {kept} of {total} matrices of integers kept as they are" if total else ""
     return [
         f"{measured['file']}: {measured['bytes'] / 1e6:,.1f} MB, architecture {measured['architecture']}",
-        f"tensors: {kinds}; verified {measured['verified']}{loaded}",
+        f"tensors: {kinds}{rounding}; verified {measured['verified']}{loaded}",
     ]
 
 
@@ -124,9 +133,12 @@ def pooling_of(source: Path) -> str:
     return "cls" if told.get("pooling_mode_cls_token") or told.get("pooling_mode") == "cls" else "mean"
 
 
-def write_file(path: Path, model: PreTrainedModel, kind: tensors.Type, source: Path) -> tuple[str, dict[str, int]]:
+def write_file(
+    path: Path, model: PreTrainedModel, kind: tensors.Type, source: Path, integers: Mapping[str, Integers] | None = None
+) -> tuple[str, dict[str, int]]:
     """Write a plain transformers `model` with the tokenizer of the folder `source`, tensor by tensor.
 
+    integers: matrices that the conversion rounded; where `kind` holds their numbers, they are written as they are
     Returns llama.cpp's name of the architecture, and the number of tensors of each type.
     """
     import gguf
@@ -150,7 +162,7 @@ def write_file(path: Path, model: PreTrainedModel, kind: tensors.Type, source: P
     writer.add_file_type(int(gguf.LlamaFileType[FILE_TYPES[kind]]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocabulary.add_vocabulary(writer, source, model.config.vocab_size)
-    for one in tensors.tensors(model, arch, kind, model.config.num_hidden_layers):
+    for one in tensors.tensors(model, arch, kind, model.config.num_hidden_layers, integers or {}):
         writer.add_tensor(one.name, one.data, raw_dtype=gguf.GGMLQuantizationType[one.kind])
         counts[one.kind] = counts.get(one.kind, 0) + 1
     writer.write_header_to_file()

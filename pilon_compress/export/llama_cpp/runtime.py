@@ -71,6 +71,9 @@ class Runtime:
     def likeliest(self, tokens: list[int]) -> dict[int, float]:
         """Return the log-probabilities of the likeliest next tokens, by id."""
         asked = {"prompt": tokens, "n_predict": 1, "n_probs": LIKELIEST, "temperature": 0, "cache_prompt": False}
+        # An end, or half of a character, that is chosen comes without log-probabilities, so the prompt's first token is
+        # chosen; those that are told are from before the bias.
+        asked["logit_bias"] = [[tokens[0], 1000.0]]
         (first,) = self.post("/completion", asked)["completion_probabilities"]
         return {int(one["id"]): float(one["logprob"]) for one in first["top_logprobs"]}
 

@@ -1,16 +1,18 @@
 """Choose the type of every tensor of a GGUF file, and round numbers to it."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from pilon_compress.errors import BadInput
+from pilon_compress.export.integers import Integers
 from pilon_compress.export.llama_cpp.architectures import Architecture, rotary_factors, turned
 
 Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
@@ -30,9 +32,12 @@ class Written(NamedTuple):
     kind: str
 
 
-def tensors(model: PreTrainedModel, arch: Architecture, kind: Type, layers: int) -> Iterator[Written]:
+def tensors(
+    model: PreTrainedModel, arch: Architecture, kind: Type, layers: int, integers: Mapping[str, Integers]
+) -> Iterator[Written]:
     """Yield the tensors of a plain model, rounded to `kind`, in the file's order and names.
 
+    integers: matrices that have been rounded, by layer; where `kind` holds their numbers, they are written as they are
     Raises BadInput for a tensor that llama.cpp's architecture has no place for.
     """
     import gguf
@@ -49,8 +54,35 @@ def tensors(model: PreTrainedModel, arch: Architecture, kind: Type, layers: int)
         if place is None:
             raise BadInput(f"llama.cpp's architecture {arch.name} has no place for {name}: take another form")
         weight = turned(name, value, model.config, arch.name).float().cpu().contiguous().numpy()
-        chosen = kind_of(place, weight.shape, kind, layers)
-        yield Written(place, rounded(weight, chosen), chosen)
+        chosen, known = kind_of(place, weight.shape, kind, layers), integers.get(name.removesuffix(".weight"))
+        if known is not None and fits(known, chosen):
+            codes, scale = (turned(name, one, model.config, arch.name) for one in (known.codes, known.scale))
+            yield Written(place, blocks(codes, scale, chosen), chosen)
+        else:
+            yield Written(place, rounded(weight, chosen), chosen)
+
+
+def fits(known: Integers, kind: str) -> bool:
+    """Return True if the blocks of `kind` hold the integers and scales of a matrix exactly."""
+    shared = known.group or known.codes.shape[1]
+    tiny = torch.finfo(torch.float16).smallest_normal
+    scale = known.scale.float().abs()
+    whole = shared % SMALL == 0 and known.codes.shape[1] % shared == 0
+    within = bool((scale >= tiny).all() and (scale <= torch.finfo(torch.float16).max).all())
+    return whole and within and {"Q4_0": 4, "Q8_0": 8}.get(kind) == known.bits
+
+
+def blocks(codes: torch.Tensor, scale: torch.Tensor, kind: str) -> np.ndarray:
+    """Return codes (rows, numbers) int8 and scales (rows, groups) as rows of bytes: a scale in f16, 32 numbers."""
+    rows, count = codes.shape[0], codes.shape[1] // SMALL
+    numbers = codes.reshape(rows, count, SMALL).numpy()
+    each = scale.float().repeat_interleave(count // scale.shape[1], 1).half().numpy().reshape(rows, count, 1)
+    if kind == "Q4_0":
+        fields = (numbers + 8).astype(np.uint8)
+        data = fields[..., : SMALL // 2] | fields[..., SMALL // 2 :] << 4
+    else:
+        data = numbers.view(np.uint8)
+    return np.concatenate([each.view(np.uint8), data], -1).reshape(rows, -1)
 
 
 def kind_of(name: str, shape: tuple[int, ...], asked: Type, layers: int) -> str:
