@@ -41,7 +41,7 @@ def export(
         return
     form = settings.to or (None if settings.keep is None else "pilon")
     if form is None:
-        raise BadInput(f"name the form to write with --to: {', '.join(EXPORTERS)}")
+        raise BadInput(f"name the form to write with --to: {', '.join(sorted(EXPORTERS))}")
     folder = named(output)
     result = write(settings.model, folder, form, settings, overwrite=overwrite, refit=refit_on_text)
     print_json(result.dump()) if as_json else print_result(result)
