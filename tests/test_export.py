@@ -74,7 +74,7 @@ def test_the_list_says_who_takes_a_model_and_why_not(folder, cli):
 
 def test_the_command_asks_for_what_is_missing(folder, cli):
     assert (
-        "--to: compressed-tensors, dense, native, deci, gguf, packed, pilon, self-contained"
+        "--to: compressed-tensors, deci, dense, gguf, native, packed, pilon, self-contained"
         in cli("export", "plain", "-o", "x", cwd=folder, code=2).stderr
     )
     base4 = cli("export", "plain", "--to", "packed", "--format", "base4", "-o", "x", cwd=folder, code=2)
