@@ -178,12 +178,12 @@ def _verify(path: Path, model: PreTrainedModel, source: str, kind: str) -> dict[
         return {"verified": "by nothing: llama.cpp is not installed (pip install xllamacpp)"}
     tokenizer = checkpoint.load_tokenizer(source)
     if model.config.model_type == "bert":
-        found = runtime.verify_encoder(path, model, tokenizer, pooling_of(Path(checkpoint.resolve(source))))
+        found = runtime.verify_encoder(path, model, tokenizer, kind, pooling_of(Path(checkpoint.resolve(source))))
     else:
-        found = runtime.verify(path, model, tokenizer)
+        found = runtime.verify(path, model, tokenizer, kind)
     if not found.tokens_agree:
         raise ExportFailed("llama.cpp splits text otherwise than the tokenizer does: nothing is written")
-    if not found.difference <= runtime.TOLERANCES.get(kind, float("inf")):
+    if not found.difference <= found.allowed:
         raise ExportFailed(
             f"llama.cpp computes something else from the file, by {found.difference:.3g}: nothing is written"
         )
