@@ -79,6 +79,23 @@ def test_the_command_line_writes_one_smaller_file(tiny, tmp_path, kind):
     assert [path.suffix for path in (tmp_path / "made").iterdir()].count(".gguf") == 1
 
 
+@needs_llama_cpp
+def test_a_bos_that_the_tokenizer_adds_is_added_by_llama_cpp_too(tiny, tmp_path, monkeypatch):
+    words = tiny.tiny_tokenizer()
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 1)]
+    )
+    monkeypatch.setattr(tiny, "tiny_tokenizer", lambda **_: words)
+    folder = make(tmp_path, tiny, "llama", uniform_width=True)
+    found = export(str(folder), tmp_path / "made", "gguf").dump()
+    running = runtime.Runtime(tmp_path / "made" / found["file"])
+    plain = running.tokenize("a river")
+    assert running.tokenize("a river", special=True) == [1, *plain] == words("a river")["input_ids"]
+    monkeypatch.setattr(vocabulary, "SPECIAL", ())  # a file without its BOS
+    with pytest.raises(ExportFailed, match="begins text otherwise"):
+        export(str(folder), tmp_path / "other", "gguf")
+
+
 def word_pieces():
     """A lower-casing WordPiece tokenizer of letters."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]

@@ -182,7 +182,7 @@ def _verify(path: Path, model: PreTrainedModel, source: str, kind: str) -> dict[
     else:
         found = runtime.verify(path, model, tokenizer, kind)
     if not found.tokens_agree:
-        raise ExportFailed("llama.cpp splits text otherwise than the tokenizer does: nothing is written")
+        raise ExportFailed("llama.cpp splits or begins text otherwise than the tokenizer does: nothing is written")
     if not found.difference <= found.allowed:
         raise ExportFailed(
             f"llama.cpp computes something else from the file, by {found.difference:.3g}: nothing is written"

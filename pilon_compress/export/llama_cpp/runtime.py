@@ -67,9 +67,14 @@ class Runtime:
         with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
             return json.load(answer)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the tokens of a text, without special ones."""
-        return [int(one) for one in self.post("/tokenize", {"content": text, "add_special": False})["tokens"]]
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Return the tokens of a text; with `special`, also those that a sequence begins and ends with."""
+        return [int(one) for one in self.post("/tokenize", {"content": text, "add_special": special})["tokens"]]
+
+    def agrees(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Return True if llama.cpp splits a text as `tokenizer` does, and begins and ends it alike."""
+        asked = ((special, tokenizer(TEXT, add_special_tokens=special)["input_ids"]) for special in (False, True))
+        return all(self.tokenize(TEXT, special) == expected for special, expected in asked)
 
     def likeliest(self, tokens: list[int]) -> dict[int, float]:
         """Return the log-probabilities of the likeliest next tokens, by id."""
@@ -92,12 +97,11 @@ def verify_encoder(
 ) -> Verified:
     """Compare the embedding of a text in llama.cpp with that of the `model` that the file was written from."""
     running = Runtime(path, embeds=True)
-    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     states = model(**tokenizer(TEXT, return_tensors="pt").to(model.device))[0][0].double()
     ours = normalize(states[0] if pooling == "cls" else states.mean(0), dim=0).cpu()
     theirs = torch.tensor(running.embedding(TEXT), dtype=torch.float64)
     difference = float((ours - theirs).abs().max())
-    return Verified(difference, EMBEDDING_TOLERANCES[kind], running.load_seconds, running.tokenize(TEXT) == ids)
+    return Verified(difference, EMBEDDING_TOLERANCES[kind], running.load_seconds, running.agrees(tokenizer))
 
 
 @torch.no_grad()
@@ -105,7 +109,6 @@ def verify(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     """Compare a file in llama.cpp with the `model` that it was written from: tokens, and log-probabilities."""
     running = Runtime(path)
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    agree = running.tokenize(TEXT) == ids
     largest = 0.0
     for part in range(1, PLACES + 1):
         prefix = ids[: len(ids) * part // PLACES]
@@ -113,4 +116,4 @@ def verify(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         ours = logits.double().log_softmax(-1)
         theirs = running.likeliest(prefix)
         largest = max([largest, *(abs(value - float(ours[token])) for token, value in theirs.items())])
-    return Verified(largest, TOLERANCES[kind], running.load_seconds, agree)
+    return Verified(largest, TOLERANCES[kind], running.load_seconds, running.agrees(tokenizer))
