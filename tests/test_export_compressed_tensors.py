@@ -70,6 +70,15 @@ def test_a_gguf_file_keeps_the_integers_of_the_conversion(tiny, tmp_path, kind, 
     assert dense and found["bytes"] > 0
 
 
+def test_the_folder_is_as_readable_as_others_and_nothing_is_shown(tiny, tmp_path, capfd):
+    folder = make(tmp_path, tiny)
+    capfd.readouterr()
+    export(str(folder), tmp_path / "made", "compressed-tensors")
+    assert "Decompressing" not in capfd.readouterr().err
+    weights, config = (tmp_path / "made" / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode
+
+
 def test_a_wrong_order_of_numbers_is_not_kept(tiny, tmp_path, monkeypatch):
     from pilon_compress.export import compressed_tensors
 

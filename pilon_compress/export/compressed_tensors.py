@@ -6,7 +6,9 @@
 The numbers are the same: nothing is rounded again.
 """
 
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +92,11 @@ def write(model: PreTrainedModel, job: ExportJob) -> PackedExported:
         model.save_pretrained(folder, state_dict=_state(model, packed))
         tokenizer.save_pretrained(folder)
         companions.copy(beside, folder)
+        for path in folder.glob("*.safetensors"):
+            path.chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner only
         measured["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        measured["max_logit_difference"] = difference(_read(folder, model), before, "compressed-tensors")
+        with redirect_stderr(StringIO()):  # the library shows bars of its own, also in its first pass
+            measured["max_logit_difference"] = difference(_read(folder, model), before, "compressed-tensors")
     return PackedExported(**measured, bits=one.bits, group=one.group, matrices=len(packed))
 
 
