@@ -11,15 +11,15 @@ there: K-quants to IQ4_NL, TQ1_0 to Q4_0, the head to Q8_0. Prints bytes by kind
 """
 
 import argparse
-import ctypes
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
+
+from pilon_compress.export.llama_cpp.tensors import by_ggml
 
 BLOCK = 256  # numbers of a block of the K-quants and of TQ1_0
 FALLBACK = {Kind.Q2_K: Kind.IQ4_NL, Kind.Q3_K: Kind.IQ4_NL, Kind.Q4_K: Kind.Q5_0, Kind.TQ1_0: Kind.Q4_0}
@@ -36,38 +36,13 @@ def kind_of(name: str, rows: int, asked: Kind, grouped: int) -> Kind:
     return kind if rows % BLOCK == 0 else FALLBACK[kind]
 
 
-def quantised(library: Any, weight: np.ndarray, kind: Kind) -> np.ndarray:
-    """Return `weight` (rows, numbers), float32, as bytes (rows, bytes of a row)."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    rows, numbers = weight.shape
-    made = np.zeros((rows, numbers // block * size), np.uint8)
-    source = np.ascontiguousarray(weight, np.float32)
-    pointers = (source.ctypes.data_as(ctypes.c_void_p), made.ctypes.data_as(ctypes.c_void_p))
-    library.ggml_quantize_init(int(kind))
-    done = library.ggml_quantize_chunk(int(kind), *pointers, 0, rows, numbers, None)
-    assert done == made.nbytes, (done, made.nbytes)
-    return made
-
-
-def open_library() -> Any:
-    """Load the wheel's library, which holds ggml."""
-    found = find_spec("xllamacpp")
-    assert found is not None and found.submodule_search_locations, "pip install xllamacpp"
-    (path,) = Path(next(iter(found.submodule_search_locations))).glob("xllamacpp*.so")
-    library = ctypes.PyDLL(str(path))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    number, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
-    return library
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("output")
     parser.add_argument("kind", choices=["Q2_K", "TQ1_0"])
     asked = parser.parse_args()
-    library, reader = open_library(), gguf.GGUFReader(asked.source)
+    reader = gguf.GGUFReader(asked.source)
     fields = reader.fields
 
     def value(key: str) -> Any:
@@ -89,7 +64,7 @@ def main() -> None:
             sizes[f"{place} F32"] += weight.nbytes
             continue
         kind = kind_of(tensor.name, weight.shape[-1], Kind[asked.kind], grouped)
-        data = quantised(library, weight, kind)
+        data = by_ggml(weight, kind)
         writer.add_tensor(tensor.name, data, raw_dtype=kind)
         sizes[f"{place} {kind.name}"] += data.nbytes
     writer.write_header_to_file()

@@ -21,12 +21,11 @@ from pilon_compress.export import dense
 from pilon_compress.export.integers import Integers, integer_layers, integers_of
 from pilon_compress.export.native import factors
 from pilon_compress.export.registry import DEFAULTS, ExportJob, exporter
-from pilon_compress.export.save import MODELING_FILE
+from pilon_compress.export.save import companions_without_code
 from pilon_compress.export.verify import difference, outputs
 from pilon_compress.io import companions
 from pilon_compress.io.folders import fresh_folder
 from pilon_compress.models import checkpoint
-from pilon_compress.models.companions import companions_of
 from pilon_compress.models.quiet import quiet_transformers
 from pilon_compress.nn.installed import layout_of
 from pilon_compress.results.export import Exported
@@ -85,8 +84,7 @@ def write(model: PreTrainedModel, job: ExportJob) -> PackedExported:
     packed = {name: packed_tensors(matrix) for name, matrix in found.items()}
     dense.to_dense(model)
     model.config.quantization_config = scheme(model, list(packed), one.bits, one.group)
-    tokenizer, beside = checkpoint.load_tokenizer(job.source), companions_of(job.source)
-    beside.pop(MODELING_FILE, None)  # of a self-contained source
+    tokenizer, beside = checkpoint.load_tokenizer(job.source), companions_without_code(job.source)
     measured = dict[str, Any]()
     with fresh_folder(job.output, job.overwrite) as folder, quiet_transformers():
         model.save_pretrained(folder, state_dict=_state(model, packed))

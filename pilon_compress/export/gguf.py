@@ -14,12 +14,11 @@ from pilon_compress.export.integers import Integers, integers_of
 from pilon_compress.export.llama_cpp import architectures, runtime, tensors, vocabulary
 from pilon_compress.export.native import factors
 from pilon_compress.export.registry import DEFAULTS, ExportJob, exporter
-from pilon_compress.export.save import MODELING_FILE
+from pilon_compress.export.save import companions_without_code
 from pilon_compress.export.verify import ExportFailed
 from pilon_compress.io import companions
 from pilon_compress.io.folders import fresh_folder
 from pilon_compress.models import checkpoint
-from pilon_compress.models.companions import companions_of
 from pilon_compress.nn.installed import layout_of
 from pilon_compress.results.export import Exported
 
@@ -93,8 +92,7 @@ def write(model: PreTrainedModel, job: ExportJob) -> GgufExported:
         raise BadInput(f"{job.source} {reason}")
     kind: tensors.Type = job.options.type or WRITES.get(next((one.bits for one in integers.values()), 0), "f16")
     measured: dict[str, Any] = {"type": kind}
-    beside = companions_of(job.source)
-    beside.pop(MODELING_FILE, None)  # of a self-contained source
+    beside = companions_without_code(job.source)
     with fresh_folder(job.output, job.overwrite) as folder:
         companions.copy(beside, folder)
         path = folder / f"{job.output.name}-{kind.upper()}{SUFFIX}"

@@ -56,6 +56,11 @@ def _narrowed(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     return state
 
 
+def companions_without_code(source: str) -> dict[str, Path]:
+    """Return the companion files of a model, but for the code that a self-contained folder loads by."""
+    return {name: path for name, path in companions_of(source).items() if name != MODELING_FILE}
+
+
 def save_beside(
     model: PreTrainedModel,
     job: ExportJob,
@@ -66,8 +71,7 @@ def save_beside(
 
     `add` is called with the folder before it is in place, to write more files.
     """
-    tokenizer, beside = checkpoint.load_tokenizer(job.source), companions_of(job.source)
-    beside.pop(MODELING_FILE, None)  # of a self-contained source
+    tokenizer, beside = checkpoint.load_tokenizer(job.source), companions_without_code(job.source)
     with fresh_folder(job.output, job.overwrite) as folder:
         save_model(model, tokenizer, folder, dtype)
         companions.copy(beside, folder)

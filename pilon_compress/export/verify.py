@@ -10,7 +10,7 @@ TOLERANCE = 2e-2  # of the largest output: a wrong order of neurons or a lost bi
 
 
 class ExportFailed(RuntimeError):
-    """What was written is not the model that it was written from; it has been deleted."""
+    """Raised where an export is not the model that it was written from; the export has been deleted."""
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ EMBEDDING_TOLERANCES = {"f32": 1e-3, "f16": 5e-3, "bf16": 2e-2, "q8_0": 2e-2, "q
 
 @dataclass(frozen=True)
 class Verified:
-    """What llama.cpp made of a file: the largest difference of its outputs, that which is allowed, seconds to load."""
+    """A file in llama.cpp: the largest difference of its outputs, the limit, seconds to load, and if tokens agree."""
 
     difference: float
     allowed: float

@@ -116,7 +116,7 @@ def rounded(weight: np.ndarray, kind: str) -> np.ndarray:
             raise BadInput("a weight is too large for f16: take --type bf16 or q8_0")
         return weight.astype(np.float16)
     if kind.endswith("_K"):
-        return _by_ggml(weight, gguf.GGMLQuantizationType[kind])
+        return by_ggml(weight, gguf.GGMLQuantizationType[kind])
     return gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
 
 
@@ -133,7 +133,7 @@ def _ggml() -> Any:
     return library
 
 
-def _by_ggml(weight: np.ndarray, kind: Any) -> np.ndarray:
+def by_ggml(weight: np.ndarray, kind: Any) -> np.ndarray:
     """Round `weight` (rows, numbers) by llama.cpp's own code, without an importance matrix."""
     import gguf
 
