@@ -1,5 +1,7 @@
 """`pilon-compress convert`: a dense checkpoint in, a PILON model folder with its report out."""
 
+from statistics import mean
+
 from pilon_compress.config.conversion import Recipe
 from pilon_compress.results import conversion as results
 
@@ -89,7 +91,15 @@ def print_result(report: results.Report) -> None:
     rows = [[ratio.label, ratio.part, number(ratio.value), ratio.detail] for ratio in ratios(report.dump())]
     print_table("Size, PILON ÷ dense", ["", "part", "ratio", "measured"], rows)
     rows = [[method_name(method), number(loss)] for method, loss in report.whitened_loss.items()]
-    print_table("Relative squared output error at equal stored size", ["method", "loss"], rows)
+    if rows:
+        print_table("Relative squared output error at equal stored size", ["method", "loss"], rows)
+    if blocks := report.slices:
+        lost = mean(block.relative_error for block in blocks)
+        busiest = max(max(block.load) * len(block.load) for block in blocks)
+        say(
+            f"{len(blocks)} blocks in slices: tokens lose {number(lost)} of the squares of a block's output, the "
+            f"busiest expert has {number(busiest)} times the mean load\n"
+        )
     if report.evaluation is not None:
         rows = [[figure.label, figure.value, figure.dense] for figure in quality(report.evaluation.dump())]
         print_table(f"Quality on {report.evaluation.data}", ["", "PILON", "dense"], rows)

@@ -7,7 +7,7 @@ import typer
 
 from pilon_compress.cli.main import app
 from pilon_compress.cli.options import Configured
-from pilon_compress.config.experts import ExpertsConfig
+from pilon_compress.config.experts import ExpertsConfig, SlicesConfig
 from pilon_compress.data.readers.registry import FORMATS, SOURCES
 from pilon_compress.errors import BadInput
 
@@ -109,6 +109,8 @@ def sample(flag) -> tuple[str, object]:
     if flag.name == "--ffn" and not flag.choices:
         return "64x128", "64x128"
     if flag.name == "--moe":
+        if flag.path == "form.moe":
+            return "experts=4,shared=1,top_k=2", SlicesConfig(experts=4, shared=1, top_k=2)
         return "experts=4,top_k=2", ExpertsConfig(experts=4, top_k=2)
     if flag.choices:
         word = next(one for one in flag.choices if one != flag.info.default)

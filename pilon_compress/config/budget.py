@@ -14,14 +14,15 @@ LARGEST_RATIO = 4.0  # with allow_larger: enough for a full-rank plan of any sha
 SHAPE = ("n_primitives", "rank", "top_k")
 
 
-def with_default(data: dict[str, Any], targets: Any) -> dict[str, Any]:
+def with_default(data: dict[str, Any], targets: Any, experts: bool = False) -> dict[str, Any]:
     """Return the fields of a budget with a ratio where nothing else decides the size: `ratio` where `targets` names
-    other projections than the feed-forward ones."""
+    other projections than the feed-forward ones; 1 for `experts` that are slices."""
     fixed = None not in (data.get("n_primitives"), data.get("rank"))
     fixed = fixed and data.get("optimize") != "compute"  # whose limit on MACs is the ratio
     if fixed or data.get("ffn_ratio") is not None or data.get("ratio") is not None:
         return data
-    return {**data, "ratio" if targets and targets != ["ffn"] else "ffn_ratio": DEFAULT_RATIO}
+    name = "ratio" if targets and targets != ["ffn"] else "ffn_ratio"
+    return {**data, name: 1.0 if experts else DEFAULT_RATIO}
 
 
 class Budget(Section):
@@ -76,7 +77,9 @@ class Budget(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_ratio(cls, data: Any) -> Any:
-        return with_default(data, data.get("targets")) if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        return with_default(data, data.get("targets"), data.get("moe") is not None)
 
     @model_validator(mode="after")
     def _in_range(self) -> "Budget":

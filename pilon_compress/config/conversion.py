@@ -13,6 +13,7 @@ from pydantic_core.core_schema import ValidationInfo
 from pilon_compress.config import reading, strict_yaml
 from pilon_compress.config.budget import Budget, with_default
 from pilon_compress.config.conflicts import Context, Table, refuse_conflicts, refused, without_effect
+from pilon_compress.config.experts import Slices
 from pilon_compress.config.fields import MODEL, SOURCES, Device, DType
 from pilon_compress.config.flat import Flat, arranged
 from pilon_compress.config.option import RUNNING, Argument, Option, Options
@@ -34,6 +35,10 @@ class Form(Section):
     elastic: Annotated[Switch, Option()] = False
     """Store neurons and components in falling order of worth, with what a cut needs beside them: `keep` then loads or
     exports the file at any smaller size. `ffn_ratio` is the largest size, 1 for the dense model's."""
+    moe: Annotated[Slices | None, Option(metavar="FIELD=VALUE,...")] = None
+    """Experts without training: keep all neurons in slices, of which some compute every token and a router chooses
+    others, as in active=0.25 or experts=7,shared=1,top_k=1 (CMoE, docs/moe.md). The stored size stays, MACs fall, and
+    quality falls a lot. Default: none."""
 
 
 class Scope(Section):
@@ -157,7 +162,9 @@ class Recipe(General, Dense):
             return data
         scope = data.get("scope")
         targets = scope.get("targets") if isinstance(scope, dict) else getattr(scope, "targets", None)
-        return {**data, "budget": with_default(data.get("budget", {}), targets)}
+        form = data.get("form")
+        experts = form.get("moe") if isinstance(form, dict) else getattr(form, "moe", None)
+        return {**data, "budget": with_default(data.get("budget", {}), targets, experts is not None)}
 
     @model_validator(mode="after")
     def _every_option_counts(self) -> "Recipe":
@@ -186,22 +193,30 @@ FACTORS = Context[Recipe](
 )
 MATRICES = Context[Recipe](lambda r: r.budget.whole, lambda _: "budget.whole_matrices or budget.uniform_width")
 NEURONS = Context[Recipe](lambda r: r.budget.primitive == "neurons", lambda _: "budget.primitive neurons")
+SLICED = Context[Recipe](lambda r: r.form.moe is not None, lambda _: "form.moe, which keeps the neurons as they are")
 UNREFINED = Context[Recipe](lambda r: r.refine.steps == 0, lambda _: "refine.steps 0")
 UNEVALUATED = Context[Recipe](lambda r: r.evaluation.data == "none", lambda _: "evaluation.data none")
 
 TABLE: Table[Recipe] = {
-    "budget.share": (FIXED, BASELINE, SCALAR, LARGER, WHOLE),
-    "budget.neurons": (FIXED, BASELINE, SCALAR, LARGER, NEURONS),
-    "budget.primitive": (FIXED, BASELINE, UNSHARED, SCALAR, LARGER, WHOLE),
-    "budget.bands": (BASELINE, UNSHARED, SCALAR, LARGER, WHOLE),
-    "budget.n_primitives": (BASELINE,),
-    "budget.top_k": (BASELINE,),
-    "budget.rank_multiple": (RANK, WHOLE, MATRICES, NEURONS),
-    "budget.whole_matrices": (FIXED, BASELINE, SCALAR, LARGER, WHOLE),
-    "budget.uniform_width": (FIXED, BASELINE, SCALAR, LARGER, WHOLE),
-    "budget.multiple_of": (FACTORS,),
-    "budget.optimize": (MAC_RATIO,),
-    "form.elastic": (FIXED, BASELINE, SCALAR, LARGER),
+    "method": (SLICED,),
+    "budget.rank": (SLICED,),
+    "budget.mac_ratio": (SLICED,),
+    "budget.allow_larger": (SLICED,),
+    "form.composition": (SLICED,),
+    "form.bank_dtype": (SLICED,),
+    "refine.steps": (SLICED,),
+    "budget.share": (SLICED, FIXED, BASELINE, SCALAR, LARGER, WHOLE),
+    "budget.neurons": (SLICED, FIXED, BASELINE, SCALAR, LARGER, NEURONS),
+    "budget.primitive": (SLICED, FIXED, BASELINE, UNSHARED, SCALAR, LARGER, WHOLE),
+    "budget.bands": (SLICED, BASELINE, UNSHARED, SCALAR, LARGER, WHOLE),
+    "budget.n_primitives": (SLICED, BASELINE),
+    "budget.top_k": (SLICED, BASELINE),
+    "budget.rank_multiple": (SLICED, RANK, WHOLE, MATRICES, NEURONS),
+    "budget.whole_matrices": (SLICED, FIXED, BASELINE, SCALAR, LARGER, WHOLE),
+    "budget.uniform_width": (SLICED, FIXED, BASELINE, SCALAR, LARGER, WHOLE),
+    "budget.multiple_of": (SLICED, FACTORS),
+    "budget.optimize": (SLICED, MAC_RATIO),
+    "form.elastic": (SLICED, FIXED, BASELINE, SCALAR, LARGER),
     "effort": (BASELINE,),
     "refine.minutes": (UNREFINED,),
     "refine.samples": (UNREFINED,),
@@ -218,6 +233,8 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield (dotted field, what is wrong) for every field that is set and does not go with another."""
     yield from refused(without_effect(recipe, TABLE, EXPLICIT))
     budget = recipe.budget
+    if recipe.form.moe is not None and budget.stored_limit != 1:
+        yield f"budget.{budget.ratio_name}", "is 1 with form.moe, which drops nothing: leave out one of the two"
     if budget.top_k is not None and budget.n_primitives is not None and budget.top_k > budget.n_primitives:
         yield "budget.top_k", f"is more than the {budget.n_primitives} primitives of a bank: lower it to that at most"
     if budget.whole and budget.sharing != "none":

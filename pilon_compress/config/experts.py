@@ -1,12 +1,14 @@
-"""The section `ffn.moe` of a training recipe: experts, which are recipes over one bank, and their router."""
+"""Sections about experts: `ffn.moe` of a training recipe, recipes over one bank; `form.moe` of a conversion, slices."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pilon_compress.config import strict_yaml
 from pilon_compress.config.reading import Count, Number, Positive, Section
+
+SLICES = 8  # of a block's neurons where `active` alone is given
 
 
 class ExpertsConfig(Section):
@@ -58,6 +60,64 @@ def read_experts(value: Any) -> Any:
 
 
 Experts = Annotated[ExpertsConfig, BeforeValidator(read_experts)]
+
+
+class SlicesConfig(Section):
+    """Experts of a conversion: each feed-forward block keeps all its neurons, in slices of equal size.
+
+    The shared slices compute every token; of the others, the experts, a router chooses `top_k` for each token.
+    """
+
+    active: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """Share of the neurons that compute a token: eighths, half of them shared, unless the three numbers below are
+    given. Default: 0.5, or what they come to."""
+    experts: Positive | None = None
+    """Slices of which a router chooses; given together with `shared` and `top_k`."""
+    shared: Count | None = None
+    """Slices that compute every token: the neurons that are active most often."""
+    top_k: Positive | None = None
+    """Experts that compute a token."""
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "SlicesConfig":
+        given = [one for one in (self.experts, self.shared, self.top_k) if one is not None]
+        if given and len(given) < 3:
+            raise ValueError("needs experts, shared and top_k together, or active alone")
+        if not given and abs(self._computed - round(self._computed)) > 1e-9:
+            raise ValueError(
+                f"has active {self._computed / SLICES:g}, which is no number of {SLICES} slices: give experts, shared "
+                "and top_k"
+            )
+        experts, shared, top_k = self.shape
+        if experts < 2:
+            raise ValueError("needs two experts or more, to choose from")
+        if top_k > experts:
+            raise ValueError(f"has top_k {top_k}, more than its {experts} experts")
+        if self.active is not None and abs(self.active - self.share) > 1e-9:
+            raise ValueError(f"has active {self.active:g}, and {self.share:g} by its other numbers: leave out one")
+        return self
+
+    @property
+    def _computed(self) -> float:
+        return SLICES * (0.5 if self.active is None else self.active)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return the experts, the shared slices, and the experts that compute a token."""
+        if self.experts is not None and self.shared is not None and self.top_k is not None:
+            return self.experts, self.shared, self.top_k
+        computed = round(self._computed)
+        shared = min(computed // 2, SLICES - 2)
+        return SLICES - shared, shared, computed - shared
+
+    @property
+    def share(self) -> float:
+        """Return the share of a block's neurons that compute a token."""
+        experts, shared, top_k = self.shape
+        return (shared + top_k) / (shared + experts)
+
+
+Slices = Annotated[SlicesConfig, BeforeValidator(read_experts)]
 
 
 def expert_conflicts(experts: ExpertsConfig) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from pilon_compress.nn.fold import prune_unused
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.install import install
 from pilon_compress.nn.installed import banks, neuron_banks
+from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.neuron_linear import NeuronLinear, fill_block
 
 
@@ -28,12 +29,8 @@ def build(
 
     Of a streamed model the blocks are read once more, and everything in them is in `dtype` at once.
     """
-    dense = source.model
-    shared = {id(tensor): tensor for tensor in chain(dense.parameters(), dense.buffers())}
-    model = copy.deepcopy(dense, memo=dict(shared))
     computed = source.model.dtype
-    with default_dtype(dtype) if source.streamed else nullcontext():
-        install(model, plan.layout(quantization))
+    model = installed(source, plan.layout(quantization), dtype)
     modules, kind = dict(banks(model)), FORMATS[quantization or "none"]
     for bank in plan.banks:
         stored = solved.banks[bank.name]
@@ -57,10 +54,29 @@ def build(
             kind.fill_matrix(module, weights.matrix.to(computed), codes)
         if projection.bias is not None:
             module.bias.copy_(projection.bias.to(computed))
+    completed(model, source, dtype)
+    prune_unused(model)
+    return model
+
+
+def installed(source: Source, layout: Layout, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a copy of the dense model with a layout, uninitialised, that shares every other tensor with it.
+
+    Of a streamed model new tensors are in `dtype`, and the rest of its blocks is on the meta device: see `completed`.
+    """
+    dense = source.model
+    shared = {id(tensor): tensor for tensor in chain(dense.parameters(), dense.buffers())}
+    model = copy.deepcopy(dense, memo=dict(shared))
+    with default_dtype(dtype) if source.streamed else nullcontext():
+        install(model, layout)
+    return model
+
+
+def completed(model: PreTrainedModel, source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """Return an installed and filled model, in place, on the source's device, with all that a streamed one lacks."""
     if source.streamed:
         fill(model, source, dtype)
     model.to(source.device)
-    prune_unused(model)
     return model.requires_grad_(False).eval()
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from pilon_compress.convert.allocate.uniform import make_plan
 from pilon_compress.convert.calibrate.sensitivity import PASSES, SCORED
+from pilon_compress.convert.experts.clusters import ROUNDS, TOKENS
 from pilon_compress.convert.neurons.bank_fit import SWEEPS
 from pilon_compress.convert.plan import BankPlan
 from pilon_compress.convert.prepare import PARAGRAPH, PROCESS_BYTES, ConversionJob, store_bytes
@@ -38,6 +39,7 @@ GRAM = 2.5  # of a token and an entry of a Gram matrix
 EIGENVALUES, ELIMINATION = 27.0, 42.0  # of the cubed size of a matrix
 FIT = (40.0, 60.0)  # of d_in · d_out · (d_in + d_out), and of the smaller side cubed
 ROUNDING = 250.0  # of d_in² · d_out, where matrices become integers
+CLUSTERS, ASSIGNMENT = 16.0, 1.0  # of a token's activations, and of the cubed neurons: a round of balanced k-means
 ANCHOR = 4  # passes of a layer that is fitted behind converted ones
 
 # The constants are of a machine where a large product runs at REFERENCE operations per second. Elsewhere only a share
@@ -52,6 +54,8 @@ def stages(job: ConversionJob) -> list[tuple[str, float]]:
     tokens = calibration.samples * calibration.sequence_length * (1.0 if job.causal else PARAGRAPH)
     body, head = _products(job.dense, job.causal)
     squares = sum(site.d_in**2 + site.d_out**2 for site in job.sites)
+    if job.plan.routers:
+        return _carving(job, PASS * tokens * body) + _evaluating(job, body, head)
     found = [
         ("calibrating, forward", PASS * tokens * body),
         ("calibrating, output", BACK * tokens * head),
@@ -92,10 +96,22 @@ def stages(job: ConversionJob) -> list[tuple[str, float]]:
     if steps := job.recipe.refine.steps:
         step = (BACK + PASS) * (body + head) * calibration.batch_size * tokens / calibration.samples
         found.append(("refining", step * steps))
-    if job.recipe.evaluation.data != "none":
-        scored = PASS * (EVALUATED if job.causal else ENCODED) * (body + head)
-        found += [("evaluating", 2 * scored)] if job.causal else [("embedding", scored)] * 2
-    return found
+    return found + _evaluating(job, body, head)
+
+
+def _evaluating(job: ConversionJob, body: int, head: int) -> list[tuple[str, float]]:
+    """Return the phases of the evaluation."""
+    if job.recipe.evaluation.data == "none":
+        return []
+    scored = PASS * (EVALUATED if job.causal else ENCODED) * (body + head)
+    return [("evaluating", 2 * scored)] if job.causal else [("embedding", scored)] * 2
+
+
+def _carving(job: ConversionJob, forward: float) -> list[tuple[str, float]]:
+    """Return the phase that carves experts: the text's forward pass, clusters, and the error of every block."""
+    downs = [site for site in job.sites if site.role == "down"]
+    clusters = sum(ROUNDS * (TOKENS * site.d_in * CLUSTERS + ASSIGNMENT * site.d_in**3) for site in downs)
+    return [("carving experts", forward + clusters)]
 
 
 def _matching(job: ConversionJob) -> float:

@@ -23,6 +23,7 @@ from pilon_compress.config.effort import EFFORTS
 from pilon_compress.convert.build_model import build
 from pilon_compress.convert.calibrate.second_moments import Moments
 from pilon_compress.convert.cost import estimate, stages
+from pilon_compress.convert.experts.carve import carve_experts
 from pilon_compress.convert.neurons.bank_fit import NeuronFitter
 from pilon_compress.convert.planning import Planned, plan_conversion
 from pilon_compress.convert.prepare import ConversionJob, prepare
@@ -219,6 +220,8 @@ def solve_opened(
     The last is empty unless the conversion is elastic.
     """
     source, batches = opened.source, opened.batches
+    if opened.job.plan.routers:
+        return carve_opened(opened, command, on_plan)
     planned = plan_conversion(source, opened.job, batches, journal, held_out=opened.held_out)
     job, tried = planned.job, planned.trials
     if on_plan is not None:
@@ -231,6 +234,18 @@ def solve_opened(
     report = describe(job, solved, batches, refined, opened.expected, command)
     ffn = report.ffn.model_copy(update={"shared_primitives": shared_primitives(model)})
     return model, job, report.model_copy(update={"ffn": ffn, "sharing": tried}), blocks
+
+
+def carve_opened(
+    opened: Opened, command: str, on_plan: Callable[[ConversionJob], None] | None
+) -> tuple[PreTrainedModel, ConversionJob, Report, list[BlockWorth]]:
+    """Carve the blocks into experts, see `experts.carve`: the parts of `solve_opened`'s result."""
+    job = opened.job
+    if on_plan is not None:
+        on_plan(job)
+    model, slices = carve_experts(opened.source, job, opened.batches)
+    report = describe(job, Solved({}, {}), opened.batches, None, opened.expected, command)
+    return model, job, report.model_copy(update={"slices": slices}), []
 
 
 def write_pages(report: Report, folder: Path) -> None:

@@ -7,7 +7,7 @@ from pilon_compress.models.families import Site
 from pilon_compress.models.shared_layouts import add_neurons
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.sizing import BankSize, composition_numbers
-from pilon_compress.nn.specs import BankSpec, DenseSpec, ProjectionSpec
+from pilon_compress.nn.specs import BankSpec, DenseSpec, ProjectionSpec, RouterSpec
 from pilon_compress.nn.targets import Target
 
 
@@ -111,6 +111,8 @@ class Plan:
     host: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(d_in, d_out) in the dense model of the projections that lose neurons."""
     neuron_banks: list[NeuronBankPlan] = field(default_factory=list)
+    routers: dict[str, RouterSpec] = field(default_factory=dict)
+    """By module name of the block: slices of its neurons, each a recipe without scales over the bank of its layer."""
 
     @property
     def sites(self) -> list[Site]:
@@ -131,9 +133,11 @@ class Plan:
             for bank in self.banks
             for site in bank.sites
         }
-        made = Layout(specs, projections, matrices, dict(self.host))
+        made = Layout(specs, projections, matrices, dict(self.host), routers=dict(self.routers))
         for store in self.neuron_banks:
-            add_neurons(made, store.name, store.sites, store.neurons, store.widths, scales=True)
+            router = self.routers.get(store.sites[0].name.rpartition(".")[0])
+            recipes = 1 if router is None else router.recipes
+            add_neurons(made, store.name, store.sites, store.neurons, store.widths, router is None, recipes)
             whole = {site.name: (site.d_in, site.d_out) for site in store.sites}
             made.host.update({name: shape for name, shape in whole.items() if shape != made.shape(name)})
         return made if quantization is None else made.in_format(quantization)

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from pilon_compress.config.conversion import Recipe
 from pilon_compress.config.effort import EFFORTS
 from pilon_compress.convert.allocate.uniform import check_limits, dense_plan, make_plan, preview
+from pilon_compress.convert.experts.plan import plan_slices
 from pilon_compress.convert.plan import Plan, blocks_of, down_of
 from pilon_compress.convert.texts import Calibration, held_out, read_calibration, read_evaluation
 from pilon_compress.data.batch import Batch
@@ -131,6 +132,8 @@ def allocated(recipe: Recipe) -> bool:
 def initial_plan(recipe: Recipe, sites: list[Site]) -> Plan:
     """The plan where it is known without calibration; else a guess at it by uniform shares. Raises BadInput."""
     asked = recipe.budget
+    if recipe.form.moe is not None:
+        return plan_slices(sites, recipe.form.moe)
     if allocated(recipe):
         guess = preview(sites, min(asked.stored_limit, asked.mac_limit or 1))
         return guess or make_plan(sites, asked, "whitened-svd", recipe.form.composition)

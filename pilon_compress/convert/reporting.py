@@ -43,8 +43,11 @@ def describe(
     expected: Estimate,
     command: str,
 ) -> Report:
-    """The report of a solved conversion; evaluation, output and time are for the caller to fill in."""
-    methods = next(iter(solved.errors.values()))
+    """The report of a solved conversion; evaluation, output and time are for the caller to fill in.
+
+    Slices of neurons (`form.moe`) are not solved for: the report then has no errors of projections, nor banks.
+    """
+    methods = next(iter(solved.errors.values()), {})
     losses = {method: [errors[method] for errors in solved.errors.values()] for method in methods}
     return Report(
         format_version=1,
@@ -53,9 +56,9 @@ def describe(
         method=job.recipe.method,
         **described(job),
         whitened_loss={method: sum(values) / len(values) for method, values in losses.items()},
-        projections=[describe_projection(site, job.plan, solved) for site in job.sites],
+        projections=[describe_projection(site, job.plan, solved) for site in job.sites if solved.projections],
         banks=[_bank(bank, solved) for bank in job.plan.banks]
-        + [_neurons(store, solved) for store in job.plan.neuron_banks],
+        + [_neurons(store, solved) for store in job.plan.neuron_banks if solved.stores],
         kept=size.unchanged(job.dense, job.layout),
         calibration=CalibrationText(
             data=job.calibration.data,

@@ -127,7 +127,7 @@ def layout_of(model: Host) -> Layout:
     host = {name: layer.host_shape for name, layer in layers if layer.host_shape != linear_shape(layer)}
     exits = {name: block.exit_gate.spec for name, block in gated_blocks(model)}
     routed = {
-        name: RouterSpec(one.width, one.experts, one.top_k, one.kind, one.shared, one.mix)
+        name: RouterSpec(one.width, one.experts, one.top_k, one.kind, one.shared, one.mix, one.gates)
         for name, one in routers(model)
     }
     layout = Layout(specs, composed, matrices, host, installed(model), {}, stores, neurons, exits, routed)

@@ -163,8 +163,15 @@ class Layout:
         for name, spec in self.routers.items():
             if spec.experts < 2 or spec.top_k > spec.experts:
                 raise ValueError(f"the router of {name} chooses {spec.top_k} of {spec.experts} experts")
-            if not any(self.router_of(one) == name for one in self.replaced):
+            inside = [one for one in self.replaced if self.router_of(one) == name]
+            if not inside:
                 raise ValueError(f"the layout has a router for {name}, and no projections there")
+            if spec.kind == "neurons" and not all(
+                one in self.neurons and self.neurons[one].selection for one in inside
+            ):
+                raise ValueError(f"the router of {name} scores neurons, and {inside[0]} selects none")
+            if spec.kind == "neurons" and spec.mix != "outputs":
+                raise ValueError(f"the router of {name} scores neurons of experts, whose recipes are mixed")
         users: dict[str, ProjectionSpec | NeuronSpec] = {**self.projections, **self.neurons}
         for name, user in users.items():
             router = self.routers.get(self.router_of(name))

@@ -39,8 +39,13 @@ class Selection(Part, nn.Module):
         self.register_buffer("selected", torch.arange(top_k).expand(*each, top_k).clone())
         self._runs: LazyValue[list[tuple[tuple[int, int], ...]]] = LazyValue()
 
-    def forward(self, expert: int = 0) -> Chosen:
-        """Return the selection, that of one `expert`, with its runs of consecutive neurons if they are few."""
+    def forward(self, expert: int | None = 0) -> Chosen:
+        """Return the selection, that of one `expert`, with its runs of consecutive neurons if they are few.
+
+        None: the first neuron of every expert.
+        """
+        if expert is None:
+            return Chosen(self.selected.view(self.experts, self.top_k)[:, 0])
         selected = self.selected if self.experts == 1 else self.selected[expert]
         if torch.compiler.is_compiling() or self.selected.is_meta:
             return Chosen(selected, ())

@@ -106,6 +106,8 @@ class NeuronLinear(Projection, nn.Module):
 
     def _by_expert(self, x: Tensor, router: Router) -> Tensor:
         """Compute rows `x` (N, d_in) with experts; one call for each matrix: see `ComposedLinear`."""
+        if router.scoring:
+            return self._first_neurons(x, router)
         spans = router.segments() if router.mix == "outputs" else ()
         chosen = None if spans else self.chosen()
         segments = [(self.selection(e), start, end) for e, start, end in spans] if self.selection is not None else []
@@ -123,6 +125,25 @@ class NeuronLinear(Projection, nn.Module):
             first = first if scale is None else first * scale.to(first)
             y = torch.cat([first, *others], -1) if others else first
         return y if self.bias is None else y + self._wide_bias(rows(self.bias)).to(y.device)
+
+    def _first_neurons(self, x: Tensor, router: Router) -> Tensor:
+        """Compute rows `x` (N, d_in) with the first neuron of every routed expert: (N, E), of gate_up (N, 2 E).
+
+        The projection that reads neurons gives its rows (N, E) to the router, and returns zeros.
+        """
+        if self.role == "down":
+            router.activations = x
+            return x.new_zeros(len(x), self.out_features)
+        assert self.selection is not None
+        chosen = Chosen(self.selection(None).indices[router.shared :])
+        first, *others = [self.bank(x, role, chosen) for role in self.sources]
+        if self.scaled:
+            first = first * self.weight[router.shared :, 0].to(first)
+        y = torch.cat([first, *others], -1) if others else first
+        if self.bias is None:
+            return y
+        halves = self._wide_bias(self.bias)[router.shared :].unflatten(1, (len(self.sources), self.top_k))
+        return y + halves[:, :, 0].T.flatten().to(y)
 
     def _wide_bias(self, bias: Tensor) -> Tensor:
         missing = self.out_features - bias.shape[-1]

@@ -1,10 +1,13 @@
 """The router of a feed-forward block: it chooses, for every token, which of the block's recipes (experts) compute it.
 
-    scores (N, E)     softmax of a linear map or a small MLP of the block's input, in float32
-    chosen (N, K)     the `top_k` experts of the largest score + balance; weights: their scores over their sum
+    scores (N, E)     softmax of a linear map or a small MLP of the block's input, in float32; of kind neurons the
+                      magnitude of the activation of each expert's first neuron, over their sum (CMoE's analytic router)
+    chosen (N, K)     the `top_k` experts of the largest score + balance
+    weights (N, K)    the scores of the chosen experts over their sum; with gates ones 1 each
     shared            further recipes that compute every token, with weight 1; they come first
 
-An expert owns no matrices: it is a selection and a composition over a bank that all experts of a band read.
+An expert owns no matrices: it is a selection and a composition over a bank that all experts of a band read. With gates
+ones experts whose selections are disjoint add up to the dense block: each is a slice of its neurons.
 
     mix outputs       every chosen expert computes the token, and their outputs are added, weighted
     mix recipes       the chosen experts' coefficients are added, weighted, over the one selection that all have:
@@ -20,8 +23,9 @@ from torch.nn import functional
 
 from pilon_compress.nn.part import Part
 
-ROUTER_KINDS = ("linear", "mlp")
+ROUTER_KINDS = ("linear", "mlp", "neurons")
 MIXES = ("outputs", "recipes")
+GATES = ("scores", "ones")
 NARROW = 4  # width of the block's input over that of the MLP's hidden layer
 
 
@@ -67,24 +71,35 @@ class Router(Part, nn.Module):
     watchers: `Load` objects that count what is routed
     terms: losses of the last forward pass that had gradients, for the training loop to take: see `take_terms`
     routing, mixture: those of the pass that is running, which the block's projections read
+    scoring: True while a block with a router of kind neurons computes the first neuron of every expert
+    activations (N, E): what it computed
     """
 
     balance: Tensor
 
     def __init__(
-        self, width: int, experts: int, top_k: int, kind: str = "linear", shared: int = 0, mix: str = "outputs"
+        self,
+        width: int,
+        experts: int,
+        top_k: int,
+        kind: str = "linear",
+        shared: int = 0,
+        mix: str = "outputs",
+        gates: str = "scores",
     ) -> None:
         super().__init__()
         self.width, self.experts, self.top_k, self.kind, self.shared = width, experts, top_k, kind, shared
-        self.mix = mix
+        self.mix, self.gates = mix, gates
         if kind == "mlp":
             self.inner = nn.Parameter(torch.empty(max(1, width // NARROW), width))
-        self.weight = nn.Parameter(torch.empty(experts, width if kind == "linear" else max(1, width // NARROW)))
+        if kind != "neurons":
+            self.weight = nn.Parameter(torch.empty(experts, width if kind == "linear" else max(1, width // NARROW)))
         self.register_buffer("balance", torch.zeros(experts))
         self.watchers: list[Load] = []
         self.terms: tuple[Tensor, Tensor] | None = None
         self.routing: Routing | None = None
         self.mixture: Tensor | None = None
+        self.scoring, self.activations = False, torch.empty(0)
 
     def own_types(self) -> dict[str, torch.dtype]:
         """Return the tensors that keep a dtype of their own: steps of the balance are too small for 16 bits."""
@@ -117,25 +132,38 @@ class Router(Part, nn.Module):
         return (self.recipes,) if self.mix == "outputs" else ()
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Return the logits (N, E) of `rows` (N, width), in float32 whatever the model computes in, or more."""
+        """Return the logits (N, E) of `rows` (N, width), in float32 whatever the model computes in, or more.
+
+        Of kind neurons `rows` (N, E) are the activations of the experts' first neurons, and their magnitudes returned.
+        """
         dtype = torch.promote_types(rows.dtype, torch.float32)
+        if self.kind == "neurons":
+            return rows.to(dtype).abs()
         with torch.autocast(rows.device.type, enabled=False):
             rows = rows.to(dtype)
             if self.kind == "mlp":
                 rows = functional.gelu(functional.linear(rows, self.inner.to(dtype)))
             return functional.linear(rows, self.weight.to(dtype))
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return the scores (N, E), whose sum is 1, of `logits` (N, E); magnitudes are too large for a softmax."""
+        if self.kind != "neurons":
+            return logits.softmax(-1)
+        return logits / logits.sum(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
+
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return the chosen experts (N, K) of `scores` (N, E), the best first, and their weights (N, K)."""
         chosen = (scores + self.balance).topk(self.top_k, -1).indices
         best = scores.gather(1, chosen)
+        if self.gates == "ones":
+            return chosen, torch.ones_like(best)
         # one expert alone has weight 1 in any case: the gradient is then that of its own score (straight through)
         return chosen, best / (best.detach() if self.top_k == 1 else best.sum(-1, keepdim=True))
 
     def forward(self, rows: Tensor) -> Routing:
-        """Route `rows` (N, width)."""
+        """Route `rows` (N, width), or of kind neurons the activations (N, E): see `logits`."""
         logits = self.logits(rows)
-        scores = logits.softmax(-1)
+        scores = self.scores(logits)
         chosen, weights = self.choose(scores)
         if self.shared:
             always = torch.arange(self.shared, device=rows.device).expand(len(rows), -1)
@@ -154,7 +182,7 @@ class Router(Part, nn.Module):
     def mixed(self, rows: Tensor) -> Tensor:
         """Return the weights (N, recipes) of all recipes for `rows` (N, width), 0 of those that are not chosen."""
         logits = self.logits(rows)
-        scores = logits.softmax(-1)
+        scores = self.scores(logits)
         chosen, weights = self.choose(scores)
         self._note(logits, scores, chosen.flatten().bincount(minlength=self.experts).cpu().double())
         mixture = torch.zeros_like(scores).scatter(1, chosen, weights)
@@ -196,17 +224,32 @@ class Router(Part, nn.Module):
 
     def extra_repr(self) -> str:
         """Return the sizes for `repr`."""
-        return f"top_k={self.top_k} of {self.experts}, {self.kind}, shared={self.shared}, mix={self.mix}"
+        own = f"{self.kind}, shared={self.shared}, mix={self.mix}, gates={self.gates}"
+        return f"top_k={self.top_k} of {self.experts}, {own}"
 
 
 class RoutedBlock(nn.Module):
     """Mixin of a feed-forward block whose tokens are routed: see `nn.extended`.
 
     The block's own forward pass runs once, on all rows sorted by recipe; its projections compute each segment with its
-    recipe. There is no padding, and no copy of a bank. With mixed recipes it runs on the rows as they are.
+    recipe. There is no padding, and no copy of a bank. With mixed recipes it runs on the rows as they are. A router of
+    kind neurons lets it run once before, over the first neuron of every expert.
     """
 
     router: Router
+
+    def _seen(self, rows: Tensor) -> Tensor:
+        """Return what the router scores: `rows` (N, d), or the activations (N, E) of the experts' first neurons."""
+        router = self.router
+        if router.kind != "neurons":
+            return rows
+        router.scoring = True
+        try:
+            with torch.no_grad():  # the choice has no gradient
+                super().forward(rows[None])
+            return router.activations
+        finally:
+            router.scoring, router.activations = False, torch.empty(0)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden: Tensor) -> Tensor:
@@ -218,7 +261,7 @@ class RoutedBlock(nn.Module):
                 return super().forward(hidden)
             finally:
                 router.mixture = None
-        routing: Routing = router(rows)
+        routing: Routing = router(self._seen(rows))
         if not len(rows):
             return torch.zeros_like(hidden)
         router.routing = routing

@@ -165,7 +165,7 @@ def projection_macs(layout: Layout, name: str) -> int:
 
 def block_macs(layout: Layout, block: str) -> int:
     """Return the MACs per token of the module `block`, by name below the base model: its projections and its router."""
-    router = router_macs(layout.routers[block]) if block in layout.routers else 0
+    router = router_size(layout, block).macs if block in layout.routers else 0
     return router + sum(projection_macs(layout, name) for name in layout.replaced if name.startswith(f"{block}."))
 
 
@@ -178,16 +178,24 @@ def exits_size(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> Size:
 
 
 def router_size(layout: Layout, block: str, itemsize: int = DENSE_ITEMSIZE) -> Size:
-    """Return the size of the router of a feed-forward block; the dense model has none."""
-    macs = router_macs(layout.routers[block])
-    exact = layout.routers[block].experts  # of the balance
-    return Size(macs + exact, 0, macs * itemsize + exact * SCALE_ITEMSIZE, 0, macs, 0)
+    """Return the size of the router of a feed-forward block; the dense model has none.
+
+    One of kind neurons stores no weights: it computes a neuron of each expert once more.
+    """
+    spec = layout.routers[block]
+    macs = router_macs(spec)
+    stored, exact = macs, spec.experts  # of the balance
+    if spec.kind == "neurons":
+        roles = [layout.neurons[name].role for name in layout.neurons if name.startswith(f"{block}.")]
+        macs *= sum({"gate_up": 2, "down": 0}.get(role, 1) for role in roles)
+        stored = 0
+    return Size(stored + exact, 0, stored * itemsize + exact * SCALE_ITEMSIZE, 0, macs, 0)
 
 
 def router_macs(spec: RouterSpec) -> int:
-    """Count the MACs per token of a router, and as many weights."""
+    """Count the MACs per token of a router, and as many weights; of kind neurons those of one matrix of the block."""
     inner = max(1, spec.width // NARROW)
-    return spec.experts * spec.width if spec.kind == "linear" else inner * (spec.width + spec.experts)
+    return inner * (spec.width + spec.experts) if spec.kind == "mlp" else spec.experts * spec.width
 
 
 def target_sizes(layout: Layout, itemsize: int = DENSE_ITEMSIZE) -> dict[Target, Size]:

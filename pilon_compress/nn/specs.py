@@ -7,7 +7,7 @@ from typing import Any
 from pilon_compress.nn.composed_linear import COMPOSITIONS
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.neuron_linear import NEURON_ROLES
-from pilon_compress.nn.router import MIXES, ROUTER_KINDS
+from pilon_compress.nn.router import GATES, MIXES, ROUTER_KINDS
 
 NEVER = -1e4  # threshold below every predicted price: no token skips the block
 WIDEST, LARGEST = 1 << 26, 1 << 40  # of one size, and of the numbers of one side of a bank
@@ -92,6 +92,7 @@ class RouterSpec:
     """The router of a feed-forward block of inputs of `width`: see `Router`.
 
     shared: recipes beside the `experts` that are always on   mix: what of the chosen ones is added, outputs or recipes
+    gates: weights of the chosen ones, their scores over their sum or ones
     """
 
     width: int
@@ -100,6 +101,7 @@ class RouterSpec:
     kind: str = "linear"
     shared: int = 0
     mix: str = "outputs"
+    gates: str = "scores"
 
     @property
     def recipes(self) -> int:
@@ -184,6 +186,8 @@ def checked(value: Any, name: str, kind: Any, where: str) -> Any:
     if name == "role" and value not in NEURON_ROLES:
         raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
     if name == "mix" and value not in MIXES:
+        raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
+    if name == "gates" and value not in GATES:
         raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")
     if name == "kind" and value not in ROUTER_KINDS:
         raise ValueError(f"{where}: {name} {value!r} is not known: written by a newer pilon-compress?")

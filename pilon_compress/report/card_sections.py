@@ -15,6 +15,10 @@ METHODS = {
     "whitened-svd": "by a low-rank product per layer, cut by SVD after whitening with the calibration inputs",
     "svd": "by a low-rank product per layer, cut by plain SVD of the weights",
 }
+SLICES = (
+    "by experts without training: a block keeps its neurons in slices of equal size, of which {active} of {experts} "
+    "compute a token; the shared ones always, the others as a router chooses that reads one neuron of each"
+)
 OVER = {
     formatting.STORED: "parameters kept ÷ parameters of the dense model",
     formatting.BYTES: "bytes saved as {dtype} ÷ bytes of the dense model in {source}",
@@ -28,6 +32,9 @@ def introduction(report: Report) -> str:
     layers = {layer for bank in report["plan"]["banks"] for layer in bank["layers"]}
     roles = formatting.in_order((bank["role"] for bank in report["plan"]["banks"]), formatting.ROLE_ORDER)
     how = METHODS.get(report["method"], f"by {code(report['method'])}")
+    if report.get("slices"):
+        part = report["plan"]["banks"][0]
+        how = SLICES.format(active=part["active"], experts=part["experts"])
     where = f"({cell(', '.join(roles))}) of {len(layers)} layers"
     names, plan = formatting.replaced_of(report)[0], report["plan"]
     return (
@@ -68,7 +75,13 @@ def facts(details: Mapping[str, Any] | None) -> str:
 
 
 def losses(report: Report) -> list[str]:
-    """Return a table of the whitened loss of the method and of the baselines."""
+    """Return a table of the whitened loss of the method and of the baselines; of experts the error of their blocks."""
+    if blocks := report.get("slices"):
+        mean = sum(block["relative_error"] for block in blocks) / len(blocks)
+        return [
+            f"Of the squares of a block's output, tokens lose **{formatting.number(mean)}** (mean over {len(blocks)} "
+            f"blocks, each at the dense model's inputs; {facts(report['calibration'])})."
+        ]
     order = [report["method"], *formatting.METHOD_NAMES]
     rows = []
     for method in formatting.in_order(report["whitened_loss"], list(dict.fromkeys(order))):
@@ -88,7 +101,7 @@ def limits(report: Report) -> list[str]:
         "The quality figures hold for the text named above; other languages, domains and tasks were not measured."
         if measured
         else "Quality was not measured: measure it on your own text before use.",
-        "Whitened loss is measured on the calibration text itself, and ranks methods; it does not measure quality.",
+        "Errors of blocks and whitened loss are measured on the calibration text itself; they do not measure quality.",
         "Loading needs the Python package `pilon_compress`.",
         "Licence, training data, biases and intended use are those of the dense model; see its own card.",
     ]

@@ -129,6 +129,17 @@ class Refinement(Result):
     """(step, held-out loss)."""
 
 
+class SlicedBlock(Result):
+    """A feed-forward block in slices of its neurons, measured on the calibration text."""
+
+    name: str
+    layer: int
+    load: list[float]
+    """Share of the choices that each expert gets."""
+    relative_error: float
+    """Squared error of the block's output over the output's squares, its input being the dense model's."""
+
+
 class SharingTrial(Result):
     """A band that was tried with shared banks, and the model's loss on text that no fit has seen."""
 
@@ -166,6 +177,8 @@ class Report(ConversionPlan):
     """Parameters that the conversion leaves alone, by place."""
     sharing: SharingTrials | None = None
     """Trials of `share: auto`; None for any other setting."""
+    slices: list[SlicedBlock] | None = None
+    """Blocks of a conversion to experts (`form.moe`); None for any other."""
     calibration: CalibrationText
     refinement: Refinement | None
     command: str
