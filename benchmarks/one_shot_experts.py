@@ -7,11 +7,12 @@
 Every row is the perplexity of one form on the same windows, in float32. Rows go to docs/results/one_shot_experts.json;
 those that are there are not run again.
 
-    experts    `pilon-compress convert MODEL --moe active=SHARE`
-    one set    the same neurons for every token: those that are active most often, as the shared slices are chosen
-    TEAL       each projection reads that share of its inputs, those of largest magnitude: one threshold for all tokens,
-               a quantile over the calibration text (Liu et al., 2024)
-    WINA       the same, magnitudes times the norm of the input's column of the weight (Chen et al., 2025)
+    experts        `pilon-compress convert MODEL --moe active=SHARE`
+    CMoE router    the same with router=neurons
+    one set        the same neurons for every token: those that are chosen as shared slices
+    TEAL           each projection reads that share of its inputs, those of largest magnitude: one threshold for all
+                   tokens, a quantile over the calibration text (Liu et al., 2024)
+    WINA           the same, magnitudes times the norm of the input's column of the weight (Chen et al., 2025)
 
 TEAL and WINA skip single columns of weights, token by token: MACs that only a kernel of their own leaves out.
 """
@@ -34,12 +35,15 @@ from pilon_compress.evaluate import perplexity
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import Site, find_sites
 from pilon_compress.models.hooks import hooked
+from pilon_compress.nn.part import linear_shape
 from pilon_compress.nn.specs import RouterSpec
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "one_shot_experts.json"
 SHARES = [0.5, 0.25]
 SEEN = 8  # calibration sequences of the controls' thresholds and sets
 SLICES = 8
+ROUTERS = {"experts": "linear", "CMoE router": "neurons"}
+FORMS = ["experts", "TEAL", "one set", "WINA", "CMoE router"]
 Row = dict[str, Any]
 Keep = Callable[[Tensor], Tensor]
 
@@ -64,6 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation")
     parser.add_argument("--name")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--forms", nargs="+", default=FORMS)
     parser.add_argument("--samples", type=int, default=16, help="calibration sequences of the experts")
     parser.add_argument("--window", type=int, default=512, help="tokens of a window, and of a calibration sequence")
     parser.add_argument("--windows", type=int, default=20)
@@ -88,29 +93,30 @@ def measured(asked: argparse.Namespace, done: set[tuple[str, str, float]]) -> It
 
     if (asked.name, "dense", 1) not in done:
         yield row("dense", 1, dense, stored_ratio=1.0, mac_ratio=1.0)
-    for active in asked.shares:
-        if (asked.name, "experts", active) not in done:
-            form, share, model, sizes = experts(asked, active)
-            yield row(form, share, model, **sizes)
-    controls = [(form, active) for active in asked.shares for form in ("TEAL", "WINA", "one set")]
-    controls = [one for one in controls if (asked.name, *one) not in done]
-    seen = inputs_of(dense, tokenizer, asked) if controls else {}
-    for form, active in controls:
+    arms = [(form, active) for form in asked.forms for active in asked.shares]
+    arms = [one for one in arms if (asked.name, *one) not in done]
+    seen: dict[str, Tensor] = {}
+    for form, active in arms:
+        if form in ROUTERS:
+            model, sizes = experts(asked, active, ROUTERS[form])
+            yield row(form, active, model, **sizes)
+            continue
+        seen = seen or inputs_of(dense, tokenizer, asked)
         rules = {"one set": one_set}.get(form, columns)(dense, seen, active, form == "WINA")
         with reading(dense, rules) as share:
             told = row(form, active, dense, stored_ratio=active if form == "one set" else 1.0)
         yield told | {"mac_ratio": active if form == "one set" else share()}
 
 
-def experts(asked: argparse.Namespace, active: float) -> tuple[str, float, PreTrainedModel, dict[str, float]]:
-    """Convert the model to experts; return the arguments of a row."""
+def experts(asked: argparse.Namespace, active: float, router: str) -> tuple[PreTrainedModel, dict[str, float]]:
+    """Convert the model to experts; return it with its sizes, and the error of its blocks."""
     calibration = {"samples": asked.samples, "sequence_length": asked.window}
-    config = pc.ConvertConfig(moe={"active": active}, calibration=calibration, dtype="float32")
+    config = pc.ConvertConfig(moe={"active": active, "router": router}, calibration=calibration, dtype="float32")
     model, report = pc.compress(asked.model, None, config, asked.calibration, evaluation="none")
     sizes = {"stored_ratio": report.ffn.stored_ratio, "mac_ratio": report.ffn.mac_ratio}
     assert report.slices is not None
     lost = [block.relative_error for block in report.slices]
-    return "experts", active, model, sizes | {"block_error": sum(lost) / len(lost)}
+    return model, sizes | {"block_error": sum(lost) / len(lost)}
 
 
 @torch.no_grad()
@@ -163,14 +169,15 @@ def one_set(dense: PreTrainedModel, seen: dict[str, Tensor], active: float, _: b
 
 @contextmanager
 def reading(dense: PreTrainedModel, rules: dict[str, Keep]) -> Iterator[Callable[[], float]]:
-    """Let projections read only the inputs that their rule keeps; yields a function of the share that they kept."""
+    """Let projections read only the inputs that their rule keeps; yields a function of the MACs' share that is left."""
     counts = [0, 0]
 
     def mask(rule: Keep) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             kept = rule(args[0])
-            counts[0] += int(kept.sum())
-            counts[1] += kept.numel()
+            outputs = linear_shape(module)[1]
+            counts[0] += int(kept.sum()) * outputs
+            counts[1] += kept.numel() * outputs
             return (args[0] * kept,)
 
         return hook

@@ -6,10 +6,10 @@ from transformers import AutoModelForCausalLM
 
 import pilon_compress as pc
 from pilon_compress.config.experts import SlicesConfig
-from pilon_compress.convert.experts.clusters import balanced_clusters, first_most_alike, slice_neurons
+from pilon_compress.convert.experts.clusters import balanced_clusters, first_most_alike, linear_router, slice_neurons
 from pilon_compress.convert.experts.plan import plan_slices
 from pilon_compress.models.families import find_sites
-from pilon_compress.nn.installed import layout_of, neuron_projections
+from pilon_compress.nn.installed import layout_of, neuron_projections, routers
 from pilon_compress.nn.size import ffn_size
 from pilon_compress.nn.specs import RouterSpec
 
@@ -37,10 +37,13 @@ def dense_hidden(block, x):
     return seen[0], output, down
 
 
-@pytest.mark.parametrize("moe", ["active=0.25", "experts=8,shared=0,top_k=3", "experts=2,shared=2,top_k=1"])
+MOES = ["active=0.25", "experts=8,shared=0,top_k=3,router=neurons", "experts=2,shared=2,top_k=1,router=neurons"]
+
+
+@pytest.mark.parametrize("moe", MOES)
 @pytest.mark.parametrize("family", BLOCKS)
 @torch.no_grad()
-def test_a_block_is_the_sum_of_the_slices_that_its_own_neurons_choose(tiny, family, moe):
+def test_a_block_is_the_sum_of_the_slices_that_its_router_chooses(tiny, family, moe):
     dense = tiny.tiny_model(family).double()
     model = converted(dense, tiny, moe)[0].double()
     x = torch.randn(1, 11, 32, dtype=torch.float64)
@@ -51,6 +54,8 @@ def test_a_block_is_the_sum_of_the_slices_that_its_own_neurons_choose(tiny, fami
         order = permutation(block, theirs)
         slices = order.view(block.router.recipes, -1)
         scores = hidden[0][:, slices[block.router.shared :, 0]].abs()
+        if block.router.kind == "linear":
+            scores = x[0] @ block.router.weight.T
         on = torch.zeros(11, block.router.recipes, dtype=torch.bool)
         on[:, : block.router.shared] = True
         on.scatter_(1, block.router.shared + scores.topk(block.router.top_k, 1).indices, True)
@@ -76,10 +81,11 @@ def test_with_all_experts_active_logits_are_the_dense_models(tiny, family, moe):
     torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("router", "matrices"), [("linear", 1), ("neurons", 2)])
 @torch.no_grad()
-def test_sizes_are_those_of_the_file_and_macs_count_the_router(tiny, tmp_path):
+def test_sizes_are_those_of_the_file_and_macs_count_the_router(tiny, tmp_path, router, matrices):
     dense = tiny.tiny_model("llama")
-    model, report = converted(dense, tiny, "active=0.25")
+    model, report = converted(dense, tiny, f"active=0.25,router={router}")
     pc.save(model, tmp_path / "m")
     from safetensors.torch import load_file
 
@@ -87,10 +93,10 @@ def test_sizes_are_those_of_the_file_and_macs_count_the_router(tiny, tmp_path):
     size = ffn_size(layout_of(model), 4)
     assert size.stored == sum(t.numel() for t in stored.values()) == report.ffn.stored
     assert size.bytes == sum(t.numel() * t.element_size() for t in stored.values())
-    assert size.macs == 3 * (3 * 32 * 16 + 7 * 2 * 32)  # two of eight slices of 64, and seven neurons of gate and up
+    assert size.macs == 3 * (3 * 32 * 16 + 7 * matrices * 32)  # two of eight slices of 64 neurons, and the router
     assert report.ffn.dense_stored == 3 * 3 * 32 * 64 and report.ffn.mac_ratio == size.macs / report.ffn.dense_macs
-    matrices = [tensor for key, tensor in stored.items() if "pilon_banks" in key]
-    assert sum(tensor.numel() for tensor in matrices) == report.ffn.dense_stored
+    bank = sum(tensor.numel() for key, tensor in stored.items() if "pilon_banks" in key)
+    assert bank == report.ffn.dense_stored
     assert len(report.slices) == 3 and all(0 < one.relative_error < 1 for one in report.slices)
     assert all(len(one.load) == 7 and sum(one.load) == pytest.approx(1) for one in report.slices)
 
@@ -105,7 +111,7 @@ def test_clusters_are_balanced_and_follow_groups_of_neurons():
     assert all(len(set(group[members].tolist())) == 1 for members in found)
 
 
-def test_slices_begin_with_the_neurons_that_are_active_most_and_each_expert_with_one_like_it():
+def test_slices_begin_with_the_neurons_of_most_worth_and_each_expert_with_one_like_it():
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(300, 32, generator=generator)
     hidden[:, [3, 9, 20, 31]] *= 50
@@ -123,10 +129,20 @@ def test_a_worthless_norm_does_not_make_a_neuron_shared():
     assert 5 not in slices[0]
 
 
+def test_a_linear_router_finds_the_expert_that_its_input_wakes():
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(4000, 8, generator=generator)
+    worth = (1 + inputs[:, :4]).clamp_min(0).repeat_interleave(3, 1)  # twelve neurons, of which three follow an input
+    weight = linear_router(inputs, worth, torch.arange(12).view(4, 3))
+    assert torch.equal(weight.argmax(1), torch.arange(4))
+    assert float((inputs.double() @ weight.T).std()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @torch.no_grad()
 def test_saved_exported_and_loaded_logits_are_equal(tiny, tmp_path, bare, family):
-    model, _ = converted(tiny.tiny_model(family), tiny, "active=0.5")
+    router = {"llama": "linear", "gpt2": "neurons"}[family]
+    model, _ = converted(tiny.tiny_model(family), tiny, f"active=0.5,router={router}")
     pc.save(model, tmp_path / "m")
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "m")(IDS).logits
     torch.testing.assert_close(logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
@@ -159,6 +175,7 @@ def test_learning_reaches_the_neurons_that_are_chosen(tiny):
     for _, layer in neuron_projections(model):
         gradient = layer.bank.get_parameter(f"{layer.role}.weight").grad
         assert gradient is not None and bool(gradient.any()) and bool(gradient.isfinite().all())
+    assert all(bool(router.weight.grad.any()) for _, router in routers(model))
 
 
 def test_settings_are_shares_of_eight_slices_or_numbers(tiny):
@@ -169,6 +186,7 @@ def test_settings_are_shares_of_eight_slices_or_numbers(tiny):
 
 REFUSED = [
     ("active=0.3", (), "no number of 8 slices"),
+    ("active=0.5,router=mlp", (), "router"),
     ("experts=7", (), "needs experts, shared and top_k together"),
     ("experts=3,shared=1,top_k=4", (), "more than its 3 experts"),
     ("active=0.5,experts=7,shared=1,top_k=1", (), "0.25 by its other numbers"),

@@ -77,6 +77,9 @@ class SlicesConfig(Section):
     """Slices that compute every token: the neurons that are active most often."""
     top_k: Positive | None = None
     """Experts that compute a token."""
+    router: Literal["linear", "neurons"] = "linear"
+    """Router: linear, a ridge regression of the experts' contributions on the block's input; or neurons, which computes
+    one neuron of each expert and stores no weights (CMoE)."""
 
     @model_validator(mode="after")
     def _in_range(self) -> "SlicesConfig":

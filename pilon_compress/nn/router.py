@@ -155,8 +155,8 @@ class Router(Part, nn.Module):
         """Return the chosen experts (N, K) of `scores` (N, E), the best first, and their weights (N, K)."""
         chosen = (scores + self.balance).topk(self.top_k, -1).indices
         best = scores.gather(1, chosen)
-        if self.gates == "ones":
-            return chosen, torch.ones_like(best)
+        if self.gates == "ones":  # with the gradient of the scores
+            return chosen, torch.ones_like(best) + (best - best.detach())
         # one expert alone has weight 1 in any case: the gradient is then that of its own score (straight through)
         return chosen, best / (best.detach() if self.top_k == 1 else best.sum(-1, keepdim=True))
 

@@ -17,7 +17,7 @@ METHODS = {
 }
 SLICES = (
     "by experts without training: a block keeps its neurons in slices of equal size, of which {active} of {experts} "
-    "compute a token; the shared ones always, the others as a router chooses that reads one neuron of each"
+    "compute a token; the shared ones always, the others as a router chooses"
 )
 OVER = {
     formatting.STORED: "parameters kept ÷ parameters of the dense model",

@@ -1,11 +1,12 @@
 """Carve the feed-forward blocks of a dense model into experts: activations on the calibration text, slices, weights.
 
-for each block      run the dense block on the text, and keep what `down` reads
-                    slices of its neurons (`clusters`), into a bank that has them in that order
+for each block      run the dense block on the text, and keep what its first projection and `down` read
+                    slices of its neurons and a router (`clusters`); the bank has the neurons in that order
                     the share of the block's output that tokens lose, and the load of every expert
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pilon_compress.convert.build_model import completed, installed
-from pilon_compress.convert.experts.clusters import TOKENS, slice_neurons
+from pilon_compress.convert.experts.clusters import TOKENS, linear_router, slice_neurons
 from pilon_compress.convert.plan import NeuronBankPlan
 from pilon_compress.convert.prepare import ConversionJob
 from pilon_compress.convert.solve.feed_forward import dense_weight
@@ -56,14 +57,22 @@ def carve_experts(
                 continue
             store, prefix = stores[layer], f"{source.names[layer]}."
             down = next(site for site in store.sites if site.role == "down")
-            hidden = hidden_states(stream, block, down, prefix)
+            first = next(site for site in store.sites if site.role != "down")
+            inputs, hidden = read_inputs(stream, block, (first, down), prefix)
             linears = {site.role: block.get_submodule(site.name.removeprefix(prefix)) for site in store.sites}
             weights = {role: dense_weight(linear).float() for role, linear in linears.items()}
             biases = {role: linear.get_parameter("bias").float() for role, linear in linears.items() if _biased(linear)}
-        router = job.plan.routers[down.name.rpartition(".")[0]]
-        neurons = slice_neurons(hidden, weights["down"].norm(dim=1), router)
-        fill_slices(model, store, Slices(neurons, weights, biases), router)
-        told.append(describe_block(down, hidden, weights["down"], neurons, router))
+        name = down.name.rpartition(".")[0]
+        spec, norms = job.plan.routers[name], weights["down"].norm(dim=1)
+        neurons = slice_neurons(hidden, norms, spec)
+        fill_slices(model, store, Slices(neurons, weights, biases), spec)
+        router: Any = model.base_model.get_submodule(name).router
+        seen = hidden[:, neurons[spec.shared :, 0]]
+        if spec.kind == "linear":
+            router.weight.copy_(linear_router(inputs, hidden.abs() * norms, neurons[spec.shared :]))
+            seen = inputs
+        chosen = router.choose(router.scores(router.logits(seen)))[0]
+        told.append(describe_block(down, hidden, weights["down"], neurons[spec.shared :], chosen))
     completed(model, source, job.dtype)
     if layout_of(model) != job.layout:
         raise RuntimeError("the model that was built is not the one that was planned")
@@ -74,29 +83,30 @@ def _biased(linear: nn.Module) -> bool:
     return getattr(linear, "bias", None) is not None
 
 
-def hidden_states(stream: Stream, block: nn.Module, down: Site, prefix: str) -> Tensor:
-    """Advance the stream through `block`; return the inputs (T, N), float32, of its projection `down`, no padding.
+def read_inputs(stream: Stream, block: nn.Module, sites: Sequence[Site], prefix: str) -> list[Tensor]:
+    """Advance the stream through `block`; return the inputs (T, d_in), float32, of the `sites`, without padding.
 
     Of more than TOKENS tokens some of every batch are taken, evenly. Raises BadInput where they are not finite.
     """
-    kept: list[Tensor] = []
+    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     masks = [mask.reshape(-1) for mask in stream.block_masks]
     step = -(-sum(int(mask.sum()) for mask in masks) // TOKENS)
 
-    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-        mask, x = masks[len(kept)], args[0]
-        if x.numel() != len(mask) * down.d_in:
+    def keep(site: Site, _: nn.Module, args: tuple[Any, ...]) -> None:
+        mask, x = masks[len(found[site.name])], args[0]
+        if x.numel() != len(mask) * site.d_in:
             raise BadInput(
-                f"{down.name} reads other inputs than the tokens' states: keep its block dense with --ignore"
+                f"{site.name} reads other inputs than the tokens' states: keep its block dense with --ignore"
             )
-        kept.append(x.detach().reshape(-1, down.d_in)[mask][::step].float())
+        found[site.name].append(x.detach().reshape(-1, site.d_in)[mask][::step].float())
 
-    with hooked(block, before=[(down.name.removeprefix(prefix), keep)]):
+    with hooked(block, before=[(site.name.removeprefix(prefix), partial(keep, site)) for site in sites]):
         stream.advance(block)
-    hidden = torch.cat(kept)
-    if not bool(hidden.isfinite().all()):
-        raise BadInput(f"the input of {down.name} is NaN or infinite on the calibration text")
-    return hidden
+    inputs = [torch.cat(found[site.name]) for site in sites]
+    for site, rows in zip(sites, inputs, strict=True):
+        if not bool(rows.isfinite().all()):
+            raise BadInput(f"the input of {site.name} is NaN or infinite on the calibration text")
+    return inputs
 
 
 def fill_slices(model: PreTrainedModel, store: NeuronBankPlan, slices: Slices, router: RouterSpec) -> None:
@@ -133,17 +143,18 @@ def fill_slices(model: PreTrainedModel, store: NeuronBankPlan, slices: Slices, r
             module.bias.copy_(torch.cat([half[neurons] for half in bias.split(width)], 1))
 
 
-def describe_block(down: Site, hidden: Tensor, weight: Tensor, neurons: Tensor, router: RouterSpec) -> SlicedBlock:
-    """Report the load of every expert and the relative squared error of the block's output on `hidden` (T, N)."""
-    scores = hidden[:, neurons[router.shared :, 0]].abs()
-    chosen = torch.zeros_like(scores).scatter_(1, scores.topk(router.top_k, 1).indices, 1.0)
-    lost = torch.ones(len(hidden), down.d_in, device=hidden.device)
-    lost[:, neurons[: router.shared].flatten()] = 0.0
-    for expert, members in enumerate(neurons[router.shared :]):
-        lost[:, members] -= chosen[:, expert, None]
+def describe_block(down: Site, hidden: Tensor, weight: Tensor, experts: Tensor, chosen: Tensor) -> SlicedBlock:
+    """Report the load of every expert and the relative squared error of the block's output on `hidden` (T, N).
+
+    weight (N, d_out) of `down`   experts (E, k): neurons of each   chosen (T, K): those of every token
+    """
+    picked = torch.zeros(len(hidden), len(experts), device=hidden.device).scatter_(1, chosen, 1.0)
+    lost = torch.zeros_like(hidden)
+    for expert, members in enumerate(experts):
+        lost[:, members] = 1 - picked[:, expert, None]
     output = (hidden @ weight).square().sum(dtype=torch.float64)
     error = ((hidden * lost) @ weight).square().sum(dtype=torch.float64)
-    load = chosen.mean(0) / router.top_k
+    load = picked.mean(0) / chosen.shape[1]
     return SlicedBlock(
         name=down.name.rpartition(".")[0],
         layer=down.layer,

@@ -34,5 +34,5 @@ def plan_slices(sites: Sequence[Site], asked: SlicesConfig) -> Plan:
                 "experts=N,shared=M,top_k=K with other N + M"
             )
         banks.append(NeuronBankPlan(band, tuple(members), down.d_in, (down.d_in // recipes,)))
-        routers[name] = RouterSpec(down.d_out, experts, top_k, kind="neurons", shared=shared, gates="ones")
+        routers[name] = RouterSpec(down.d_out, experts, top_k, kind=asked.router, shared=shared, gates="ones")
     return Plan(1.0, [[members.sites[0].layer] for members in banks], [], neuron_banks=banks, routers=routers)
