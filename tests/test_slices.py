@@ -186,7 +186,7 @@ def test_settings_are_shares_of_eight_slices_or_numbers(tiny):
 
 REFUSED = [
     ("active=0.3", (), "no number of 8 slices"),
-    ("active=0.5,router=mlp", (), "router"),
+    ("active=0.5,router=mlp", (), "must be 'linear' or 'neurons'"),
     ("experts=7", (), "needs experts, shared and top_k together"),
     ("experts=3,shared=1,top_k=4", (), "more than its 3 experts"),
     ("active=0.5,experts=7,shared=1,top_k=1", (), "0.25 by its other numbers"),

@@ -66,7 +66,7 @@ def carve_experts(
         spec, norms = job.plan.routers[name], weights["down"].norm(dim=1)
         neurons = slice_neurons(hidden, norms, spec)
         fill_slices(model, store, Slices(neurons, weights, biases), spec)
-        router: Any = model.base_model.get_submodule(name).router
+        router: Any = model.base_model.get_submodule(name).router.to(inputs.device)
         seen = hidden[:, neurons[spec.shared :, 0]]
         if spec.kind == "linear":
             router.weight.copy_(linear_router(inputs, hidden.abs() * norms, neurons[spec.shared :]))

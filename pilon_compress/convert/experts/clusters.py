@@ -44,7 +44,7 @@ def balanced_clusters(points: Tensor, clusters: int) -> Tensor:
     The first points are the first means, as CMoE takes those that are active most often.
     """
     size = len(points) // clusters
-    means, members = points[:clusters], torch.empty(0)
+    means, members = points[:clusters], torch.empty(0, dtype=torch.long, device=points.device)
     for _ in range(ROUNDS):
         costs = torch.cdist(points, means).square().repeat_interleave(size, 1)
         _, places = linear_sum_assignment(costs.cpu().double().numpy())
