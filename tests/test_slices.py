@@ -1,7 +1,10 @@
 """Experts without training: slices of a dense model's neurons, their router, sizes, files, refusals."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import pilon_compress as pc
@@ -87,8 +90,6 @@ def test_sizes_are_those_of_the_file_and_macs_count_the_router(tiny, tmp_path, r
     dense = tiny.tiny_model("llama")
     model, report = converted(dense, tiny, f"active=0.25,router={router}")
     pc.save(model, tmp_path / "m")
-    from safetensors.torch import load_file
-
     stored = {k: t for k, t in load_file(tmp_path / "m/model.safetensors").items() if ".mlp." in k or "pilon_" in k}
     size = ffn_size(layout_of(model), 4)
     assert size.stored == sum(t.numel() for t in stored.values()) == report.ffn.stored
@@ -215,3 +216,25 @@ def test_what_cannot_be_is_refused_in_a_line(cli, tiny, tmp_path, moe, more, wor
 def test_blocks_beside_other_modules_are_refused(tiny):
     with pytest.raises(pc.BadInput, match="need a module for each"):
         plan_slices(find_sites(tiny.tiny_model("opt")), SlicesConfig())
+
+
+def test_a_folder_is_planned_made_streamed_and_healed(cli, tiny, tmp_path):
+    tiny.save_tiny("llama", tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXTS * 4))
+    words = ("convert", "dense", "--moe", "active=0.25", "--calibration", "text.txt", "--samples", "8")
+    words += ("--sequence-length", "64", "--eval-data", "none", "--json")
+    planned = json.loads(cli(*words, "-o", "out", "--dry-run", cwd=tmp_path).stdout)
+    made = json.loads(cli(*words, "-o", "out", cwd=tmp_path).stdout)
+    assert planned["final"] and planned["ffn"] == {key: made["ffn"][key] for key in planned["ffn"]}
+    assert "in slices of equal size, of which 2 of 8" in (tmp_path / "out/README.md").read_text()
+    assert "<h2>Experts</h2>" in (tmp_path / "out/report.html").read_text()
+    cli(*words, "-o", "streamed", "--max-memory", "0.0003", cwd=tmp_path)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "streamed"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-4)
+    heal = ("train", "--heal", "out", "-o", "healed", "--data", "text.txt", "--sequence-length", "64")
+    heal += ("--tokens", "1024", "--set", "distill.keep_best=false")
+    healed = json.loads(cli(*heal, "--batch-size", "4", "--json", cwd=tmp_path).stdout)
+    assert healed["ffn"]["mac_ratio"] == made["ffn"]["mac_ratio"] and len(healed["routing"]["load"]) == 3
+    after = load_file(tmp_path / "healed/model.safetensors")
+    assert not torch.equal(after["model.layers.0.mlp.router.weight"], ours["model.layers.0.mlp.router.weight"])
