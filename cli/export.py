@@ -34,10 +34,15 @@ def export(
     from pilon_compress.convert.refit import refit_on_text
     from pilon_compress.export.registry import EXPORTERS
     from pilon_compress.export.run import export as write
-    from pilon_compress.export.run import target_table
+    from pilon_compress.export.run import targets
 
     if list_targets:
-        print_table(settings.model, *target_table(settings.model, settings))
+        found = targets(settings.model, settings)
+        if as_json:
+            print_json({"model": settings.model, "targets": [vars(one) for one in found]})
+            return
+        rows = [[one.target, one.about, f"no: it {one.reason}" if one.reason else "yes"] for one in found]
+        print_table(settings.model, ["target", "what it writes", "takes this model"], rows)
         return
     form = settings.to or (None if settings.keep is None else "pilon")
     if form is None:

@@ -1,12 +1,14 @@
 """Exporters: which forms there are, what each refuses, and what its options apply to."""
 
+import json
+
 import pytest
 import torch
 
 from pilon_compress.config.export import ExportOptions
 from pilon_compress.errors import BadInput
 from pilon_compress.export.registry import EXPORTERS, FLAGS, exporter
-from pilon_compress.export.run import export, target_table
+from pilon_compress.export.run import export, targets
 from pilon_compress.export.save import save_model
 from pilon_compress.models.families import find_sites
 from pilon_compress.nn.init import initialise
@@ -61,12 +63,13 @@ def test_nothing_is_written_where_an_export_is_refused(folder, tmp_path, to, opt
 
 
 def test_the_list_says_who_takes_a_model_and_why_not(folder, cli):
-    headings, rows = target_table(str(folder / "plain"))
-    said = {row[0]: row[-1] for row in rows}
-    assert headings[0] == "target" and said.keys() == EXPORTERS.keys()
-    assert said["dense"] == said["self-contained"] == "yes" and said["packed"].startswith("no: it is not ternary")
+    said = {one.target: one.reason for one in targets(str(folder / "plain"))}
+    assert said.keys() == EXPORTERS.keys()
+    assert said["dense"] == said["self-contained"] == "" and said["packed"].startswith("is not ternary")
     done = cli("export", "plain", "--list", cwd=folder)
     assert all(name in done.stdout for name in EXPORTERS) and "not ternary" in done.stdout
+    told = json.loads(cli("export", "plain", "--list", "--json", cwd=folder).stdout)
+    assert {one["target"]: one["reason"] for one in told["targets"]} == said
     assert sorted(path.name for path in folder.iterdir()) == ["dense", "plain"]
     refused = cli("export", "dense", "--list", cwd=folder, code=2)
     assert "is a dense model already" in refused.stderr
@@ -97,4 +100,4 @@ def test_an_exporter_is_one_registration(folder, tmp_path, monkeypatch):
     found = export(str(folder / "plain"), tmp_path / "out", "sizes").dump()
     assert found["to"] == "sizes" and found["load"] == f"open({str(tmp_path / 'out')!r})"
     assert (tmp_path / "out" / "sizes.txt").read_text() == str(found["parameters"])
-    assert "sizes" in [row[0] for row in target_table(str(folder / "plain"))[1]]
+    assert "sizes" in [one.target for one in targets(str(folder / "plain"))]

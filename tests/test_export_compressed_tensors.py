@@ -13,7 +13,7 @@ from pilon_compress.config import conversion
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.errors import BadInput
 from pilon_compress.export.llama_cpp import runtime
-from pilon_compress.export.run import export, target_table
+from pilon_compress.export.run import export, targets
 from pilon_compress.export.verify import ExportFailed
 from tests.test_elastic import TEXT
 
@@ -96,7 +96,7 @@ def test_a_wrong_order_of_numbers_is_not_kept(tiny, tmp_path, monkeypatch):
 
 def test_other_models_are_refused_and_told_why(tiny, tmp_path):
     folder = make(tmp_path, tiny, multiple_of=16)
-    rows = {row[0]: row[2] for row in target_table(str(folder))[1]}
+    rows = {one.target: one.reason for one in targets(str(folder))}
     assert "no multiple of its groups of 64" in rows["compressed-tensors"]
     with pytest.raises(BadInput, match="--multiple-of 64"):
         export(str(folder), tmp_path / "made", "compressed-tensors")

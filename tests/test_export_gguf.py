@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from pilon_compress.config.export import ExportOptions
 from pilon_compress.errors import BadInput
 from pilon_compress.export.llama_cpp import architectures, runtime, tensors, vocabulary
-from pilon_compress.export.run import export, target_table
+from pilon_compress.export.run import export, targets
 from pilon_compress.export.verify import ExportFailed
 from tests.test_stock_formats import make, uneven  # noqa: F401 - a fixture
 
@@ -24,7 +24,7 @@ def test_llama_cpp_computes_what_a_uniform_model_computes(tiny, tmp_path, family
     folder = make(tmp_path, tiny, family, uniform_width=True)
     found = export(str(folder), tmp_path / "made", "gguf", ExportOptions(type="f32")).dump()
     assert found["architecture"] == family
-    assert found["verified"] == "by llama.cpp" and found["max_logit_difference"] < 5e-3
+    assert found["verified"] and found["max_logit_difference"] < 5e-3
     (file,) = (tmp_path / "made").glob("*.gguf")
     assert file.name == found["file"] and file.stat().st_size == found["bytes"]
 
@@ -42,12 +42,36 @@ def test_layers_of_different_widths_are_exact_in_architecture_deci(uneven, tmp_p
 
 
 @needs_llama_cpp
-def test_a_file_that_computes_something_else_is_not_kept(tiny, tmp_path, monkeypatch):
+def test_heads_in_another_order_are_seen(tiny, tmp_path, monkeypatch):
     folder = make(tmp_path, tiny, "llama", uniform_width=True)
     monkeypatch.setattr(architectures, "ROTATED", ())
     with pytest.raises(ExportFailed, match="computes something else .* nothing is written"):
         export(str(folder), tmp_path / "made", "gguf", ExportOptions(type="f32"))
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_k_m"])
+def test_a_file_that_computes_something_else_is_not_kept(tiny, tmp_path, monkeypatch, kind):
+    folder = make(tmp_path, tiny, "llama", uniform_width=True, multiple_of=32)
+    right = export(str(folder), tmp_path / "right", "gguf", ExportOptions(type=kind)).dump()
+    assert right["verified"] and right["difference_as_written"] <= right["max_logit_difference"] + 1e-3
+    right_order = tensors.turned
+
+    def wrong_order(name, weight, *more):
+        return right_order(name, weight.flip(0) if "_proj" in name else weight, *more)
+
+    monkeypatch.setattr(tensors, "turned", wrong_order)
+    with pytest.raises(ExportFailed, match="computes something else .* nothing is written"):
+        export(str(folder), tmp_path / "made", "gguf", ExportOptions(type=kind))
     assert not (tmp_path / "made").exists()
+
+
+def test_a_file_that_nothing_has_loaded_says_so(tiny, tmp_path, monkeypatch):
+    folder = make(tmp_path, tiny, "llama", uniform_width=True)
+    monkeypatch.setattr(runtime, "available", lambda: False)
+    found = export(str(folder), tmp_path / "made", "gguf", ExportOptions(type="f32")).dump()
+    assert found["verified"] is False and found.get("max_logit_difference") is None
+    assert any(one.startswith("NOT VERIFIED: llama.cpp is not installed") for one in found["remarks"])
 
 
 def test_rows_that_fill_no_block_get_the_next_type():
@@ -134,8 +158,9 @@ def test_what_cannot_become_a_file_is_said_before_anything_is_written(tiny, tmp_
         export(str(bert), tmp_path / "made", "gguf")
     (tmp_path / "b").mkdir()
     opt = make(tmp_path / "b", tiny, "opt", uniform_width=True)
-    rows = {row[0]: row[2] for row in target_table(str(opt))[1]}
-    assert rows["gguf"].startswith("no: it is of the type opt") and rows["native"] == "yes"
+    reasons = {one.target: one.reason for one in targets(str(opt))}
+    assert reasons["gguf"].startswith("is of the type opt") and reasons["native"] == ""
+    assert "other than WordPiece" in {one.target: one.reason for one in targets(str(bert))}["gguf"]
     with pytest.raises(BadInput, match="--type does not apply to an export to native"):
         export(str(bert), tmp_path / "made", "native", ExportOptions(type="f16"))
     assert not (tmp_path / "made").exists()

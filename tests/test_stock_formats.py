@@ -13,7 +13,7 @@ from pilon_compress.config import conversion
 from pilon_compress.convert.pipeline import convert
 from pilon_compress.errors import BadInput
 from pilon_compress.export.deci import deci_config, read_deci, width_of
-from pilon_compress.export.run import export, target_table
+from pilon_compress.export.run import export, targets
 from pilon_compress.export.verify import ExportFailed, difference
 from tests.test_elastic import IDS, TEXT
 
@@ -102,8 +102,8 @@ def test_widths_in_multiples_of_256_are_written_as_every_reader_takes_them():
 
 
 def test_the_list_says_which_stock_form_takes_a_model(uneven):
-    said = {row[0]: row[-1] for row in target_table(str(uneven))[1]}
-    assert said["deci"] == "yes" and said["native"].startswith("no: it has layers of different widths")
+    said = {one.target: one.reason for one in targets(str(uneven))}
+    assert said["deci"] == "" and said["native"].startswith("has layers of different widths")
 
 
 def test_an_export_that_computes_something_else_is_refused(uneven):

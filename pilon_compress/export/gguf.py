@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pilon_compress.config.export import ExportOptions
-from pilon_compress.errors import BadInput
 from pilon_compress.export import deci, dense
 from pilon_compress.export.integers import Integers, integers_of
 from pilon_compress.export.llama_cpp import architectures, runtime, tensors, vocabulary
@@ -51,8 +50,12 @@ class GgufExported(Exported):
     """Matrices whose integers and scales are those of the conversion, not rounded again."""
     load_seconds: float | None = None
     """Seconds in which llama.cpp loads it."""
-    verified: str = ""
-    """By what the file was verified, or why it was not."""
+    difference_as_written: float | None = None
+    """Largest difference of llama.cpp's outputs to those of transformers with the weights that the file has."""
+    verified: bool = False
+    """True if llama.cpp loaded the file and computes what it should."""
+    unverified: str = ""
+    """Why it was not verified."""
 
 
 def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | None:
@@ -75,12 +78,18 @@ def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | N
     return None
 
 
+def refuse_source(source: str, model: PreTrainedModel) -> str | None:
+    """Say why the tokenizer beside the model cannot be written; None if it can."""
+    return vocabulary.refuse(Path(checkpoint.resolve(source)), encoder=model.config.model_type == "bert")
+
+
 @exporter(
     "gguf",
     about="One GGUF file for llama.cpp, Ollama and LM Studio, with the tokenizer and the chat template.",
     load="llama-server -m {folder}/*.gguf",
     refuse=refuse,
     options=("type",),
+    refuse_source=refuse_source,
 )
 def write(model: PreTrainedModel, job: ExportJob) -> GgufExported:
     """Write the file; where llama.cpp is installed, it loads it, and tokens and logits are compared before it stays."""
@@ -88,8 +97,6 @@ def write(model: PreTrainedModel, job: ExportJob) -> GgufExported:
     model = model.float()
     dense.to_dense(model) if uniform else deci.to_plain(model)
     source = Path(checkpoint.resolve(job.source))
-    if reason := vocabulary.refuse(source, encoder=model.config.model_type == "bert"):
-        raise BadInput(f"{job.source} {reason}")
     kind: tensors.Type = job.options.type or WRITES.get(next((one.bits for one in integers.values()), 0), "f16")
     measured: dict[str, Any] = {"type": kind}
     beside = companions_without_code(job.source)
@@ -99,7 +106,7 @@ def write(model: PreTrainedModel, job: ExportJob) -> GgufExported:
         measured["architecture"], measured["types"] = write_file(path, model, kind, source, integers)
         measured["integers_kept"] = sum(tensors.fits(one, kind.upper()) for one in integers.values())
         measured |= {"file": path.name, "bytes": path.stat().st_size}
-        measured |= _verify(path, model, job.source, kind)
+        measured |= _verify(path, model, job.source, kind, integers)
     remarks = _remarks({**measured, "integers": len(integers)})
     return GgufExported(**measured, remarks=remarks)
 
@@ -110,9 +117,14 @@ def _remarks(measured: dict[str, Any]) -> list[str]:
     loaded = f", loaded in {measured['load_seconds']:.1f} s" if "load_seconds" in measured else ""
     kept, total = measured["integers_kept"], measured["integers"]
     rounding = f"; {kept} of {total} matrices of integers kept as they are" if total else ""
+    verified = f"NOT VERIFIED: {measured.get('unverified')}"
+    if measured["verified"]:
+        difference = f"{measured['difference_as_written']:.2g}"
+        verified = f"verified by llama.cpp: it differs by {difference} from the file's weights in transformers{loaded}"
     return [
         f"{measured['file']}: {measured['bytes'] / 1e6:,.1f} MB, architecture {measured['architecture']}",
-        f"tensors: {kinds}{rounding}; verified {measured['verified']}{loaded}",
+        f"tensors: {kinds}{rounding}",
+        verified,
     ]
 
 
@@ -170,19 +182,32 @@ def write_file(
     return arch.name, counts
 
 
-def _verify(path: Path, model: PreTrainedModel, source: str, kind: str) -> dict[str, Any]:
+def _verify(
+    path: Path, model: PreTrainedModel, source: str, kind: tensors.Type, integers: Mapping[str, Integers]
+) -> dict[str, Any]:
     """Compare the file in llama.cpp with the model. Raises ExportFailed where it computes something else."""
     if not runtime.available():
-        return {"verified": "by nothing: llama.cpp is not installed (pip install xllamacpp)"}
+        return {"verified": False, "unverified": "llama.cpp is not installed (pip install xllamacpp)"}
+    arch, layers = architectures.describe(model, widths_of(model)), model.config.num_hidden_layers
+
+    def as_written() -> None:
+        tensors.round_as_written(model, arch, kind, layers, integers)
+
     tokenizer = checkpoint.load_tokenizer(source)
     if model.config.model_type == "bert":
-        found = runtime.verify_encoder(path, model, tokenizer, kind, pooling_of(Path(checkpoint.resolve(source))))
+        pooling = pooling_of(Path(checkpoint.resolve(source)))
+        found = runtime.verify_encoder(path, model, tokenizer, kind, pooling, as_written)
     else:
-        found = runtime.verify(path, model, tokenizer, kind)
+        found = runtime.verify(path, model, tokenizer, kind, as_written)
     if not found.tokens_agree:
         raise ExportFailed("llama.cpp splits or begins text otherwise than the tokenizer does: nothing is written")
     if not found.difference <= found.allowed:
         raise ExportFailed(
             f"llama.cpp computes something else from the file, by {found.difference:.3g}: nothing is written"
         )
-    return {"max_logit_difference": found.difference, "load_seconds": found.load_seconds, "verified": "by llama.cpp"}
+    return {
+        "max_logit_difference": found.rounding,
+        "difference_as_written": found.difference,
+        "load_seconds": found.load_seconds,
+        "verified": True,
+    }

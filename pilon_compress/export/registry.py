@@ -36,6 +36,11 @@ class ExportJob:
     overwrite: bool
 
 
+def takes_any(source: str, model: PreTrainedModel) -> None:
+    """Refuse nothing that lies beside a model's weights."""
+    return None
+
+
 @dataclass(frozen=True)
 class Exporter:
     """A form to export to.
@@ -43,6 +48,7 @@ class Exporter:
     about: one sentence   load: Python that loads the result, with the field {folder!r}
     options: fields of `ExportOptions` that it reads
     dtype_when_saved: load the model as it is stored, and apply `dtype` to what is saved; False: load in `dtype`
+    refuse_source: the same of what lies beside the model's weights, by the source's name
     refuse: why it cannot take a model, as the end of a sentence that begins with the model's name; None if it can
     """
 
@@ -53,6 +59,7 @@ class Exporter:
     refuse: Callable[[PreTrainedModel, ExportOptions], str | None]
     options: tuple[str, ...] = ("dtype",)
     dtype_when_saved: bool = False
+    refuse_source: Callable[[str, PreTrainedModel], str | None] = takes_any
 
     def check(self, options: ExportOptions) -> None:
         """Raise BadInput for an option that this exporter does not read."""
@@ -75,11 +82,12 @@ def exporter(
     refuse: Callable[[PreTrainedModel, ExportOptions], str | None],
     options: tuple[str, ...] = ("dtype",),
     dtype_when_saved: bool = False,
+    refuse_source: Callable[[str, PreTrainedModel], str | None] = takes_any,
 ) -> Callable[[Write], Write]:
     """Register the decorated function as the exporter `name`; the other arguments are those of `Exporter`."""
 
     def register(write: Write) -> Write:
-        EXPORTERS.add(name, Exporter(name, about, load, write, refuse, options, dtype_when_saved))
+        EXPORTERS.add(name, Exporter(name, about, load, write, refuse, options, dtype_when_saved, refuse_source))
         return write
 
     return register

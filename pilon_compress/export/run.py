@@ -1,6 +1,7 @@
 """Exports a PILON folder to one of the registered forms, and says which of them can take a model."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -38,7 +39,7 @@ def export(
     with open_output(output, overwrite, source) as path:
         dtype = "auto" if exporter.dtype_when_saved else options.dtype or "auto"
         model = load_pilon(source, dtype, options.keep)
-        if reason := exporter.refuse(model, options):
+        if reason := exporter.refuse(model, options) or exporter.refuse_source(source, model):
             raise BadInput(f"{source} {reason}")
         if options.calibration is not None:
             if refit is None:
@@ -49,17 +50,22 @@ def export(
     return ExportResult(source=source, output=str(output), to=to, load=load, figures=figures)
 
 
-def target_table(source: str, options: ExportOptions = DEFAULTS) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of what `export MODEL --list` prints: every form, what it is, and why it cannot take `source`.
+@dataclass(frozen=True)
+class Target:
+    """A form of `export MODEL --list`: its name, what it is, and why it cannot take the model; "" if it can."""
 
-    Raises BadInput for a folder that does not load.
-    """
+    target: str
+    about: str
+    reason: str
+
+
+def targets(source: str, options: ExportOptions = DEFAULTS) -> list[Target]:
+    """Return every form, and why it cannot take `source`. Raises BadInput for a folder that does not load."""
     model = load_pilon(source, "auto", options.keep)
-    rows = []
-    for name, exporter in EXPORTERS.items():
-        reason = exporter.refuse(model, options)
-        rows.append([name, exporter.about, f"no: it {reason}" if reason else "yes"])
-    return ["target", "what it writes", "takes this model"], rows
+    return [
+        Target(name, exporter.about, exporter.refuse(model, options) or exporter.refuse_source(source, model) or "")
+        for name, exporter in EXPORTERS.items()
+    ]
 
 
 def load_pilon(source: str, dtype: str, keep: float | None = None) -> PreTrainedModel:

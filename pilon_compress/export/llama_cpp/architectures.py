@@ -90,10 +90,15 @@ def rotary_factors(model: PreTrainedModel) -> torch.Tensor | None:
     return float(given["rope_theta"]) ** -steps / scaled
 
 
+def lies_transposed(name: str, weight: torch.Tensor, arch: str) -> bool:
+    """Return True for a weight that transformers holds as (inputs, outputs): a Conv1D's."""
+    return arch == "gpt2" and name.endswith(".weight") and weight.dim() == 2 and ".h." in f".{name}"
+
+
 def turned(name: str, weight: torch.Tensor, config: PretrainedConfig, arch: str) -> torch.Tensor:
     """Return the weight `name` of transformers in the order in which llama.cpp reads it: (outputs, inputs)."""
-    if arch == "gpt2" and name.endswith(".weight") and weight.dim() == 2 and ".h." in f".{name}":
-        return weight.T  # a Conv1D
+    if lies_transposed(name, weight, arch):
+        return weight.T
     heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", None)}
     role = name.split(".")[-2]
     if arch not in ROTATED or role not in heads:

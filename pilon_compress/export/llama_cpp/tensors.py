@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pilon_compress.errors import BadInput
 from pilon_compress.export.integers import Integers
-from pilon_compress.export.llama_cpp.architectures import Architecture, rotary_factors, turned
+from pilon_compress.export.llama_cpp.architectures import Architecture, lies_transposed, rotary_factors, turned
 
 Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
 TYPES: tuple[Type, ...] = get_args(Type)
@@ -60,6 +60,31 @@ def tensors(
             yield Written(place, blocks(codes, scale, chosen), chosen)
         else:
             yield Written(place, rounded(weight, chosen), chosen)
+
+
+@torch.no_grad()
+def round_as_written(
+    model: PreTrainedModel, arch: Architecture, kind: Type, layers: int, integers: Mapping[str, Integers]
+) -> None:
+    """Round the weights of a plain model, in place, to the numbers that `tensors` writes.
+
+    Blocks lie along rows, whose order `turned` may change, so that weights are rounded in their own order: a file in a
+    wrong order computes something else than this model.
+    """
+    import gguf
+
+    names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch.name), layers)
+    for name, value in model.state_dict().items():
+        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if place is None or name.startswith(UNREAD) or value.dim() < 2:
+            continue
+        rows = value.T if lies_transposed(name, value, arch.name) else value
+        chosen, known = kind_of(place, tuple(rows.shape), kind, layers), integers.get(name.removesuffix(".weight"))
+        if known is not None and fits(known, chosen):
+            continue
+        data = rounded(rows.float().cpu().contiguous().numpy(), chosen)
+        back = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[chosen])
+        rows.copy_(torch.from_numpy(np.ascontiguousarray(back, np.float32)).view(rows.shape))
 
 
 def fits(known: Integers, kind: str) -> bool:
