@@ -29,6 +29,7 @@ from pilon_compress.io.checksum import damage
 from pilon_compress.nn.install import install
 from pilon_compress.nn.installed import layout_of, parts, stored_types
 from pilon_compress.nn.layout import Host, Layout
+from pilon_compress.nn.loading import LOADING
 
 VERIFY = "PILON_VERIFY"  # environment: compare every file with its checksum when a model is loaded
 KEEP = "keep"  # field of an elastic file's config.json: the share of its numbers to load
@@ -78,6 +79,9 @@ class PilonQuantizer(HfQuantizer):
         model._keep_in_fp32_modules_strict.update(
             name for name, dtype in stored_types(model).items() if dtype == torch.float32
         )
+        self._loading = LOADING.get()
+        if self._loading is not None:
+            self._loading.before(model)
 
     def _process_model_after_weight_loading(self, model: Host, **kwargs: Any) -> None:
         refuse_gaps(model)
@@ -85,6 +89,8 @@ class PilonQuantizer(HfQuantizer):
         keep = model.config.__dict__.pop(KEEP, 1)  # models that are made of this one are not elastic
         if keep != 1:
             shrink(model, self._files, keep)
+        if self._loading is not None:
+            self._loading.after(model, [Path(file) for file in self._files])
         dissolve(model)
 
 

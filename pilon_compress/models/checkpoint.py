@@ -27,7 +27,9 @@ from pilon_compress.models.in_memory import config_of, copy_of, held_model, held
 from pilon_compress.models.quiet import quiet_transformers
 from pilon_compress.models.references import resolve
 from pilon_compress.models.task import architecture, is_causal, text_config, vocabulary
+from pilon_compress.nn.loading import loading_with
 from pilon_compress.plugins import import_plugins
+from pilon_compress.tiers.loading import InTiers
 
 __all__ = ["architecture", "is_causal", "resolve", "text_config", "vocabulary"]  # re-exported
 
@@ -152,11 +154,13 @@ def load_model(
     device: str = "cpu",
     share: bool = False,
     keep: float | None = None,
+    n_hot: float | None = None,
 ) -> PreTrainedModel:
     """Load weights (safetensors only, no code from the checkpoint) with the class that the config names, in eval mode.
 
     `share`: the caller only reads the model, which may then have tensors in common with one that is held in memory.
     `keep`: share of the feed-forward numbers to load from a file whose neurons lie in falling order of worth.
+    `n_hot`: share of each bank's primitives to hold in memory, the others stay in the file: see `tiers`.
     Raises BadInput for files that are missing, truncated, or hold other tensors than the architecture, and for values
     that are NaN or infinite.
     """
@@ -165,6 +169,7 @@ def load_model(
     folder = resolve(reference)
     config = load_config(reference)
     where_cut = {} if keep is None else {"keep": _checked_keep(reference, config, keep)}
+    in_tiers = nullcontext() if n_hot is None else loading_with(_checked_tiers(reference, config, n_hot, keep))
     if (held := held_model(reference)) is not None:
         copied = copy_of(held, load_dtype, target, share)
         check_finite(copied)
@@ -174,7 +179,7 @@ def load_model(
         files.check_weights(Path(folder))
         verify_folder(folder)
     try:
-        with _reading(folder) as where:
+        with _reading(folder) as where, in_tiers:
             model, loaded = (kind or AutoModel).from_pretrained(
                 folder,
                 dtype=load_dtype or config.dtype or "auto",
@@ -201,6 +206,17 @@ def _checked_keep(reference: str, config: PretrainedConfig, keep: float) -> floa
     if not hasattr(config, "keep"):
         raise BadInput(f"{reference} is not stored in order of worth, so it cannot be cut: {HOW}")
     return keep
+
+
+def _checked_tiers(reference: str, config: PretrainedConfig, n_hot: float, keep: float | None) -> InTiers:
+    """Return what loads in tiers. Raises BadInput for a model that it is not for."""
+    if held_model(reference) is not None:
+        raise BadInput("a model in memory has no tiers: name the folder that it was saved to")
+    if _method(config) != "pilon":
+        raise BadInput(f"{reference} is dense, and tiers are for the banks of PILON models: leave --tier out")
+    if keep not in (None, 1):
+        raise BadInput("a model that is cut has no banks to put in tiers: leave out one of the two, keep or the tiers")
+    return InTiers(n_hot)
 
 
 def _check_complete(reference: str, config: PretrainedConfig, model: PreTrainedModel, loaded: dict[str, Any]) -> None:

@@ -24,12 +24,13 @@ class DenseLinear(Matrix, nn.Linear):
 
     def forward(self, x: Tensor, chosen: Chosen | None = None, inputs: bool = False) -> Tensor:
         """Compute `Matrix.forward`; a few runs of columns or rows are read where they lie."""
+        weight = self.weight  # read once: a tiered one is put together each time
         if chosen is None:
-            return linear(x, self.weight, self.bias)
+            return linear(x, weight, self.bias)
         axis = 1 if inputs else 0  # of the weight (d_out, d_in)
         if not chosen.runs:
-            return linear(x, self.weight.index_select(axis, chosen.indices))
-        parts = [self.weight.narrow(axis, start, end - start) for start, end in chosen.runs]
+            return linear(x, weight.index_select(axis, chosen.indices))
+        parts = [weight.narrow(axis, start, end - start) for start, end in chosen.runs]
         if not inputs:
             return torch.cat([linear(x, part) for part in parts], -1)
         pieces = x.split([part.shape[1] for part in parts], -1)

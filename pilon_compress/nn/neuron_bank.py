@@ -140,12 +140,13 @@ class NeuronBank(Part, nn.Module):
 
     @property
     def down_weight(self) -> Tensor:
-        """Return the parameter of `down` (d_out, N): of banks that train."""
-        return self.get_parameter("down.weight")
+        """Return the weight of `down` (d_out, N): of banks of floats."""
+        weight: Tensor = self.get_submodule("down").weight
+        return weight
 
     def sizes(self) -> Tensor:
         """‖in‖ · ‖out‖ of every neuron (N,), whole on every process: of banks that train."""
-        enter = self.get_parameter("gate.weight" if self.gated else "up.weight")
+        enter = self.get_submodule("gate" if self.gated else "up").weight
         return full(enter.detach()).norm(dim=1) * full(self.down_weight.detach()).norm(dim=0)
 
     @torch.no_grad()
