@@ -1,6 +1,7 @@
 """`pilon-compress eval`: the quality of a model, against the dense one that it came from."""
 
 from pilon_compress.config.evaluation import EvaluateCommand
+from pilon_compress.config.tiers import n_hot_of
 
 from .options import configured
 from .output import print_json, print_table, say, wait_passively
@@ -25,6 +26,7 @@ def evaluate(settings: EvaluateCommand, as_json: Json = False) -> None:
         settings=settings,
         device=settings.device,
         seed=settings.seed,
+        n_hot=n_hot_of(settings.tier),
     ).dump()
     if as_json:
         print_json(result)

@@ -1,6 +1,8 @@
 """Tiered banks: equal logits, files, memory limits, training with promotions, resume, refusals."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,7 +121,12 @@ def test_a_tiered_model_saves_as_the_resident_one(tiny, tmp_path, form):
 def test_cold_primitives_hold_no_memory_of_the_process(tiny, tmp_path):
     model = checkpoint.load_model(str(saved(tiny, tmp_path / "m")), n_hot=0.25)
     held = {name: p.shape for name, p in model.named_parameters() if "pilon_banks" in name}
-    assert set(held) == {f"model.pilon_banks.band{b}.{role}.hot_{leaf}" for b in (0, 1) for role in ("gate", "up", "down") for leaf in "AB"}
+    assert set(held) == {
+        f"model.pilon_banks.band{b}.{role}.hot_{leaf}"
+        for b in (0, 1)
+        for role in ("gate", "up", "down")
+        for leaf in "AB"
+    }
     assert all(shape[0] == 2 for shape in held.values())
     with pytest.raises(TypeError):
         copy.deepcopy(model)
@@ -140,3 +147,43 @@ def test_models_that_have_nothing_to_put_in_tiers_are_refused(tiny, tmp_path):
     folder = saved(tiny, tmp_path / "m")
     with pytest.raises(BadInput, match="leaves nothing cold"):
         checkpoint.load_model(str(folder), n_hot=0.99)
+
+
+MEASURED = """
+import sys
+import torch
+from pilon_compress.models import checkpoint
+
+def most():  # megabytes that the process ever had in memory, pages of files included
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+
+folder, n_hot = sys.argv[1], None if sys.argv[2] == "all" else float(sys.argv[2])
+checkpoint.load_model(sys.argv[3])  # whatever loading imports is there now
+before = most()
+model = checkpoint.load_model(folder, n_hot=n_hot)
+with torch.no_grad():
+    print(most() - before, float(model(torch.arange(6, 15)[None]).logits.double().sum()), most() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_peak_memory_falls_with_the_share_of_hot_primitives(tiny, tmp_path):
+    model = tiny.tiny_model("llama", hidden_size=256, intermediate_size=512)
+    sites = find_sites(model)
+    banks = {f"band{site.layer}.{site.role}": BankSpec(site.d_in, site.d_out, 100, 32) for site in sites}
+    users = {site.name: ProjectionSpec(f"band{site.layer}.{site.role}", 10, site.bias) for site in sites}
+    install(model, Layout(banks, users))
+    initialise(model, 0.02, torch.Generator().manual_seed(0))
+    save_model(model, tiny.tiny_tokenizer(), tmp_path / "large", torch.float32)
+    megabytes = sum(4 * spec.n_primitives * spec.rank * (spec.d_in + spec.d_out) for spec in banks.values()) / 2**20
+    small = saved(tiny, tmp_path / "small")
+
+    def run(n_hot):
+        words = [sys.executable, "-c", MEASURED, str(tmp_path / "large"), n_hot, str(small)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        return [float(word) for word in done.stdout.split()]
+
+    (loaded, logits_, ran), (loaded_in_tiers, in_tiers, ran_in_tiers) = run("all"), run("0.1")
+    assert loaded > 0.9 * megabytes and ran > 0.9 * megabytes
+    assert loaded_in_tiers < 0.5 * megabytes and ran_in_tiers < 0.7 * megabytes
+    assert in_tiers == logits_

@@ -112,16 +112,25 @@ def save(
     return expanded(folder)
 
 
-def load(model: str | Path, *, dtype: str = "auto", device: str = "cpu", keep: float | None = None) -> PreTrainedModel:
+def load(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    keep: float | None = None,
+    n_hot: float | None = None,
+) -> PreTrainedModel:
     """Load a PILON or dense model by reference, with the class that its config names, in eval mode.
 
     keep    share of the feed-forward numbers to load, above 0 and at most 1, from a file that was converted with
             `elastic`: see docs/convert.md
+    n_hot   share of each bank's primitives to hold in memory, above 0 and below 1; the others stay in the files: see
+            docs/tiers.md
 
     Its tokenizer and its pages stay with the object, for the other calls. Raises BadInput.
     """
     with calling():
-        loaded = checkpoint.load_model(str(model), dtype=dtype, device=device, keep=keep)
+        loaded = checkpoint.load_model(str(model), dtype=dtype, device=device, keep=keep, n_hot=n_hot)
         record = read_record(str(model))
         if keep not in (None, 1):  # card and report are of the larger model
             record = replace(record, pages={name: page for name, page in record.pages.items() if name == RECIPE})

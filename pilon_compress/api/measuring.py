@@ -12,6 +12,7 @@ from pilon_compress.compare import run as comparisons
 from pilon_compress.config.benchmark import BenchCommand, BenchConfig
 from pilon_compress.config.comparison import CompareCommand, CompareConfig
 from pilon_compress.config.evaluation import EvaluateConfig
+from pilon_compress.config.tiers import n_hot_of
 from pilon_compress.data.memory import hold as hold_texts
 from pilon_compress.evaluate import evaluate as evaluations
 from pilon_compress.evaluate.inspect import anatomy
@@ -54,6 +55,7 @@ def evaluate(
             settings=asked,
             device=device_of(model, asked.device),
             seed=asked.seed,
+            n_hot=n_hot_of(asked.tier),
         )
 
 

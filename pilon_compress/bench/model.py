@@ -24,6 +24,7 @@ from pilon_compress.nn.layout import BANKS
 from pilon_compress.nn.skipping import counting
 from pilon_compress.results.benchmark import Benchmark
 
+TIERED = "tiered"  # variant of a model whose banks are held in part
 TEXT = "stdlib"  # source of text that is on every machine
 
 
@@ -53,6 +54,8 @@ def bench_model(config: BenchCommand) -> Benchmark:
             variants[name] = VARIANTS[name](pilon)
         except Unavailable as reason:
             skipped[name] = str(reason)
+    if config.tier is not None:
+        variants[TIERED] = checkpoint.load_model(model, "float32", config.device, n_hot=config.tier.n_hot)
     share: float | None = None
     if layout_of(pilon).exits:  # whose decisions depend on the text
         ids = _text(model, batch, context).to(target)

@@ -10,6 +10,7 @@ from pilon_compress.config.fields import Device
 from pilon_compress.config.flat import Flat
 from pilon_compress.config.option import RUNNING, Argument, Option
 from pilon_compress.config.reading import Positive, Switch, Text
+from pilon_compress.config.tiers import Tier
 
 BLOCK = "Shape of one block"
 
@@ -39,6 +40,9 @@ class BenchConfig(Flat):
     """Time only these variants, besides dense_fp32. Default: all."""
     threads: Annotated[Positive | None, Option(panel=RUNNING)] = None
     """CPU threads. Default: as many as torch takes."""
+    tier: Annotated[Tier | None, Option(panel=RUNNING, metavar="FIELD=VALUE")] = None
+    """Time the model in tiers, too, with this share of each bank's primitives in memory, as in n_hot=0.25
+    (docs/tiers.md). Default: none."""
     device: Device = "auto"
 
     @field_validator("ffn")

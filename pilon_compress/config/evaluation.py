@@ -9,6 +9,7 @@ from pilon_compress.config.fields import Device
 from pilon_compress.config.flat import Flat
 from pilon_compress.config.option import RUNNING, Argument, Option
 from pilon_compress.config.reading import Text
+from pilon_compress.config.tiers import Tier
 
 
 class EvaluateConfig(Flat, Evaluation):
@@ -18,6 +19,9 @@ class EvaluateConfig(Flat, Evaluation):
 
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True), Option(panel=RUNNING)] = 0
     """Seed of the sample of texts that an encoder is evaluated on."""
+    tier: Annotated[Tier | None, Option(panel=RUNNING, metavar="FIELD=VALUE")] = None
+    """Tiers: hold this share of each bank's primitives in memory, as in n_hot=0.25; the others stay in the model's
+    files until they are used (docs/tiers.md). Default: none."""
     device: Device = "auto"
 
 

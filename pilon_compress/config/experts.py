@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pilon_compress.config import strict_yaml
+from pilon_compress.config.pairs import fields_of
 from pilon_compress.config.reading import Count, Number, Positive, Section
 
 SLICES = 8  # of a block's neurons where `active` alone is given
@@ -51,12 +51,7 @@ class ExpertsConfig(Section):
 
 def read_experts(value: Any) -> Any:
     """Return the fields of "experts=4,top_k=2"; anything but such a text as it is, for pydantic to check."""
-    if not isinstance(value, str):
-        return value
-    pairs = [part.partition("=") for part in value.split(",")]
-    if not all(equals and name.strip() and text.strip() for name, equals, text in pairs):
-        raise ValueError("must be FIELD=VALUE with commas between them, as in experts=8,top_k=2")
-    return {name.strip(): strict_yaml.parse(text.strip(), f"--moe {name}").data for name, _, text in pairs}
+    return fields_of(value, "--moe", "experts=8,top_k=2")
 
 
 Experts = Annotated[ExpertsConfig, BeforeValidator(read_experts)]

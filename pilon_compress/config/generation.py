@@ -9,6 +9,7 @@ from pilon_compress.config.conflicts import refuse_field
 from pilon_compress.config.fields import Device
 from pilon_compress.config.option import Argument, Option
 from pilon_compress.config.reading import Positive, Section, Switch, Text
+from pilon_compress.config.tiers import Tier
 
 COLDEST = 1e-3  # lowest temperature above 0: logits divided by less leave float32
 
@@ -34,6 +35,9 @@ class GenerateConfig(Section):
     """System message before the prompt, for models with a chat template. Default: none."""
     raw: Annotated[Switch, Option()] = False
     """Continue the prompt as it stands, even if the model has a chat template."""
+    tier: Annotated[Tier | None, Option(metavar="FIELD=VALUE")] = None
+    """Tiers: hold this share of each bank's primitives in memory, as in n_hot=0.25; the others stay in the model's
+    files until they are used (docs/tiers.md). Default: none."""
     device: Device = "auto"
 
     @model_validator(mode="after")

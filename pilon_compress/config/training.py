@@ -223,6 +223,8 @@ def conflicts(recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
         yield from ffn_conflicts(recipe.ffn)
     if recipe.ffn.moe is not None:
         yield from moe_conflicts(recipe, recipe.ffn.moe)
+    if recipe.run.tier is not None:
+        yield from tier_conflicts(recipe)
     if recipe.shrink and (recipe.task != "heal" or recipe.shrink != sorted(set(recipe.shrink), reverse=True)):
         yield "shrink", "is for task heal, and its ratios must fall"
     distill = recipe.distill
@@ -261,6 +263,30 @@ def moe_conflicts(recipe: TrainRecipe, moe: ExpertsConfig) -> Iterator[tuple[str
             "ffn.moe",
             "of a converted model has no shared experts, which would count its blocks twice: leave them out",
         )
+
+
+def tier_conflicts(recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
+    """Yield (dotted field, what is wrong) for what does not go with tiers, which are for banks of floats."""
+    ours, fresh = "run.tier", recipe.task == "pretrain" and recipe.ffn.like is None
+    if fresh and recipe.ffn.kind != "pilon":
+        yield ours, f"is for banks, which ffn.kind {recipe.ffn.kind} has not: leave out one of the two"
+    if fresh and recipe.ffn.kind == "pilon" and recipe.ffn.composition == "softmax":
+        yield ours, "needs ffn.composition component or scalar"
+    if fresh and recipe.ffn.primitive == "neurons" and not recipe.ffn.scales:
+        yield ours, "goes by the scales of neurons: leave out one of the two, this or ffn.scales false"
+    if recipe.warm or recipe.shrink:
+        other = "ffn.dense_until" if recipe.warm else "shrink"
+        yield ours, f"is for one model whose banks are there already: leave out one of the two, this or {other}"
+    if recipe.ternary.enabled:
+        yield ours, "is for floats: leave out one of the two, this or ternary.enabled"
+    if recipe.task == "heal" and recipe.distill.keep_best:
+        yield ours, "keeps the last weights, not the best ones: set distill.keep_best to false"
+    if recipe.run.compile:
+        yield ours, "reads files as it computes: leave out one of the two, this or run.compile"
+    if recipe.run.train == "compositions":
+        yield ours, "is for banks that learn: leave out one of the two, this or run.train compositions"
+    if recipe.research.sections:
+        yield ours, "does not go with fields of research: leave out one of the two"
 
 
 def idle(recipe: TrainRecipe) -> list[str]:

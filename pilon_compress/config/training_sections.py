@@ -8,6 +8,7 @@ from pilon_compress.config.fields import SOURCES
 from pilon_compress.config.option import Option
 from pilon_compress.config.ratio import Ratio
 from pilon_compress.config.reading import Above, Count, Number, Positive, Section, Share, Switch, Text
+from pilon_compress.config.tiers import TierOfTraining
 
 WHAT = "What is trained"
 
@@ -171,5 +172,9 @@ class Run(Section):
     """Prompt that the model continues at every evaluation. Default: none."""
     spike: Above | None = 3.0
     """Abort if the loss exceeds its running mean by more than this (nats), or is not finite."""
+    tier: Annotated[TierOfTraining | None, Option(metavar="FIELD=VALUE,...")] = None
+    """Tiers: hold a share of each bank's primitives in memory, with gradients and optimiser states, as in n_hot=0.25;
+    the others rest in files and take part in the computation, but do not learn until they are promoted (docs/tiers.md).
+    Default: none."""
     track: list[Literal["tensorboard", "trackio", "wandb"]] = []
     """Trackers that metrics go to besides metrics.jsonl."""

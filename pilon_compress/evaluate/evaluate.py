@@ -70,13 +70,14 @@ def evaluate(
     settings: conversion.Evaluation | None = None,
     device: str = "auto",
     seed: int = 0,
+    n_hot: float | None = None,
 ) -> Evaluation:
     """Evaluate the model at `model` (PILON or dense), and compare it with a dense model where one is known.
 
     `against` defaults to the dense model in the folder's recipe.yaml. `data` is a text source; the default is the
     recipe's evaluation or calibration source, and without a recipe WikiText-2 (encoders: stdlib). Where it overlaps a
     source of calibration or training, only the held-out part is used, and the result says so. Raises BadInput for
-    models and text that cannot be read, and for an encoder whose dense model is unknown.
+    models and text that cannot be read, and for an encoder whose dense model is unknown. `n_hot`: see `load_model`.
     """
     origin = lineage(checkpoint.resolve(model))
     against = against or origin.dense
@@ -86,7 +87,7 @@ def evaluate(
     data = data or origin.evaluation or (EVALUATION_LM if causal else DEFAULT_ENCODER)
     seen = any(_overlap(data, source) for source in origin.texts)
     documents = list(text.open_text(data, part="held-out" if seen else "all"))
-    pilon = checkpoint.load_model(model, dtype="float32", device=device, share=True)
+    pilon = checkpoint.load_model(model, dtype="float32", device=device, share=True, n_hot=n_hot)
     dense = checkpoint.load_model(against, dtype="float32", device=device, share=True) if against else None
     figures = measure(
         pilon,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from pilon_compress.config.generation import GenerateConfig
+from pilon_compress.config.tiers import n_hot_of
 from pilon_compress.data.sequences import check_ids
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
@@ -58,10 +59,10 @@ def complete(settings: GenerateConfig, prompt: str, stream: Callable[[str], None
     ids = chat_ids(tokenizer, prompt, settings.system) if chat else prompt_ids(tokenizer, prompt)
     device = checkpoint.find_device(settings.device)
     dtype = "float32" if device.type == "cpu" else "auto"
-    network = checkpoint.load_model(settings.model, dtype=dtype, device=str(device))
+    network = checkpoint.load_model(settings.model, dtype=dtype, device=str(device), n_hot=n_hot_of(settings.tier))
     check_ids(tokenizer, max(ids), vocabulary(config))
     room = _room(network, len(ids))
-    if hasattr(network.base_model, BANKS) and foldable(network):
+    if settings.tier is None and hasattr(network.base_model, BANKS) and foldable(network):
         fold(network)
     torch.manual_seed(settings.seed)
     stops = stop_tokens(network, tokenizer)

@@ -156,9 +156,10 @@ def read_bounded(path: Path, limit: int) -> str:
     Raises OSError for anything but a regular file, ValueError for a longer one or for text that is not UTF-8.
     """
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:  # a pipe would block
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        data = file.read(limit + 1)
+        data = file.read(min(limit, status.st_size) + 1)  # memory for all that is asked for is taken at once
     if len(data) > limit:
         raise ValueError(f"longer than {limit:,} bytes")
     return data.decode("utf-8-sig")

@@ -210,6 +210,8 @@ def _checked_keep(reference: str, config: PretrainedConfig, keep: float) -> floa
 
 def _checked_tiers(reference: str, config: PretrainedConfig, n_hot: float, keep: float | None) -> InTiers:
     """Return what loads in tiers. Raises BadInput for a model that it is not for."""
+    if isinstance(n_hot, bool) or not isinstance(n_hot, int | float) or not 0 < n_hot < 1:
+        raise BadInput(f"n_hot must be above 0 and below 1, a share of each bank's primitives (got {n_hot!r})")
     if held_model(reference) is not None:
         raise BadInput("a model in memory has no tiers: name the folder that it was saved to")
     if _method(config) != "pilon":

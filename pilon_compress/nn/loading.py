@@ -1,4 +1,4 @@
-"""What is done to a model while transformers loads it, beside what its config asks for; for as long as a context lasts."""
+"""Change models while transformers loads them, beyond what their config asks for, as long as a context lasts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

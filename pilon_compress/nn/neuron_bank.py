@@ -11,6 +11,7 @@ of a band are plain blocks that share their weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,12 +142,12 @@ class NeuronBank(Part, nn.Module):
     @property
     def down_weight(self) -> Tensor:
         """Return the weight of `down` (d_out, N): of banks of floats."""
-        weight: Tensor = self.get_submodule("down").weight
-        return weight
+        weight: Any = self.get_submodule("down").weight
+        return weight  # type: ignore[no-any-return]
 
     def sizes(self) -> Tensor:
         """‖in‖ · ‖out‖ of every neuron (N,), whole on every process: of banks that train."""
-        enter = self.get_submodule("gate" if self.gated else "up").weight
+        enter: Any = self.get_submodule("gate" if self.gated else "up").weight
         return full(enter.detach()).norm(dim=1) * full(self.down_weight.detach()).norm(dim=0)
 
     @torch.no_grad()

@@ -163,19 +163,19 @@ def _write(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
 def tensors_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Return the tensors of a run by name: parameters, buffers, optimiser states (zeros where there are none yet)."""
     found: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.named_parameters()}
-    lasting = model.state_dict().keys()  # what is not is made anew
-    found |= {f"buffer.{name}": tensor for name, tensor in model.named_buffers() if name in lasting}
+    passing = {f"{name}.{leaf}" for name, part in model.named_modules() for leaf in part._non_persistent_buffers_set}
+    found |= {f"buffer.{name}": tensor for name, tensor in model.named_buffers() if name not in passing}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for index, optimizer in enumerate(optimizers):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                for key, tensor in _ready(optimizer, parameter).items():
+                for key, tensor in ready(optimizer, parameter).items():
                     found[f"optimizer{index}.{key}.{names[id(parameter)]}"] = tensor
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def _ready(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """The parameter's state as the optimiser would begin it."""
+def ready(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return the tensors of a parameter's state, as the optimiser would begin it where there is none yet."""
     state = optimizer.state[parameter]
     if not state:
         if isinstance(optimizer, torch.optim.AdamW):

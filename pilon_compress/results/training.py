@@ -58,6 +58,19 @@ class TrainedExits(Result):
     seconds: float
 
 
+class TrainedTiers(Result):
+    """Tiers of a training: see `tiers.promotion`."""
+
+    n_hot: float
+    """Share of each bank's primitives that were hot."""
+    hot: int
+    """Hot primitives, of factors or whole neurons, over all banks."""
+    cold: int
+    """Cold ones."""
+    promoted: int
+    """Times that a cold one took the place of a hot one, since the run began or was resumed."""
+
+
 class TrainResult(Replaced):
     """Figures of a finished training, on its validation text."""
 
@@ -104,6 +117,8 @@ class TrainResult(Replaced):
     """Encoders: share of a text's 10 nearest texts that it has with the teacher."""
     exits: TrainedExits | None = None
     """Where the training ended with exit gates; `val_perplexity` is then the one with skipping."""
+    tiers: TrainedTiers | None = None
+    """Where only a share of each bank's primitives learned at a time."""
     stages: list[Stage] | None = None
     """Where there were several trainings in turn; steps, tokens and seconds are then their sums."""
 

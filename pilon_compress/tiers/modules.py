@@ -148,6 +148,18 @@ class TieredMatrix(Tiered):
         raise TypeError("a tiered matrix draws no weights")
 
 
+def gradient_of(module: Any, leaf: str) -> Tensor | None:
+    """Return the gradient of the tensor `leaf` of a bank or matrix, zero for what is cold; None where there is none."""
+    if not isinstance(module, Tiered):
+        own: Tensor | None = module.get_parameter(leaf).grad
+        return own
+    gradient = module.get_parameter(HOT + leaf).grad
+    if gradient is None:
+        return None
+    shape, axis = module.tables[leaf].values.shape, module.axes[leaf]
+    return gradient.new_zeros(shape).index_copy(axis, module.hot, gradient)
+
+
 class Place(NamedTuple):
     """A module of a bank that can be in tiers: its `name` in the model, tensors with the axis of their primitives."""
 

@@ -24,6 +24,7 @@ from pilon_compress.nn.part import LatentPart
 from pilon_compress.nn.sharded import full
 from pilon_compress.nn.usage import neuron_energy, used_neurons
 from pilon_compress.optimize.callbacks import Callback
+from pilon_compress.tiers.modules import gradient_of
 
 
 class BankDiagnostics(Callback):
@@ -41,11 +42,10 @@ class BankDiagnostics(Callback):
     def around(self) -> Iterator[None]:
         """Add up, before a step, the gradient norm of every primitive."""
         for bank, _ in self.banks:
-            if bank.B.grad is not None:
-                self._see(bank, bank.B.grad.norm(dim=(1, 2)))
+            if (gradient := gradient_of(bank, "B")) is not None:
+                self._see(bank, gradient.norm(dim=(1, 2)))
         for store, _ in self.stores:
-            gradient = store.down_weight.grad
-            if gradient is not None:
+            if (gradient := gradient_of(store.matrix("down"), "weight")) is not None:
                 self._see(store, gradient.norm(dim=0))
         yield
 

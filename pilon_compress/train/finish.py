@@ -33,6 +33,8 @@ from pilon_compress.optimize.training import Training, put
 from pilon_compress.report.card import training_card
 from pilon_compress.report.training_page import write_pages
 from pilon_compress.results.training import TrainedExits, TrainResult
+from pilon_compress.tiers.modules import Tiered
+from pilon_compress.tiers.promotion import Promotion
 from pilon_compress.train.exits.add import add_exits
 from pilon_compress.train.preflight import sized
 from pilon_compress.train.run import RESULT, Run
@@ -64,6 +66,8 @@ def finish(run: Run, job: Training, tokenizer: PreTrainedTokenizerBase, corpus: 
         if job.extra_fields is not None and run.asked.task == "heal":  # otherwise nobody has named a teacher
             told |= job.extra_fields(loss, job.before)
         told |= {} if exits is None else {"exits": exits}
+        for promotion in (one for one in job.callbacks if isinstance(one, Promotion)):
+            told["tiers"] = promotion.told
         result = describe(run, job, model, loss).model_copy(update=told)
         if run.stages:
             result = summed(result, run.stages)
@@ -97,8 +101,9 @@ def summed(result: TrainResult, stages: Sequence[TrainResult]) -> TrainResult:
 def round_to(module: nn.Module, dtype: torch.dtype) -> None:
     """Give weights the values that they are saved with, so that those are what is judged."""
     if dtype != torch.float32:
-        for parameter in module.parameters():
-            parameter.copy_(parameter.to(dtype))
+        resting = [table for part in module.modules() if isinstance(part, Tiered) for table in part.tables.values()]
+        for weight in (*module.parameters(), *(table.values for table in resting)):
+            weight.copy_(weight.to(dtype))
 
 
 def gathered(job: Training) -> PreTrainedModel:

@@ -16,23 +16,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pilon_compress.config.experts import ExpertsConfig
 from pilon_compress.config.training import TrainRecipe
 from pilon_compress.config.training_sections import ExitGates
-from pilon_compress.data import text
 from pilon_compress.data.batch import Batch
-from pilon_compress.data.corpus import Corpus, open_corpus, open_paragraphs, source_of
+from pilon_compress.data.corpus import Corpus, open_corpus, open_paragraphs
 from pilon_compress.data.loader import in_order
 from pilon_compress.data.sequences import check_ids
 from pilon_compress.distill.losses import NextToken
 from pilon_compress.distill.teacher import open_teacher
 from pilon_compress.errors import BadInput
 from pilon_compress.evaluate import generate
-from pilon_compress.io import manifest
-from pilon_compress.io.checksum import damage
-from pilon_compress.io.disk import atomic_folder
 from pilon_compress.io.output_paths import expanded
 from pilon_compress.models import base_architectures, checkpoint
 from pilon_compress.models.blocks import blocks
@@ -51,6 +47,7 @@ from pilon_compress.optimize.optimizers import make_optimizers, restrict
 from pilon_compress.optimize.training import PERPLEXITY, Training, restore
 from pilon_compress.parallel import join, lone, spread, wrap
 from pilon_compress.results.training import TrainResult
+from pilon_compress.tiers.promotion import Promotion, begin_tiers
 from pilon_compress.train.bank_diagnostics import BankDiagnostics
 from pilon_compress.train.dense_warmup import convert_once, stages
 from pilon_compress.train.expert_start import start_experts
@@ -64,12 +61,13 @@ from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, rea
 from pilon_compress.train.ternary.blocks import fit_blocks
 from pilon_compress.train.ternary.initialise import ternarise
 from pilon_compress.train.ternary.schedule import Rounding, centre, in_stages
+from pilon_compress.train.tokenizer import open_tokenizer
 
 log = logging.getLogger(__name__)
 
 __all__ = ["plan", "train_model"]
 
-TOKENIZER, FITTED = "tokenizer", "blocks"
+FITTED, RESTING = "blocks", "tiers"  # folders beside checkpoints, of a run that is not done
 SAMPLE = 32  # tokens of text at every evaluation
 
 
@@ -123,7 +121,8 @@ def train_run(run: Run, resume: bool, fresh: bool) -> TrainResult | None:
         elif run.recipe.task != "gates":  # whose work is the end, see `finish`
             train(job, monitor)
     result = finish(run, job, tokenizer, corpus)
-    shutil.rmtree(run.output / "checkpoints" / FITTED, ignore_errors=True)  # the model holds them
+    for folder in (FITTED, RESTING):  # the model holds what is in them
+        shutil.rmtree(run.output / "checkpoints" / folder, ignore_errors=True)
     return result
 
 
@@ -227,38 +226,6 @@ class _NullMonitor(nullcontext["_NullMonitor"]):
     def say(self, *_: Any) -> None: ...
 
 
-def open_tokenizer(run: Run) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model to start from, of the recipe, or one trained on the text; kept in the output."""
-    recipe, folder = run.recipe, run.output / "checkpoints" / TOKENIZER
-    if recipe.start is not None:
-        tokenizer = checkpoint.load_tokenizer(recipe.start)
-        if recipe.data.chat_template is not None:
-            tokenizer.chat_template = read_template(recipe.data.chat_template)
-        return tokenizer
-    if recipe.ffn.like is not None:
-        return checkpoint.load_tokenizer(recipe.ffn.like)
-    if recipe.host.tokenizer != "bpe":
-        return checkpoint.load_tokenizer(recipe.host.tokenizer)
-    if run.world.first:
-        keep_tokenizer(run, folder)
-    run.world.wait()
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return found
-
-
-def keep_tokenizer(run: Run, folder: Path) -> None:
-    """Train the tokenizer on the text and save it to `folder`, unless it is there, whole."""
-    if folder.is_dir():
-        reason = damage(folder)
-        if reason is None:
-            return
-        log.warning("%s: the tokenizer is trained again", reason)
-        shutil.rmtree(folder)
-    documents = list(text.open_text(source_of(run.recipe), "calibration"))
-    with atomic_folder(folder, manifest.write) as work:
-        base_architectures.train_tokenizer(documents, run.recipe.host.vocab_size).save_pretrained(work)
-
-
 def open_text(run: Run, tokenizer: PreTrainedTokenizerBase, micro_batches: int) -> Corpus:
     """The text: one stretch of tokens, or separate paragraphs for an encoder that is healed."""
     recipe, world = run.recipe, run.world
@@ -266,14 +233,6 @@ def open_text(run: Run, tokenizer: PreTrainedTokenizerBase, micro_batches: int) 
         longest = longest_input(checkpoint.empty_model(config))
         return open_paragraphs(recipe, tokenizer, micro_batches, longest)
     return open_corpus(recipe, tokenizer, micro_batches, world.rank, world.size)
-
-
-def read_template(file: str) -> str:
-    """A chat template. Raises BadInput where there is none."""
-    try:
-        return Path(file).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"the chat template {file} cannot be read: {error}") from None
 
 
 def open_model(run: Run, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> PreTrainedModel:
@@ -322,6 +281,11 @@ def assemble(
     recipe, world = run.recipe, run.world
     half = recipe.run.autocast == "bfloat16" or (recipe.run.autocast == "auto" and world.device.type == "cuda")
     trainee: nn.Module = healing.recovery.student if healing else NextToken(model)
+    resting = run.output / "checkpoints" / RESTING
+    if recipe.run.tier is not None:
+        if world.size > 1:
+            raise BadInput(f"tiers are for one process, and there are {world.size}: leave --tier out")
+        begin_tiers(model, recipe.run.tier.n_hot, resting)
     layers = list(blocks(model).values())
     wrapped = wrap(trainee, layers, world, recipe.run.parallel, half)
     compiled: Callable[..., Any] = torch.compile(wrapped, dynamic=False) if recipe.run.compile else wrapped
@@ -346,6 +310,7 @@ def assemble(
         callbacks=[
             *([healing.recovery] if healing else []),
             *callbacks_for(recipe, model, optimizers, steps),
+            *([] if recipe.run.tier is None else [Promotion(model, optimizers, recipe.run.tier, resting)]),
             *([RouterLosses(model, recipe.ffn.moe or ExpertsConfig(), world)] if routing.loads else []),
             diagnostics,
         ],

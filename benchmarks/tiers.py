@@ -1,0 +1,214 @@
+"""Measure tiered banks: peak memory and time against the resident model, in inference and in training, and quality.
+
+    python benchmarks/tiers.py [--shares 0.5 0.25 0.1] [--smoke] [--parts inference limit training quality]
+
+Models are made here, of random weights: memory and time do not depend on their values. Every run is a process of its
+own; peak memory is what the kernel saw of it (VmHWM) less what it had before the model was loaded. Rows go to
+docs/results/tiers.json.
+
+    inference   read 128 tokens, decode 16
+    limit       the same in a control group with less memory than the banks have (as root)
+    training    four steps of AdamW
+    quality     the recipe `smoke`, banks shared: all primitives, a share of them hot, and banks of that share alone
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "tiers.json"
+BARE = 450  # megabytes of a process that has imported torch and transformers, and loaded nothing
+PARTS = ("inference", "limit", "training", "quality")
+INFERENCE = """
+import json, sys, time
+import torch
+from pilon_compress.models import checkpoint
+from pilon_compress.nn import installed
+
+def seen(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+
+folder, share = sys.argv[1], float(sys.argv[2])
+torch.set_num_threads(1)
+checkpoint.load_config(folder)
+before = seen("VmHWM")
+model = checkpoint.load_model(folder, n_hot=share if share < 1 else None)
+ids = torch.randint(6, 200, (1, 128), generator=torch.Generator().manual_seed(0))
+times = []
+with torch.inference_mode():
+    for turn in range(4):
+        started = time.perf_counter()
+        logits = model(ids).logits
+        read = time.perf_counter() - started
+        started = time.perf_counter()
+        model.generate(ids, max_new_tokens=17, min_new_tokens=17, do_sample=False)
+        times.append((read, (time.perf_counter() - started - read) / 16))
+read, decode = (sorted(column)[1] for column in zip(*times))
+print(json.dumps({"mb": seen("VmHWM") - before, "read": read, "decode": decode, "sum": float(logits.double().sum())}))
+"""
+
+
+def large(folder: Path, smoke: bool) -> int:
+    """Save a Llama of 8 layers whose banks are most of it, two layers to a bank; return the banks' bytes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pilon_compress.export.save import save_model
+    from pilon_compress.models.base_architectures import train_tokenizer
+    from pilon_compress.models.families import find_sites
+    from pilon_compress.nn.init import initialise
+    from pilon_compress.nn.install import install
+    from pilon_compress.nn.layout import Layout
+    from pilon_compress.nn.specs import BankSpec, ProjectionSpec
+
+    width, count = (64, 16) if smoke else (512, 256)
+    torch.manual_seed(0)
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 8, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, **shape))
+    sites = find_sites(model)
+    banks = {f"band{site.layer // 2}.{site.role}": BankSpec(site.d_in, site.d_out, count, 16) for site in sites}
+    users = {site.name: ProjectionSpec(f"band{site.layer // 2}.{site.role}", count // 8, site.bias) for site in sites}
+    install(model, Layout(banks, users))
+    initialise(model, 0.02, torch.Generator().manual_seed(0))
+    for place, layer in enumerate(part for part in model.modules() if hasattr(part, "selected")):
+        generator = torch.Generator().manual_seed(place)
+        layer.selected.copy_(torch.randperm(count, generator=generator)[: count // 8])
+    text = [f"line {number} of a text for a tokenizer" for number in range(200)]
+    save_model(model, train_tokenizer(text, 300), folder, torch.float32)
+    return sum(4 * (spec.d_in + spec.d_out) * spec.rank * spec.n_primitives for spec in banks.values())
+
+
+def run(folder: Path, share: float, group: Path | None = None) -> dict[str, Any]:
+    """Run a model in a process of its own, in a control group; {"failed": how} where its memory is too small."""
+    words = [sys.executable, "-c", INFERENCE, str(folder), str(share)]
+    if group is not None:
+        words = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", *words]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": f"exit code {done.returncode}"}
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def memory_group(megabytes: float) -> Path:
+    """Make a control group (version 1 or 2) of that much memory, page cache included. Exits where it may not."""
+    for root, key in ((Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"), (Path("/sys/fs/cgroup"), "memory.max")):
+        group = root / f"tiers-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / key).write_text(str(round(megabytes * 2**20)))
+        except OSError:
+            continue
+        return group
+    sys.exit("a control group of limited memory cannot be made here: run as root, or leave out the part `limit`")
+
+
+def inference(folder: Path, bank_bytes: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """Rows of every share, in turns with the resident model."""
+    shares = [1.0, *asked.shares]
+    found: dict[float, list[dict[str, Any]]] = {share: [] for share in shares}
+    for _ in range(asked.rounds):
+        for share in shares:
+            found[share].append(run(folder, share))
+    rows = []
+    for share, runs in found.items():
+        ratios = {
+            part: [one[part] / resident[part] for one, resident in zip(runs, found[1.0], strict=True)]
+            for part in ("mb", "read", "decode")
+        }
+        assert len({one["sum"] for one in (*runs, *found[1.0])}) == 1, "logits differ"
+        spread = {part: [round(float(f), 3) for f in (median(r), min(r), max(r))] for part, r in ratios.items()}
+        rows.append({"n_hot": share, "mb": round(median(one["mb"] for one in runs), 1), "over_resident": spread})
+    return {"banks_mb": round(bank_bytes / 2**20, 1), "rows": rows}
+
+
+def limit(folder: Path, bank_bytes: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """Run resident and in tiers with less memory than the banks have, and what the process has without a model."""
+    banks_mb = bank_bytes / 2**20
+    most = BARE + (40 if asked.smoke else 0.6 * banks_mb)
+    rows = []
+    for share in (1.0, min(asked.shares)):
+        group = memory_group(most)
+        rows.append({"n_hot": share, **run(folder, share, group)})
+        group.rmdir()
+    return {"limit_mb": round(most), "banks_mb": round(banks_mb, 1), "rows": rows}
+
+
+def training(folder: Path, _: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory and seconds of a short training, resident and in tiers."""
+    rows = []
+    for share in (1.0, *asked.shares):
+        out = folder.parent / f"trained{share}"
+        words = ["train", "--recipe", "smoke", "--share", "always", "--ffn-ratio", "0.5", "--mac-ratio", "1"]
+        words += [] if asked.smoke else ["--set", "host.hidden_size=768", "--set", "host.intermediate_size=3072"]
+        words += ["--set", "run.batch_size=2", "--tokens", "1024", "--set", "run.sample=null", "-o", str(out), "--json"]
+        words += [] if share == 1 else ["--tier", f"n_hot={share}"]
+        rows.append({"n_hot": share, **measured(words)})
+    return {"rows": rows}
+
+
+def measured(words: list[str]) -> dict[str, Any]:
+    """Run a command of ours; return what it prints of itself, and the most memory that it had at a time.
+
+    anonymous_mb is memory of its own; resident_mb has the pages of files, too, which the system can take back.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "pilon_compress.cli", *words], stdout=subprocess.PIPE)
+    most = {"RssAnon": 0.0, "VmRSS": 0.0}
+    while process.poll() is None:
+        time.sleep(0.02)
+        try:
+            lines = [line.split() for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()]
+        except OSError:
+            break
+        for key, value, *_ in (line for line in lines if len(line) > 1):
+            if (name := key.rstrip(":")) in most:
+                most[name] = max(most[name], int(value) / 1024)
+    assert process.stdout is not None
+    told = process.stdout.read()
+    if process.wait():
+        sys.exit(" ".join(words))
+    found = {name: json.loads(told).get(name) for name in ("val_perplexity", "seconds", "parameters", "tiers")}
+    return {**found, "anonymous_mb": round(most["RssAnon"], 1), "resident_mb": round(most["VmRSS"], 1)}
+
+
+def quality(folder: Path, _: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """Validation perplexity of `smoke` with all primitives, with a share of them hot, and of banks of that share."""
+    common = ["train", "--recipe", "smoke", "--share", "always", "--tokens", "8192" if asked.smoke else "262144"]
+    arms: dict[str, list[str]] = {"all learn": ["--ffn-ratio", "0.5", "--mac-ratio", "1"]}
+    arms |= {f"n_hot {share}": [*arms["all learn"], "--tier", f"n_hot={share}"] for share in asked.shares}
+    arms |= {"a bank of half of them": ["--ffn-ratio", "0.25", "--mac-ratio", "0.5"]}
+    rows = []
+    for number, (name, words) in enumerate(arms.items()):
+        out = folder.parent / f"quality{number}"
+        rows.append({"arm": name, **measured([*common, *words, "-o", str(out), "--json"])})
+    return {"rows": rows}
+
+
+def main() -> None:
+    """Measure the parts that are asked for, and write them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.25, 0.1])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--smoke", action="store_true")
+    asked = parser.parse_args()
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() and not asked.smoke else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        bank_bytes = large(folder, asked.smoke) if set(asked.parts) & {"inference", "limit"} else 0
+        for part in asked.parts:
+            known[part] = globals()[part](folder, bank_bytes, asked)
+            print(json.dumps({part: known[part]}), flush=True)
+            if not asked.smoke:
+                RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
