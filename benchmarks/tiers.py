@@ -6,9 +6,9 @@ Models are made here, of random weights: memory and time do not depend on their 
 own; peak memory is what the kernel saw of it (VmHWM) less what it had before the model was loaded. Rows go to
 docs/results/tiers.json.
 
-    inference   read 128 tokens, decode 16
+    inference   read 128 tokens, decode 16, of bfloat16 files in float32
     limit       the same in a control group with less memory than the banks have (as root)
-    training    four steps of AdamW
+    training    five steps of AdamW
     quality     the recipe `smoke`, banks shared: all primitives, a share of them hot, and banks of that share alone
 """
 
@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "tiers.json"
-BARE = 450  # megabytes of a process that has imported torch and transformers, and loaded nothing
+BARE = 200  # megabytes of a process that has loaded nothing, beside pages of libraries that others count
 PARTS = ("inference", "limit", "training", "quality")
 INFERENCE = """
 import json, sys, time
@@ -39,7 +39,7 @@ folder, share = sys.argv[1], float(sys.argv[2])
 torch.set_num_threads(1)
 checkpoint.load_config(folder)
 before = seen("VmHWM")
-model = checkpoint.load_model(folder, n_hot=share if share < 1 else None)
+model = checkpoint.load_model(folder, "float32", n_hot=share if share < 1 else None)
 ids = torch.randint(6, 200, (1, 128), generator=torch.Generator().manual_seed(0))
 times = []
 with torch.inference_mode():
@@ -52,6 +52,57 @@ with torch.inference_mode():
         times.append((read, (time.perf_counter() - started - read) / 16))
 read, decode = (sorted(column)[1] for column in zip(*times))
 print(json.dumps({"mb": seen("VmHWM") - before, "read": read, "decode": decode, "sum": float(logits.double().sum())}))
+"""
+
+TRAINING = """
+import json, sys, time
+from pathlib import Path
+import torch
+from pilon_compress.config.model import FfnConfig, HostConfig
+from pilon_compress.config.tiers import TrainingTier
+from pilon_compress.config.training_sections import Optimizer
+from pilon_compress.models import base_architectures, checkpoint, layouts
+from pilon_compress.models.families import find_sites
+from pilon_compress.optimize.optimizers import make_optimizers
+from pilon_compress.train.promotion import Promotion, begin_tiers
+
+def seen(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+
+folder, share, width = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+before, anonymous = seen("VmRSS"), seen("RssAnon")
+host = HostConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=8, vocab_size=512)
+config = base_architectures.config_for(host, 64, 0)
+asked = FfnConfig(share="always", ffn_ratio=0.5, mac_ratio=1.0)
+layout = layouts.layout_for(find_sites(checkpoint.empty_model(config)), asked)
+model = base_architectures.build_with(config, layout, 0).train()
+banks = sum(p.numel() * 4 for name, p in model.named_parameters() if "pilon_banks" in name)
+if share < 1:
+    begin_tiers(model, share, folder / "tables")
+optimizers = make_optimizers(model, Optimizer())
+tier = TrainingTier(n_hot=min(share, 0.5), every=2)
+promotions = [] if share == 1 else [Promotion(model, optimizers, tier, folder / "states")]
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+times, own = [], 0.0
+for step in range(5):
+    ids = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(step))
+    started = time.perf_counter()
+    model(ids, labels=ids).loss.backward()
+    own = max(own, seen("RssAnon"))
+    for promotion in promotions:
+        promotion.before(step, 0.0)
+        with promotion.around():
+            for optimizer in optimizers:
+                optimizer.step()
+    for optimizer in () if promotions else optimizers:
+        optimizer.step()
+    own = max(own, seen("RssAnon"))
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    times.append(time.perf_counter() - started)
+found = {"mb": seen("VmHWM") - before, "anonymous_mb": own - anonymous, "seconds": sorted(times)[2]}
+print(json.dumps({**found, "banks_mb": round(banks / 2**20, 1)}))
 """
 
 
@@ -81,7 +132,7 @@ def large(folder: Path, smoke: bool) -> int:
         generator = torch.Generator().manual_seed(place)
         layer.selected.copy_(torch.randperm(count, generator=generator)[: count // 8])
     text = [f"line {number} of a text for a tokenizer" for number in range(200)]
-    save_model(model, train_tokenizer(text, 300), folder, torch.float32)
+    save_model(model, train_tokenizer(text, 300), folder, torch.bfloat16)
     return sum(4 * (spec.d_in + spec.d_out) * spec.rank * spec.n_primitives for spec in banks.values())
 
 
@@ -142,16 +193,24 @@ def limit(folder: Path, bank_bytes: int, asked: argparse.Namespace) -> dict[str,
 
 
 def training(folder: Path, _: int, asked: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory and seconds of a short training, resident and in tiers."""
+    """Peak memory and seconds of steps of AdamW, resident and in tiers."""
+    shares = [1.0, *asked.shares]
+    runs: dict[float, list[dict[str, float]]] = {share: [] for share in shares}
+    for _turn in range(asked.rounds):
+        for share in shares:
+            scratch = folder.parent / f"tables{share}"
+            words = [sys.executable, "-c", TRAINING, str(scratch), str(share), "64" if asked.smoke else "1024"]
+            runs[share].append(json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
     rows = []
-    for share in (1.0, *asked.shares):
-        out = folder.parent / f"trained{share}"
-        words = ["train", "--recipe", "smoke", "--share", "always", "--ffn-ratio", "0.5", "--mac-ratio", "1"]
-        words += [] if asked.smoke else ["--set", "host.hidden_size=768", "--set", "host.intermediate_size=3072"]
-        words += ["--set", "run.batch_size=2", "--tokens", "1024", "--set", "run.sample=null", "-o", str(out), "--json"]
-        words += [] if share == 1 else ["--tier", f"n_hot={share}"]
-        rows.append({"n_hot": share, **measured(words)})
-    return {"rows": rows}
+    for share, found in runs.items():
+        ratios = {
+            part: [one[part] / resident[part] for one, resident in zip(found, runs[1.0], strict=True)]
+            for part in ("mb", "seconds")
+        }
+        spread = {part: [round(float(f), 3) for f in (median(r), min(r), max(r))] for part, r in ratios.items()}
+        own = {part: round(median(one[part] for one in found), 1) for part in ("mb", "anonymous_mb")}
+        rows.append({"n_hot": share, **own, "over_resident": spread})
+    return {"banks_mb": found[0]["banks_mb"], "rows": rows}
 
 
 def measured(words: list[str]) -> dict[str, Any]:

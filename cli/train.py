@@ -67,6 +67,8 @@ def print_plan(planned: PlannedTraining) -> None:
         ["tokens", short_count(planned.tokens) if planned.tokens else "one pass over the text"],
         ["sequences per step", number(planned.batch_size)],
     ]
+    if planned.tiers is not None:
+        rows.append(["primitives that learn at a time", f"{planned.tiers.hot} hot, {planned.tiers.cold} cold"])
     print_table(f"{planned.task}: {planned.data}", ["", "planned"], rows)
 
 
@@ -90,6 +92,8 @@ def print_result(result: TrainResult) -> None:
             ["perplexity, nothing skipped", number(exits.perplexity_without)],
             ["perplexity increase", f"{exits.perplexity_increase:.2%} of {exits.max_perplexity_increase:.2%}"],
         ]
+    if (tiers := result.tiers) is not None:
+        rows.append(["primitives", f"{tiers.hot} hot, {tiers.cold} cold, {tiers.promoted} promoted"])
     print_table(f"{result.task}, {number(result.seconds)} s", ["", "measured"], rows)
     print(f"model   {result.output}\nmetrics {result.output}/metrics.jsonl")
 

@@ -8,6 +8,7 @@ import typer
 from pilon_compress.cli.main import app
 from pilon_compress.cli.options import Configured
 from pilon_compress.config.experts import ExpertsConfig, SlicesConfig
+from pilon_compress.config.tiers import RunningTier, TrainingTier
 from pilon_compress.data.readers.registry import FORMATS, SOURCES
 from pilon_compress.errors import BadInput
 
@@ -112,6 +113,8 @@ def sample(flag) -> tuple[str, object]:
         if flag.path == "form.moe":
             return "experts=4,shared=1,top_k=2", SlicesConfig(experts=4, shared=1, top_k=2)
         return "experts=4,top_k=2", ExpertsConfig(experts=4, top_k=2)
+    if flag.name == "--tier":
+        return "n_hot=0.3", (TrainingTier if flag.path == "run.tier" else RunningTier)(n_hot=0.3)
     if flag.choices:
         word = next(one for one in flag.choices if one != flag.info.default)
         return word, word
@@ -133,7 +136,8 @@ def test_every_option_sets_its_field(command, flag):
     else:
         typed, value = sample(flag)
         word = [flag.name, typed]
-    config = parsed(command, *word)
+    also = ["--set", "distill.keep_best=false"] if flag.path == "run.tier" else []  # which tiers want
+    config = parsed(command, *word, *also)
     assert at(config, flag.path) == value
     assert flag.info.is_required() or flag.info.default != value
     for path, other in flag.mark.also.items():

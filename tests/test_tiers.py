@@ -103,6 +103,18 @@ def test_tiered_logits_are_those_of_the_resident_model_bit_for_bit(tiny, tmp_pat
     assert torch.equal(tiered.generate(IDS, **tokens), resident.generate(IDS, **tokens))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("form", FORMS)
+def test_tiers_on_cuda_are_in_pinned_memory_and_change_no_logit(tiny, tmp_path, form):
+    folder = saved(tiny, tmp_path / "m", form=form)
+    resident, tiered = (checkpoint.load_model(str(folder), device="cuda", n_hot=n_hot) for n_hot in (None, 0.25))
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(tiered(IDS.cuda()).logits, resident(IDS.cuda()).logits)
+    parts = [part for part in tiered.modules() if isinstance(part, Tiered)]
+    assert all(table.values.is_pinned() for part in parts for table in part.tables.values())
+
+
 def test_tiers_of_bfloat16_weights_compute_in_the_asked_type(tiny, tmp_path):
     folder = saved(tiny, tmp_path / "m", dtype=torch.bfloat16)
     for dtype in ("float32", "bfloat16"):

@@ -19,7 +19,7 @@ from pilon_compress.models.families import find_sites
 from pilon_compress.nn.installed import banks
 from pilon_compress.optimize.optimizers import make_optimizers
 from pilon_compress.tiers.modules import Tiered
-from pilon_compress.tiers.promotion import Promotion, begin_tiers
+from pilon_compress.train.promotion import Promotion, begin_tiers
 
 SMALL = training.load("smoke", ["schedule.tokens=4096"])
 X = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -10,6 +10,17 @@ from pilon_compress.results.sizes import Ratios, Replaced, Sizes
 Task = Literal["pretrain", "heal", "sft", "gates"]
 
 
+class Tiers(Result):
+    """Tiers of a training: see `train.promotion`."""
+
+    n_hot: float
+    """Share of each bank's primitives that were hot."""
+    hot: int
+    """Hot primitives, of factors or whole neurons, over all banks."""
+    cold: int
+    """Cold ones."""
+
+
 class PlannedTraining(Replaced):
     """The result of `train --dry-run`, from shapes alone."""
 
@@ -22,6 +33,8 @@ class PlannedTraining(Replaced):
     parameters: int
     ffn: Sizes | Ratios
     model: Sizes | None = None
+    tiers: Tiers | None = None
+    """Where only a share of each bank's primitives will learn at a time."""
 
 
 class Stage(Result):
@@ -58,15 +71,9 @@ class TrainedExits(Result):
     seconds: float
 
 
-class TrainedTiers(Result):
-    """Tiers of a training: see `tiers.promotion`."""
+class TrainedTiers(Tiers):
+    """Tiers at the end of a training."""
 
-    n_hot: float
-    """Share of each bank's primitives that were hot."""
-    hot: int
-    """Hot primitives, of factors or whole neurons, over all banks."""
-    cold: int
-    """Cold ones."""
     promoted: int
     """Times that a cold one took the place of a hot one, since the run began or was resumed."""
 

@@ -10,7 +10,7 @@ before it are given back, and those of the band behind it are read ahead (on a G
 A tier is a way to run a model, not a format: `state_dict` has the tensors of the resident bank.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from pilon_compress.nn.bank import PrimitiveBank
 from pilon_compress.nn.dense_linear import DenseLinear
 from pilon_compress.nn.extended import extend
 from pilon_compress.nn.installed import neuron_blocks, projections
-from pilon_compress.nn.layout import BANKS, Host
+from pilon_compress.nn.layout import BANKS, Host, Layout
 from pilon_compress.nn.lazy import LazyValue
 from pilon_compress.nn.neuron_bank import NeuronBank
 from pilon_compress.nn.usage import used_neurons
@@ -209,17 +209,29 @@ def uses(model: Host) -> dict[str, Tensor]:
     return found
 
 
+def tiers_of(layout: Layout, n_hot: float) -> tuple[int, int]:
+    """Count the hot and cold primitives of a model in tiers, from its layout. Raises BadInput where none is cold."""
+    banks = {name: spec.n_primitives for name, spec in layout.banks.items() if spec.quantization == "none"}
+    banks |= {name: spec.neurons for name, spec in layout.neuron_banks.items() if spec.quantization == "none"}
+    check_cold(n_hot, list(banks.values()))
+    hot = {name: min(count, hot_count(n_hot, count)) for name, count in banks.items()}
+    return sum(hot.values()), sum(banks.values()) - sum(hot.values())
+
+
+def check_cold(n_hot: float, primitives: Sequence[int]) -> None:
+    """Raise BadInput for banks of so many `primitives` each of which none would be cold."""
+    if max(primitives, default=1) < 2:
+        kinds = "banks of floats with two primitives or more"
+        raise BadInput(f"the model has nothing to put in tiers: tiers are for {kinds} (docs/tiers.md)")
+    if all(hot_count(n_hot, count) >= count for count in primitives):
+        raise BadInput(f"n_hot {n_hot:g} leaves nothing cold: the largest bank has {max(primitives)} primitives")
+
+
 def to_tier(model: Host, n_hot: float) -> list[Place]:
     """Return the places that the share `n_hot` of hot primitives leaves cold ones in. Raises BadInput for none."""
     found = places(model)
-    if not found:
-        kinds = "banks of floats with two primitives or more"
-        raise BadInput(f"the model has nothing to put in tiers: tiers are for {kinds} (docs/tiers.md)")
-    cold = [place for place in found if hot_count(n_hot, place.primitives) < place.primitives]
-    if not cold:
-        most = max(place.primitives for place in found)
-        raise BadInput(f"n_hot {n_hot:g} leaves nothing cold: the largest bank has {most} primitives")
-    return cold
+    check_cold(n_hot, [place.primitives for place in found])
+    return [place for place in found if hot_count(n_hot, place.primitives) < place.primitives]
 
 
 @torch.no_grad()

@@ -34,9 +34,9 @@ from pilon_compress.report.card import training_card
 from pilon_compress.report.training_page import write_pages
 from pilon_compress.results.training import TrainedExits, TrainResult
 from pilon_compress.tiers.modules import Tiered
-from pilon_compress.tiers.promotion import Promotion
 from pilon_compress.train.exits.add import add_exits
 from pilon_compress.train.preflight import sized
+from pilon_compress.train.promotion import Promotion
 from pilon_compress.train.run import RESULT, Run
 
 log = logging.getLogger(__name__)

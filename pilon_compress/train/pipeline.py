@@ -47,7 +47,6 @@ from pilon_compress.optimize.optimizers import make_optimizers, restrict
 from pilon_compress.optimize.training import PERPLEXITY, Training, restore
 from pilon_compress.parallel import join, lone, spread, wrap
 from pilon_compress.results.training import TrainResult
-from pilon_compress.tiers.promotion import Promotion, begin_tiers
 from pilon_compress.train.bank_diagnostics import BankDiagnostics
 from pilon_compress.train.dense_warmup import convert_once, stages
 from pilon_compress.train.expert_start import start_experts
@@ -56,6 +55,7 @@ from pilon_compress.train.freeze_unused import FreezeUnused
 from pilon_compress.train.heal import Healing, open_healing, steps_of, teacher_of, tokens_of
 from pilon_compress.train.preflight import check, layout_asked, plan, say_idle
 from pilon_compress.train.progressive import shrink
+from pilon_compress.train.promotion import Promotion, begin_tiers
 from pilon_compress.train.routing import RouterLosses, RoutingFigures
 from pilon_compress.train.run import RESULT, STAGES, Run, claim, drop, held, read_result, settle
 from pilon_compress.train.ternary.blocks import fit_blocks

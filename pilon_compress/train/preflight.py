@@ -20,7 +20,8 @@ from pilon_compress.nn.size import model_size, replaced_size, target_ratios
 from pilon_compress.optimize.callbacks import extensions
 from pilon_compress.optimize.trackers import check_trackers
 from pilon_compress.results.sizes import Ratios
-from pilon_compress.results.training import PlannedTraining
+from pilon_compress.results.training import PlannedTraining, Tiers
+from pilon_compress.tiers.modules import tiers_of
 from pilon_compress.train.exits.places import check_gates, gate_places, with_gates
 from pilon_compress.train.expert_start import routers_to_add, with_experts
 from pilon_compress.train.heal import teacher_of
@@ -143,7 +144,16 @@ def plan(recipe: TrainRecipe) -> PlannedTraining:
         batch_size=recipe.run.batch_size,
         parameters=parameters,
         **sizes,
+        tiers=planned_tiers(recipe, layout),
     )
+
+
+def planned_tiers(recipe: TrainRecipe, layout: Layout | None) -> Tiers | None:
+    """Return the tiers that a training of that layout has. Raises BadInput where nothing would be cold."""
+    if recipe.run.tier is None:
+        return None
+    hot, cold = tiers_of(layout or Layout({}, {}), recipe.run.tier.n_hot)
+    return Tiers(n_hot=recipe.run.tier.n_hot, hot=hot, cold=cold)
 
 
 def layout_asked(recipe: TrainRecipe, config: PretrainedConfig) -> Layout | None:
