@@ -10,7 +10,7 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from pilon_compress.bench.timing import once
 from pilon_compress.kernels import cpu, dispatch
@@ -20,6 +20,9 @@ from pilon_compress.nn.ternary_quantizer import GROUP
 
 Linear = Callable[[Tensor], Tensor]
 BASELINE = "dense_fp32"
+WIDE_INPUTS = (
+    16  # torch 2.13's int8 product of several rows reads behind inputs that are no multiple of it, and crashes
+)
 
 
 class Unavailable(Exception):
@@ -223,7 +226,11 @@ def weight_only_int8(weight: Tensor) -> Linear:
     """Return a linear of int8 weights, from `weight` (d_out, d_in), and bfloat16 activations."""
     rows, scale = cpu.int8_rows(weight)
     scale = scale.bfloat16()
-    return lambda x: torch._weight_int8pack_mm(x, rows, scale)
+    missing = -weight.shape[1] % WIDE_INPUTS
+    if not missing:
+        return lambda x: torch._weight_int8pack_mm(x, rows, scale)
+    rows = pad(rows, (0, missing))
+    return lambda x: torch._weight_int8pack_mm(pad(x, (0, missing)), rows, scale)
 
 
 def dynamic_int8(weight: Tensor) -> Linear:

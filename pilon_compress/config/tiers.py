@@ -32,7 +32,9 @@ def n_hot_of(tier: RunningTier | None) -> float | None:
 
 
 def _read(value: Any) -> Any:
-    return fields_of(value, "--tier", "n_hot=0.25")
+    """Return the fields of "n_hot=0.25,every=10"; a share alone is that of hot primitives."""
+    alone = isinstance(value, int | float) and not isinstance(value, bool)
+    return {"n_hot": value} if alone else fields_of(value, "--tier", "n_hot=0.25")
 
 
 Tier = Annotated[RunningTier, BeforeValidator(_read)]
