@@ -29,19 +29,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pilon_compress as pc
-from pilon_compress.convert.experts.clusters import slice_neurons
 from pilon_compress.data import sequences, text
 from pilon_compress.evaluate import perplexity
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import Site, find_sites
 from pilon_compress.models.hooks import hooked
 from pilon_compress.nn.part import linear_shape
-from pilon_compress.nn.specs import RouterSpec
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "one_shot_experts.json"
 SHARES = [0.5, 0.25]
 SEEN = 8  # calibration sequences of the controls' thresholds and sets
-SLICES = 8
 ROUTERS = {"experts": "linear", "CMoE router": "neurons"}
 FORMS = ["experts", "TEAL", "one set", "WINA", "CMoE router"]
 Row = dict[str, Any]
@@ -155,12 +152,11 @@ def columns(dense: PreTrainedModel, seen: dict[str, Tensor], active: float, weig
 
 
 def one_set(dense: PreTrainedModel, seen: dict[str, Tensor], active: float, _: bool) -> dict[str, Keep]:
-    """Return the rule that only the neurons which are active most often count, for every `down`."""
-    shared = round(SLICES * active)
+    """Return the rule that only the neurons of the largest mean squared worth count, for every `down`."""
 
     def rule(site: Site) -> Keep:
-        spec = RouterSpec(site.d_out, SLICES - shared, 1, "neurons", shared, gates="ones")
-        kept = slice_neurons(seen[site.name].float(), norms(dense, site), spec)[:shared].flatten()
+        worth = seen[site.name].float() * norms(dense, site)
+        kept = worth.square().mean(0).topk(round(active * site.d_in)).indices
         mask = torch.zeros(site.d_in, dtype=torch.bool).index_fill_(0, kept, True)
         return lambda x: mask.expand_as(x)
 
