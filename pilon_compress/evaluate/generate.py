@@ -57,13 +57,9 @@ def complete(settings: GenerateConfig, prompt: str, stream: Callable[[str], None
         reason = "leave out --raw" if settings.raw else f"{settings.model} has none"
         raise BadInput(f"--system needs a chat template: {reason}")
     ids = chat_ids(tokenizer, prompt, settings.system) if chat else prompt_ids(tokenizer, prompt)
-    device = checkpoint.find_device(settings.device)
-    dtype = "float32" if device.type == "cpu" else "auto"
-    network = checkpoint.load_model(settings.model, dtype=dtype, device=str(device), n_hot=n_hot_of(settings.tier))
+    network = load_to_generate(settings.model, settings.device, n_hot_of(settings.tier))
     check_ids(tokenizer, max(ids), vocabulary(config))
     room = _room(network, len(ids))
-    if settings.tier is None and hasattr(network.base_model, BANKS) and foldable(network):
-        fold(network)
     torch.manual_seed(settings.seed)
     stops = stop_tokens(network, tokenizer)
     writer = Writer(tokenizer, stops, stream or (lambda piece: None))
@@ -72,6 +68,19 @@ def complete(settings: GenerateConfig, prompt: str, stream: Callable[[str], None
     added = _generate(network, tokenizer, ids, min(settings.max_new_tokens, room), stops, writer, sampling(settings))
     full = "context" if room < settings.max_new_tokens else "length"
     return Completion(writer.text, len(added), "eos" if added and added[-1] in stops else full, chat)
+
+
+def load_to_generate(reference: str, device: str, n_hot: float | None = None) -> PreTrainedModel:
+    """Load a causal LM in the form that generates fastest: float32 on a CPU, compositions folded. Raises BadInput.
+
+    n_hot: share of each bank's primitives to hold in memory; nothing is folded then
+    """
+    target = checkpoint.find_device(device)
+    dtype = "float32" if target.type == "cpu" else "auto"
+    network = checkpoint.load_model(reference, dtype=dtype, device=str(target), n_hot=n_hot)
+    if n_hot is None and hasattr(network.base_model, BANKS) and foldable(network):
+        fold(network)
+    return network
 
 
 @torch.no_grad()

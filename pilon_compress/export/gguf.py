@@ -30,6 +30,8 @@ FILE_TYPES = {
     "q8_0": "MOSTLY_Q8_0",
     "q4_0": "MOSTLY_Q4_0",
     "q4_k_m": "MOSTLY_Q4_K_M",
+    "tq1_0": "MOSTLY_TQ1_0",
+    "tq2_0": "MOSTLY_TQ2_0",
 }
 
 
@@ -106,7 +108,7 @@ def write(model: PreTrainedModel, job: ExportJob) -> GgufExported:
         measured["architecture"], measured["types"] = write_file(path, model, kind, source, integers)
         measured["integers_kept"] = sum(tensors.fits(one, kind.upper()) for one in integers.values())
         measured |= {"file": path.name, "bytes": path.stat().st_size}
-        measured |= _verify(path, model, job.source, kind, integers)
+        measured |= verify(path, model, job.source, kind, integers)
     remarks = _remarks({**measured, "integers": len(integers)})
     return GgufExported(**measured, remarks=remarks)
 
@@ -182,10 +184,13 @@ def write_file(
     return arch.name, counts
 
 
-def _verify(
+def verify(
     path: Path, model: PreTrainedModel, source: str, kind: tensors.Type, integers: Mapping[str, Integers]
 ) -> dict[str, Any]:
-    """Compare the file in llama.cpp with the model. Raises ExportFailed where it computes something else."""
+    """Compare the file in llama.cpp with the model, which is rounded in place as the file is.
+
+    Raises ExportFailed where it computes something else.
+    """
     if not runtime.available():
         return {"verified": False, "unverified": "llama.cpp is not installed (pip install xllamacpp)"}
     arch, layers = architectures.describe(model, widths_of(model)), model.config.num_hidden_layers

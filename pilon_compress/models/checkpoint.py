@@ -127,9 +127,14 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
 
 def check_dense(reference: str, config: PretrainedConfig) -> None:
     """Raise BadInput for a model whose weights are not plain matrices: PILON already, or quantised."""
-    if _method(config) == "pilon":
+    if is_pilon(config):
         raise BadInput(f"{reference} is already a PILON model: convert the dense model that it was made from")
     _check_method(reference, config)
+
+
+def is_pilon(config: PretrainedConfig) -> bool:
+    """Return True if the config is that of a PILON model."""
+    return _method(config) == "pilon"
 
 
 def _check_method(reference: str, config: PretrainedConfig) -> None:

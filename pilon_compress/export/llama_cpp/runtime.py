@@ -1,19 +1,17 @@
 """Run a GGUF file in llama.cpp, by the wheel xllamacpp, to compare tokens and log-probabilities with transformers."""
 
-import json
-import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pilon_compress.export.llama_cpp.server import CannotLoad, Server, available
 from pilon_compress.export.verify import ExportFailed
+
+__all__ = ["available"]  # re-exported
 
 TEXT = (
     "The committee met on 12 March 1987 to review the results; nobody had expected that the cost of 3,400 pounds "
@@ -22,6 +20,7 @@ TEXT = (
 LIKELIEST = 20  # tokens whose log-probabilities are compared
 PLACES = 4  # prefixes of the text
 TOLERANCES = {"f32": 0.02, "f16": 0.05, "bf16": 0.2, "q8_0": 0.3, "q4_0": 0.3, "q4_k_m": 0.3}
+TOLERANCES |= {"tq1_0": 0.3, "tq2_0": 0.3}
 """Largest difference in log-probability to the file's weights in transformers, over the deviation of these.
 
 SmolLM2 has 0.13 in q4_0 and 0.08 in q8_0, since llama.cpp rounds the inputs of quantised products, 0.002 in f16;
@@ -45,35 +44,14 @@ class Verified:
     tokens_agree: bool
 
 
-def available() -> bool:
-    """Return True where llama.cpp is installed."""
-    return find_spec("xllamacpp") is not None
-
-
-class Runtime:
-    """A GGUF file that llama.cpp has loaded, on the CPU. Raises ExportFailed where it cannot."""
+class Runtime(Server):
+    """A GGUF file that llama.cpp has loaded, to be compared with transformers. Raises ExportFailed where it cannot."""
 
     def __init__(self, path: Path, threads: int = 1, context: int = 512, embeds: bool = False) -> None:
-        import xllamacpp
-
-        given = xllamacpp.CommonParams()
-        given.model.path, given.n_ctx, given.n_parallel, given.n_gpu_layers = str(path), context, 1, 0
-        given.cpuparams.n_threads = given.cpuparams_batch.n_threads = threads
-        given.warmup, given.verbosity, given.embedding = False, -1, embeds
-        begun = time.perf_counter()
         try:
-            self.server = xllamacpp.Server(given)
-        except RuntimeError as error:
-            raise ExportFailed(f"llama.cpp cannot load {path.name}") from error
-        self.load_seconds = time.perf_counter() - begun
-
-    def post(self, path: str, asked: dict[str, Any]) -> Any:
-        """Ask llama.cpp's server."""
-        request = urllib.request.Request(  # noqa: S310 - its own loopback address
-            self.server.listening_address + path, json.dumps(asked).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
-            return json.load(answer)
+            super().__init__(path, threads, context, embeds)
+        except CannotLoad as error:
+            raise ExportFailed(str(error)) from error
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Return the tokens of a text; with `special`, also those that a sequence begins and ends with."""

@@ -15,11 +15,16 @@ from pilon_compress.errors import BadInput
 from pilon_compress.export.integers import Integers
 from pilon_compress.export.llama_cpp.architectures import Architecture, lies_transposed, rotary_factors, turned
 
-Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
+Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "tq1_0", "tq2_0"]
 TYPES: tuple[Type, ...] = get_args(Type)
 SMALL = 32  # numbers of a block of q8_0 and q4_0
-LARGE = 256  # of q4_k and q6_k
-FALLBACKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # for rows that are no multiple of LARGE, as in llama.cpp
+LARGE = 256  # of q4_k, q6_k, tq1_0 and tq2_0
+FALLBACKS = {
+    "Q4_K": "Q5_0",
+    "Q6_K": "Q8_0",
+    "TQ1_0": "Q4_0",
+    "TQ2_0": "Q4_0",
+}  # for rows that are no multiple of LARGE, as in llama.cpp
 WHOLE = ("position_embd.weight", "token_types.weight", "rope_freqs.weight")  # looked up or divided by, in float32
 UNREAD = ("pooler.",)  # parts of an encoder behind the last states, which embeddings do not read
 
@@ -119,6 +124,9 @@ def kind_of(name: str, shape: tuple[int, ...], asked: Type, layers: int) -> str:
         layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
         careful = head or (("attn_v" in name or "ffn_down" in name) and _more_bits(layer, layers))
         found = "Q6_K" if careful else "Q4_K"
+        found = found if row % LARGE == 0 else FALLBACKS[found]
+    elif asked in ("tq1_0", "tq2_0"):
+        found = "Q6_K" if head else asked.upper()
         found = found if row % LARGE == 0 else FALLBACKS[found]
     else:
         found = "Q8_0" if asked == "q4_0" and head else asked.upper()
