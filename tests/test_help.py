@@ -36,7 +36,8 @@ train --recipe --output --heal --teacher --cache-teacher --temperature --shrink 
  --validation --chat-template --learn --sequence-length --tokens --batch-size --learning-rate --set --device --seed
  --resume --overwrite --dry-run --json
 eval --against --data --samples --window --stride --batch-size --device --seed --json
-bench --ffn --active-rank --rank --top-k --gated --activation --batch --context --threads --rounds --variants --device
+bench --ffn --active-rank --rank --top-k --gated --activation --against --dense --batch --context --threads --rounds
+ --variants --device
  --plot --json
 inspect --targets --ignore --verbose --json
 generate --prompt --max-new-tokens --temperature --top-k --top-p --repetition-penalty --seed --system --raw --device

@@ -112,8 +112,9 @@ def benchmark(
 ) -> Benchmark:
     """Time a PILON `model`, or without one a block of the shape `config.ffn`, beside dense and other variants.
 
-    Variants take turns in this process; speedups are medians of the rounds, with their spread. `plot`: an SVG file to
-    draw them into. Raises BadInput.
+    Variants take turns in this process; speedups are medians of the rounds, with their spread. With `config.against`
+    the model's folder is timed against another runtime, in processes of their own. `plot`: an SVG file to draw them
+    into. Raises BadInput.
     """
     asked = config or BenchConfig()
     with calling(), hold_or_none(model) as reference:

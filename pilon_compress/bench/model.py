@@ -11,9 +11,9 @@ from transformers import DynamicCache, PreTrainedModel
 from pilon_compress.bench.block import chosen, circumstances, set_threads
 from pilon_compress.bench.block_variants import BASELINE, Unavailable
 from pilon_compress.bench.model_variants import VARIANTS
+from pilon_compress.bench.text import text_ids
 from pilon_compress.bench.timing import interleaved
 from pilon_compress.config.benchmark import BenchCommand
-from pilon_compress.data import sequences, text
 from pilon_compress.errors import BadInput
 from pilon_compress.models import checkpoint
 from pilon_compress.models.limits import longest_input
@@ -25,8 +25,6 @@ from pilon_compress.nn.skipping import counting
 from pilon_compress.results.benchmark import Benchmark
 
 TIERED = "tiered"  # variant of a model whose banks are held in part
-TEXT = "stdlib"  # source of text that is on every machine
-
 
 @torch.inference_mode()
 def bench_model(config: BenchCommand) -> Benchmark:
@@ -58,7 +56,7 @@ def bench_model(config: BenchCommand) -> Benchmark:
         variants[TIERED] = checkpoint.load_model(model, "float32", config.device, n_hot=config.tier.n_hot)
     share: float | None = None
     if layout_of(pilon).exits:  # whose decisions depend on the text
-        ids = _text(model, batch, context).to(target)
+        ids = text_ids(model, batch * context).reshape(batch, context).to(target)
         with counting(pilon) as count:
             pilon(ids)
             count.take(torch.ones_like(ids, dtype=torch.bool))
@@ -76,15 +74,6 @@ def bench_model(config: BenchCommand) -> Benchmark:
     kernels = kernel_names(layout_of(pilon), target.type)
     timed |= {} if share is None else {"skipped_work": share}
     return Benchmark(model=model, context=context, batch=batch, **about, **timed, kernels=kernels, skipped=skipped)
-
-
-def _text(model: str, batch: int, context: int) -> torch.Tensor:
-    """Return ids (batch, context) of English text, for models whose time depends on it. Raises BadInput."""
-    documents = list(text.open_text(TEXT))
-    ids, _ = sequences.stream(checkpoint.load_tokenizer(model), documents, batch * context)
-    if len(ids) < batch * context:
-        raise BadInput(f"the text of a timing has {len(ids)} tokens: lower --batch or --context")
-    return torch.tensor(ids[: batch * context]).reshape(batch, context)
 
 
 def _prefill(model: Any, ids: torch.Tensor) -> Callable[[], object]:

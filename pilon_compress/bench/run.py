@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from pilon_compress.bench.against import FIGURES, bench_against
 from pilon_compress.bench.block import bench_block
 from pilon_compress.bench.model import bench_model
 from pilon_compress.config.benchmark import BenchCommand
@@ -13,21 +14,51 @@ from pilon_compress.results.benchmark import Benchmark
 
 
 def benchmark(config: BenchCommand, plot: str | Path | None = None) -> Benchmark:
-    """Return the figures of `bench_block` or `bench_model`; draw the speedups into the SVG file `plot`.
+    """Return the figures of `bench_block`, `bench_model` or `bench_against`; draw ratios into the SVG file `plot`.
 
     Raises BadInput where not exactly one of `config.model` and `config.ffn` is given, and for a file that cannot be
     written.
     """
     if (config.model is None) == (config.ffn is None):
         raise BadInput("name either a PILON folder or one block with --ffn 768x3072")
+    run = bench_block if config.model is None else bench_model if config.against is None else bench_against
     if plot is not None:
         if Path(plot).suffix != ".svg":
             raise BadInput(f"--plot {plot} must end in .svg")
         plot = check_file(plot)
-    result = bench_model(config) if config.ffn is None else bench_block(config)
+    result = run(config)
     if plot is not None:
-        Path(plot).write_text(speedups(parts(result.dump())))
+        Path(plot).write_text(_drawn(result.dump()))
     return result
+
+
+def _drawn(result: dict[str, Any]) -> str:
+    """Return the plot of a result, as SVG."""
+    if "against" not in result:
+        return speedups(parts(result))
+    runtime = result["against"]["runtime"]
+    title = f"{runtime} ÷ PILON, in time and bytes, the dense model in llama.cpp"
+    return speedups(ratios(result), f"{runtime} ÷ PILON: above 1 PILON takes less", title)
+
+
+NAMES = {"decode": "decoding", "first_token": "first token", "memory": "memory", "file": "file"}
+
+
+def ratios(result: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return, by the title of its table, the ratios to each type of file of the other runtime: by figure."""
+    against, found = result["against"], {}
+    several = len(against["types"]) > 1
+    for kind in against["types"]:
+        rows = {}
+        for figure in (one for one in FIGURES if one in against):
+            ratio, spread = against[figure], against["spread"][figure]
+            values = (
+                {"speedup": ratio[kind], "spread": spread[kind]} if several else {"speedup": ratio, "spread": spread}
+            )
+            values |= {"ours": against["ours"][figure], "theirs": against["theirs"][kind][figure]}
+            rows[NAMES.get(figure) or f"reading {figure.removeprefix('read')}"] = values
+        found[f"{result['model']} against {against['dense']} in {against['runtime']}, {kind}"] = rows
+    return found
 
 
 def parts(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

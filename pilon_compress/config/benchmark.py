@@ -13,6 +13,8 @@ from pilon_compress.config.reading import Positive, Switch, Text
 from pilon_compress.config.tiers import Tier
 
 BLOCK = "Shape of one block"
+OTHER = "Another runtime"
+LLAMA_CPP = "llama.cpp"
 
 
 class BenchConfig(Flat):
@@ -38,6 +40,12 @@ class BenchConfig(Flat):
     """Times that every variant has its turn."""
     variants: Annotated[list[Text], Option()] = []
     """Time only these variants, besides dense_fp32. Default: all."""
+    against: Annotated[Text | None, Option(panel=OTHER, metavar="RUNTIME[:TYPES]")] = None
+    """Time the model against another runtime on the CPU: llama.cpp, or llama.cpp:q4_0,q8_0 for the types of its file.
+    Each side runs in processes of its own, in turns, and loads the model anew up to five times. Default: none, variants
+    are timed; types q4_0 and q8_0."""
+    dense: Annotated[Text | None, Option(panel=OTHER, metavar="MODEL")] = None
+    """Dense model that the other runtime gets. Default: the one that the folder's recipe.yaml leads to."""
     threads: Annotated[Positive | None, Option(panel=RUNNING)] = None
     """CPU threads. Default: as many as torch takes."""
     tier: Annotated[Tier | None, Option(panel=RUNNING, metavar="FIELD=VALUE")] = None
@@ -51,6 +59,27 @@ class BenchConfig(Flat):
         if value is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", value):
             raise ValueError("must be WIDTHxHIDDEN, as in 768x3072")
         return value
+
+    @model_validator(mode="after")
+    def _one_way_to_time(self) -> "BenchConfig":
+        if self.against is None:
+            if self.dense is not None:
+                refuse_field("dense", "names the model of another runtime: name that with against", self.dense)
+            return self
+        runtime, colon, _ = self.against.partition(":")
+        if runtime != LLAMA_CPP or (colon and not all(self.types)):
+            refuse_field("against", "must be llama.cpp, or llama.cpp:TYPES as in llama.cpp:q4_0,q8_0", self.against)
+        if len(set(self.types)) < len(self.types):
+            refuse_field("against", "names a type twice", self.against)
+        for name, idle in (("ffn", None), ("variants", []), ("batch", 1)):
+            if getattr(self, name) != idle:
+                refuse_field(name, "has no effect with against: leave out one of the two", getattr(self, name))
+        return self
+
+    @property
+    def types(self) -> list[str]:
+        """Types of the other runtime's files, as `against` names them; empty where it names none."""
+        return (self.against or "").partition(":")[2].split(",") if ":" in (self.against or "") else []
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> "BenchConfig":

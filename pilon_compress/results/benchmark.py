@@ -1,5 +1,6 @@
 """Results of a benchmark of a model or a feed-forward block."""
 
+from pilon_compress.results.against import Against
 from pilon_compress.results.base import Result
 
 
@@ -62,5 +63,7 @@ class Benchmark(Result):
     """Blocks: by variant, over dense fp32."""
     spread: dict[str, list[float]] | None = None
     variants: dict[str, Timing] | None = None
+    against: Against | None = None
+    """Models that were timed against another runtime, in place of variants."""
     skipped: dict[str, str]
-    """Variants that cannot run here, and why."""
+    """Variants, or figures, that cannot be had here, and why."""
