@@ -88,6 +88,8 @@ def _checked(config: BenchCommand) -> str:
     own = checkpoint.load_config(model)
     if not checkpoint.is_pilon(own):
         raise BadInput(f"{model} is a dense model: the benchmark takes a PILON folder, and its dense model beside it")
+    if not Path(checkpoint.resolve(model)).is_dir():
+        raise BadInput(f"{model} is no local folder, whose bytes are counted: download it first")
     if not checkpoint.is_causal(own):
         raise BadInput(f"{model} is a {own.model_type} encoder: it writes no text, which is what is timed")
     dense = config.dense or lineage(checkpoint.resolve(model)).dense

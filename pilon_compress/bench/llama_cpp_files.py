@@ -42,8 +42,9 @@ def write(dense: str, kinds: Sequence[tensors.Type], folder: Path) -> Iterator[t
 
     Raises BadInput where no matrix of the model takes a type, and ExportFailed where llama.cpp computes something else.
     """
-    model, source = checkpoint.load_model(dense, dtype="float32"), Path(checkpoint.resolve(dense))
+    source = Path(checkpoint.resolve(dense))
     for kind in kinds:
+        model = checkpoint.load_model(dense, dtype="float32")  # anew, since `verify` rounds it
         path = folder / f"{kind}{gguf.SUFFIX}"
         _, counts = gguf.write_file(path, model, kind, source)
         main = {"q4_k_m": "Q4_K"}.get(kind, kind.upper())
@@ -52,5 +53,5 @@ def write(dense: str, kinds: Sequence[tensors.Type], folder: Path) -> Iterator[t
             raise BadInput(
                 f"--against: no matrix of {dense} can be {kind}, its rows do not fill the blocks (but {made})"
             )
-        gguf.verify(path, model, dense, kind)
+        gguf.verify(path, model, dense, kind, {})
         yield kind, path
