@@ -79,7 +79,7 @@ def test_several_types_have_an_entry_each():
         ("{folder} --against llama.cpp --batch 2", "--batch: has no effect with --against"),
         ("{folder} --against llama.cpp --variants dense_bf16", "--variants: has no effect with --against"),
         ("--ffn 64x128 --against llama.cpp", "--ffn: has no effect with --against"),
-        ("{folder} --dense {dense}", "--dense: names the model of another runtime"),
+        ("{folder} --dense {dense}", "--dense names the model of another runtime"),
         ("{folder} --against llama.cpp --device cuda", "timed on the CPU alone"),
         ("{folder} --against llama.cpp --context 250", "--context must be at most 207"),
         ("{folder} --against llama.cpp --dense {folder}", "already a PILON model"),

@@ -23,7 +23,7 @@ BASE = {
     "bench": [],
     "generate": ["m", "--prompt", "x"],
 }  # what else a command needs; a model for the others
-SAMPLES = {"--bands": "2", "--active-rank": "32"}  # where 5, 0.25 or a word is no value
+SAMPLES = {"--bands": "2", "--active-rank": "32", "--against": "llama.cpp"}  # where 5, 0.25 or a word is no value
 NAMES = """
 convert --output --recipe --set --ffn-ratio --bands --n-primitives --rank --top-k --allow-larger --method --composition
  --calibration --samples --sequence-length --batch-size --eval-data --targets --ignore --optimize --mac-ratio --effort

@@ -21,6 +21,8 @@ def benchmark(config: BenchCommand, plot: str | Path | None = None) -> Benchmark
     """
     if (config.model is None) == (config.ffn is None):
         raise BadInput("name either a PILON folder or one block with --ffn 768x3072")
+    if config.dense is not None and config.against is None:
+        raise BadInput("--dense names the model of another runtime: name that with --against")
     run = bench_block if config.model is None else bench_model if config.against is None else bench_against
     if plot is not None:
         if Path(plot).suffix != ".svg":

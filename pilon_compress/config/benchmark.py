@@ -63,8 +63,6 @@ class BenchConfig(Flat):
     @model_validator(mode="after")
     def _one_way_to_time(self) -> "BenchConfig":
         if self.against is None:
-            if self.dense is not None:
-                refuse_field("dense", "names the model of another runtime: name that with against", self.dense)
             return self
         runtime, colon, _ = self.against.partition(":")
         if runtime != LLAMA_CPP or (colon and not all(self.types)):
