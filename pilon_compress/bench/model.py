@@ -26,6 +26,7 @@ from pilon_compress.results.benchmark import Benchmark
 
 TIERED = "tiered"  # variant of a model whose banks are held in part
 
+
 @torch.inference_mode()
 def bench_model(config: BenchCommand) -> Benchmark:
     """Time `config.model`, a PILON folder, and its dense form in turns: `prefill`, and `decode` for causal LMs.

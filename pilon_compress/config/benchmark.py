@@ -69,7 +69,7 @@ class BenchConfig(Flat):
             refuse_field("against", "must be llama.cpp, or llama.cpp:TYPES as in llama.cpp:q4_0,q8_0", self.against)
         if len(set(self.types)) < len(self.types):
             refuse_field("against", "names a type twice", self.against)
-        for name, idle in (("ffn", None), ("variants", []), ("batch", 1)):
+        for name, idle in (("ffn", None), ("variants", []), ("batch", 1), ("tier", None)):
             if getattr(self, name) != idle:
                 refuse_field(name, "has no effect with against: leave out one of the two", getattr(self, name))
         return self
@@ -81,6 +81,8 @@ class BenchConfig(Flat):
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> "BenchConfig":
+        if self.ffn is not None and self.tier is not None:
+            refuse_field("tier", "is for a model, and ffn for a block: leave out one of the two", self.tier)
         if self.top_k is not None and self.active_rank not in (None, self.top_k * self.rank):
             active = self.top_k * self.rank
             refuse_field("top_k", f"of rank {self.rank} makes {active} components, not active_rank", self.top_k)
