@@ -200,7 +200,6 @@ def test_what_does_not_go_with_tiers_is_refused_in_one_line(overrides, message):
 
 def test_a_share_alone_is_that_of_hot_primitives():
     assert training.load("smoke", ["run.tier=0.25"]).run.tier == TrainingTier(n_hot=0.25)
-    assert training.load("smoke", ["run.tier=25%"]).run.tier == TrainingTier(n_hot=0.25)
 
 
 def test_healing_keeps_the_last_weights():
