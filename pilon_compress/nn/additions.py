@@ -5,6 +5,7 @@
 The tensors of an addition belong to the bank or projection, so that they are saved and loaded with it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ Kinds = dict[str, "Addition"]
 _KNOWN: dict[str, Kinds] = {}
 
 
-class Addition:
+class Addition(ABC):
     """An addition to banks or projections, without state; research modules override what they need."""
 
     exact: tuple[str, ...] = ()
@@ -24,20 +25,20 @@ class Addition:
     dense: str | None = None
     """Why a projection with it cannot become a plain matrix, if that is so."""
 
+    @abstractmethod
     def add(self, module: nn.Module) -> None:
         """Add it, in place, to a bank or projection, with starting values."""
-        raise NotImplementedError
 
     def carry(self, old: nn.Module, new: nn.Module) -> nn.Module:
         """Add what `old` has to `new`, which takes its place; return the module to install: `new`, or one around it."""
         return new
 
-    def packed(self, layer: nn.Module, made: nn.Module) -> None:
+    def packed(self, layer: nn.Module, made: nn.Module) -> None:  # noqa: B027 - most have nothing to add
         """Add to `made`, the packed form of a `layer` whose bank has this addition, what packing did not fold."""
 
+    @abstractmethod
     def numbers(self, layout: Any, place: str) -> int:
         """Count the numbers that it stores at the bank or projection `place` of a layout."""
-        raise NotImplementedError
 
 
 def register(name: str, kinds: Kinds) -> None:

@@ -1,5 +1,6 @@
 """The modules whose tensors a PILON checkpoint holds: banks, projections, 8-bit layers. What the rest asks of them."""
 
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class Chosen(NamedTuple):
     runs: tuple[tuple[int, int], ...] = ()
 
 
-class Matrix(Projection):
+class Matrix(Projection, metaclass=ABCMeta):
     """Mixin of the projections that are one matrix: of the dense model's size, or smaller where neurons were dropped.
 
     format: name in `nn.formats`   group: inputs that share a scale of a quantiser, 0 for all of a token's
@@ -56,23 +57,23 @@ class Matrix(Projection):
     unfolds: bool = False
     folds: bool = True
 
+    @abstractmethod
     def forward(self, x: Tensor, chosen: Chosen | None = None, inputs: bool = False) -> Tensor:
         """Multiply `x` (..., d) with the matrix, and add the bias.
 
         With `chosen`, of matrices without a bias: with these columns of it, or, if they are `inputs`, these rows.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def matrix(self) -> Tensor:
         """Return the matrix (d_in, d_out) as it counts in the forward pass."""
-        raise NotImplementedError
 
     def draw(self, std: float, generator: torch.Generator | None) -> None:
         """Fill the matrix, in place, with N(0, std²); raise TypeError if it cannot learn."""
         raise TypeError(f"a matrix in {self.format} is not trained from random weights")
 
 
-class LatentPart:
+class LatentPart(metaclass=ABCMeta):  # not ABC: modules would have another memory layout, which `extend` refuses
     """Mixin of parts that round in training: floats that learn (latent), and codes of them that count.
 
     rounding: maps (floats, limit) to rounded ones, with a gradient; research gives it another
@@ -80,17 +81,17 @@ class LatentPart:
 
     rounding: Callable[[Tensor, int], Tensor]
 
+    @abstractmethod
     def hold(self) -> None:
         """Round the latent numbers once, for all layers and micro batches of the next training step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def codes(self) -> Tensor:
         """Return every code as it stands, int8, in one row; whole on every process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def centre(self, share: float) -> None:
         """Draw the latent numbers, in place, by a `share` of the way to what they count as; the outputs stay."""
-        raise NotImplementedError
 
 
 def is_linear(module: nn.Module) -> bool:
