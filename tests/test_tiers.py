@@ -16,9 +16,9 @@ from pilon_compress.nn.init import initialise
 from pilon_compress.nn.install import install
 from pilon_compress.nn.installed import neuron_projections, projections
 from pilon_compress.nn.layout import Layout
-from pilon_compress.nn.neuron_linear import has_scale
-from pilon_compress.nn.specs import BankSpec, NeuronBankSpec, NeuronSpec, ProjectionSpec, RouterSpec
+from pilon_compress.nn.specs import BankSpec, ProjectionSpec, RouterSpec
 from pilon_compress.tiers.modules import Tiered
+from tests.test_neuron_banks import layout_for
 
 IDS = torch.randint(6, 200, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -35,32 +35,11 @@ def factors(model, experts=1):
     return Layout(banks, users, routers=blocks if experts > 1 else {})
 
 
-def neurons(model, top_k=40):
-    """Layers 0 and 1 share a bank of 48 neurons, layer 2 has one of its own."""
-    sites = find_sites(model)
-    gated = any(site.role in ("gate", "gate_up") for site in sites)
-    first = {site.layer: site.name for site in reversed(sites)}
-    users = {
-        site.name: NeuronSpec(
-            f"band{int(site.layer == 2)}",
-            site.role,
-            top_k,
-            site.bias,
-            first[site.layer] if top_k < 48 else "",
-            has_scale(site.role, gated),
-        )
-        for site in sites
-    }
-    host = {site.name: (site.d_in, site.d_out) for site in sites}
-    banks = {f"band{b}": NeuronBankSpec(48, 32, 32, gated) for b in (0, 1)}
-    return Layout({}, {}, {}, host, neuron_banks=banks, neurons=users)
-
-
 FORMS = {
     "factors": factors,
     "experts": lambda model: factors(model, experts=3),
-    "neurons": neurons,
-    "all neurons": lambda model: neurons(model, top_k=48),
+    "neurons": layout_for,
+    "all neurons": lambda model: layout_for(model, top_k=48),
 }
 
 
@@ -150,6 +129,20 @@ def test_hot_primitives_are_those_that_layers_use_most(tiny, tmp_path):
     bank = down[0].bank
     energy = sum(layer.spread().square().sum(1) for layer in down if layer.bank is bank)
     assert set(bank.hot.tolist()) == set(energy.topk(2).indices.tolist())
+
+
+def test_selections_that_are_made_anew_for_every_call_are_not_remembered(tiny, tmp_path):
+    model = tiny.tiny_model("llama")
+    sites = find_sites(model)
+    banks = {site.role: BankSpec(site.d_in, site.d_out, 8, 4) for site in sites}
+    users = {site.name: ProjectionSpec(site.role, 5, site.bias, "softmax") for site in sites}
+    install(model, Layout(banks, users))
+    initialise(model, 0.3, torch.Generator().manual_seed(1))
+    save_model(model, tiny.tiny_tokenizer(), tmp_path / "m", torch.float32)
+    tiered = checkpoint.load_model(str(tmp_path / "m"), n_hot=0.25)
+    for _ in range(5):
+        assert torch.equal(logits(tiered), logits(model))
+    assert all(len(part.__dict__["places"]) <= 1 for part in tiered.modules() if isinstance(part, Tiered))
 
 
 def test_models_that_have_nothing_to_put_in_tiers_are_refused(tiny, tmp_path):

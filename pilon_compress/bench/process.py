@@ -29,7 +29,7 @@ class Process:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Return the answer to a request. Raises BadInput, also where the process has ended."""
+        """Return the answer to a request. Raises BadInput for a refusal, RuntimeError if the process has ended."""
         assert self.running.stdin is not None and self.running.stdout is not None
         with suppress(OSError):  # it has ended; its last line says why
             print(json.dumps(request), file=self.running.stdin, flush=True)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from pilon_compress.io.checksum import digest
 
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of floating-point numbers by their names in safetensors files."""
+
 
 class TensorStore:
     """Tensors by name: in memory up to `limit` bytes, further ones in `folder`, one safetensors file each.

@@ -10,9 +10,9 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_IN
 
 from pilon_compress.errors import BadInput
 from pilon_compress.io.errors import first_line
+from pilon_compress.io.tensor_store import FLOATS
 
 INDEX_SUFFIX = ".safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -98,8 +98,8 @@ def stored_dtype(files: list[Path]) -> torch.dtype | None:
     counts: Counter[torch.dtype] = Counter()
     for path in files:
         for kind, size in _opened(path):
-            if kind in DTYPES:
-                counts[DTYPES[kind]] += size
+            if kind in FLOATS:
+                counts[FLOATS[kind]] += size
     return counts.most_common(1)[0][0] if counts else None
 
 

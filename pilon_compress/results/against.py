@@ -7,7 +7,7 @@ OneOrEach = float | dict[str, float]
 
 
 class RuntimeFigures(Result):
-    """What one runtime took, a value for each repeat. Repeats of equal place ran right after each other."""
+    """Figures of one runtime, a value for each repeat; repeats of equal place in both ran right after each other."""
 
     decode: list[float]
     """Seconds for each further token."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pilon_compress.errors import BadInput
 from pilon_compress.nn.bank import PrimitiveBank
@@ -69,23 +70,25 @@ class Tiered(nn.Module):
         hot, axis, table = getattr(self, HOT + leaf), self.axes[leaf], self.tables[leaf]
         bands: Bands = self.__dict__["bands"]
         bands.enter(self.__dict__["band"], hot.device)
-        rows = self._rows(table.values.shape[axis], chosen)
+        rows = self._rows(chosen)
         shape = list(hot.shape)
         shape[axis] = len(rows.hot_to) + len(rows.cold_to)
         found: Tensor = hot.new_empty(shape)
         found.index_copy_(axis, rows.cold_to, table.rows(axis, rows.cold_at, hot.device).to(hot.dtype))
         return found.index_copy_(axis, rows.hot_to, hot.index_select(axis, rows.hot_at))
 
-    def _rows(self, total: int, chosen: Tensor | None) -> Rows:
-        if chosen is None:
-            every: LazyValue[Rows] = self.__dict__["every"]
-            return every.get((self.hot,), lambda: self._places(torch.arange(total), total))
-        known: dict[int, LazyValue[Rows]] = self.__dict__["selections"]
-        lazy = known.setdefault(chosen.data_ptr(), LazyValue())
-        return lazy.get((self.hot, chosen), lambda: self._places(chosen.cpu(), total))
+    def _rows(self, chosen: Tensor | None) -> Rows:
+        selection = self.__dict__["every"] if chosen is None else chosen
+        known = self.__dict__["places"]  # as long as a selection lives: some are made anew for every call
+        if selection not in known:
+            known[selection] = LazyValue()
+        found: Rows = known[selection].get((self.hot, selection), lambda: self._places(selection.cpu()))
+        return found
 
-    def _places(self, chosen: Tensor, total: int) -> Rows:
-        slots = torch.full((total,), -1).index_copy(0, self.hot.cpu(), torch.arange(len(self.hot)))[chosen]
+    def _places(self, chosen: Tensor) -> Rows:
+        slots = torch.full_like(self.__dict__["every"], -1).index_copy(0, self.hot.cpu(), torch.arange(len(self.hot)))[
+            chosen
+        ]
         hot_to, cold_to = (slots >= 0).nonzero()[:, 0], (slots < 0).nonzero()[:, 0]
         device = self.hot.device
         return Rows(hot_to.to(device), slots[hot_to].to(device), cold_to.to(device), chosen[cold_to])
@@ -102,9 +105,8 @@ class Tiered(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        own = [*self._parameters, *self._buffers]
-        for leaf in own:
-            if leaf == "hot" or leaf == "use" or leaf.startswith((HOT, "table_")):
+        for leaf in (*self._parameters, *self._buffers):
+            if leaf in ("hot", "use") or leaf.startswith((HOT, "table_")):
                 destination.pop(prefix + leaf, None)
         for leaf in self.axes:
             destination[prefix + leaf] = self.taken(leaf).detach()
@@ -253,7 +255,8 @@ def put_in_tiers(
         band = homes.setdefault(place.band, len(homes))
         bands.parts += [[] for _ in range(band + 1 - len(bands.parts))]
         bands.parts[band].append(part)
-        part.__dict__.update(bands=bands, band=band, every=LazyValue(), selections={})
+        every, known = torch.arange(place.primitives), WeakTensorKeyDictionary()
+        part.__dict__.update(bands=bands, band=band, every=every, places=known)
         made.append(part)
     used = uses(model)
     for place, part in zip(found, made, strict=True):

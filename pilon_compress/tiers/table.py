@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from pilon_compress.io.tensor_store import FLOATS
 
 
 class Table:
@@ -89,7 +89,7 @@ def tables_in(file: Path, names: Sequence[str]) -> dict[str, Table]:
         if name not in header:
             continue
         entry = header[name]
-        if entry["dtype"] not in TYPES:
+        if entry["dtype"] not in FLOATS:
             raise ValueError(f"{name} is in {entry['dtype']}, no float: a bank of it has no tiers")
-        found[name] = Table(file, TYPES[entry["dtype"]], entry["shape"], 8 + length + entry["data_offsets"][0])
+        found[name] = Table(file, FLOATS[entry["dtype"]], entry["shape"], 8 + length + entry["data_offsets"][0])
     return found

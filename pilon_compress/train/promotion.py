@@ -1,7 +1,7 @@
 """Tiers of a model that trains: hot primitives learn; cold ones rest in files, with their optimiser states.
 
-use         mean over steps, decaying by DECAY, of  Σ_layers |g · ∂L/∂g|  over a primitive's coefficients g: what the
-            loss would lose without it, to first order (Molchanov et al., 2019); cold primitives have it, too
+use         mean over steps, decaying by DECAY, of  Σ_layers |g · ∂L/∂g|  over a primitive's coefficients g: how the
+            loss would change without it, to first order (Molchanov et al., 2019); cold primitives have it, too
 promotion   every so many steps a cold primitive takes the place of a hot one where its use is larger by a margin,
             so that two of like use do not change places again and again (hysteresis)
 """
@@ -45,9 +45,8 @@ def begin_tiers(model: Host, n_hot: float, folder: Path) -> None:
             tables[f"{place.name}.{leaf}"] = table
             del weight, place.module._parameters[leaf]
     for part in put_in_tiers(model, found, n_hot, tables):
-        axis, leaf = next((axis, leaf) for leaf, axis in part.axes.items())
-        part.register_buffer("use", torch.zeros(part.tables[leaf].values.shape[axis]))
-        for leaf in part.axes:
+        for leaf, axis in part.axes.items():
+            part.register_buffer("use", torch.zeros(part.tables[leaf].values.shape[axis]))
             part.register_buffer(f"table_{leaf}", part.tables[leaf].values)
 
 
@@ -110,7 +109,7 @@ class Promotion(Callback):
 
     @torch.no_grad()
     def _uses(self) -> list[tuple[Any, Tensor]]:
-        """What this step's gradients say of the use of every primitive, by tiered part."""
+        """Return each tiered part with the use (n,) of its primitives by the gradients of this step."""
         found: dict[int, tuple[Any, Tensor]] = {}
         for layer in self.factors:
             if layer.weight.grad is not None:
