@@ -9,7 +9,7 @@ docs/results/tiers.json.
     inference   read 128 tokens, decode 16, of bfloat16 files in float32
     limit       the same in a control group with less memory than the banks have (as root)
     training    five steps of AdamW
-    quality     the recipe `smoke`, banks shared: all primitives, a share of them hot, and banks of that share alone
+    quality     the recipe `smoke`, banks shared: all primitives, a share of them hot, and banks half as large
 """
 
 import argparse
@@ -19,18 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "tiers.json"
 BARE = 200  # megabytes of a process that has loaded nothing, beside pages of libraries that others count
-PARTS = ("inference", "limit", "training", "quality")
 INFERENCE = """
 import json, sys, time
 import torch
 from pilon_compress.models import checkpoint
-from pilon_compress.nn import installed
 
 def seen(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
@@ -161,23 +160,33 @@ def memory_group(megabytes: float) -> Path:
     sys.exit("a control group of limited memory cannot be made here: run as root, or leave out the part `limit`")
 
 
-def inference(folder: Path, bank_bytes: int, asked: argparse.Namespace) -> dict[str, Any]:
-    """Rows of every share, in turns with the resident model."""
-    shares = [1.0, *asked.shares]
-    found: dict[float, list[dict[str, Any]]] = {share: [] for share in shares}
+def in_turns(asked: argparse.Namespace, once: Callable[[float], dict[str, Any]]) -> dict[float, list[dict[str, Any]]]:
+    """Return what `once` gives for every share, in as many rounds as are asked for; the resident model comes first."""
+    found: dict[float, list[dict[str, Any]]] = {share: [] for share in (1.0, *asked.shares)}
     for _ in range(asked.rounds):
-        for share in shares:
-            found[share].append(run(folder, share))
+        for share, runs in found.items():
+            runs.append(once(share))
+    return found
+
+
+def compared(found: dict[float, list[dict[str, Any]]], own: Sequence[str], over: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a row for each share: medians of `own`; median, lowest and highest of `over` ÷ the resident model."""
     rows = []
     for share, runs in found.items():
-        ratios = {
-            part: [one[part] / resident[part] for one, resident in zip(runs, found[1.0], strict=True)]
-            for part in ("mb", "read", "decode")
-        }
-        assert len({one["sum"] for one in (*runs, *found[1.0])}) == 1, "logits differ"
-        spread = {part: [round(float(f), 3) for f in (median(r), min(r), max(r))] for part, r in ratios.items()}
-        rows.append({"n_hot": share, "mb": round(median(one["mb"] for one in runs), 1), "over_resident": spread})
-    return {"banks_mb": round(bank_bytes / 2**20, 1), "rows": rows}
+        spread = {}
+        for part in over:
+            ratios = [one[part] / resident[part] for one, resident in zip(runs, found[1.0], strict=True)]
+            spread[part] = [round(float(value), 3) for value in (median(ratios), min(ratios), max(ratios))]
+        medians = {part: round(median(one[part] for one in runs), 1) for part in own}
+        rows.append({"n_hot": share, **medians, "over_resident": spread})
+    return rows
+
+
+def inference(folder: Path, bank_bytes: int, asked: argparse.Namespace) -> dict[str, Any]:
+    """Rows of every share, in turns with the resident model."""
+    found = in_turns(asked, lambda share: run(folder, share))
+    assert len({one["sum"] for runs in found.values() for one in runs}) == 1, "logits differ"
+    return {"banks_mb": round(bank_bytes / 2**20, 1), "rows": compared(found, ["mb"], ["mb", "read", "decode"])}
 
 
 def limit(folder: Path, bank_bytes: int, asked: argparse.Namespace) -> dict[str, Any]:
@@ -194,23 +203,15 @@ def limit(folder: Path, bank_bytes: int, asked: argparse.Namespace) -> dict[str,
 
 def training(folder: Path, _: int, asked: argparse.Namespace) -> dict[str, Any]:
     """Peak memory and seconds of steps of AdamW, resident and in tiers."""
-    shares = [1.0, *asked.shares]
-    runs: dict[float, list[dict[str, float]]] = {share: [] for share in shares}
-    for _turn in range(asked.rounds):
-        for share in shares:
-            scratch = folder.parent / f"tables{share}"
-            words = [sys.executable, "-c", TRAINING, str(scratch), str(share), "64" if asked.smoke else "1024"]
-            runs[share].append(json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
-    rows = []
-    for share, found in runs.items():
-        ratios = {
-            part: [one[part] / resident[part] for one, resident in zip(found, runs[1.0], strict=True)]
-            for part in ("mb", "seconds")
-        }
-        spread = {part: [round(float(f), 3) for f in (median(r), min(r), max(r))] for part, r in ratios.items()}
-        own = {part: round(median(one[part] for one in found), 1) for part in ("mb", "anonymous_mb")}
-        rows.append({"n_hot": share, **own, "over_resident": spread})
-    return {"banks_mb": found[0]["banks_mb"], "rows": rows}
+
+    def once(share: float) -> dict[str, Any]:
+        scratch, width = folder.parent / f"tables{share}", "64" if asked.smoke else "1024"
+        words = [sys.executable, "-c", TRAINING, str(scratch), str(share), width]
+        told: dict[str, Any] = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        return told
+
+    found = in_turns(asked, once)
+    return {"banks_mb": found[1.0][0]["banks_mb"], "rows": compared(found, ["mb", "anonymous_mb"], ["mb", "seconds"])}
 
 
 def measured(words: list[str]) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def measured(words: list[str]) -> dict[str, Any]:
 
 
 def quality(folder: Path, _: int, asked: argparse.Namespace) -> dict[str, Any]:
-    """Validation perplexity of `smoke` with all primitives, with a share of them hot, and of banks of that share."""
+    """Validation perplexity of `smoke` with all primitives, with a share of them hot, and of banks half as large."""
     common = ["train", "--recipe", "smoke", "--share", "always", "--tokens", "8192" if asked.smoke else "262144"]
     arms: dict[str, list[str]] = {"all learn": ["--ffn-ratio", "0.5", "--mac-ratio", "1"]}
     arms |= {f"n_hot {share}": [*arms["all learn"], "--tier", f"n_hot={share}"] for share in asked.shares}
@@ -250,12 +251,15 @@ def quality(folder: Path, _: int, asked: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
+MEASURES = {"inference": inference, "limit": limit, "training": training, "quality": quality}
+
+
 def main() -> None:
     """Measure the parts that are asked for, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.25, 0.1])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--smoke", action="store_true")
     asked = parser.parse_args()
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() and not asked.smoke else {}
@@ -263,7 +267,7 @@ def main() -> None:
         folder = Path(scratch) / "model"
         bank_bytes = large(folder, asked.smoke) if set(asked.parts) & {"inference", "limit"} else 0
         for part in asked.parts:
-            known[part] = globals()[part](folder, bank_bytes, asked)
+            known[part] = MEASURES[part](folder, bank_bytes, asked)
             print(json.dumps({part: known[part]}), flush=True)
             if not asked.smoke:
                 RESULTS.write_text(json.dumps(known, indent=1) + "\n")

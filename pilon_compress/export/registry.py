@@ -48,8 +48,8 @@ class Exporter:
     about: one sentence   load: Python that loads the result, with the field {folder!r}
     options: fields of `ExportOptions` that it reads
     dtype_when_saved: load the model as it is stored, and apply `dtype` to what is saved; False: load in `dtype`
-    refuse_source: the same of what lies beside the model's weights, by the source's name
     refuse: why it cannot take a model, as the end of a sentence that begins with the model's name; None if it can
+    refuse_source: the same of what lies beside the model's weights, by the source's name
     """
 
     name: str
@@ -60,6 +60,10 @@ class Exporter:
     options: tuple[str, ...] = ("dtype",)
     dtype_when_saved: bool = False
     refuse_source: Callable[[str, PreTrainedModel], str | None] = takes_any
+
+    def reason(self, source: str, model: PreTrainedModel, options: ExportOptions) -> str | None:
+        """Return why it cannot take `model`, loaded from `source`; None if it can."""
+        return self.refuse(model, options) or self.refuse_source(source, model)
 
     def check(self, options: ExportOptions) -> None:
         """Raise BadInput for an option that this exporter does not read."""

@@ -39,7 +39,7 @@ def export(
     with open_output(output, overwrite, source) as path:
         dtype = "auto" if exporter.dtype_when_saved else options.dtype or "auto"
         model = load_pilon(source, dtype, options.keep)
-        if reason := exporter.refuse(model, options) or exporter.refuse_source(source, model):
+        if reason := exporter.reason(source, model, options):
             raise BadInput(f"{source} {reason}")
         if options.calibration is not None:
             if refit is None:
@@ -63,7 +63,7 @@ def targets(source: str, options: ExportOptions = DEFAULTS) -> list[Target]:
     """Return every form, and why it cannot take `source`. Raises BadInput for a folder that does not load."""
     model = load_pilon(source, "auto", options.keep)
     return [
-        Target(name, exporter.about, exporter.refuse(model, options) or exporter.refuse_source(source, model) or "")
+        Target(name, exporter.about, exporter.reason(source, model, options) or "")
         for name, exporter in EXPORTERS.items()
     ]
 

@@ -37,6 +37,38 @@ class Written(NamedTuple):
     kind: str
 
 
+class _Place(NamedTuple):
+    """A tensor of the model on its way to the file: its own name, value and place there, its type, and its integers.
+
+    known: what the conversion rounded it to, where the type holds these numbers
+    """
+
+    source: str
+    value: torch.Tensor
+    name: str
+    kind: str
+    known: Integers | None
+
+
+def _places(
+    model: PreTrainedModel, arch: Architecture, kind: Type, layers: int, integers: Mapping[str, Integers]
+) -> Iterator[_Place]:
+    """Yield the model's tensors that the file gets. Raises BadInput for one that it has no place for."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch.name), layers)
+    tied = bool(model.config.tie_word_embeddings)
+    for source, value in model.state_dict().items():
+        if (tied and source == "lm_head.weight") or source.startswith(UNREAD):
+            continue
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise BadInput(f"llama.cpp's architecture {arch.name} has no place for {source}: take another form")
+        shape = tuple(reversed(value.shape)) if lies_transposed(source, value, arch.name) else tuple(value.shape)
+        chosen, known = kind_of(name, shape, kind, layers), integers.get(source.removesuffix(".weight"))
+        yield _Place(source, value, name, chosen, known if known is not None and fits(known, chosen) else None)
+
+
 def tensors(
     model: PreTrainedModel, arch: Architecture, kind: Type, layers: int, integers: Mapping[str, Integers]
 ) -> Iterator[Written]:
@@ -45,26 +77,18 @@ def tensors(
     integers: matrices that have been rounded, by layer; where `kind` holds their numbers, they are written as they are
     Raises BadInput for a tensor that llama.cpp's architecture has no place for.
     """
-    import gguf
-
-    names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch.name), layers)
     factors = rotary_factors(model)
     if factors is not None:
         yield Written("rope_freqs.weight", factors.numpy(), "F32")
-    tied = bool(model.config.tie_word_embeddings)
-    for name, value in model.state_dict().items():
-        if (tied and name == "lm_head.weight") or name.startswith(UNREAD):
-            continue
-        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if place is None:
-            raise BadInput(f"llama.cpp's architecture {arch.name} has no place for {name}: take another form")
-        weight = turned(name, value, model.config, arch.name).float().cpu().contiguous().numpy()
-        chosen, known = kind_of(place, weight.shape, kind, layers), integers.get(name.removesuffix(".weight"))
-        if known is not None and fits(known, chosen):
-            codes, scale = (turned(name, one, model.config, arch.name) for one in (known.codes, known.scale))
-            yield Written(place, blocks(codes, scale, chosen), chosen)
+    for one in _places(model, arch, kind, layers, integers):
+        if one.known is not None:
+            codes, scale = (
+                turned(one.source, part, model.config, arch.name) for part in (one.known.codes, one.known.scale)
+            )
+            yield Written(one.name, blocks(codes, scale, one.kind), one.kind)
         else:
-            yield Written(place, rounded(weight, chosen), chosen)
+            weight = turned(one.source, one.value, model.config, arch.name).float().cpu().contiguous().numpy()
+            yield Written(one.name, rounded(weight, one.kind), one.kind)
 
 
 @torch.no_grad()
@@ -78,18 +102,12 @@ def round_as_written(
     """
     import gguf
 
-    names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch.name), layers)
-    for name, value in model.state_dict().items():
-        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if place is None or name.startswith(UNREAD) or value.dim() < 2:
-            continue
-        rows = value.T if lies_transposed(name, value, arch.name) else value
-        chosen, known = kind_of(place, tuple(rows.shape), kind, layers), integers.get(name.removesuffix(".weight"))
-        if known is not None and fits(known, chosen):
-            continue
-        data = rounded(rows.float().cpu().contiguous().numpy(), chosen)
-        back = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[chosen])
-        rows.copy_(torch.from_numpy(np.ascontiguousarray(back, np.float32)).view(rows.shape))
+    for one in _places(model, arch, kind, layers, integers):
+        if one.known is None:
+            rows = one.value.T if lies_transposed(one.source, one.value, arch.name) else one.value
+            data = rounded(rows.float().cpu().contiguous().numpy(), one.kind)
+            back = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[one.kind])
+            rows.copy_(torch.from_numpy(np.ascontiguousarray(back, np.float32)).view(rows.shape))
 
 
 def fits(known: Integers, kind: str) -> bool:
