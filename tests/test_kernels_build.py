@@ -11,11 +11,13 @@ from pilon_compress.kernels import build, cpu
 CHILD = """
 import json, sys, torch
 from pilon_compress.kernels import cpu
+from pilon_compress.nn.int8 import Int8Product
 torch.manual_seed(0)
 digits = torch.randint(-1, 2, (2, 64, 32), dtype=torch.int8)
 p = cpu.CpuProjection(cpu.tiles(digits, digits.mT.contiguous()), torch.rand(64), torch.tensor([1, 0]), group=16)
 x = torch.randn(3, 64)
-ys = [cpu.ffn(x, p, p), cpu.ffn(x, p, p, p, "silu"), cpu.int8_linear(x, digits[0].T.contiguous(), torch.rand(32))]
+rows = digits[0].T.contiguous()
+ys = [cpu.ffn(x, p, p), cpu.ffn(x, p, p, p, "silu"), Int8Product()(x, rows, torch.rand(32), None)]
 print(json.dumps([cpu.available(), [y.tolist() for y in ys]]))
 """
 
@@ -49,7 +51,7 @@ def test_a_library_in_the_cache_is_used_and_a_changed_source_asks_for_another(ch
     shutil.copy(made, tmp_path / "kernels")
     assert child(PILON_CACHE=str(tmp_path), CXX="false")[0], "compiled again instead of taken from the cache"
     before = build.key()
-    changed = tmp_path / "ternary.cpp"
+    changed = tmp_path / "products.cpp"
     changed.write_text(Path(build.SOURCES[0]).read_text() + "\n")
     monkeypatch.setattr(build, "SOURCES", (changed, *build.SOURCES[1:]))
     assert build.key() != before

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from pilon_compress.bench.timing import once
-from pilon_compress.kernels import cpu, dispatch
+from pilon_compress.kernels import cpu, dispatch, reference
 from pilon_compress.kernels.gpu_layout import MULTIPLE, MatrixWords
 from pilon_compress.kernels.reference import ACTIVATIONS
 from pilon_compress.nn.ternary_quantizer import GROUP
@@ -224,7 +224,7 @@ def _ternary_weights(*sizes: int) -> Tensor:
 
 def weight_only_int8(weight: Tensor) -> Linear:
     """Return a linear of int8 weights, from `weight` (d_out, d_in), and bfloat16 activations."""
-    rows, scale = cpu.int8_rows(weight)
+    rows, scale = reference.int8_rows(weight)
     scale = scale.bfloat16()
     missing = -weight.shape[1] % WIDE_INPUTS
     if not missing:
@@ -235,7 +235,7 @@ def weight_only_int8(weight: Tensor) -> Linear:
 
 def dynamic_int8(weight: Tensor) -> Linear:
     """Return a linear of int8 weights, from `weight` (d_out, d_in), and int8 activations."""
-    scale = cpu.int8_rows(weight)[1]
+    scale = reference.int8_rows(weight)[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates these dtypes, but has nothing else as fast
         quantised = torch.quantize_per_channel(weight, scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8)

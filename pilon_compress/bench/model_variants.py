@@ -20,12 +20,13 @@ from pilon_compress.bench.block_variants import (
     ternary_matrix,
     weight_only_int8,
 )
-from pilon_compress.kernels import cpu
+from pilon_compress.kernels import cpu, reference
 from pilon_compress.models import checkpoint
 from pilon_compress.models.families import find_sites
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.fold import fold
 from pilon_compress.nn.installed import dense_matrices, projections
+from pilon_compress.nn.int8 import Int8Product
 from pilon_compress.nn.layout import BANKS
 
 
@@ -48,14 +49,15 @@ class Int8Projection(nn.Module):
         super().__init__()
         self.bias, self.int8_inputs = bias, int8_inputs
         if int8_inputs:
-            self.rows, self.scale = cpu.int8_rows(weight)
+            self.rows, self.scale = reference.int8_rows(weight)
+            self.own_product = Int8Product()
         else:
             self.product = weight_only_int8(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., d_in) -> (..., d_out)."""
         if self.int8_inputs:
-            return cpu.int8_linear(x, self.rows, self.scale, self.bias)
+            return self.own_product(x, self.rows, self.scale, self.bias)
         y = self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 

@@ -4,6 +4,7 @@
 finds it first. One file serves every CPU of an architecture: the instruction set is chosen when it is loaded.
 """
 
+import logging
 import os
 import platform
 import shlex
@@ -18,6 +19,7 @@ from filelock import FileLock
 
 from pilon_compress.io.disk import atomic_file
 
+log = logging.getLogger(__name__)
 HOME = Path(__file__).parent
 SOURCES = tuple(sorted(HOME.glob("*.cpp")) + sorted(HOME.glob("*.h")))
 OLDEST_TORCH = (2, 10)  # the first whose stable ABI has all functions that the kernel calls
@@ -34,7 +36,7 @@ def library() -> Path:
 
     It is looked for beside this file and in `cache_folder()`. Processes that need it at once wait for the first.
     """
-    name = f"ternary-{key()}.so"
+    name = f"products-{key()}.so"
     for folder in (HOME, cache_folder()):
         if (folder / name).is_file():
             return folder / name
@@ -43,6 +45,7 @@ def library() -> Path:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f".{name}.lock"):
             if not (home / name).is_file():
+                log.info("compiling the CPU kernels, once on this machine: half a minute")
                 compile_to(home / name)
     except OSError as error:
         raise KernelUnavailable(
@@ -84,7 +87,7 @@ def _compile(compiler: str, built: Path) -> None:
     torch_flags = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     target = f"-DTORCH_TARGET_VERSION=(((0ULL+{OLDEST_TORCH[0]})<<56)|((0ULL+{OLDEST_TORCH[1]})<<48))"
     for threads in (["-fopenmp"], []):  # a compiler without OpenMP still makes a kernel for one thread
-        command = [*shlex.split(compiler), *FLAGS, *threads, target, str(HOME / "ternary.cpp"), "-o", str(built)]
+        command = [*shlex.split(compiler), *FLAGS, *threads, target, str(HOME / "products.cpp"), "-o", str(built)]
         try:
             done = subprocess.run([*command, *torch_flags], capture_output=True, text=True)
         except OSError as error:
@@ -100,5 +103,5 @@ def _compile(compiler: str, built: Path) -> None:
 if __name__ == "__main__":
     target_folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HOME
     target_folder.mkdir(parents=True, exist_ok=True)
-    compile_to(target_folder / f"ternary-{key()}.so")
-    print(target_folder / f"ternary-{key()}.so")
+    compile_to(target_folder / f"products-{key()}.so")
+    print(target_folder / f"products-{key()}.so")

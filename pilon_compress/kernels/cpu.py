@@ -1,4 +1,4 @@
-"""Compute ternary projections, feed-forward blocks and int8 linears on the CPU; on other devices in plain torch.
+"""Compute ternary projections and feed-forward blocks on the CPU; on other devices in plain torch.
 
 The kernel is compiled at the first use. Where that fails, the functions compute equal numbers in plain torch, and one
 warning says why. The fallback multiplies integers in float32, which is exact. torch's own int8 product,
@@ -21,7 +21,7 @@ from torch import Tensor
 from pilon_compress.kernels import reference
 from pilon_compress.kernels.build import KernelUnavailable, library
 from pilon_compress.kernels.cpu_layout import BankTiles, CpuProjection, MatrixTiles, matrix_tiles, tiles
-from pilon_compress.kernels.reference import ACTIVATIONS, int8_rows
+from pilon_compress.kernels.reference import ACTIVATIONS
 
 __all__ = [
     "BankTiles",
@@ -30,8 +30,6 @@ __all__ = [
     "Prepared",
     "available",
     "ffn",
-    "int8_linear",
-    "int8_rows",
     "isas",
     "load",
     "matrix_tiles",
@@ -194,21 +192,6 @@ def _kernel_takes(p: CpuProjection) -> bool:
     return p.tiles.A.device.type == "cpu" and p.fits() and available()
 
 
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `x` (..., d_in) times int8 `weight` (d_out, d_in), float32 `scale` (d_out,): (..., d_out), dtype of x.
-
-    `x` is quantised per token; the sums are exact integers. `int8_rows` computes `weight` and `scale`.
-    """
-    if x.dtype != torch.float32:  # the bias is added after rounding, as a torch layer does
-        y = int8_linear(x.float(), weight, scale).to(x.dtype)
-        return y if bias is None else y + bias.to(x.dtype)
-    bias = None if bias is None else bias.float()
-    if x.device.type == "cpu" and available():
-        return torch.ops.pilon.int8_linear(x.contiguous(), weight, scale, bias)
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.int8_linear(x.contiguous(), weight, scale, bias)
-
-
 def _register_fakes() -> None:
     """Register the operators' output shapes, which torch.compile and torch.export need."""
 
@@ -220,6 +203,9 @@ def _register_fakes() -> None:
     def ffn(x: Tensor, *rest: Any) -> Tensor:
         return x.new_empty(*x.shape[:-1], rest[-4])
 
-    @torch.library.register_fake("pilon::int8_linear")
-    def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    def of_width(x: Tensor, d_out: int) -> Tensor:
+        return x.new_empty(*x.shape[:-1], d_out)
+
+    torch.library.register_fake("pilon::int8_linear", lambda x, words, sums, scale, bias, d_out: of_width(x, d_out))
+    for name in ("integer_linear", "integer_compose"):
+        torch.library.register_fake(f"pilon::{name}", lambda x, *rest: of_width(x, rest[-3]))

@@ -2,7 +2,7 @@
 //
 // A block adds two such products to each int16: at most 2 · (2·2·127) = 1016, so 32 blocks stay below 2^15 and the sums
 // are widened to int32 then. Layout of a block: isa_vnni.h.
-constexpr int WIDE_TILES = 8, WIDE_FROM = 48, ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 4, ONE_ROWS = 1;
+constexpr int WIDE_TILES = 8, WIDE_FROM = 48, ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4;
 constexpr int64_t WIDEN = 32;
 
 struct Sum { __m256i low16, high16, low, high; };  // outputs 0-7 and 8-15
@@ -49,29 +49,54 @@ static inline void value(const Sum& sum, int32_t codes, float scale, float* y, b
   _mm256_storeu_ps(y + 8, high);
 }
 
-constexpr int64_t AHEAD = 4096;  // bytes; rows one by one are one long stream, which memory gives fastest
+// Integer codes (integer_loops.h).
+constexpr int INTEGER_TOKENS = 2, INT8_TOKENS = 2;
+constexpr int32_t EXCESS = 0;  // of a code as dot4 takes it
 
-// Multiplies |w| (u8, up to 128) with the code times w's sign: at most 2·128·127 = 32512 in an int16.
-template <int R>
-static inline void dot_int8(const int8_t* w, const int8_t* q, int64_t d, int32_t* out) {
-  const __m256i one = _mm256_set1_epi16(1);
-  __m256i sum[R];
-  UNROLL for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_si256();
-  int64_t k = 0;
-  for (; k + 32 <= d; k += 32) {
-    const __m256i codes = _mm256_loadu_si256((const __m256i*)(q + k));
-    UNROLL for (int r = 0; r < R; r++) {
-      __builtin_prefetch(w + (R == 1 ? AHEAD : (R + r) * d) + k);  // the next R rows, or farther in the stream
-      const __m256i row = _mm256_loadu_si256((const __m256i*)(w + r * d + k));
-      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(row), _mm256_sign_epi8(codes, row));
-      sum[r] = _mm256_add_epi32(sum[r], _mm256_madd_epi16(pairs, one));
-    }
+struct Floats { __m256 low, high; };  // outputs 0-7 and 8-15
+struct Words { __m256i low, high; };
+
+static inline Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+static inline Words none() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+static inline Words load(const int32_t* from) {
+  return {_mm256_loadu_si256((const __m256i*)from), _mm256_loadu_si256((const __m256i*)(from + 8))};
+}
+static inline void store(float* to, Floats from) { _mm256_storeu_ps(to, from.low), _mm256_storeu_ps(to + 8, from.high); }
+static inline void store(int32_t* to, Words from) {
+  _mm256_storeu_si256((__m256i*)to, from.low), _mm256_storeu_si256((__m256i*)(to + 8), from.high);
+}
+
+template <int BITS>
+struct Decoder {
+  static __m256 half(__m256i words, int field) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 32 - BITS * (field + 1)), 32 - BITS));
   }
-  UNROLL for (int r = 0; r < R; r++) {
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum[r]), _mm256_extracti128_si256(sum[r], 1));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1));
-    out[r] = _mm_cvtsi128_si32(half);
-    for (int64_t i = k; i < d; i++) out[r] += int32_t(w[r * d + i]) * q[i];
-  }
+  Floats operator()(Words words, int field) const { return {half(words.low, field), half(words.high, field)}; }
+};
+
+static inline Floats multiply_add(Floats a, float b, Floats sum) {
+  const __m256 by = _mm256_set1_ps(b);
+  return {_mm256_fmadd_ps(a.low, by, sum.low), _mm256_fmadd_ps(a.high, by, sum.high)};
+}
+static inline Floats scaled(Floats a, Floats b, Floats sum) {
+  return {_mm256_fmadd_ps(a.low, b.low, sum.low), _mm256_fmadd_ps(a.high, b.high, sum.high)};
+}
+static inline Floats added(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+static inline Words added(Words a, Words b) {
+  return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+static inline Floats widened(const uint16_t* from) {
+  const auto half = [](const uint16_t* eight) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)eight)), 16));
+  };
+  return {half(from), half(from + 8)};
+}
+
+// Multiplies |w| (u8) with the code times w's sign: at most 2·127·127 = 32258 in an int16.
+static inline Words dot4(Words sum, Words words, int32_t quad) {
+  const __m256i codes = _mm256_set1_epi32(quad), one = _mm256_set1_epi16(1);
+  const auto half = [&](__m256i w) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(codes, w)), one);
+  };
+  return {_mm256_add_epi32(sum.low, half(words.low)), _mm256_add_epi32(sum.high, half(words.high))};
 }

@@ -1,5 +1,5 @@
 // NEON, with the dot product instructions of ARMv8.2 where PILON_DOT is 1. Layout of a block: isa_vnni.h.
-constexpr int WIDE_TILES = 4, WIDE_FROM = 48, ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4, ROWS = 4, ONE_ROWS = 4;
+constexpr int WIDE_TILES = 4, WIDE_FROM = 48, ONE_TILES = 2, MANY_TILES = 1, MANY_TOKENS = 4;
 constexpr int64_t WIDEN = int64_t(1) << 40;
 
 struct Sum { int32x4_t v[4]; };  // four outputs each
@@ -54,17 +54,60 @@ static inline void value(const Sum& sum, int32_t codes, float scale, float* y, b
   }
 }
 
-template <int R>
-static inline void dot_int8(const int8_t* w, const int8_t* q, int64_t d, int32_t* out) {
-  int32x4_t sum[R];
-  UNROLL for (int r = 0; r < R; r++) sum[r] = vdupq_n_s32(0);
-  int64_t k = 0;
-  for (; k + 16 <= d; k += 16) {
-    const int8x16_t codes = vld1q_s8(q + k);
-    UNROLL for (int r = 0; r < R; r++) sum[r] = dot4(sum[r], vld1q_s8(w + r * d + k), codes);
+// Integer codes (integer_loops.h).
+constexpr int INTEGER_TOKENS = 2, INT8_TOKENS = 4;
+constexpr int32_t EXCESS = 0;  // of a code as dot4 takes it
+
+struct Floats { float32x4_t v[4]; };
+struct Words { int32x4_t v[4]; };
+
+static inline Floats zero() {
+  const float32x4_t z = vdupq_n_f32(0);
+  return {{z, z, z, z}};
+}
+static inline Words none() {
+  const int32x4_t z = vdupq_n_s32(0);
+  return {{z, z, z, z}};
+}
+static inline Words load(const int32_t* from) {
+  return {{vld1q_s32(from), vld1q_s32(from + 4), vld1q_s32(from + 8), vld1q_s32(from + 12)}};
+}
+static inline void store(float* to, const Floats& from) { UNROLL for (int i = 0; i < 4; i++) vst1q_f32(to + 4 * i, from.v[i]); }
+static inline void store(int32_t* to, const Words& from) { UNROLL for (int i = 0; i < 4; i++) vst1q_s32(to + 4 * i, from.v[i]); }
+
+template <int BITS>
+struct Decoder {
+  Floats operator()(const Words& words, int field) const {
+    const int32x4_t up = vdupq_n_s32(32 - BITS * (field + 1)), down = vdupq_n_s32(BITS - 32);
+    Floats code;
+    UNROLL for (int i = 0; i < 4; i++) code.v[i] = vcvtq_f32_s32(vshlq_s32(vshlq_s32(words.v[i], up), down));
+    return code;
   }
-  UNROLL for (int r = 0; r < R; r++) {
-    out[r] = vaddvq_s32(sum[r]);
-    for (int64_t i = k; i < d; i++) out[r] += int32_t(w[r * d + i]) * q[i];
-  }
+};
+
+static inline Floats multiply_add(const Floats& a, float b, Floats sum) {
+  UNROLL for (int i = 0; i < 4; i++) sum.v[i] = vfmaq_n_f32(sum.v[i], a.v[i], b);
+  return sum;
+}
+static inline Floats scaled(const Floats& a, const Floats& b, Floats sum) {
+  UNROLL for (int i = 0; i < 4; i++) sum.v[i] = vfmaq_f32(sum.v[i], a.v[i], b.v[i]);
+  return sum;
+}
+static inline Floats added(Floats a, const Floats& b) {
+  UNROLL for (int i = 0; i < 4; i++) a.v[i] = vaddq_f32(a.v[i], b.v[i]);
+  return a;
+}
+static inline Words added(Words a, const Words& b) {
+  UNROLL for (int i = 0; i < 4; i++) a.v[i] = vaddq_s32(a.v[i], b.v[i]);
+  return a;
+}
+static inline Floats widened(const uint16_t* from) {
+  Floats wide;
+  UNROLL for (int i = 0; i < 4; i++) wide.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16));
+  return wide;
+}
+static inline Words dot4(Words sum, const Words& words, int32_t quad) {
+  const int8x16_t codes = vreinterpretq_s8_s32(vdupq_n_s32(quad));
+  UNROLL for (int i = 0; i < 4; i++) sum.v[i] = dot4(sum.v[i], vreinterpretq_s8_s32(words.v[i]), codes);
+  return sum;
 }

@@ -2,7 +2,7 @@
 //
 // A block of 32 bytes, bits 2f and 2f+1 of byte j: field f = 0, 1 holds outputs 0-7 and inputs 0-3, 4-7; fields 2, 3
 // the same for outputs 8-15. Output = j / 4, input = j % 4 within a field.
-constexpr int WIDE_TILES = 16, WIDE_FROM = 8, ONE_TILES = 4, MANY_TILES = 2, MANY_TOKENS = 8, ROWS = 4, ONE_ROWS = 4;
+constexpr int WIDE_TILES = 16, WIDE_FROM = 8, ONE_TILES = 4, MANY_TILES = 2, MANY_TOKENS = 8;
 constexpr int64_t WIDEN = int64_t(1) << 40;  // never: the sums are int32 from the start
 
 struct Sum { __m512i even, odd; };  // two chains, because dpbusd takes several cycles
@@ -46,21 +46,46 @@ static inline void value(const Sum& sum, int32_t codes, float scale, float* y, b
   value(Slim{_mm512_add_epi32(sum.even, sum.odd)}, codes, scale, y, further);
 }
 
-// R rows of int8 weights with one token. Codes are shifted to 1..255 for dpbusd; the excess is summed and subtracted.
-template <int R>
-static inline void dot_int8(const int8_t* w, const int8_t* q, int64_t d, int32_t* out) {
-  const __m512i move = _mm512_set1_epi8(-128);
-  __m512i sum[R], moved[R];
-  UNROLL for (int r = 0; r < R; r++) sum[r] = moved[r] = _mm512_setzero_si512();
-  for (int64_t k = 0; k < d; k += 64) {
-    const __mmask64 mask = d - k >= 64 ? ~__mmask64(0) : (__mmask64(1) << (d - k)) - 1;
-    const __m512i codes = _mm512_xor_si512(_mm512_loadu_si512(q + k), move);
-    UNROLL for (int r = 0; r < R; r++) {
-      __builtin_prefetch(w + (R + r) * d + k);  // the next R rows
-      const __m512i row = _mm512_maskz_loadu_epi8(mask, w + r * d + k);
-      sum[r] = _mm512_dpbusd_epi32(sum[r], codes, row);
-      moved[r] = _mm512_dpbusd_epi32(moved[r], move, row);
-    }
+// Integer codes (integer_loops.h).
+constexpr int INTEGER_TOKENS = 4, INT8_TOKENS = 8;
+constexpr int32_t EXCESS = 128;  // dpbusd takes codes as 1..255
+
+using Floats = __m512;
+using Words = __m512i;
+
+static inline Floats zero() { return _mm512_setzero_ps(); }
+static inline Words none() { return _mm512_setzero_si512(); }
+static inline Words load(const int32_t* from) { return _mm512_loadu_si512(from); }
+static inline void store(float* to, Floats from) { _mm512_storeu_ps(to, from); }
+static inline void store(int32_t* to, Words from) { _mm512_storeu_si512(to, from); }
+
+// Looks codes up in a table of 16, whose period is the number of codes: the bits above a code do not matter.
+template <int BITS>
+struct Decoder {
+  __m512 table;
+  Decoder() {
+    alignas(64) float values[16];
+    for (int i = 0; i < 16; i++) values[i] = float(int32_t(uint32_t(i) << (32 - BITS)) >> (32 - BITS));
+    table = _mm512_load_ps(values);
   }
-  UNROLL for (int r = 0; r < R; r++) out[r] = _mm512_reduce_add_epi32(_mm512_sub_epi32(sum[r], moved[r]));
+  Floats operator()(Words words, int field) const {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, BITS * field), table);
+  }
+};
+template <>
+struct Decoder<8> {
+  Floats operator()(Words words, int field) const {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * field), 24));
+  }
+};
+
+static inline Floats multiply_add(Floats a, float b, Floats sum) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), sum); }
+static inline Floats scaled(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
+static inline Floats added(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+static inline Words added(Words a, Words b) { return _mm512_add_epi32(a, b); }
+static inline Floats widened(const uint16_t* from) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
+}
+static inline Words dot4(Words sum, Words words, int32_t quad) {
+  return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(quad ^ int32_t(0x80808080)), words);
 }

@@ -1,8 +1,7 @@
 // The loops of every instruction set, compiled once for each inside its namespace: no include guard on purpose.
 //
 // isa_*.h comes first, with `Sum` and `Slim` (16 exact sums, one per output of a tile; Slim takes fewer registers),
-// `Digits` (a block, unpacked), unpack(), clear(), add(), widen(), value(), dot_int8(), and the strip sizes that fill its
-// registers.
+// `Digits` (a block, unpacked), unpack(), clear(), add(), widen(), value(), and the strip sizes that fill its registers.
 
 // Quantises `groups` groups of one token x (d), from `first` on. Rounds half to even by adding and subtracting 1.5·2^23:
 // plain arithmetic that compilers vectorise. Magnitudes are compared as integers: NaN is the largest.
@@ -144,30 +143,3 @@ static void activate(float* h, const float* gate, int64_t n, int64_t activation)
     std::memcpy(h + done, part, count * sizeof(float));
   }
 }
-
-// Computes R rows of an int8 product at a time.
-template <int R>
-static void int8_blocks(const Int8Job& job, int64_t begin, int64_t end) {
-  const Codes& in = *job.in;
-  for (int64_t row = begin; row < end; row += R) {
-    const int64_t rows = std::min<int64_t>(R, end - row);
-    for (int64_t m = 0; m < job.tokens; m++) {
-      int32_t sums[R];
-      const int8_t *w = job.weight + row * job.d, *q = in.q.data() + m * in.stride;
-      if (rows == R) {
-        dot_int8<R>(w, q, job.d, sums);
-      } else {
-        for (int64_t r = 0; r < rows; r++) dot_int8<1>(w + r * job.d, q, job.d, sums + r);
-      }
-      for (int64_t r = 0; r < rows; r++) {
-        const float y = float(sums[r]) * in.scales.data()[m] * job.scale[row + r];
-        job.out[m * job.stride + row + r] = job.bias ? y + job.bias[row + r] : y;
-      }
-    }
-  }
-}
-static void int8_rows(const Int8Job& job, int64_t begin, int64_t end) {
-  job.tokens == 1 ? int8_blocks<ONE_ROWS>(job, begin, end) : int8_blocks<ROWS>(job, begin, end);
-}
-
-static const Table table = {quantise, tiles, activate, int8_rows};

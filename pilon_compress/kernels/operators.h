@@ -1,4 +1,4 @@
-// The torch operators: check the tensors and describe them as projections. Part of ternary.cpp.
+// The torch operators: check the tensors and describe them as projections. Part of products.cpp.
 
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
@@ -116,7 +116,7 @@ Tensor op_ffn(const Tensor& x, const Parts& up, const Parts& gate, const Parts& 
 
 // A description to run many times: passing two dozen tensors takes as long as computing a small projection.
 struct Prepared {
-  std::variant<Projection, Ffn> work;
+  std::variant<Projection, Ffn, IntegerMatrix, IntegerBank> work;
   int64_t d_in, d_out;
   std::vector<Parts> kept;  // the memory that `work` points to
 };
@@ -161,56 +161,9 @@ void op_forget(int64_t number) {
   prepared_works.erase(number);
 }
 
-Tensor op_int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const Maybe& bias) {
-  expect(weight, ScalarType::Char, "weight");
-  const int64_t d_out = weight.size(0), d = weight.size(1);
-  const Rows io = rows(x, d_out);
-  STD_TORCH_CHECK(d == io.d_in, "weight does not fit x");
-  Codes& codes = own.x;
-  quantise(static_cast<const float*>(x.data_ptr()), d, io.tokens, d, 0, codes);
-  const Int8Job job = {static_cast<const int8_t*>(weight.data_ptr()), d, &codes, io.tokens,
-                       static_cast<float*>(io.out.data_ptr()), d_out, floats(scale, d_out, "scale"),
-                       floats(bias, d_out, "bias")};
-  [[maybe_unused]] const int size = threads();
-#pragma omp parallel num_threads(size) if (size > 1)
-  {
-    Team team;
-#ifdef _OPENMP
-    team = Team{omp_get_thread_num(), omp_get_num_threads()};
-#endif
-    isa().table->int8_rows(job, team.begin(d_out, 16), team.end(d_out, 16));
-  }
-  return io.out;
-}
-
 // The name of the instruction set in use, then of all that this machine has.
 std::string op_isa() {
   std::string names = isa().name;
   for (const Named& one : isas()) names += std::string(" ") + one.name;
   return names;
-}
-
-STABLE_TORCH_LIBRARY(pilon, m) {
-  m.def("project(Tensor x, Tensor?[] parts, int d_out, int group) -> Tensor");
-  m.def("ffn(Tensor x, Tensor?[] up, Tensor?[] gate, Tensor?[] down, int hidden, int d_out, int group, int down_group, "
-        "int activation) -> Tensor");
-  m.def("prepare_project(Tensor?[] parts, int d_in, int d_out, int group) -> int");
-  m.def("prepare_ffn(Tensor?[] up, Tensor?[] gate, Tensor?[] down, int d_in, int hidden, int d_out, int group, "
-        "int down_group, int activation) -> int");
-  m.def("run(Tensor x, int number) -> Tensor");
-  m.def("forget(int number) -> ()");
-  m.def("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
-  m.def("isa() -> str");
-}
-STABLE_TORCH_LIBRARY_IMPL(pilon, CPU, m) {
-  m.impl("project", TORCH_BOX(&op_project));
-  m.impl("ffn", TORCH_BOX(&op_ffn));
-  m.impl("prepare_project", TORCH_BOX(&op_prepare_project));
-  m.impl("prepare_ffn", TORCH_BOX(&op_prepare_ffn));
-  m.impl("run", TORCH_BOX(&op_run));
-  m.impl("int8_linear", TORCH_BOX(&op_int8_linear));
-}
-STABLE_TORCH_LIBRARY_IMPL(pilon, CompositeExplicitAutograd, m) {
-  m.impl("forget", TORCH_BOX(&op_forget));
-  m.impl("isa", TORCH_BOX(&op_isa));
 }

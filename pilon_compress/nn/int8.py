@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pilon_compress.kernels import cpu
+from pilon_compress.kernels import cpu, integers, reference
+from pilon_compress.kernels.integer_layout import int8_tiles
+from pilon_compress.nn.lazy import LazyValue
 from pilon_compress.nn.part import Part
 
 
@@ -32,6 +34,30 @@ class Int8Layer(Part):
         return None if sound else "holds scales that are zero or not finite"
 
 
+class Int8Product:
+    """The product with 8-bit rows: by the CPU kernel, from tiles that are made once, or in plain torch."""
+
+    def __init__(self) -> None:
+        self._run: LazyValue[integers.Run] = LazyValue()
+
+    def __call__(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute `reference.int8_linear`, in the dtype of `x`."""
+        scale = scale.float()
+        if x.device.type == "cpu" and cpu.available():
+            tensors = (weight, scale) if bias is None else (weight, scale, bias)
+            return self._run.get(tensors, lambda: integers.int8(int8_tiles(weight), scale, _detached(bias)))(x)
+        with torch.autocast(x.device.type, enabled=False):
+            if x.dtype == torch.float32:
+                return reference.int8_linear(x.contiguous(), weight, scale, None if bias is None else bias.float())
+            # in a narrower dtype the bias is added after rounding, as a torch layer does
+            y = reference.int8_linear(x.float().contiguous(), weight, scale).to(x.dtype)
+            return y if bias is None else y + bias.to(x.dtype)
+
+
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
+
+
 class Int8Linear(Int8Layer, nn.Module):
     """`x` (..., d_in) -> (..., d_out)."""
 
@@ -43,10 +69,11 @@ class Int8Linear(Int8Layer, nn.Module):
         self.weight = _whole(d_out, d_in)
         self.register_buffer("scale", torch.empty(d_out, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+        self._product = Int8Product()
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute `x` (..., d_in) -> (..., d_out)."""
-        return cpu.int8_linear(x, self.weight, self.scale.float(), self.bias)
+        return self._product(x, self.weight, self.scale, self.bias)
 
 
 class Int8Embedding(Int8Layer, nn.Module):
@@ -77,12 +104,13 @@ class Int8Head(Part, nn.Module):
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.weight = embedding.weight
         self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings)) if bias else None
+        self._product = Int8Product()
 
     embedding: Int8Embedding
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits of hidden states (..., d)."""
-        return cpu.int8_linear(x, self.weight, self.embedding.scale.float(), self.bias)
+        return self._product(x, self.weight, self.embedding.scale, self.bias)
 
 
 def _whole(rows: int, columns: int) -> nn.Parameter:
@@ -152,7 +180,7 @@ def to_int8(model: Any) -> None:
         made = _at(model, place)
         if places[place] != "head":
             weight = plain.weight.T if type(plain).__name__ == "Conv1D" else plain.weight
-            rows, made.scale = cpu.int8_rows(weight.contiguous())
+            rows, made.scale = reference.int8_rows(weight.contiguous())
             made.weight.copy_(rows)
         if getattr(plain, "bias", None) is not None:
             made.bias = plain.bias

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pilon_compress.nn.formats.quantised import QuantisedFormat
+from pilon_compress.nn.formats.quantised import Products, QuantisedFormat
 from pilon_compress.nn.formats.registry import FORMATS, Grid
 
 SHRINKS = torch.linspace(1.0, 0.5, 21).tolist()  # of the scale that nothing is clipped by
@@ -25,6 +25,7 @@ class IntegerGrid(Grid):
     """Integers of so many `bits`, where `group` rows of a column share a scale (0: all)."""
 
     bits: int
+    products: Products | None = None
 
     def __init__(self, bits: int, group: int = 0) -> None:
         self.bits, self.group = bits, group

@@ -3,20 +3,58 @@
     QuantisedFormat("int4", IntegerGrid(4, 64), "int4, a scale for 64 numbers")
 
 A matrix lies as (n, d, m): A as (n, d_in, r), B as (n, d_out, r), a dense matrix as (1, d_in, d_out). Layers compute in
-floating point with the values that codes and scales stand for; what scales are to be is decided in
-`convert.solve.gptq`.
+floating point with the values that codes and scales stand for: by the kernels of the grid (`Products`), or in plain
+torch, which restores the values in every call; so do layers that pass gradients on. What scales are to be is decided
+in `convert.solve.gptq`.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pilon_compress.nn.bank import PrimitiveBank
+from pilon_compress.nn.bank import PrimitiveBank, Segment
 from pilon_compress.nn.formats.registry import Format, Grid
+from pilon_compress.nn.lazy import LazyValue
 from pilon_compress.nn.part import Chosen, Matrix, Part
+
+Run = Callable[[Tensor], Tensor]  # x (..., d_in) -> (..., d_out), in the dtype of x
+
+
+class Products(ABC):
+    """Kernels that multiply with the codes of a grid as they are stored; without them layers restore the numbers.
+
+    A grid has one as `products`, set by a file that self-contained folders do not bring along.
+    """
+
+    @abstractmethod
+    def name(self, device: str) -> str:
+        """Name what computes on a device type: "torch" if nothing does but plain torch."""
+
+    @abstractmethod
+    def linear(self, matrix: "QuantisedLinear") -> Run:
+        """Return the product with `matrix`, its bias included."""
+
+    @abstractmethod
+    def packed(self, bank: "QuantisedBank") -> Any:
+        """Return the codes of `bank` as `compose` takes them."""
+
+    @abstractmethod
+    def compose(self, packed: Any, selected: Tensor, weight: Tensor) -> Run:
+        """Return the composition of the `selected` (k,) primitives with `weight` (k, r) or (k, 1)."""
+
+
+def products(grid: Grid, x: Tensor) -> Products | None:
+    """Return what multiplies `x` with codes of `grid`; None where that is plain torch."""
+    found: Products | None = getattr(grid, "products", None)
+    if found is None or (x.requires_grad and torch.is_grad_enabled()) or found.name(x.device.type) == "torch":
+        return None
+    return found
 
 
 class Quantised(Part, nn.Module):
@@ -74,11 +112,27 @@ class QuantisedBank(PrimitiveBank):
         self.format = format
         self.A = Quantised(n_primitives, d_in, rank, grid)
         self.B = Quantised(n_primitives, d_out, rank, grid)
+        self._packed: LazyValue[Any] = LazyValue()
+        self._layers: defaultdict[int, LazyValue[Run]] = defaultdict(LazyValue)  # by the address of their weight
 
     @property
     def d_out(self) -> int:
         """Return the width of the output."""
         return self.B.size[0]
+
+    def forward(
+        self, x: Tensor, selected: Tensor, weight: Tensor, group: int = 0, *, segments: Sequence[Segment] = ()
+    ) -> Tensor:
+        """Compute `PrimitiveBank.forward`, by kernels where there are some and one composition is for all rows."""
+        kernels = None if segments or weight.ndim > 2 else products(self.A.grid, x)
+        if kernels is None:
+            return super().forward(x, selected, weight, group, segments=segments)
+        codes = (self.A.weight, self.A.scale, self.B.weight, self.B.scale)
+        packed = self._packed.get(codes, partial(kernels.packed, self))
+        make = partial(kernels.compose, packed, selected, weight)
+        if torch.compiler.is_compiling():
+            return make()(x)
+        return self._layers[weight.data_ptr()].get((*codes, selected, weight), make)(x)
 
     def primitives(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         """Return the `selected` (k,) primitives, dequantised: A (k, d_in, r), B (k, r, d_out)."""
@@ -104,9 +158,23 @@ class QuantisedLinear(Matrix, Quantised):
         self.format = format
         self.in_features, self.out_features, self.host_shape = d_in, d_out, host_shape
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+        self._product: LazyValue[Run] = LazyValue()
 
     def forward(self, x: Tensor, chosen: Chosen | None = None, inputs: bool = False) -> Tensor:
-        """Compute `Matrix.forward`, with the numbers that the codes stand for."""
+        """Compute `Matrix.forward`, with the numbers that the codes stand for.
+
+        A kernel multiplies with the whole matrix, of which `chosen` columns are taken, or whose other rows get zeros.
+        """
+        kernels = products(self.grid, x)
+        if kernels is not None:
+            tensors = (self.weight, self.scale) if self.bias is None else (self.weight, self.scale, self.bias)
+            product = self._product.get(tensors, partial(kernels.linear, self))
+            if chosen is None:
+                return product(x)
+            if inputs:
+                whole = x.new_zeros(*x.shape[:-1], self.in_features)
+                return product(whole.index_copy_(-1, chosen.indices, x))
+            return product(x).index_select(-1, chosen.indices)
         matrix = self.matrix() if chosen is None else self.matrix().index_select(0 if inputs else 1, chosen.indices)
         return functional.linear(x, matrix.T.to(x.dtype), self.bias)
 
@@ -136,6 +204,11 @@ class QuantisedFormat(Format):
     def matrix_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         """Return the bytes of codes and scales of a matrix."""
         return sum(self.grid.size(rows, columns))
+
+    def kernel(self, device: str, d_in: int, group: int) -> str:
+        """Name what computes a bank or matrix on a device type."""
+        found: Products | None = getattr(self.grid, "products", None)
+        return "torch" if found is None else found.name(device)
 
     def fill_bank(self, bank: Any, side: str, values: Tensor, codes: Mapping[str, Tensor] | None) -> None:
         """Put codes and scales into the `side` (A or B) of a bank; `values` are not read."""

@@ -1,9 +1,13 @@
-// PILON's ternary projections on the CPU: operators on torch's stable ABI, so one library serves every Python.
+// Products with ternary and integer weights on the CPU: operators on torch's stable ABI, so that one library serves every
+// Python. A ternary projection:
 //
 //   x --quantise--> (q, s) --A--> u = int·s·scale + shift --quantise--> (q', s') --B--> y = int·s' + bias
 //
 // `int` are exact integer sums, and every float32 operation stands in the order of reference.py, without fused
 // multiply-adds (-ffp-contract=off): the results are equal bit for bit, on every instruction set.
+//
+// Integers of 8, 4, 3 and 2 bits multiply float32 activations as they are (integer_loops.h), with fused multiply-adds where
+// a CPU has them: equal for any number of tokens and threads, and between instruction sets but for the last bits.
 //
 // A team of threads shares the output tiles of one call; with many tokens each thread takes tokens of its own instead.
 // Reading order: this file down to `Table`, loops.h (what every instruction set runs), isa_vnni.h, then the rest here.
@@ -91,14 +95,37 @@ struct Job {
   const float *multiply, *add;        // by output, or null
 };
 
+// Integer codes in words of 32 bits: a word holds the codes of as many consecutive inputs of one output as fit.
+template <int BITS>
+constexpr int FIELDS = 32 / BITS;
+constexpr int64_t AHEAD = 4096;  // bytes that are fetched beforehand from a stream of words
+
+// A product of floats and codes. A tile's words lie in runs: one for each group of inputs that share a scale, or one
+// for each selected primitive, whose scales are in x already.
+struct IntegerJob {
+  int64_t bits;
+  const int32_t* words;
+  const uint16_t* scales;                          // bfloat16, 16 for each run of a tile; or null
+  const int64_t *starts, *scale_starts, *offsets;  // words: of each tile, and of each run from there
+  int64_t runs, length, last;                      // words of a run, and of the last one
+  const float* x;
+  int64_t x_stride, x_step;                        // floats from token to token, and from run to run
+  int64_t x_group, x_tiles;                        // floats to the inputs of the next `x_tiles` tiles
+  int64_t tokens;
+  float* out;
+  int64_t stride, width;                           // of `out`: floats from token to token, and those that exist
+  const float *multiply, *add;                     // by output, or null
+};
+
+// A product of 8-bit activations and 8-bit weights.
 struct Int8Job {
-  const int8_t* weight;               // (rows, d)
-  int64_t d;
+  const int32_t *words, *sums;                     // sums of an output's weights
+  int64_t length;                                  // words of a tile
   const Codes* in;
   int64_t tokens;
   float* out;
-  int64_t stride;
-  const float *scale, *bias;          // by row; bias or null
+  int64_t stride, width;
+  const float *scale, *add;                        // by output; add or null
 };
 
 enum Activation : int64_t { RELU = 0, RELU2 = 1 };
@@ -108,7 +135,8 @@ struct Table {
   void (*quantise)(const float* x, int64_t d, int64_t token, int64_t first_group, int64_t groups, Codes& codes);
   void (*tiles)(const Job& job, int64_t begin, int64_t end);
   void (*activate)(float* h, const float* gate, int64_t n, int64_t activation);
-  void (*int8_rows)(const Int8Job& job, int64_t begin, int64_t end);
+  void (*integers)(const IntegerJob& job, int64_t begin, int64_t end);
+  void (*int8)(const Int8Job& job, int64_t begin, int64_t end);
 };
 
 #define UNROLL _Pragma("GCC unroll 16")
@@ -116,18 +144,20 @@ struct Table {
 namespace portable {
 #include "isa_portable.h"
 #include "loops.h"
+#include "integer_loops.h"
 }  // namespace portable
 
 #if defined(__x86_64__)
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #endif
 namespace avx2 {
 #include "isa_avx2.h"
 #include "loops.h"
+#include "integer_loops.h"
 }  // namespace avx2
 #ifdef __clang__
 #pragma clang attribute pop
@@ -140,6 +170,7 @@ namespace avx2 {
 namespace vnni {
 #include "isa_vnni.h"
 #include "loops.h"
+#include "integer_loops.h"
 }  // namespace vnni
 #ifdef __clang__
 #pragma clang attribute pop
@@ -155,6 +186,7 @@ namespace vnni {
 namespace neon {
 #include "isa_neon.h"
 #include "loops.h"
+#include "integer_loops.h"
 }  // namespace neon
 #if defined(__linux__) && !PILON_DOT  // most have it, but compilers do not count on it
 #undef PILON_DOT
@@ -168,6 +200,7 @@ namespace neon {
 namespace dotprod {
 #include "isa_neon.h"
 #include "loops.h"
+#include "integer_loops.h"
 }  // namespace dotprod
 #ifdef __clang__
 #pragma clang attribute pop
@@ -187,7 +220,7 @@ const std::vector<Named>& isas() {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
       found.push_back({"vnni", &vnni::table});
-    if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", &avx2::table});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", &avx2::table});
 #elif defined(__ARM_NEON)
 #ifdef PILON_DOT_AT_RUN_TIME
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back({"dotprod", &dotprod::table});
@@ -227,119 +260,6 @@ struct Team {
   int64_t end(int64_t n, int64_t unit = 1) const { return Team{rank + 1, size}.begin(n, unit); }
 };
 
-void quantise(const float* x, int64_t stride, int64_t tokens, int64_t d, int64_t group, Codes& codes) {
-  codes.reserve(tokens, d, group);
-  for (int64_t m = 0; m < tokens; m++) isa().table->quantise(x + m * stride, d, m, 0, codes.groups, codes);
-}
-
-// A projection: two products through the bank, or (B null) one with the dense matrix A.
-struct Projection {
-  const uint8_t *A = nullptr, *B = nullptr;
-  const float *scale = nullptr, *shift = nullptr, *bias = nullptr;
-  int64_t d_in = 0, d_out = 0, latent = 0, group = 0;
-  std::vector<int64_t> starts, offsets, B_starts, B_offsets;
-  int64_t rank_blocks = 0;
-
-  int64_t d_out_tiles() const { return up_to(d_out, TILE) / TILE; }
-
-  Job first(const Codes& in, int64_t tokens) const {  // the product with A
-    const int64_t total = up_to(d_in, BLOCK) / BLOCK, blocks = in.groups == 1 ? total : in.group / BLOCK;
-    return {A, int64_t(starts.size()), starts.data(), offsets.data(), in.groups, blocks,
-            total - (in.groups - 1) * blocks, &in, tokens};
-  }
-  void into_latent(const Codes& in, int64_t tokens, float* u, Team team) const {
-    if (!B) return;
-    Job job = first(in, tokens);
-    job.out = u, job.stride = job.width = latent, job.multiply = scale, job.add = shift;
-    isa().table->tiles(job, team.begin(latent / TILE), team.end(latent / TILE));
-  }
-  // Outputs of tiles begin to end, from the codes of the latent (or of the input, where there is no latent).
-  void out_of(const Codes& in, int64_t tokens, float* y, int64_t stride, int64_t begin, int64_t end) const {
-    Job job = B ? Job{B, int64_t(B_starts.size()), B_starts.data(), B_offsets.data(), int64_t(B_offsets.size()), rank_blocks,
-                      rank_blocks, &in, tokens}
-                : first(in, tokens);
-    job.out = y, job.stride = stride, job.width = std::min(d_out, stride), job.multiply = B ? nullptr : scale;
-    job.add = bias;
-    isa().table->tiles(job, begin, end);
-  }
-};
-
-struct Buffers {  // of one thread, kept from call to call
-  Codes x, up, gate, hidden, down;
-  Buffer<float> u_up, u_gate, u_down, h_up, h_gate;
-};
-thread_local Buffers own;
-
-// Codes of the latent; every member of a team makes its own, which costs less than to wait for another's.
-const Codes& latent_codes(const Projection& p, const Codes& in, const float* u, int64_t tokens, Codes& codes) {
-  if (!p.B) return in;
-  quantise(u, p.latent, tokens, p.latent, 0, codes);
-  return codes;
-}
-
-struct Ffn {
-  Projection up, gate, down;
-  bool gated = false;
-  int64_t activation = RELU2;
-};
-
-void project(const Projection& p, const float* x, float* y, int64_t tokens, Team team, Buffers& shared) {
-  Buffers& mine = own;
-  quantise(x, p.d_in, tokens, p.d_in, p.group, mine.x);
-  p.into_latent(mine.x, tokens, shared.u_up.data(), team);
-  team.wait();
-  const Codes& codes = latent_codes(p, mine.x, shared.u_up.data(), tokens, mine.up);
-  p.out_of(codes, tokens, y, p.d_out, team.begin(p.d_out_tiles()), team.end(p.d_out_tiles()));
-}
-
-void feed_forward(const Ffn& f, const float* x, float* y, int64_t tokens, Team team, Buffers& shared) {
-  Buffers& mine = own;
-  const int64_t tiles = f.up.d_out_tiles(), width = tiles * TILE, hidden = f.up.d_out;
-  float *h = shared.h_up.data(), *g = f.gated ? shared.h_gate.data() : nullptr;
-
-  quantise(x, f.up.d_in, tokens, f.up.d_in, f.up.group, mine.x);
-  f.up.into_latent(mine.x, tokens, shared.u_up.data(), team);
-  if (f.gated) f.gate.into_latent(mine.x, tokens, shared.u_gate.data(), team);
-  team.wait();
-
-  // A member owns complete groups of hidden values, so that it can quantise its own results.
-  const int64_t unit = f.down.group ? f.down.group / TILE : 1;
-  const int64_t begin = team.begin(tiles, unit), end = team.end(tiles, unit);
-  f.up.out_of(latent_codes(f.up, mine.x, shared.u_up.data(), tokens, mine.up), tokens, h, width, begin, end);
-  if (f.gated)
-    f.gate.out_of(latent_codes(f.gate, mine.x, shared.u_gate.data(), tokens, mine.gate), tokens, g, width, begin, end);
-  const int64_t first = begin * TILE, count = (end - begin) * TILE;
-  for (int64_t m = 0; m < tokens && count > 0; m++) {
-    isa().table->activate(h + m * width + first, g ? g + m * width + first : nullptr, count, f.activation);
-    if (f.down.group)
-      isa().table->quantise(h + m * width, hidden, m, begin / unit, (end - begin + unit - 1) / unit, shared.hidden);
-  }
-  team.wait();
-
-  const Codes* codes = &shared.hidden;
-  if (!f.down.group) quantise(h, width, tokens, hidden, 0, mine.hidden), codes = &mine.hidden;
-  f.down.into_latent(*codes, tokens, shared.u_down.data(), team);
-  team.wait();
-  const Codes& last = latent_codes(f.down, *codes, shared.u_down.data(), tokens, mine.down);
-  f.down.out_of(last, tokens, y, f.down.d_out, team.begin(f.down.d_out_tiles()), team.end(f.down.d_out_tiles()));
-  team.wait();  // the next tokens reuse these buffers
-}
-
-// Returns this thread's buffers with space for `tokens` at a time.
-Buffers& room(const Ffn& f, int64_t tokens) {
-  own.u_up.reserve(tokens * f.up.latent), own.u_gate.reserve(f.gated ? tokens * f.gate.latent : 0);
-  own.u_down.reserve(tokens * f.down.latent);
-  for (Buffer<float>* h : {&own.h_up, &own.h_gate}) h->reserve(tokens * f.up.d_out_tiles() * TILE);
-  if (f.down.group) own.hidden.reserve(tokens, f.up.d_out, f.down.group);
-  return own;
-}
-Buffers& room(const Projection& p, int64_t tokens) {
-  own.u_up.reserve(tokens * p.latent);
-  return own;
-}
-void run(const Ffn& f, const float* x, float* y, int64_t n, Team t, Buffers& b) { feed_forward(f, x, y, n, t, b); }
-void run(const Projection& p, const float* x, float* y, int64_t n, Team t, Buffers& b) { project(p, x, y, n, t, b); }
-
 int threads() {
 #ifdef _OPENMP
   return omp_in_parallel() ? 1 : int(torch::stable::get_num_threads());
@@ -348,38 +268,47 @@ int threads() {
 #endif
 }
 
-// All tokens, CHUNK at a time: a team on each chunk, or, where there are enough chunks, one thread on each.
-template <class Work>
-void in_chunks(const Work& work, const float* x, int64_t d_in, float* y, int64_t d_out, int64_t tokens) {
-  const int64_t chunks = (tokens + CHUNK - 1) / CHUNK;
-  const int size = threads();
-  const auto chunk = [&](int64_t c) {
-    const int64_t done = c * CHUNK, count = std::min(CHUNK, tokens - done);
-    run(work, x + done * d_in, y + done * d_out, count, Team{}, room(work, count));
-  };
-  if (size == 1) {  // OpenMP makes a team even of one
-    for (int64_t c = 0; c < chunks; c++) chunk(c);
-    return;
-  }
-  if (chunks >= size) {
-#pragma omp parallel for num_threads(size)
-    for (int64_t c = 0; c < chunks; c++) chunk(c);
-    return;
-  }
-  Buffers& shared = room(work, std::min(CHUNK, tokens));
-#pragma omp parallel num_threads(size)
-  {
-    Team team;
-#ifdef _OPENMP
-    team = Team{omp_get_thread_num(), omp_get_num_threads()};
-#endif
-    for (int64_t done = 0; done < tokens; done += CHUNK) {
-      run(work, x + done * d_in, y + done * d_out, std::min(CHUNK, tokens - done), team, shared);
-      team.wait();
-    }
-  }
-}
-
+#include "projections.h"
+#include "integers.h"
+#include "chunks.h"
 #include "operators.h"
+#include "integer_operators.h"
+
+STABLE_TORCH_LIBRARY(pilon, m) {
+  m.def("project(Tensor x, Tensor?[] parts, int d_out, int group) -> Tensor");
+  m.def("ffn(Tensor x, Tensor?[] up, Tensor?[] gate, Tensor?[] down, int hidden, int d_out, int group, int down_group, "
+        "int activation) -> Tensor");
+  m.def("prepare_project(Tensor?[] parts, int d_in, int d_out, int group) -> int");
+  m.def("prepare_ffn(Tensor?[] up, Tensor?[] gate, Tensor?[] down, int d_in, int hidden, int d_out, int group, "
+        "int down_group, int activation) -> int");
+  m.def("run(Tensor x, int number) -> Tensor");
+  m.def("forget(int number) -> ()");
+  m.def("integer_linear(Tensor x, Tensor words, Tensor scales, Tensor? bias, int d_out, int bits, int group) -> Tensor");
+  m.def("int8_linear(Tensor x, Tensor words, Tensor sums, Tensor scale, Tensor? bias, int d_out) -> Tensor");
+  m.def("integer_compose(Tensor x, Tensor A, Tensor A_scales, Tensor B, Tensor B_scales, Tensor selected, Tensor weight, "
+        "int d_out, int bits, int group) -> Tensor");
+  m.def("prepare_integer_linear(Tensor words, Tensor scales, Tensor? bias, int d_in, int d_out, int bits, int group) -> int");
+  m.def("prepare_int8_linear(Tensor words, Tensor sums, Tensor scale, Tensor? bias, int d_in, int d_out) -> int");
+  m.def("prepare_integer_compose(Tensor A, Tensor A_scales, Tensor B, Tensor B_scales, Tensor selected, Tensor weight, "
+        "int d_in, int d_out, int bits, int group) -> int");
+  m.def("isa() -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(pilon, CPU, m) {
+  m.impl("project", TORCH_BOX(&op_project));
+  m.impl("ffn", TORCH_BOX(&op_ffn));
+  m.impl("prepare_project", TORCH_BOX(&op_prepare_project));
+  m.impl("prepare_ffn", TORCH_BOX(&op_prepare_ffn));
+  m.impl("run", TORCH_BOX(&op_run));
+  m.impl("integer_linear", TORCH_BOX(&op_integer_linear));
+  m.impl("int8_linear", TORCH_BOX(&op_int8_linear));
+  m.impl("integer_compose", TORCH_BOX(&op_integer_compose));
+  m.impl("prepare_integer_linear", TORCH_BOX(&op_prepare_integer_linear));
+  m.impl("prepare_int8_linear", TORCH_BOX(&op_prepare_int8_linear));
+  m.impl("prepare_integer_compose", TORCH_BOX(&op_prepare_integer_compose));
+}
+STABLE_TORCH_LIBRARY_IMPL(pilon, CompositeExplicitAutograd, m) {
+  m.impl("forget", TORCH_BOX(&op_forget));
+  m.impl("isa", TORCH_BOX(&op_isa));
+}
 
 }  // namespace
