@@ -15,9 +15,9 @@ class ExportOptions(Section):
     """Number type of floating-point weights. Default: auto, that of the model."""
     encoding: Annotated[Literal["base3", "2bit"] | None, Option("--format")] = None
     """Encoding of ternary weights in a packed export: base3 takes 1.6 bits each, 2bit takes 2. Default: base3."""
-    rest: Annotated[Literal["none", "int8"] | None, Option()] = None
-    """Number format of attention, head and token embeddings in a packed export: int8, or none to leave them as they
-    are. Default: none."""
+    rest: Annotated[Literal["none", "int8", "int4"] | None, Option()] = None
+    """Number format of attention, head and token embeddings in a packed export: int8, whose layers round activations to
+    8 bits too; int4, a scale for 64 weights; or none to leave them as they are. Default: none."""
     type: Annotated[Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"] | None, Option()] = None
     """Number type of the matrices of a GGUF file; q4_k_m takes llama.cpp's own quantiser, the package xllamacpp.
     Default: that which holds the model's integers, or f16."""

@@ -31,7 +31,7 @@ def refuse(model: PreTrainedModel, options: ExportOptions = DEFAULTS) -> str | N
     if layout_of(model).routers:
         return EXPERTS
     if layout_of(model).rest:
-        return "is in int8 throughout: export the model that it was packed from"
+        return "is in integers throughout: export the model that it was packed from"
     if layout_of(model).exits:
         return "has exit gates, which no dense model has: export the model that they were added to"
     if _adds_biases(layout_of(model)) and not hasattr(model.config, "mlp_bias"):

@@ -16,8 +16,8 @@ from pilon_compress.models.provenance import lineage
 from pilon_compress.nn.additions import carry
 from pilon_compress.nn.formats.registry import FORMATS, Format
 from pilon_compress.nn.installed import banks, dense_matrices, label_parts, layout_of, neuron_banks, projections
-from pilon_compress.nn.int8 import to_int8
 from pilon_compress.nn.layout import BANKS
+from pilon_compress.nn.rest import round_rest
 from pilon_compress.nn.size import model_size, target_ratios
 from pilon_compress.report.card import packed_card
 from pilon_compress.results.export import Exported
@@ -34,7 +34,7 @@ def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
     if layout.kinds <= {kind.packs for kind in FORMATS.values()}:
         return None
     if all(FORMATS[name].final for name in layout.kinds):
-        done = options.rest != "int8" or layout.rest
+        done = options.rest in (None, "none") or layout.rest
         return "is packed already" if done else None
     return (
         "is not ternary: `pilon-compress train --heal ... --ternary` makes it so; "
@@ -44,14 +44,14 @@ def refuse(model: PreTrainedModel, options: ExportOptions) -> str | None:
 
 @exporter(
     "packed",
-    about="Ternary weights in 1.6 or 2 bits; with --rest int8, attention, head and embeddings in 8 bits as well.",
+    about="Ternary weights in 1.6 or 2 bits; with --rest, attention, head and embeddings in 8 or 4 bits.",
     load="AutoModel.from_pretrained({folder!r})",
     refuse=refuse,
     options=("encoding", "rest", "dtype"),
     dtype_when_saved=True,  # rounding to fewer bits first would move ternary weights
 )
 def write(model: PreTrainedModel, job: ExportJob) -> Exported:
-    """Write `model` with its ternary weights packed, `encoding` base3 or 2bit, and with `rest` int8 all else rounded.
+    """Write `model` with its ternary weights packed, `encoding` base3 or 2bit, and with `rest` all else rounded.
 
     `dtype`: of what is neither ternary nor a scale. Of a model in integers the rest is all that is left to round.
     """
@@ -61,8 +61,9 @@ def write(model: PreTrainedModel, job: ExportJob) -> Exported:
         packed(model, job.options.encoding or "base3")
     after = outputs(model)
     found: dict[str, Any] = {"max_logit_difference": float((after - before).abs().max())}
-    if job.options.rest == "int8":
-        to_int8(model)
+    if job.options.rest not in (None, "none"):
+        round_rest(model, job.options.rest)
+        found["rest"] = job.options.rest
         found["rest_relative_error"] = float((outputs(model) - after).norm() / after.norm())
     drop_bundled(model.config)
     result = Exported.model_validate(found | size_of(model, dtype.itemsize))

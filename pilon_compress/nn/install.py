@@ -11,11 +11,11 @@ from pilon_compress.nn.exits import ExitGate, add_gate
 from pilon_compress.nn.extended import extend
 from pilon_compress.nn.formats.registry import FORMATS
 from pilon_compress.nn.installed import label_parts
-from pilon_compress.nn.int8 import install_int8
 from pilon_compress.nn.layout import BANKS, Host, Layout
 from pilon_compress.nn.neuron_bank import NeuronBank, Selection
 from pilon_compress.nn.neuron_linear import NeuronLinear
 from pilon_compress.nn.part import Projection, linear_shape
+from pilon_compress.nn.rest import install_rest
 from pilon_compress.nn.router import RoutedBlock, Router
 
 
@@ -54,7 +54,7 @@ def install(model: Host, layout: Layout) -> Host:
         add(banks[place] if place in banks else base.get_submodule(place), name, kind)
     for name, gate in layout.exits.items():
         add_gate(base.get_submodule(name), ExitGate(gate.d, gate.threshold, gate.substitute))
-    install_int8(model, layout.rest)
+    install_rest(model, layout.rest)
     label_parts(model)
     no_split = getattr(base, "_no_split_modules", None)
     if no_split is not None:  # device_map="auto" must keep a bank on one device

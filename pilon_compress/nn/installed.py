@@ -9,11 +9,11 @@ from pilon_compress.nn.additions import added, addition
 from pilon_compress.nn.bank import PrimitiveBank, banks_in
 from pilon_compress.nn.composed_linear import ComposedLinear
 from pilon_compress.nn.exits import gated_blocks
-from pilon_compress.nn.int8 import installed
 from pilon_compress.nn.layout import BANKS, Host, Layout
 from pilon_compress.nn.neuron_bank import NeuronBank
 from pilon_compress.nn.neuron_linear import NeuronLinear
 from pilon_compress.nn.part import Matrix, Part, linear_shape
+from pilon_compress.nn.rest import installed
 from pilon_compress.nn.router import Router
 from pilon_compress.nn.specs import BankSpec, DenseSpec, NeuronBankSpec, NeuronSpec, ProjectionSpec, RouterSpec
 

@@ -1,14 +1,9 @@
-"""The rest of a model in 8 bits: attention, head and token embeddings, which PILON leaves as they are.
+"""Layers of 8-bit rows, which take 8-bit activations: for attention, head and embeddings (`nn.rest`).
 
-    Int8Linear      weight (d_out, d_in) int8, a scale per output; inputs in 8 bits per token, sums of integers
-    Int8Embedding   weight (tokens, d) int8, a scale per token
-    Int8Head        a linear that reads the embedding's numbers, where the two are tied
-
-Places are named below the base model, and with a dot before them (`.lm_head`) where they belong to a head: another head
-goes without.
+Int8Linear      weight (d_out, d_in) int8, a scale per output; inputs in 8 bits per token, sums of integers
+Int8Embedding   weight (tokens, d) int8, a scale per token
+Int8Head        a linear that reads the embedding's numbers, where the two are tied
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,84 +110,3 @@ class Int8Head(Part, nn.Module):
 
 def _whole(rows: int, columns: int) -> nn.Parameter:
     return nn.Parameter(torch.empty((rows, columns), dtype=torch.int8), requires_grad=False)
-
-
-def find(model: Any) -> dict[str, str]:
-    """Return the modules that can be in int8, by place: `linear`, `embedding`, or `head` if tied to the embedding."""
-    words = model.get_input_embeddings()
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if module is words and type(module) is nn.Embedding:
-            found[_place(model, name)] = "embedding"
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear or type(module).__name__ == "Conv1D":
-            tied = module.weight is words.weight
-            if not tied:
-                found[_place(model, name)] = "linear"
-            elif type(words) is nn.Embedding:
-                found[_place(model, name)] = "head"
-    return found
-
-
-def installed(model: Any) -> dict[str, str]:
-    """Return the modules that are in int8, in the form of `find`."""
-    kinds = {Int8Linear: "linear", Int8Embedding: "embedding", Int8Head: "head"}
-    return {_place(model, name): kinds[type(m)] for name, m in model.named_modules() if type(m) in kinds}
-
-
-def install_int8(model: Any, places: dict[str, str]) -> None:
-    """Put uninitialised 8-bit layers in the `places`; those of a head that `model` does not have are passed over."""
-    embedding: Int8Embedding | None = None
-    for place, kind in sorted(places.items(), key=lambda item: item[1]):  # embedding before head
-        root = model if place.startswith(".") else model.base_model
-        name = place.removeprefix(".")
-        try:
-            plain: Any = root.get_submodule(name)
-        except AttributeError:
-            if place.startswith("."):
-                continue
-            raise ValueError(f"the layout names {place}, which {type(root).__name__} does not have") from None
-        bias = getattr(plain, "bias", None) is not None
-        made: nn.Module
-        if kind == "embedding":
-            tokens, width = plain.weight.shape
-            made = embedding = Int8Embedding(tokens, width, plain.padding_idx, plain.weight.dtype)
-        elif kind == "head":
-            if embedding is None:
-                raise ValueError(f"{place} is tied to an embedding that is not in 8 bits")
-            made = Int8Head(embedding, bias)
-        elif kind == "linear":
-            rows, columns = plain.weight.shape
-            d_in, d_out = (rows, columns) if type(plain).__name__ == "Conv1D" else (columns, rows)
-            made = Int8Linear(d_in, d_out, bias)
-        else:
-            raise ValueError(f"{place} is a {kind!r}, which is not known: written by a newer pilon-compress?")
-        root.set_submodule(name, made)
-
-
-@torch.no_grad()
-def to_int8(model: Any) -> None:
-    """Round, in place, everything that `find` finds."""
-    places = find(model)
-    before = {place: _at(model, place) for place in places}
-    install_int8(model, places)
-    for place, plain in before.items():
-        made = _at(model, place)
-        if places[place] != "head":
-            weight = plain.weight.T if type(plain).__name__ == "Conv1D" else plain.weight
-            rows, made.scale = reference.int8_rows(weight.contiguous())
-            made.weight.copy_(rows)
-        if getattr(plain, "bias", None) is not None:
-            made.bias = plain.bias
-
-
-def _at(model: Any, place: str) -> Any:
-    root = model if place.startswith(".") else model.base_model
-    return root.get_submodule(place.removeprefix("."))
-
-
-def _place(model: Any, name: str) -> str:
-    if model.base_model is model:
-        return name
-    prefix = f"{model.base_model_prefix}."
-    return name.removeprefix(prefix) if name.startswith(prefix) else f".{name}"

@@ -23,7 +23,7 @@ from pilon_compress.nn.specs import (
 )
 
 Host = Any  # a transformers PreTrainedModel; transformers imports this file while that class is being made
-REST = ("linear", "embedding", "head")  # kinds of 8-bit layers, see `int8.installed`
+REST = tuple(f"{kind}{number}" for number in ("", "-int4") for kind in ("linear", "embedding", "head"))  # see `nn.rest`
 ROUTED = ("none", "ternary")  # number formats of banks that experts compose from
 BANKS = "pilon_banks"  # where the base model owns its banks
 

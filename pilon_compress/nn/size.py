@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pilon_compress.nn.additions import addition
-from pilon_compress.nn.formats.registry import FORMATS
+from pilon_compress.nn.formats.registry import FORMATS, grid_of
 from pilon_compress.nn.layout import Layout
 from pilon_compress.nn.neuron_linear import biased_outputs
 from pilon_compress.nn.part import linear_shape
@@ -240,18 +240,20 @@ def model_size(layout: Layout, dense: PreTrainedModel, itemsize: int = DENSE_ITE
     parameters = sum(p.numel() for p in dense.parameters())  # tied weights once
     rest = parameters - replaced.dense_stored
     rest_macs = linear_macs(dense) - replaced.dense_macs
-    size = rest * itemsize + sum(_saved_by_int8(dense, *entry, itemsize) for entry in layout.rest.items())
+    size = rest * itemsize + sum(_rounded(dense, *entry, itemsize) for entry in layout.rest.items())
     return replaced + Size(rest, rest, size, rest * DENSE_ITEMSIZE, rest_macs, rest_macs)
 
 
-def _saved_by_int8(dense: PreTrainedModel, place: str, kind: str, itemsize: int) -> int:
-    """Change in bytes where a place (see `form.int8`) is in 8 bits with a scale per row; a tied head has no own."""
-    if kind == "head":
+def _rounded(dense: PreTrainedModel, place: str, kind: str, itemsize: int) -> int:
+    """Change in bytes where a place (see `nn.rest`) is in integers; a tied head has no numbers of its own."""
+    layer, _, number = kind.partition("-")
+    if layer == "head":
         return 0
     module = dense.get_submodule(place[1:]) if place.startswith(".") else dense.base_model.get_submodule(place)
     weight = module.get_parameter("weight")
-    rows = weight.shape[1] if type(module).__name__ == "Conv1D" else weight.shape[0]
-    return weight.numel() * (1 - itemsize) + rows * SCALE_ITEMSIZE
+    columns, rows = weight.shape if type(module).__name__ == "Conv1D" else weight.shape[::-1]
+    one = sum(grid_of(number).size(columns, 1)) if number else columns + SCALE_ITEMSIZE
+    return rows * one - weight.numel() * itemsize
 
 
 def linear_macs(model: nn.Module) -> int:

@@ -102,10 +102,11 @@ def packed_card(result: Report) -> str:
     """Write the card of a packed model.
 
     `result`: `source`, `dense` (the dense model's reference, or None), `output`, `kind`, `formats` of the weights,
-    `ffn` and `model` sizes, `max_logit_difference`, `rest_relative_error` where the rest is in int8, `pilon_compress`.
+    `ffn` and `model` sizes, `max_logit_difference`, `rest` and `rest_relative_error` where the rest was rounded,
+    `pilon_compress`.
     """
     name = Path(result["source"]).name
-    int8_error = result.get("rest_relative_error")
+    rest_error = result.get("rest_relative_error")
     rows = [
         [part, *(formatting.number(result[key][f"{over}_ratio"]) for over in ("stored", "bytes", "mac"))]
         for key, part in formatting.parts_of(result)
@@ -118,10 +119,10 @@ def packed_card(result: Report) -> str:
         f"Largest difference of outputs to the model before packing: {result['max_logit_difference']:.3g}.",
         *(
             []
-            if int8_error is None
+            if rest_error is None
             else [
-                "Attention, head and token embeddings are in int8; rounding them changed the outputs by "
-                f"{int8_error:.3g} of their norm."
+                f"Attention, head and token embeddings are in {result['rest']}; rounding them changed the outputs by "
+                f"{rest_error:.3g} of their norm."
             ]
         ),
         "## Load",

@@ -17,6 +17,8 @@ class Exported(Replaced):
     """The whole model."""
     max_logit_difference: float | None = None
     """Largest difference of outputs on random tokens, in float32, to the model before."""
+    rest: str | None = None
+    """Number format that attention, head and embeddings were rounded to."""
     rest_relative_error: float | None = None
     """Norm of the difference by rounding attention, head and embeddings, over the outputs' norm."""
     remarks: list[str] = []

@@ -7,7 +7,8 @@ from torch import Tensor
 from pilon_compress.kernels import cpu, integers
 from pilon_compress.kernels.integer_layout import IntegerTiles, tiles, words
 from pilon_compress.nn.formats.integer import IntegerGrid
-from pilon_compress.nn.formats.quantised import Products, Quantised, QuantisedBank, QuantisedLinear, Run
+from pilon_compress.nn.formats.quantised import Products, QuantisedBank, Run
+from pilon_compress.nn.formats.registry import Grid
 
 
 @dataclass
@@ -26,30 +27,30 @@ class IntegerProducts(Products):
         """Return the instruction set of the kernel on CPUs, "torch" elsewhere and where there is no kernel."""
         return cpu.isas()[0] if device == "cpu" and cpu.available() else "torch"
 
-    def linear(self, matrix: QuantisedLinear) -> Run:
-        """Return the product with `matrix`, its bias included."""
-        return integers.linear(_tiles(matrix), None if matrix.bias is None else matrix.bias.detach())
+    def linear(self, codes: Tensor, scale: Tensor, grid: Grid, bias: Tensor | None) -> Run:
+        """Return the product with `codes` (1, d_in, d_out) of scales (1, groups, d_out), plus `bias` (d_out,)."""
+        return integers.linear(_tiles(codes, scale, grid), None if bias is None else bias.detach())
 
     def packed(self, bank: QuantisedBank) -> PackedCodes:
         """Return the codes of `bank` in tiles."""
-        B, grid = bank.B, _grid(bank.B)
-        codes = grid.unpack(B.weight, B.size).transpose(1, 2)
-        flat = IntegerTiles(words(codes, grid.bits), B.scale, codes.shape[1], codes.shape[2], grid.bits, grid.group)
-        return PackedCodes(_tiles(bank.A), flat, B.scale)
+        grid = _integers(bank.A.grid)
+        B = bank.B.codes().transpose(1, 2)
+        _, rank, d_out = B.shape
+        tiles_of_B = IntegerTiles(words(B, grid.bits), bank.B.scale, rank, d_out, grid.bits, grid.group)
+        return PackedCodes(_tiles(bank.A.codes(), bank.A.scale, grid), tiles_of_B, bank.B.scale)
 
     def compose(self, packed: PackedCodes, selected: Tensor, weight: Tensor) -> Run:
         """Return the composition of the `selected` (k,) primitives with `weight` (k, r) or (k, 1)."""
         return integers.compose(packed.A, packed.B, packed.B_scale, selected, weight.detach())
 
 
-def _tiles(matrices: Quantised) -> IntegerTiles:
-    grid = _grid(matrices)
-    return tiles(grid.unpack(matrices.weight, matrices.size), matrices.scale, grid.bits, grid.group)
+def _tiles(codes: Tensor, scale: Tensor, grid: Grid) -> IntegerTiles:
+    return tiles(codes, scale, _integers(grid).bits, grid.group)
 
 
-def _grid(matrices: Quantised) -> IntegerGrid:
-    assert isinstance(matrices.grid, IntegerGrid)
-    return matrices.grid
+def _integers(grid: Grid) -> IntegerGrid:
+    assert isinstance(grid, IntegerGrid)
+    return grid
 
 
 IntegerGrid.products = IntegerProducts()

@@ -37,8 +37,8 @@ class Products(ABC):
         """Name what computes on a device type: "torch" if nothing does but plain torch."""
 
     @abstractmethod
-    def linear(self, matrix: "QuantisedLinear") -> Run:
-        """Return the product with `matrix`, its bias included."""
+    def linear(self, codes: Tensor, scale: Tensor, grid: Grid, bias: Tensor | None) -> Run:
+        """Return the product with `codes` (1, d_in, d_out) of scales (1, groups, d_out), plus `bias` (d_out,)."""
 
     @abstractmethod
     def packed(self, bank: "QuantisedBank") -> Any:
@@ -78,6 +78,10 @@ class Quantised(Part, nn.Module):
     def put(self, codes: Tensor, scale: Tensor) -> None:
         """Store codes (n, d, m) with their scales (n, groups, m)."""
         self.weight, self.scale = self.grid.pack(codes).contiguous(), scale.to(torch.bfloat16)
+
+    def codes(self) -> Tensor:
+        """Return the codes (n, d, m) of all matrices."""
+        return self.grid.unpack(self.weight, self.size)
 
     def keep(self, used: Tensor) -> None:
         """Drop the matrices for which `used` (n,) is False."""
@@ -168,7 +172,7 @@ class QuantisedLinear(Matrix, Quantised):
         kernels = products(self.grid, x)
         if kernels is not None:
             tensors = (self.weight, self.scale) if self.bias is None else (self.weight, self.scale, self.bias)
-            product = self._product.get(tensors, partial(kernels.linear, self))
+            product = self._product.get(tensors, lambda: kernels.linear(self.codes(), self.scale, self.grid, self.bias))
             if chosen is None:
                 return product(x)
             if inputs:
